@@ -1,0 +1,30 @@
+"""Average model checkpoints offline, and refresh their BatchNorm statistics.
+
+Stochastic Weight Averaging (Izmailov et al. 2018, arXiv 1803.05407) after the fact, on the files
+that a training run left behind.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptavg.averaging import average as average
+    from ckptavg.errors import CkptAvgError as CkptAvgError
+    from ckptavg.norm.refresh import refresh_norm as refresh_norm
+
+__version__ = "0.1.0"
+__all__ = ["CkptAvgError", "__version__", "average", "refresh_norm"]
+
+_HOMES = {
+    "average": "ckptavg.averaging",
+    "refresh_norm": "ckptavg.norm.refresh",
+    "CkptAvgError": "ckptavg.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for and no more: `ckptavg --help` must not wait for numpy or torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,303 @@
+"""Average checkpoints: the whole way from a directory to one file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ckptavg import __version__
+from ckptavg.checkpoint import PROVENANCE
+from ckptavg.collect import Collection, collect, labels
+from ckptavg.engine import BadValueError, execute
+from ckptavg.errors import OutputError, SelectionError
+from ckptavg.layout import Layout, OutputTensor
+from ckptavg.output import OutputFile, check_destination
+from ckptavg.plan import Plan, is_norm_statistic, make_plan
+from ckptavg.tensors import BY_NAME
+from ckptavg.weights import Weights, explicit, uniform
+from ckptavg.writers import container_for, lay_out
+
+log = logging.getLogger("ckptavg")
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+"""Called with the bytes written since the last call, and with those of the whole output."""
+
+# Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.
+_BASE_MEMORY = 32 << 20
+_THREAD_MEMORY = 5 << 20
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """A checkpoint of the average.
+
+    Attributes:
+        name: its path below the folder that all of them have in common.
+        path: its path.
+        bytes: size of its files.
+        digest: SHA-256 of what describes its tensors, in hex.
+        weight: its normalised share.
+        step: what it records of its place in the training, such as `("global_step", 500)`.
+    """
+
+    name: str
+    path: str
+    bytes: int
+    digest: str
+    weight: float
+    step: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an average is made of, or would be.
+
+    Attributes:
+        output: the file.
+        written: whether it was written (False after a dry run).
+        scheme: of the weights.
+        sources: the checkpoints, in order of training.
+        tensors: number of tensors in the output, tied ones once.
+        roles: how many of them were `averaged`, are the `last` checkpoint's, or were `kept`.
+        norm_stats: `none` where the model has no running statistics; else `stale`.
+        bytes_read: bytes of tensors that are read.
+        bytes_written: bytes of the output.
+        memory: bytes of memory at the peak, an estimate.
+    """
+
+    output: str
+    written: bool
+    scheme: str
+    sources: tuple[SourceSummary, ...]
+    tensors: int
+    roles: dict[str, int]
+    norm_stats: str
+    bytes_read: int
+    bytes_written: int
+    memory: int
+
+
+def average(
+    inputs: PathLike | Iterable[PathLike],
+    output: PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    key: str | None = None,
+    keep_prefix: bool = False,
+    drop_aliases: bool = False,
+    dtype: str | None = None,
+    ints: Literal["equal", "last"] = "equal",
+    norm_stats: Literal["average", "last"] = "average",
+    allow_nonfinite: bool = False,
+    expect: int | None = None,
+    force: bool = False,
+    fsync: bool = True,
+    threads: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Average checkpoints into one file, in memory that does not grow with them.
+
+    Floating tensors are summed in float64, divided once and rounded as `torch.Tensor.to` does;
+    integers must agree, but for scalars such as `num_batches_tracked`, which are the last
+    checkpoint's. The statistics of norm layers are stale afterwards: see `refresh_norm`.
+
+    Args:
+        inputs: a directory of checkpoints, a checkpoint, or several of either.
+        output: ends with `.safetensors`, or with `.pt`, `.pth`, `.bin` or `.ckpt` for a torch file.
+        weights: one for each checkpoint, in order of training; None for the mean.
+        key: which state dict to take where a file holds several.
+        keep_prefix: leave a wrapper's prefix (`module.`, `_orig_mod.`) on the names.
+        drop_aliases: of tied tensors, write one and name the others in the metadata.
+        dtype: of the floating tensors in the output, by torch's name; None for the inputs' own.
+        ints: `last` takes differing integer tensors from the last checkpoint.
+        norm_stats: `last` takes running statistics from the last checkpoint.
+        allow_nonfinite: let NaN and Inf pass.
+        expect: how many checkpoints there must be.
+        force: replace an existing output.
+        fsync: have the output on the disk before it gets its name.
+        threads: how many work at once; None for the processors that this process may use.
+        dry_run: write nothing, only say what would be done.
+        progress: hears of the bytes written.
+
+    Raises:
+        CkptAvgError: the checkpoints do not fit together, hold what cannot be averaged, or the
+            output cannot be written. Nothing is left behind then.
+    """
+    target = Path(output)
+    container_for(target)
+    if dtype is not None and BY_NAME.get(dtype) not in floating_dtypes():
+        raise SelectionError(f"unknown floating dtype {dtype!r}")
+    paths = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(i) for i in inputs]
+    collection = collect(paths, key=key, keep_prefix=keep_prefix, expect=expect)
+    refuse_own_input(target, collection)
+    if not dry_run:
+        check_destination(target, force=force)
+    count = len(collection.sources)
+    column = uniform(count) if weights is None else explicit(weights, count)
+    if count == 1:
+        log.warning("only one checkpoint: the output is a copy of %s", collection.labels()[0])
+    plan = make_plan(
+        collection,
+        column,
+        ints=ints,
+        norm_stats=norm_stats,
+        dtype=BY_NAME[dtype] if dtype else None,
+    )
+    layout = _layout(plan, column, target, drop_aliases=drop_aliases)
+    workers = threads or available_processors()
+    if not dry_run:
+        write(
+            plan, layout, target,
+            force=force, fsync=fsync, threads=workers, allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )  # fmt: skip
+    return _summary(plan, layout, column, target, written=not dry_run, threads=workers)
+
+
+def floating_dtypes() -> list[object]:
+    """The dtypes that an average may be rounded to."""
+    return [dtype for dtype in BY_NAME.values() if dtype.kind == "float"]
+
+
+def available_processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def refuse_own_input(output: Path, collection: Collection) -> None:
+    """An output must not take the place of what it is made of.
+
+    Raises:
+        OutputError: it is one of the inputs.
+    """
+    for source in collection.sources:
+        if output.exists() and any(
+            part.path.exists() and os.path.samefile(output, part.path)
+            for part in source.checkpoint.parts
+        ):
+            raise OutputError(
+                "is itself one of the checkpoints", path=output, remedy="choose another output"
+            )
+
+
+def write(
+    plan: Plan,
+    layout: Layout,
+    output: Path,
+    *,
+    force: bool,
+    fsync: bool,
+    threads: int,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Carry a plan out: the file is complete afterwards, or was never there.
+
+    Raises:
+        ValueRangeError: a value in an input is NaN or Inf, or one in the output would be.
+        OutputError: the output cannot be written.
+    """
+    total = sum(
+        tensor.nbytes * len(targets)
+        for tensor, targets in zip(plan.outputs, layout.targets, strict=True)
+    )
+    with OutputFile(output, layout, force=force, fsync=fsync) as sink:
+        jobs = plan.jobs(layout)
+        try:
+            for done in execute(jobs, sink, threads, allow_nonfinite=allow_nonfinite):
+                if progress is not None:
+                    progress(done, total)
+        except BadValueError as error:
+            raise plan.name_of(error) from error
+        for source in plan.used:
+            for part in source.checkpoint.parts:
+                part.check_unchanged()
+        sink.commit()
+
+
+def _layout(plan: Plan, weights: Weights, output: Path, *, drop_aliases: bool) -> Layout:
+    """The output's layout with its provenance in it."""
+    last = plan.used[-1].checkpoint
+    metadata = {"format": "pt"} | dict(last.metadata)
+    outputs = plan.outputs
+    if drop_aliases and container_for(output) == "safetensors":
+        metadata |= {alias: one.names[0] for one in outputs for alias in one.names[1:]}
+        outputs = tuple(
+            OutputTensor(one.names[:1], one.dtype, one.shape, one.nbytes) for one in outputs
+        )
+    metadata[PROVENANCE] = encode_provenance(
+        {
+            "version": __version__,
+            "scheme": weights.scheme,
+            "sources": provenance_sources(plan.collection, weights),
+            "roles": plan.counts,
+            "norm_stats": {"state": _norm_state(plan)},
+        }
+    )
+    return lay_out(output, outputs, metadata, last.module_versions)
+
+
+def encode_provenance(entry: dict[str, Any]) -> str:
+    """Our entry in a file's metadata: JSON, the same text for the same facts."""
+    return json.dumps(entry, separators=(",", ":"), sort_keys=True)
+
+
+def provenance_sources(collection: Collection, weights: Weights) -> list[dict[str, Any]]:
+    """What a file says of its sources: no absolute paths, no times."""
+    return [
+        {
+            "name": label,
+            "bytes": source.checkpoint.size,
+            "header_sha256": source.checkpoint.digest,
+            "weight": value / weights.divisor,
+        }
+        for label, source, value in zip(
+            collection.labels(), collection.sources, weights.values, strict=True
+        )
+    ]
+
+
+def _norm_state(plan: Plan) -> str:
+    return "stale" if any(is_norm_statistic(name) for name in plan.collection.names) else "none"
+
+
+def _summary(
+    plan: Plan, layout: Layout, weights: Weights, output: Path, *, written: bool, threads: int
+) -> Summary:
+    sources = tuple(
+        SourceSummary(
+            label,
+            str(source.path),
+            source.checkpoint.size,
+            source.checkpoint.digest,
+            value / weights.divisor,
+            source.checkpoint.step,
+        )
+        for label, source, value in zip(
+            labels([source.path for source in plan.collection.sources]),
+            plan.collection.sources,
+            weights.values,
+            strict=True,
+        )
+    )
+    return Summary(
+        output=str(output),
+        written=written,
+        scheme=weights.scheme,
+        sources=sources,
+        tensors=len(plan.outputs),
+        roles=plan.counts,
+        norm_stats=_norm_state(plan),
+        bytes_read=plan.bytes_to_read,
+        bytes_written=layout.size,
+        memory=_BASE_MEMORY + threads * _THREAD_MEMORY + plan.largest_strided,
+    )

@@ -1,0 +1,142 @@
+"""What an opened checkpoint is: its tensors' descriptions, and where their bytes are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.parts import Memory, Part
+from ckptavg.tensors import AnyArray, Tensor, contiguous_strides
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PROVENANCE = "ckptavg"
+_STEP_FACTS = ("global_step", "step", "epoch")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint: what its headers say. No tensor is read to make it.
+
+    Attributes:
+        path: the file or directory.
+        container: `safetensors` or `torch`.
+        parts: the files that its tensors are in.
+        tensors: name to description, in the order of the bytes.
+        metadata: its own string metadata, the provenance of ours among it.
+        digest: SHA-256 of what describes the tensors (header or pickle), in hex.
+        facts: what it says of the training: `global_step`, `step`, `epoch`, `learning_rate`.
+        key: which of its state dicts `tensors` is; empty where it is the whole file.
+        other_keys: the other state dicts in the file.
+        other_content: whether the file holds more than that state dict (an optimizer, say).
+        other_entries: entries of the state dict that are no tensors, by name.
+        module_versions: torch's `_metadata` of the state dict, if it came with one.
+    """
+
+    path: Path
+    container: str
+    parts: tuple[Part, ...]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    digest: str
+    facts: Mapping[str, int | float] = field(default_factory=dict)
+    key: str = ""
+    other_keys: tuple[str, ...] = ()
+    other_content: bool = False
+    other_entries: tuple[str, ...] = ()
+    module_versions: Mapping[str, Any] | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, optimizer state and all."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def step(self) -> tuple[str, int] | None:
+        """What the file itself records of its place in the training: fact and value."""
+        for name in _STEP_FACTS:
+            if name in self.facts:
+                return name, int(self.facts[name])
+        return None
+
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        """Our own entry in the metadata, if this tool made the file."""
+        try:
+            entry = json.loads(self.metadata.get(PROVENANCE, "null"))
+        except (ValueError, RecursionError):
+            return None
+        return entry if isinstance(entry, dict) else None
+
+    def read(self, name: str) -> AnyArray:
+        """The tensor as an array of its shape, in C order. Packed types come as flat bytes."""
+        tensor = self.tensors[name]
+        if tensor.dtype.kind == "packed":
+            out = np.empty(tensor.nbytes, np.uint8)
+            self.parts[tensor.part].read_into(tensor.offset, memoryview(out))
+            return out
+        return np.ascontiguousarray(read_view(self.parts[tensor.part], tensor)).reshape(tensor.shape)
+
+    def with_values(self, values: Mapping[str, AnyArray]) -> Checkpoint:
+        """The same checkpoint with some tensors in memory instead. Shapes and dtypes stay."""
+        memory = Memory(self.path)
+        tensors = dict(self.tensors)
+        for name, value in values.items():
+            old = tensors[name]
+            tensors[name] = Tensor(old.dtype, old.shape, len(self.parts), memory.size)
+            memory.data += np.ascontiguousarray(value, old.dtype.numpy).tobytes()
+        return replace(self, parts=(*self.parts, memory), tensors=tensors)
+
+
+def read_view(part: Part, tensor: Tensor) -> AnyArray:
+    """The tensor as an array `[*shape]` with the file's strides. Reads its span once.
+
+    The span is what lies between its first and its last element; for a view of a larger storage
+    that is more than the tensor's own bytes.
+    """
+    itemsize = tensor.dtype.itemsize
+    strides = contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
+    span = span_elements(tensor.shape, strides)
+    out = np.empty(span, tensor.dtype.numpy)
+    part.read_into(tensor.offset, memoryview(out.view(np.uint8)))
+    return np.lib.stride_tricks.as_strided(
+        out, tensor.shape, tuple(stride * itemsize for stride in strides), writeable=False
+    )
+
+
+def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided tensor, both counted."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def without_wrappers(
+    tensors: Mapping[str, Tensor], *, keep_prefix: bool
+) -> tuple[Mapping[str, Tensor], str]:
+    """Take off what DistributedDataParallel, torch.compile and AveragedModel add to all names.
+
+    `AveragedModel`'s counter, `n_averaged` beside names in `module.`, is no part of the model and
+    goes in any case.
+
+    Returns:
+        The tensors and the prefix that was taken off (empty where none was).
+    """
+    taken, names = "", list(tensors)
+    while names:
+        others = [name for name in names if name != f"{taken}n_averaged"]
+        if others and all(name.startswith(f"{taken}module.") for name in others):
+            names, taken = others, f"{taken}module."
+        elif all(name.startswith(f"{taken}_orig_mod.") for name in names):
+            taken = f"{taken}_orig_mod."
+        else:
+            break
+    if keep_prefix or not taken:
+        kept = tensors if len(names) == len(tensors) else {name: tensors[name] for name in names}
+        return kept, ""
+    return {name.removeprefix(taken): tensors[name] for name in names}, taken

@@ -1,0 +1,310 @@
+"""Which checkpoints go into an average: find them, open them, hold them against each other.
+
+Checkpoints are opened one at a time and reduced to where their tensors are, in the order of the
+first one's: twenty checkpoints of 100,000 tensors fit into memory that way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.compare import same_tensors
+from ckptavg.errors import MismatchError, SelectionError, printable
+from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.tensors import Tensor
+
+log = logging.getLogger("ckptavg")
+
+# What trainers leave beside their checkpoints in files of the same endings.
+_NOT_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|rng_state|random_states|training_args|scaler|sampler)([_.-]?\d.*)?\.\w+"
+)
+_DIGITS = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A checkpoint reduced to where its tensors are, in the order of the reference's tensors.
+
+    Attributes:
+        checkpoint: what else it is; its `tensors` are left out.
+        parts: the part that each tensor is in, `[num_tensors]`.
+        offsets: where in its part it begins, in bytes, `[num_tensors]`.
+        strides: of those tensors that are not contiguous, by index.
+    """
+
+    checkpoint: Checkpoint
+    parts: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    strides: Mapping[int, tuple[int, ...]]
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's path."""
+        return self.checkpoint.path
+
+    def tensor(self, index: int, like: Tensor) -> Tensor:
+        """The tensor at an index; dtype and shape are the reference's."""
+        return Tensor(
+            like.dtype,
+            like.shape,
+            int(self.parts[index]),
+            int(self.offsets[index]),
+            self.strides.get(index),
+        )
+
+    def same_place(self, one: int, other: int) -> bool:
+        """Whether two tensors of one dtype and shape have the same bytes."""
+        return (
+            self.parts[one] == self.parts[other]
+            and self.offsets[one] == self.offsets[other]
+            and self.strides.get(one) == self.strides.get(other)
+        )
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Checkpoints of one model, in the order of training.
+
+    Attributes:
+        tensors: name to description, as the reference (the first one opened) has them.
+        sources: one for each checkpoint.
+        order_is_known: whether the order comes from steps, or is but that of the names.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sources: tuple[Source, ...]
+    order_is_known: bool
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names, in the order of the arrays."""
+        return tuple(self.tensors)
+
+    def labels(self) -> tuple[str, ...]:
+        """The sources' paths below the folder that they have in common."""
+        return labels([source.path for source in self.sources])
+
+
+def collect(
+    inputs: Sequence[Path],
+    *,
+    key: str | None = None,
+    keep_prefix: bool = False,
+    expect: int | None = None,
+) -> Collection:
+    """Find, open, compare and order the checkpoints.
+
+    Args:
+        inputs: directories of checkpoints, and checkpoints.
+        key: which state dict to take where a file holds several.
+        keep_prefix: leave a wrapper's prefix on the names.
+        expect: how many checkpoints there must be.
+
+    Raises:
+        SelectionError: there are none, or not as many as expected.
+        FormatError: one of them is damaged or of an unknown kind.
+        MismatchError: they differ in names, shapes or dtypes.
+    """
+    gathered = _Gathered()
+    taken_off: dict[str, int] = defaultdict(int)
+    for path, named in find(inputs):
+        checkpoint, prefix = open_checkpoint(path, key=key, keep_prefix=keep_prefix)
+        if checkpoint.provenance is not None and not named:
+            log.info("%s is an average made earlier: left out", printable(path.name))
+            continue
+        if prefix:
+            taken_off[prefix] += 1
+        gathered.add(checkpoint)
+    for prefix, count in taken_off.items():
+        log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
+    return gathered.finish(inputs, expect)
+
+
+class _Gathered:
+    """What has been opened so far."""
+
+    def __init__(self) -> None:
+        self.reference: Checkpoint | None = None
+        self.sources: list[Source] = []
+        self.differences: list[str] = []
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        if self.reference is None:
+            self.reference = checkpoint
+        elif checkpoint.tensors is self.reference.tensors:
+            first = self.sources[0]
+            self.sources.append(replace(first, checkpoint=replace(checkpoint, tensors={})))
+            return
+        differences = list(compare(self.reference, checkpoint))
+        self.differences += differences
+        if not differences:
+            self.sources.append(_locate(self.reference.tensors, checkpoint))
+
+    def finish(self, inputs: Sequence[Path], expect: int | None) -> Collection:
+        if self.differences:
+            raise MismatchError(
+                f"the checkpoints are not of one model, {len(self.differences)} differences:",
+                self.differences,
+            )
+        if self.reference is None:
+            where = ", ".join(printable(path) for path in inputs)
+            raise SelectionError(
+                f"no checkpoint found in {where}",
+                remedy=f"files ending with {' '.join(SUFFIXES)} are looked for",
+            )
+        tensors = self.reference.tensors
+        sources, known = in_order(_without_duplicates(tensors, self.sources))
+        if expect is not None and len(sources) != expect:
+            found = ", ".join(labels([source.path for source in sources]))
+            raise SelectionError(f"expected {expect} checkpoints, found {len(sources)}: {found}")
+        _mention_other_state_dicts(sources)
+        return Collection(tensors, tuple(sources), known)
+
+
+def _mention_other_state_dicts(sources: Sequence[Source]) -> None:
+    last = sources[-1].checkpoint
+    if last.other_keys:
+        others = ", ".join(printable(name) for name in last.other_keys)
+        log.info(
+            "took the state dict %r; there is also %s, to be taken with --key",
+            printable(last.key),
+            others,
+        )
+
+
+def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
+    """The checkpoints among the inputs, each once, and whether it was named itself.
+
+    Raises:
+        SelectionError: an input does not exist.
+    """
+    found: dict[Path, bool] = {}
+    for path in inputs:
+        if path.is_dir():
+            for inner in sorted(path.iterdir(), key=lambda entry: natural(entry.name)):
+                if looks_like_checkpoint(inner):
+                    found.setdefault(inner, False)
+        elif not path.exists():
+            raise SelectionError("does not exist", path=path)
+        else:
+            found[path] = True
+    return list(found.items())
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether a file in a directory is a checkpoint by its name."""
+    return (
+        path.suffix in SUFFIXES
+        and not path.name.startswith(".")
+        and not _NOT_WEIGHTS.fullmatch(path.name)
+        and not path.is_dir()
+    )
+
+
+def compare(reference: Checkpoint, other: Checkpoint) -> Iterable[str]:
+    """Every difference of names, shapes and dtypes, a line each."""
+    mine, theirs = printable(reference.path), printable(other.path)
+    for name, tensor in reference.tensors.items():
+        found = other.tensors.get(name)
+        label = printable(name)
+        if found is None:
+            yield f"{label}: in {mine}, missing in {theirs}"
+            continue
+        if found.shape != tensor.shape:
+            yield f"{label}: shape {tensor.shape} in {mine}, {found.shape} in {theirs}"
+        if found.dtype != tensor.dtype:
+            yield f"{label}: {tensor.dtype.name} in {mine}, {found.dtype.name} in {theirs}"
+    for name in other.tensors:
+        if name not in reference.tensors:
+            yield f"{printable(name)}: in {theirs}, missing in {mine}"
+
+
+def _locate(names: Iterable[str], checkpoint: Checkpoint) -> Source:
+    tensors = [checkpoint.tensors[name] for name in names]
+    return Source(
+        replace(checkpoint, tensors={}),
+        np.array([tensor.part for tensor in tensors], np.int32),
+        np.array([tensor.offset for tensor in tensors], np.int64),
+        {
+            index: tensor.strides
+            for index, tensor in enumerate(tensors)
+            if tensor.strides is not None
+        },
+    )
+
+
+def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) -> list[Source]:
+    """Hard links, symlinks and copies of one checkpoint count once.
+
+    A copy has the same recorded step and the same bytes in every tensor. Of several names the one
+    with a number in it stays: `checkpoint-12`, not `last`.
+    """
+    kept: list[Source] = []
+    by_name = sorted(
+        sources, key=lambda source: (not _DIGITS.search(source.path.name), natural(str(source.path)))
+    )
+    for source in by_name:
+        twin = next((other for other in kept if _is_copy(tensors, other, source)), None)
+        if twin is None:
+            kept.append(source)
+        else:
+            log.info(
+                "%s is the same checkpoint as %s: counted once",
+                printable(source.path.name),
+                printable(twin.path.name),
+            )
+    return kept
+
+
+def _is_copy(tensors: Mapping[str, Tensor], one: Source, other: Source) -> bool:
+    if all(
+        os.path.samefile(mine.path, theirs.path)
+        for mine, theirs in zip(one.checkpoint.parts, other.checkpoint.parts, strict=False)
+    ):
+        return True
+    return one.checkpoint.step == other.checkpoint.step and same_tensors(tuple(tensors.values()), one, other)
+
+
+def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
+    """Sort by training step: as recorded, else by the numbers in the names.
+
+    Returns:
+        The sources, and whether that order is sure: not where only some of them have a step.
+    """
+    by_name = sorted(sources, key=lambda source: natural(str(source.path)))
+    for fact in ("global_step", "step", "epoch"):
+        if all(fact in source.checkpoint.facts for source in sources):
+            return sorted(by_name, key=lambda source: source.checkpoint.facts[fact]), True
+    own = labels([source.path for source in sources])
+    numbered = [bool(_DIGITS.search(label)) for label in own]
+    recorded = [source.checkpoint.step is not None for source in sources]
+    with_step = [a or b for a, b in zip(numbered, recorded, strict=True)]
+    return by_name, all(numbered) or not any(with_step)
+
+
+def natural(text: str) -> tuple[tuple[int, int | str], ...]:
+    """A sort key with `step_100` before `step_1000` and after `step_20`."""
+    return tuple(
+        (0, int(piece)) if piece.isdecimal() else (1, piece)
+        for piece in _DIGITS.split(text)
+        if piece
+    )
+
+
+def labels(paths: Sequence[Path]) -> tuple[str, ...]:
+    """What tells the paths apart: each below the folder that they have in common."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - links stay links
+    common = os.path.commonpath([path.parent for path in absolute])
+    return tuple(path.relative_to(common).as_posix() for path in absolute)

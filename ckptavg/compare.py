@@ -1,0 +1,82 @@
+"""Whether bytes are equal: of whole checkpoints (copies), and of integers (never averaged)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ckptavg.checkpoint import read_view
+from ckptavg.runs import runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ckptavg.collect import Source
+    from ckptavg.tensors import Tensor
+
+_PIECE = 1 << 20
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+def same_tensors(tensors: Sequence[Tensor], one: Source, other: Source) -> bool:
+    """Whether two checkpoints have the same bytes in every tensor.
+
+    Samples are compared first: checkpoints that differ do so nearly everywhere.
+    """
+    for index in np.linspace(0, len(tensors) - 1, _SAMPLES, dtype=int):
+        size = min(_SAMPLE_BYTES, tensors[index].nbytes)
+        if index not in one.strides and index not in other.strides and any(
+            _read(one, index, 0, size) != _read(other, index, 0, size)
+        ):
+            return False
+    return next(differing(tensors, range(len(tensors)), one, other), None) is None
+
+
+def differing(
+    tensors: Sequence[Tensor], indices: Sequence[int], one: Source, other: Source
+) -> Iterator[int]:
+    """Indices of the tensors whose bytes differ between two checkpoints, among `indices`."""
+    unlike = one.strides.keys() | other.strides.keys()
+    for index in indices:
+        if index in unlike and not _same_strided(tensors[index], index, one, other):
+            yield index
+    flat = np.array([index for index in indices if index not in unlike], int)
+    nbytes = np.array([tensors[index].nbytes for index in flat], np.int64)
+    places = [(source.parts[flat], source.offsets[flat]) for source in (one, other)]
+    for first, last in runs(nbytes, places):
+        yield from _differing_in_run(flat[first:last], nbytes[first:last], one, other)
+
+
+def _differing_in_run(
+    indices: np.ndarray, nbytes: np.ndarray, one: Source, other: Source
+) -> Iterator[int]:
+    ends = np.cumsum(nbytes)
+    found = -1
+    for start in range(0, int(ends[-1]), _PIECE):
+        size = min(_PIECE, int(ends[-1]) - start)
+        unequal = _read(one, indices[0], start, size) != _read(other, indices[0], start, size)
+        where = np.flatnonzero(unequal) + start
+        for position in np.unique(np.searchsorted(ends, where, side="right")):
+            if position > found:
+                found = int(position)
+                yield int(indices[position])
+
+
+def _read(source: Source, index: int, start: int, size: int) -> np.ndarray:
+    """Bytes of a run that begins at a tensor."""
+    out = np.empty(size, np.uint8)
+    part = source.checkpoint.parts[source.parts[index]]
+    part.read_into(int(source.offsets[index]) + start, memoryview(out))
+    return out
+
+
+def _same_strided(like: Tensor, index: int, one: Source, other: Source) -> bool:
+    mine, theirs = (
+        np.ascontiguousarray(
+            read_view(source.checkpoint.parts[source.parts[index]], source.tensor(index, like))
+        ).view(np.uint8)
+        for source in (one, other)
+    )
+    return bool(np.array_equal(mine, theirs))

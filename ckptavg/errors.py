@@ -1,0 +1,84 @@
+"""What can go wrong. Each error is one line that says what, where, and what to do."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LONGEST_NAME = 300
+
+
+def printable(name: object) -> str:
+    """A name from a file, made safe for one line of a terminal: no control codes, not endless."""
+    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(name))
+    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
+
+
+class CkptAvgError(Exception):
+    """Whatever a user has to hear of: the data, the model or the surroundings are at fault.
+
+    Attributes:
+        path: the file it speaks of, if one.
+        tensor: the tensor it speaks of, if one.
+        remedy: what to do about it, if something can be done.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        tensor: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.path, self.tensor, self.remedy = message, path, tensor, remedy
+
+    def __str__(self) -> str:
+        where = [printable(part) for part in (self.path, self.tensor) if part is not None]
+        text = ": ".join([*where, self.message])
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+class FormatError(CkptAvgError):
+    """A file is damaged, of an unknown kind, or holds what cannot be averaged."""
+
+
+class SelectionError(CkptAvgError):
+    """The checkpoints, or the state dict within one, are none, too many, or unclear."""
+
+
+class MismatchError(CkptAvgError):
+    """Checkpoints that are no snapshots of one model: names, shapes or dtypes differ.
+
+    Attributes:
+        differences: one line for each difference.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str]) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+    def __str__(self) -> str:
+        return "\n  ".join([self.message, *self.differences])
+
+
+class ValueRangeError(CkptAvgError):
+    """A tensor holds, or its average would hold, values that make no model: NaN, Inf, overflow."""
+
+
+class OutputError(CkptAvgError):
+    """The output cannot be written."""
+
+
+class RefreshError(CkptAvgError):
+    """The norm statistics cannot be refreshed with this model and this loader."""
+
+
+class UserCodeError(CkptAvgError):
+    """The user's own model, loader or function raised: `__cause__` is what it raised."""

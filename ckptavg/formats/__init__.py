@@ -1,0 +1,72 @@
+"""The containers that can be read: one module each, with `matches` and `open_checkpoint`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol, cast
+
+from ckptavg.checkpoint import without_wrappers
+from ckptavg.errors import FormatError
+from ckptavg.formats import safetensors, torchzip
+from ckptavg.parts import File
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.checkpoint import Checkpoint
+
+_HEAD = 16
+
+
+class Format(Protocol):
+    """What a module of this package offers."""
+
+    SUFFIXES: tuple[str, ...]
+
+    def matches(self, file: File, head: bytes) -> bool:
+        """Whether the file is of this kind, by its first bytes."""
+
+    def open_checkpoint(self, file: File, key: str | None) -> Checkpoint:
+        """Describe what it holds, from headers alone."""
+
+
+FORMATS = cast("tuple[Format, ...]", (safetensors, torchzip))
+SUFFIXES = tuple(suffix for container in FORMATS for suffix in container.SUFFIXES)
+
+
+def open_checkpoint(
+    path: Path, *, key: str | None = None, keep_prefix: bool = False
+) -> tuple[Checkpoint, str]:
+    """Open a checkpoint and describe it; no tensor is read, nothing in it is run.
+
+    Args:
+        path: the file.
+        key: which state dict to take of several, such as `state_dict_ema`.
+        keep_prefix: leave a wrapper's prefix (`module.`, `_orig_mod.`) on the names.
+
+    Returns:
+        The checkpoint and the wrapper's prefix that was taken off (empty where none was).
+
+    Raises:
+        FormatError: it is damaged, or of no kind that is known here.
+        SelectionError: it holds several state dicts and none of them is the plain one.
+    """
+    file = File(path)
+    head = file.read(0, min(_HEAD, file.size))
+    for container in FORMATS:
+        if container.matches(file, head):
+            opened = container.open_checkpoint(file, key)
+            tensors, prefix = without_wrappers(opened.tensors, keep_prefix=keep_prefix)
+            return replace(opened, tensors=tensors), prefix
+    raise FormatError(unknown(file, head), path=path)
+
+
+def unknown(file: File, head: bytes) -> str:
+    """Why a file is of no kind that is known here."""
+    if not file.size:
+        return "is empty: was the disk full when it was written?"
+    if torchzip.is_legacy(head):
+        return (
+            "was saved by torch older than 1.6; load it and save it again with a newer torch"
+        )
+    return "is neither safetensors nor a torch file (or is damaged at its start)"

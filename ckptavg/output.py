@@ -1,0 +1,235 @@
+"""Write one file so that it is there whole or not at all.
+
+It is written without a name where the system can (`O_TMPFILE`), else under a temporary one beside
+its destination, and gets its name when it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import threading
+import zlib
+from typing import TYPE_CHECKING, Self
+
+from ckptavg.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from ckptavg.layout import Checksum, Layout
+
+_SYNC_EVERY = 128 << 20
+_PIECE = 1 << 20
+_MODE = 0o666
+
+
+def check_destination(path: Path, *, force: bool) -> None:
+    """Find out before the work starts whether the output can be put there.
+
+    Raises:
+        OutputError: it exists already, or its directory does not, or is not to be written to.
+    """
+    if path.is_dir():
+        raise OutputError("is a directory", path=path, remedy="name a file")
+    if os.path.lexists(path) and not force:
+        raise OutputError("exists already", path=path, remedy="--force replaces it")
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no directory {path.parent}", path=path)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError("its directory is not to be written to", path=path)
+
+
+class OutputFile:
+    """The output while it is being written: a context that leaves nothing behind unless committed.
+
+    Args:
+        path: its destination.
+        layout: its size, and what stands around the tensors.
+        force: replace what is there.
+        fsync: have it on the disk before it gets its name.
+
+    Raises:
+        OutputError: there is no room, or the disk fails.
+    """
+
+    def __init__(self, path: Path, layout: Layout, *, force: bool, fsync: bool) -> None:
+        self.path, self._layout, self._force, self._fsync = path, layout, force, fsync
+        self._temporary: Path | None = None
+        self._syncer: _Syncer | None = None
+
+    def __enter__(self) -> Self:
+        with self._explained():
+            self._fd = self._create()
+        try:
+            with self._explained():
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._fd, 0, self._layout.size)
+                else:
+                    os.truncate(self._fd, self._layout.size)
+            for offset, blob in self._layout.blobs:
+                self.write(offset, memoryview(blob))
+        except BaseException:
+            self._discard()
+            raise
+        if self._fsync:
+            self._syncer = _Syncer(self._fd)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._discard()
+
+    def _create(self) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if hasattr(os, "O_TMPFILE"):
+            # Not every file system knows it; NFS does not.
+            with contextlib.suppress(OSError):
+                return os.open(self.path.parent, flags | os.O_TMPFILE, _MODE)
+        self._temporary = self._beside()
+        return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
+
+    def _beside(self) -> Path:
+        return self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
+
+    def _discard(self) -> None:
+        """Close it, and take away a temporary name that was not used up."""
+        if self._syncer is not None:
+            self._syncer.stop()
+        os.close(self._fd)
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`. Safe from several threads at once."""
+        size = len(data)
+        with self._explained():
+            while len(data):
+                count = os.pwrite(self._fd, data, offset)
+                data, offset = data[count:], offset + count
+        if self._syncer is not None:
+            self._syncer.written(size)
+
+    def commit(self) -> None:
+        """Fill in the checksums, bring it to the disk, and give it its name."""
+        for checksum in self._layout.checksums:
+            crc = self._crc(checksum).to_bytes(4, "little")
+            for target in checksum.targets:
+                self.write(target, memoryview(crc))
+        with self._explained():
+            if self._syncer is not None:
+                self._syncer.stop()
+                self._syncer.raise_failure()
+                os.fsync(self._fd)
+            self._publish()
+            if self._fsync:
+                self._sync_directory()
+
+    def _crc(self, checksum: Checksum) -> int:
+        crc, start, end = 0, checksum.start, checksum.start + checksum.size
+        with self._explained():
+            while start < end:
+                data = os.pread(self._fd, min(_PIECE, end - start), start)
+                crc, start = zlib.crc32(data, crc), start + len(data)
+        return crc
+
+    def _publish(self) -> None:
+        """Give it its name: in one step, and without `force` never over another file."""
+        if self._temporary is None and self._force:
+            temporary = self._beside()
+            self._link(temporary)
+            self._temporary = temporary
+        if self._temporary is None or not self._force:
+            self._link(self.path)
+        else:
+            self._temporary.replace(self.path)
+            self._temporary = None
+
+    def _link(self, name: Path) -> None:
+        if self._temporary is not None:
+            os.link(self._temporary, name)
+            return
+        # Given a directory, Python calls linkat, which follows the link in /proc to the file.
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=directory)
+        finally:
+            os.close(directory)
+
+    def _sync_directory(self) -> None:
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError as error:
+            raise OutputError(
+                "exists already: somebody wrote it meanwhile",
+                path=self.path,
+                remedy="--force replaces it",
+            ) from error
+        except OSError as error:
+            need = f" ({self._layout.size} bytes are needed)" if error.errno == errno.ENOSPC else ""
+            raise OutputError(
+                f"cannot write it: {error.strerror}{need}", path=self.path
+            ) from error
+
+
+class _Syncer:
+    """A thread that brings the file to the disk while the rest is still being made.
+
+    Waiting for the whole of it at the end takes half as long again.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._pending, self._stopping = fd, 0, False
+        self._failure: OSError | None = None
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def written(self, count: int) -> None:
+        """Note that so many more bytes wait in the page cache."""
+        with self._wake:
+            self._pending += count
+            if self._pending >= _SYNC_EVERY:
+                self._wake.notify()
+
+    def stop(self) -> None:
+        """Let the thread end; what is pending then is the caller's."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._stopping or self._pending >= _SYNC_EVERY)
+                if self._stopping:
+                    return
+                self._pending = 0
+            try:
+                getattr(os, "fdatasync", os.fsync)(self._fd)
+            except OSError as error:
+                self._failure = error
+                return
+
+    def raise_failure(self) -> None:
+        """Raise what the disk said; the kernel tells each failure but once."""
+        if self._failure is not None:
+            raise self._failure

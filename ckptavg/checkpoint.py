@@ -83,13 +83,19 @@ class Checkpoint:
         return np.ascontiguousarray(read_view(self.parts[tensor.part], tensor)).reshape(tensor.shape)
 
     def with_values(self, values: Mapping[str, AnyArray]) -> Checkpoint:
-        """The same checkpoint with some tensors in memory instead. Shapes and dtypes stay."""
+        """The same checkpoint with some tensors in memory instead. Shapes and dtypes stay.
+
+        Names with the very same array stay tied.
+        """
         memory = Memory(self.path)
         tensors = dict(self.tensors)
+        places: dict[int, int] = {}
         for name, value in values.items():
             old = tensors[name]
-            tensors[name] = Tensor(old.dtype, old.shape, len(self.parts), memory.size)
-            memory.data += np.ascontiguousarray(value, old.dtype.numpy).tobytes()
+            if id(value) not in places:
+                places[id(value)] = memory.size
+                memory.data += np.ascontiguousarray(value, old.dtype.numpy).tobytes()
+            tensors[name] = Tensor(old.dtype, old.shape, len(self.parts), places[id(value)])
         return replace(self, parts=(*self.parts, memory), tensors=tensors)
 
 
@@ -116,18 +122,16 @@ def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
-def without_wrappers(
-    tensors: Mapping[str, Tensor], *, keep_prefix: bool
-) -> tuple[Mapping[str, Tensor], str]:
+def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Checkpoint, str]:
     """Take off what DistributedDataParallel, torch.compile and AveragedModel add to all names.
 
     `AveragedModel`'s counter, `n_averaged` beside names in `module.`, is no part of the model and
     goes in any case.
 
     Returns:
-        The tensors and the prefix that was taken off (empty where none was).
+        The checkpoint and the prefix that was taken off (empty where none was).
     """
-    taken, names = "", list(tensors)
+    taken, names = "", list(checkpoint.tensors)
     while names:
         others = [name for name in names if name != f"{taken}n_averaged"]
         if others and all(name.startswith(f"{taken}module.") for name in others):
@@ -136,7 +140,13 @@ def without_wrappers(
             taken = f"{taken}_orig_mod."
         else:
             break
-    if keep_prefix or not taken:
-        kept = tensors if len(names) == len(tensors) else {name: tensors[name] for name in names}
-        return kept, ""
-    return {name.removeprefix(taken): tensors[name] for name in names}, taken
+    if not taken:
+        return checkpoint, ""
+    prefix = "" if keep_prefix else taken
+    tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
+    versions = checkpoint.module_versions and {
+        module.removeprefix(prefix): facts
+        for module, facts in checkpoint.module_versions.items()
+        if f"{module}.".startswith(prefix)
+    }
+    return replace(checkpoint, tensors=tensors, module_versions=versions), prefix

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoint import Checkpoint, without_wrappers
 from ckptavg.compare import same_tensors
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
@@ -92,6 +92,13 @@ class Collection:
         """The tensors' names, in the order of the arrays."""
         return tuple(self.tensors)
 
+    @staticmethod
+    def of_one(checkpoint: Checkpoint) -> Collection:
+        """A single checkpoint, names as they are."""
+        return Collection(
+            checkpoint.tensors, (_locate(checkpoint.tensors, checkpoint),), order_is_known=True
+        )
+
     def labels(self) -> tuple[str, ...]:
         """The sources' paths below the folder that they have in common."""
         return labels([source.path for source in self.sources])
@@ -120,7 +127,9 @@ def collect(
     gathered = _Gathered()
     taken_off: dict[str, int] = defaultdict(int)
     for path, named in find(inputs):
-        checkpoint, prefix = open_checkpoint(path, key=key, keep_prefix=keep_prefix)
+        checkpoint, prefix = without_wrappers(
+            open_checkpoint(path, key=key), keep_prefix=keep_prefix
+        )
         if checkpoint.provenance is not None and not named:
             log.info("%s is an average made earlier: left out", printable(path.name))
             continue

@@ -50,7 +50,22 @@ class FormatError(CkptAvgError):
 
 
 class SelectionError(CkptAvgError):
-    """The checkpoints, or the state dict within one, are none, too many, or unclear."""
+    """The checkpoints, or the state dict within one, are none, too many, or unclear.
+
+    Attributes:
+        choices: what there is to choose from, where that is the trouble.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        remedy: str | None = None,
+        choices: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, path=path, remedy=remedy)
+        self.choices = tuple(choices)
 
 
 class MismatchError(CkptAvgError):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, cast
 
-from ckptavg.checkpoint import without_wrappers
 from ckptavg.errors import FormatError
 from ckptavg.formats import safetensors, torchzip
 from ckptavg.parts import File
@@ -34,18 +32,12 @@ FORMATS = cast("tuple[Format, ...]", (safetensors, torchzip))
 SUFFIXES = tuple(suffix for container in FORMATS for suffix in container.SUFFIXES)
 
 
-def open_checkpoint(
-    path: Path, *, key: str | None = None, keep_prefix: bool = False
-) -> tuple[Checkpoint, str]:
+def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
     """Open a checkpoint and describe it; no tensor is read, nothing in it is run.
 
     Args:
         path: the file.
         key: which state dict to take of several, such as `state_dict_ema`.
-        keep_prefix: leave a wrapper's prefix (`module.`, `_orig_mod.`) on the names.
-
-    Returns:
-        The checkpoint and the wrapper's prefix that was taken off (empty where none was).
 
     Raises:
         FormatError: it is damaged, or of no kind that is known here.
@@ -55,9 +47,7 @@ def open_checkpoint(
     head = file.read(0, min(_HEAD, file.size))
     for container in FORMATS:
         if container.matches(file, head):
-            opened = container.open_checkpoint(file, key)
-            tensors, prefix = without_wrappers(opened.tensors, keep_prefix=keep_prefix)
-            return replace(opened, tensors=tensors), prefix
+            return container.open_checkpoint(file, key)
     raise FormatError(unknown(file, head), path=path)
 
 

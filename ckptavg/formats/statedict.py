@@ -90,7 +90,10 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
     known = [name for name in _PLAIN if name in plain]
     if len(known) != 1:
         raise SelectionError(
-            f"several state dicts in it: {_listing(found)}", path=path, remedy="take one with --key"
+            f"several state dicts in it: {_listing(found)}",
+            path=path,
+            remedy="take one with --key",
+            choices=tuple(found),
         )
     return known[0]
 

@@ -1,0 +1,132 @@
+"""`ckptavg average`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptavg.cli.common import Console, common_options, plural, size
+from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
+
+if TYPE_CHECKING:
+    from ckptavg.averaging import Summary
+
+_ROLES = {
+    "averaged": "averaged",
+    "last": "taken from the last checkpoint",
+    "kept": "the same in all",
+}
+
+
+@click.command()
+@click.argument(
+    "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT..."
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where the average goes: .safetensors, or .pt .pth .bin .ckpt for a torch file.",
+)
+@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
+@click.option("--key", help="State dict to take where a file holds several.")
+@click.option("--keep-prefix", is_flag=True, help="Leave module. and _orig_mod. on the names.")
+@click.option(
+    "--drop-aliases", is_flag=True, help="Write tied tensors once, and name the others in metadata."
+)
+@click.option("--dtype", help="Round floating tensors to this: float32, bfloat16, float16, ...")
+@click.option(
+    "--ints",
+    type=click.Choice(["equal", "last"]),
+    default="equal",
+    show_default=True,
+    help="Integer tensors must be equal, or are taken from the last checkpoint.",
+)
+@click.option(
+    "--norm-stats",
+    type=click.Choice(["average", "last"]),
+    default="average",
+    show_default=True,
+    help="What becomes of running_mean and running_var.",
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf in the inputs pass.")
+@click.option("--expect", type=int, metavar="N", help="Fail unless there are N checkpoints.")
+@click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads that work at once.  [default: the processors]",
+)
+@refresh_options
+@common_options
+def average(
+    inputs: tuple[Path, ...],
+    *,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
+    no_fsync: bool,
+    dry_run: bool,
+    **options: Any,  # noqa: ANN401 - the options above, which the library checks
+) -> None:
+    """Average checkpoints into one file.
+
+    INPUT is a directory of checkpoints, or checkpoints: .safetensors, or what torch.save wrote.
+    With --model and --loader the BatchNorm statistics are refreshed as well.
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    refresh = take_refresh_options(options, required=False)
+    from ckptavg.averaging import average as run
+
+    options |= {"fsync": not no_fsync, "dry_run": dry_run}
+    if refresh is None or dry_run:
+        with console.progress("averaging", "B") as progress:
+            summary = run(inputs, output, progress=progress, **options)
+        _say(console, summary, output)
+        console.result(summary)
+        return
+    from ckptavg.norm.files import average_and_refresh
+
+    with console.progress("averaging", "B") as progress:
+        summary, report = average_and_refresh(inputs, output, refresh, progress=progress, **options)
+    _say(console, summary, output)
+    say_report(console, report)
+    console.result({"average": summary, "refresh": report})
+
+
+def _say(console: Console, summary: Summary, output: Path) -> None:
+    """The summary for people."""
+    sources = summary.sources
+    if not summary.written:
+        for source in sources:
+            step = f"{source.step[0]} {source.step[1]}" if source.step else "no step recorded"
+            console.say(f"{source.name}  {step}  {size(source.bytes)}  weight {source.weight:.4g}")
+    verb = "averaged" if summary.written else "would average"
+    console.say(f"{verb} {plural(len(sources), 'checkpoint')}: {_span(summary)}")
+    roles = ", ".join(f"{count:,} {_ROLES[role]}" for role, count in summary.roles.items())
+    console.say(f"  {plural(summary.tensors, 'tensor')}: {roles}")
+    if not summary.written:
+        console.say(
+            f"  would read {size(summary.bytes_read)}, write {size(summary.bytes_written)} to "
+            f"{output}, with about {size(summary.memory)} of memory"
+        )
+        return
+    console.say(f"  wrote {output} ({size(summary.bytes_written)})")
+    if summary.norm_stats == "stale":
+        name = shlex.quote(str(output))
+        console.say(
+            "The BatchNorm statistics are stale: they are those of no single model. Refresh them:\n"
+            f"  ckptavg bn-refresh {name} --model FILE.py:MODEL --loader FILE.py:LOADER"
+        )
+
+
+def _span(summary: Summary) -> str:
+    names = [source.name for source in summary.sources]
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

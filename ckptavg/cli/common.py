@@ -1,0 +1,171 @@
+"""What all commands share: configuration, notices, JSON, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# These make `average` refresh as well, so a table that all commands share cannot ask for it.
+_NOT_SHARED_WITH_AVERAGE = {"model", "loader"}
+
+
+def common_options(command: Command) -> Command:
+    """`--config`, `--json` and `--quiet`, which every command has."""
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors."),
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="Print one JSON document on stdout, and nothing else there.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(dir_okay=False, path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=_load_defaults,
+            help="Read defaults from this TOML file, not from the pyproject.toml that is here.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _load_defaults(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take `[tool.ckptavg]` as defaults: keys for all commands, and a table for each."""
+    table = _read_config(path)
+    group = context.parent.command if context.parent else None
+    commands = group.commands if isinstance(group, click.Group) else {}
+    known = {name: _option_names(command) for name, command in commands.items()}
+    own = context.info_name or ""
+    defaults: dict[str, object] = {}
+    for key, value in table.items():
+        if key in known:
+            for inner, setting in _as_table(key, value).items():
+                if inner not in known[key]:
+                    raise click.UsageError(f"configuration: {key} has no option {inner!r}")
+                if key == own:
+                    defaults[known[key][inner]] = setting
+        elif not any(key in options for options in known.values()):
+            raise click.UsageError(f"configuration: no command has an option {key!r}")
+        elif key in known.get(own, {}) and not (
+            own == "average" and key in _NOT_SHARED_WITH_AVERAGE
+        ):
+            defaults.setdefault(known[own][key], value)
+    context.default_map = {**(context.default_map or {}), **defaults}
+
+
+def _as_table(key: str, value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise click.UsageError(f"configuration: {key} must be a table")
+    return value
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    source = path or Path("pyproject.toml")
+    if path is None and not source.is_file():
+        return {}
+    try:
+        whole = tomllib.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.UsageError(f"configuration: {source}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"configuration: {source}: {error}") from error
+    table = whole.get("tool", {}).get("ckptavg", {})
+    return _as_table("tool.ckptavg", table)
+
+
+def _option_names(command: click.Command) -> dict[str, str]:
+    """Names of a command's long options, as a configuration has them, to parameter names."""
+    return {
+        name.removeprefix("--"): parameter.name or ""
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for name in parameter.opts
+        if name.startswith("--") and name not in ("--config", "--help")
+    }
+
+
+class Console:
+    """Where a command's words go: results to stdout, everything else to stderr."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.notices: list[str] = []
+        log = logging.getLogger("ckptavg")
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        log.handlers = [_Notices(self)]
+
+    def say(self, text: str) -> None:
+        """A line of the result, for people."""
+        if not self.as_json and not self.quiet:
+            click.echo(text)
+
+    def result(self, value: Any) -> None:  # noqa: ANN401 - any dataclass
+        """The result, for machines."""
+        if self.as_json:
+            document = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            if isinstance(document, dict):
+                document = {**document, "notices": self.notices}
+            click.echo(json.dumps(document, indent=2))
+
+    @contextlib.contextmanager
+    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int | None], None] | None]:
+        """A bar on a terminal, nothing elsewhere: yields what is to be told of the progress."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from tqdm import tqdm
+
+        with tqdm(
+            desc=what, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True
+        ) as bar:
+
+            def advance(done: int, total: int | None) -> None:
+                bar.total = total
+                bar.update(done)
+
+            yield advance
+
+
+class _Notices(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        self._console.notices.append(text)
+        if record.levelno >= logging.WARNING:
+            click.echo(f"ckptavg: warning: {text}", err=True)
+        elif not self._console.quiet:
+            click.echo(f"ckptavg: {text}", err=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: `97.8 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:  # noqa: PLR2004 - decimal units
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`, `2 batches`."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith('ch') else 's'}"

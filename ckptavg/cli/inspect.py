@@ -1,0 +1,106 @@
+"""`ckptavg inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptavg.cli.common import Console, common_options, plural, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptavg.inspection import Description
+
+
+@click.command()
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
+)
+@click.option("--key", help="State dict to look at where a file holds several.")
+@common_options
+def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: bool) -> None:
+    """Say what checkpoints hold: from headers alone, running nothing.
+
+    PATH is a checkpoint, or a directory of them.
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    from ckptavg.collect import find
+    from ckptavg.inspection import describe
+
+    files = [path for path, _ in find(paths)]
+    found = [description for path in files for description in describe(path, key=key)]
+    if len(found) == 1:
+        _say_one(console, found[0])
+    elif found:
+        _say_table(console, found)
+    else:
+        console.say("no checkpoints found")
+    console.result({"checkpoints": [description.as_dict() for description in found]})
+
+
+def _say_one(console: Console, one: Description) -> None:
+    from ckptavg.errors import printable
+
+    lines = {
+        "container": f"{one.container}, {size(one.file_bytes)}",
+        "state dict": printable(one.state_dict) or "the whole file",
+        "others": ", ".join(printable(name) for name in one.other_state_dicts)
+        + (" (take one with --key)" if one.other_state_dicts else ""),
+        "tensors": f"{one.tensors:,} of {one.elements:,} elements, {size(one.tensor_bytes)}",
+        "dtypes": ", ".join(f"{name} ({count:,})" for name, count in one.dtypes.items()),
+        "training": ", ".join(f"{name} {value:g}" for name, value in one.facts.items()),
+        "norm layers": f"{one.norm_layers:,} with running statistics" if one.norm_layers else "",
+        "made by": _provenance(one),
+    }
+    console.say(printable(one.path))
+    for label, text in lines.items():
+        if text:
+            console.say(f"  {label:<12} {text}")
+
+
+def _provenance(one: Description) -> str:
+    made = one.provenance
+    if made is None:
+        return ""
+    sources = made.get("sources")
+    count = len(sources) if isinstance(sources, list) else 0
+    statistics = made.get("norm_stats")
+    state = statistics.get("state") if isinstance(statistics, dict) else "unknown"
+    scheme, version = made.get("scheme"), made.get("version")
+    return (
+        f"ckptavg {version}: {scheme} average of {plural(count, 'checkpoint')}, "
+        f"norm statistics {state}"
+    )
+
+
+def _say_table(console: Console, found: Sequence[Description]) -> None:
+    from ckptavg.errors import printable
+
+    header = ("path", "state dict", "step", "rate", "tensors", "bytes", "dtypes", "norm layers")
+    rows = [
+        (
+            printable(one.path),
+            printable(one.state_dict) or "-",
+            next(
+                (
+                    f"{name} {one.facts[name]}"
+                    for name in ("global_step", "step", "epoch")
+                    if name in one.facts
+                ),
+                "-",
+            ),
+            f"{one.facts['learning_rate']:g}" if "learning_rate" in one.facts else "-",
+            f"{one.tensors:,}",
+            size(one.tensor_bytes),
+            ",".join(one.dtypes),
+            f"{one.norm_layers:,}",
+        )
+        for one in found
+    ]
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        console.say("  ".join(cells).rstrip())

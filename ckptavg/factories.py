@@ -1,0 +1,96 @@
+"""Get the user's own objects: `package.module:attr` and `path/to/file.py:attr`.
+
+This imports and runs the user's code, as he asked by naming it. Nothing that stands in a
+checkpoint, or beside one, can ever choose what is named here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import CkptAvgError, UserCodeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+
+@contextlib.contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Tell the user's own exceptions from ours.
+
+    Raises:
+        UserCodeError: from whatever the user's code raised.
+    """
+    try:
+        yield
+    except CkptAvgError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def load_object(spec: str) -> Any:  # noqa: ANN401 - the user's own
+    """Import what a spec names.
+
+    Args:
+        spec: `package.module:attr` or `path/to/file.py:attr`; `attr` may be dotted. Modules are
+            looked for in the working directory too.
+
+    Raises:
+        CkptAvgError: there is no such module, file or attribute.
+        UserCodeError: it raised while it was imported.
+    """
+    place, colon, attribute = spec.rpartition(":")
+    if not colon or not place or not attribute:
+        raise CkptAvgError(f"{spec!r} is not of the form package.module:attr or path/file.py:attr")
+    found: Any = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise CkptAvgError(f"{place} has no {attribute!r}")
+        found = getattr(found, name)
+    return found
+
+
+def _load_module(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with user_code(f"importing {name}"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            raise CkptAvgError(
+                f"there is no module {error.name!r}", remedy="name a file as path/file.py:attr"
+            ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file once: model and loader of one file come from one module."""
+    path = path.resolve()
+    if not path.is_file():
+        raise CkptAvgError("there is no such file", path=path)
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    name = path.stem if known is None else f"ckptavg_user_{path.stem}"
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise CkptAvgError("cannot be imported", path=path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with user_code(f"importing {path}"):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -7,7 +7,7 @@ once. `sum(x_k / K)` would differ from this in one of some hundred float32 value
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _FLOAT32 = np.dtype(np.float32)
 
 
-def accumulator_dtype(dtype: DType) -> np.dtype[np.generic]:
+def accumulator_dtype(dtype: DType) -> np.dtype[Any]:
     """What values of a dtype are summed in."""
     return np.dtype(np.complex128 if dtype.kind == "complex" else np.float64)
 
@@ -43,23 +43,26 @@ def rounded(total: AnyArray, dtype: DType) -> AnyArray:
     """
     if dtype.kind == "float" and dtype.bits < 32:  # noqa: PLR2004
         total = total.astype(_FLOAT32)
-    return total.astype(dtype.numpy, copy=False)
+    values: AnyArray = total.astype(dtype.numpy, copy=False)
+    return values
 
 
 def nonfinite(values: AnyArray, dtype: DType) -> AnyArray:
     """Where values are NaN or Inf, as bools of the same shape."""
     if dtype.name not in _CODES:
-        return np.isfinite(values) ^ True
-    integers, mask = _CODES[dtype.name]
-    return (values.view(integers) & mask) == mask
+        return ~np.isfinite(values)
+    mask = _CODES[dtype.name]
+    codes: AnyArray = values.view(f"u{dtype.itemsize}") & mask
+    odd: AnyArray = codes == mask
+    return odd
 
 
-# Exponents of all ones (a single code for NaN where there is no Inf): ml_dtypes' own isfinite goes
-# value by value through float32.
+# Exponents of all ones (the single code for NaN where there is no Inf). isfinite itself goes value
+# by value through float32 for these, at a tenth of the speed.
 _CODES = {
-    "bfloat16": (np.dtype(np.uint16), np.uint16(0x7F80)),
-    "float16": (np.dtype(np.uint16), np.uint16(0x7C00)),
-    "float8_e5m2": (np.dtype(np.uint8), np.uint8(0x7C)),
-    "float8_e4m3fn": (np.dtype(np.uint8), np.uint8(0x7F)),
-    "float8_e8m0fnu": (np.dtype(np.uint8), np.uint8(0xFF)),
+    "bfloat16": 0x7F80,
+    "float16": 0x7C00,
+    "float8_e5m2": 0x7C,
+    "float8_e4m3fn": 0x7F,
+    "float8_e8m0fnu": 0xFF,
 }

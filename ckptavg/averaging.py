@@ -181,8 +181,7 @@ def refuse_own_input(output: Path, collection: Collection) -> None:
     """
     for source in collection.sources:
         if output.exists() and any(
-            part.path.exists() and os.path.samefile(output, part.path)
-            for part in source.checkpoint.parts
+            part.path.exists() and output.samefile(part.path) for part in source.checkpoint.parts
         ):
             raise OutputError(
                 "is itself one of the checkpoints", path=output, remedy="choose another output"

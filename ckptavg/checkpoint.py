@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ckptavg.parts import Memory, Part
-from ckptavg.tensors import AnyArray, Tensor, contiguous_strides
 
 import numpy as np
 
+from ckptavg.parts import Memory, Part
+from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 PROVENANCE = "ckptavg"
 _STEP_FACTS = ("global_step", "step", "epoch")
@@ -78,9 +78,11 @@ class Checkpoint:
         tensor = self.tensors[name]
         if tensor.dtype.kind == "packed":
             out = np.empty(tensor.nbytes, np.uint8)
-            self.parts[tensor.part].read_into(tensor.offset, memoryview(out))
+            self.parts[tensor.part].read_into(tensor.offset, bytes_of(out))
             return out
-        return np.ascontiguousarray(read_view(self.parts[tensor.part], tensor)).reshape(tensor.shape)
+        return np.ascontiguousarray(read_view(self.parts[tensor.part], tensor)).reshape(
+            tensor.shape
+        )
 
     def with_values(self, values: Mapping[str, AnyArray]) -> Checkpoint:
         """The same checkpoint with some tensors in memory instead. Shapes and dtypes stay.
@@ -109,7 +111,7 @@ def read_view(part: Part, tensor: Tensor) -> AnyArray:
     strides = contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
     span = span_elements(tensor.shape, strides)
     out = np.empty(span, tensor.dtype.numpy)
-    part.read_into(tensor.offset, memoryview(out.view(np.uint8)))
+    part.read_into(tensor.offset, bytes_of(out))
     return np.lib.stride_tricks.as_strided(
         out, tensor.shape, tuple(stride * itemsize for stride in strides), writeable=False
     )

@@ -10,10 +10,10 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from ckptavg.compare import same_tensors
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.tensors import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 log = logging.getLogger("ckptavg")
 
@@ -262,7 +265,8 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
     """
     kept: list[Source] = []
     by_name = sorted(
-        sources, key=lambda source: (not _DIGITS.search(source.path.name), natural(str(source.path)))
+        sources,
+        key=lambda source: (not _DIGITS.search(source.path.name), natural(str(source.path))),
     )
     for source in by_name:
         twin = next((other for other in kept if _is_copy(tensors, other, source)), None)
@@ -279,11 +283,13 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
 
 def _is_copy(tensors: Mapping[str, Tensor], one: Source, other: Source) -> bool:
     if all(
-        os.path.samefile(mine.path, theirs.path)
+        mine.path.samefile(theirs.path)
         for mine, theirs in zip(one.checkpoint.parts, other.checkpoint.parts, strict=False)
     ):
         return True
-    return one.checkpoint.step == other.checkpoint.step and same_tensors(tuple(tensors.values()), one, other)
+    return one.checkpoint.step == other.checkpoint.step and same_tensors(
+        tuple(tensors.values()), one, other
+    )
 
 
 def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:

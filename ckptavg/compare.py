@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.checkpoint import read_view
-from ckptavg.runs import runs
+from ckptavg.runs import Integers, runs
+from ckptavg.tensors import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,8 +28,10 @@ def same_tensors(tensors: Sequence[Tensor], one: Source, other: Source) -> bool:
     """
     for index in np.linspace(0, len(tensors) - 1, _SAMPLES, dtype=int):
         size = min(_SAMPLE_BYTES, tensors[index].nbytes)
-        if index not in one.strides and index not in other.strides and any(
-            _read(one, index, 0, size) != _read(other, index, 0, size)
+        if (
+            index not in one.strides
+            and index not in other.strides
+            and any(_read(one, index, 0, size) != _read(other, index, 0, size))
         ):
             return False
     return next(differing(tensors, range(len(tensors)), one, other), None) is None
@@ -50,7 +53,7 @@ def differing(
 
 
 def _differing_in_run(
-    indices: np.ndarray, nbytes: np.ndarray, one: Source, other: Source
+    indices: Integers, nbytes: Integers, one: Source, other: Source
 ) -> Iterator[int]:
     ends = np.cumsum(nbytes)
     found = -1
@@ -64,11 +67,11 @@ def _differing_in_run(
                 yield int(indices[position])
 
 
-def _read(source: Source, index: int, start: int, size: int) -> np.ndarray:
+def _read(source: Source, index: int, start: int, size: int) -> Integers:
     """Bytes of a run that begins at a tensor."""
     out = np.empty(size, np.uint8)
     part = source.checkpoint.parts[source.parts[index]]
-    part.read_into(int(source.offsets[index]) + start, memoryview(out))
+    part.read_into(int(source.offsets[index]) + start, bytes_of(out))
     return out
 
 

@@ -10,20 +10,20 @@ import contextlib
 import queue
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded
 from ckptavg.checkpoint import read_view
 from ckptavg.errors import CkptAvgError
-from ckptavg.tensors import Tensor, contiguous_strides
+from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ckptavg.parts import Part
-    from ckptavg.tensors import AnyArray, DType
+    from ckptavg.tensors import DType
 
     Read = Callable[["Input"], AnyArray]
 
@@ -116,46 +116,65 @@ def execute(
     Raises:
         BadValueError: an input is NaN or Inf, or the result does not fit the output's dtype.
     """
-    chunks = _chunks(jobs)
-    turn, stop = threading.Lock(), threading.Event()
-    done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-    whole = threading.Lock()
-
-    def work() -> None:
-        try:
-            worker = _Worker(sink, whole, allow_nonfinite=allow_nonfinite)
-            with np.errstate(all="ignore"):
-                while not stop.is_set():
-                    with turn:
-                        chunk = next(chunks, None)
-                    if chunk is None:
-                        break
-                    done.put(worker.do(*chunk))
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
-            stop.set()
-            done.put(error)
-        finally:
-            done.put(None)
-
-    crew = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
-    for thread in crew:
-        thread.start()
-    working, failures = threads, []
+    crew = _Crew(jobs, sink, threads, allow_nonfinite=allow_nonfinite)
     try:
+        yield from crew.reports()
+    finally:
+        crew.stop()
+
+
+class _Crew:
+    """Threads that take chunks from one list, and the queue in which they report."""
+
+    def __init__(
+        self, jobs: Iterator[Job], sink: Sink, threads: int, *, allow_nonfinite: bool
+    ) -> None:
+        self._chunks = _chunks(jobs)
+        self._turn, self._stopping = threading.Lock(), threading.Event()
+        self._whole = threading.Lock()
+        self._sink, self._allow = sink, allow_nonfinite
+        self._done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def reports(self) -> Iterator[int]:
+        """Bytes of each chunk; raises the first failure once all have stopped."""
+        working, failure = len(self._threads), None
         while working:
-            report = done.get()
+            report = self._done.get()
             if report is None:
                 working -= 1
             elif isinstance(report, BaseException):
-                failures.append(report)
+                failure = failure or report
             else:
                 yield report
-    finally:
-        stop.set()
-        for thread in crew:
+        if failure is not None:
+            raise failure
+
+    def stop(self) -> None:
+        """Let the threads end with the chunks that they have."""
+        self._stopping.set()
+        for thread in self._threads:
             thread.join()
-    if failures:
-        raise failures[0]
+
+    def _work(self) -> None:
+        try:
+            worker = _Worker(self._sink, self._whole, allow_nonfinite=self._allow)
+            with np.errstate(all="ignore"):
+                while (chunk := self._next()) is not None:
+                    self._done.put(worker.do(*chunk))
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
+            self._stopping.set()
+            self._done.put(error)
+        finally:
+            self._done.put(None)
+
+    def _next(self) -> tuple[Job, int, int] | None:
+        if self._stopping.is_set():
+            return None
+        with self._turn:
+            return next(self._chunks, None)
 
 
 def _chunks(jobs: Iterator[Job]) -> Iterator[tuple[Job, int, int]]:
@@ -173,8 +192,8 @@ class _Worker:
 
     def __init__(self, sink: Sink, whole: threading.Lock, *, allow_nonfinite: bool) -> None:
         self._sink, self._whole, self._allow = sink, whole, allow_nonfinite
-        self._raw = np.empty(0, np.uint8)
-        self._total = np.empty(0, np.uint8)
+        self._raw: AnyArray = np.empty(0, np.uint8)
+        self._total: AnyArray = np.empty(0, np.uint8)
 
     def do(self, job: Job, start: int, count: int) -> int:
         """Do a chunk of a job; returns the bytes written."""
@@ -186,7 +205,7 @@ class _Worker:
         def read(entry: Input) -> AnyArray:
             values = _buffer(self._raw, count, entry.tensor.dtype.numpy)
             offset = entry.tensor.offset + start * entry.tensor.dtype.itemsize
-            entry.part.read_into(offset, memoryview(values.view(np.uint8)))
+            entry.part.read_into(offset, bytes_of(values))
             return values
 
         self._raw = _grown(self._raw, count * job.inputs[0].tensor.dtype.itemsize)
@@ -194,10 +213,12 @@ class _Worker:
             return self._write(job, start, read(job.inputs[0]))
         dtype = accumulator_dtype(job.dtype)
         self._total = _grown(self._total, count * dtype.itemsize)
-        return self._write(job, start, self._mean(job, _buffer(self._total, count, dtype), read, start))
+        return self._write(
+            job, start, self._mean(job, _buffer(self._total, count, dtype), read, start)
+        )
 
     def _write(self, job: Job, start: int, values: AnyArray) -> int:
-        data = memoryview(values.reshape(-1).view(np.uint8))
+        data = bytes_of(values)
         for target in job.targets:
             self._sink.write(target + start * job.dtype.itemsize, data)
         return len(data) * len(job.targets)
@@ -241,9 +262,7 @@ class _Worker:
                 raise BadValueError(f"the average does not fit {job.dtype.name}", job, element)
             if not self._allow:
                 entry = job.inputs[culprit[position]]
-                raise BadValueError(
-                    f"is {read(entry)[odd][position]}", job, element, entry.part
-                )
+                raise BadValueError(f"is {read(entry)[odd][position]}", job, element, entry.part)
         kept = rounded(first.astype(accumulator_dtype(job.dtype)), job.dtype)
         return np.where(same, kept, values)
 
@@ -273,7 +292,7 @@ def _grown(buffer: AnyArray, size: int) -> AnyArray:
     return buffer if buffer.nbytes >= size else np.empty(size, np.uint8)
 
 
-def _buffer(held: AnyArray, count: int, dtype: np.dtype[np.generic]) -> AnyArray:
+def _buffer(held: AnyArray, count: int, dtype: np.dtype[Any]) -> AnyArray:
     return held[: count * dtype.itemsize].view(dtype)
 
 

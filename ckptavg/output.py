@@ -184,9 +184,7 @@ class OutputFile:
             ) from error
         except OSError as error:
             need = f" ({self._layout.size} bytes are needed)" if error.errno == errno.ENOSPC else ""
-            raise OutputError(
-                f"cannot write it: {error.strerror}{need}", path=self.path
-            ) from error
+            raise OutputError(f"cannot write it: {error.strerror}{need}", path=self.path) from error
 
 
 class _Syncer:

@@ -18,17 +18,16 @@ _MOST_OPEN = 64
 
 
 class Part(Protocol):
-    """A piece of a checkpoint that is read by offset.
-
-    Attributes:
-        path: the file it is, for messages.
-        size: bytes it holds.
-    """
+    """A piece of a checkpoint that is read by offset."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The file."""
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Bytes it holds."""
+
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` (bytes, writable) from `offset`. Safe from several threads at once."""
 

@@ -32,7 +32,10 @@ Role = Literal["averaged", "last", "kept"]
 """What becomes of a tensor: its mean, the last checkpoint's, or what all of them have."""
 
 _NORM_STATISTICS = ("running_mean", "running_var")
-_QUANTISED = re.compile(r"(.*\.)?(qweight|qzeros|SCB|absmax|nested_absmax|quant_map|quant_state\..*)")
+_QUANTISED = re.compile(
+    r"(.*\.)?(qweight|qzeros|SCB|absmax|nested_absmax|quant_map|quant_state\..*)"
+)
+_NARROWEST_PLAIN_FLOAT = 16
 _SCALES = ("_scale", "_scale_inv", "_scales", ".scale", ".scales")
 
 
@@ -263,10 +266,14 @@ def find_ties(tensors: Sequence[Tensor], sources: Sequence[Source]) -> dict[int,
 def refuse_quantised(collection: Collection) -> None:
     """Refuse codes with scales beside them: a mean of codes under unlike scales means nothing."""
     for name, tensor in collection.tensors.items():
-        scaled = tensor.dtype.kind in ("float", "packed") and tensor.dtype.bits <= 8 and any(  # noqa: PLR2004
-            name + scale in collection.tensors
-            or name.rpartition(".")[0] + scale in collection.tensors
-            for scale in _SCALES
+        scaled = (
+            tensor.dtype.kind in ("float", "packed")
+            and tensor.dtype.bits < _NARROWEST_PLAIN_FLOAT
+            and any(
+                name + scale in collection.tensors
+                or name.rpartition(".")[0] + scale in collection.tensors
+                for scale in _SCALES
+            )
         )
         if scaled or tensor.dtype.kind == "packed" or _QUANTISED.fullmatch(name):
             raise FormatError(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 Kind = Literal["float", "complex", "int", "bool", "packed"]
-AnyArray = npt.NDArray[np.generic]
+AnyArray = npt.NDArray[Any]
+"""An array of any dtype."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class DType:
     kind: Kind
 
     @cached_property
-    def numpy(self) -> np.dtype[np.generic]:
+    def numpy(self) -> np.dtype[Any]:
         """The numpy dtype that computes like it (uint8 for packed types)."""
         if self.kind == "packed":
             return np.dtype(np.uint8)
@@ -126,3 +127,8 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         size == 1 or own == wanted
         for size, own, wanted in zip(shape, strides, expected, strict=True)
     )
+
+
+def bytes_of(array: AnyArray) -> memoryview:
+    """The bytes of a C-contiguous array, writable where the array is."""
+    return array.reshape(-1).view(np.uint8).data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -53,31 +54,39 @@ def main() -> None:
 def _run() -> int:
     try:
         code = cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", _INTERRUPTED)
-    except _TerminatedError:
-        return _fail("terminated", _TERMINATED)
-    except UserCodeError as error:
-        if error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        return _fail(f"error: {error}", _FAULT)
-    except CkptAvgError as error:
-        return _fail(f"error: {error}", _FAULT)
-    except BrokenPipeError:
-        # The reader of our output has left; there is nobody to tell.
-        sys.stdout = None  # type: ignore[assignment]
-        return _FAULT
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"error: {where}{error.strerror or error}", _FAULT)
-    except MemoryError:
-        return _fail("error: out of memory; fewer --threads take less", _FAULT)
+    except BaseException as error:  # noqa: BLE001 - what is not known there is raised again
+        return _explain(error)
     return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(f"ckptavg: {message}", err=True)
+def _explain(error: BaseException) -> int:
+    """Say what happened in one line; returns the exit code."""
+    code = _FAULT
+    match error:
+        case click.exceptions.Exit() | click.ClickException():
+            code = error.exit_code
+            if isinstance(error, click.ClickException):
+                error.show()
+            return code
+        case KeyboardInterrupt() | click.Abort():
+            text, code = "interrupted", _INTERRUPTED
+        case _TerminatedError():
+            text, code = "terminated", _TERMINATED
+        case UserCodeError():
+            traceback.print_exception(error.__cause__)
+            text = f"error: {error}"
+        case CkptAvgError():
+            text = f"error: {error}"
+        case BrokenPipeError():
+            # Whoever read our output has left: stdout must not be flushed again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return code
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            text = f"error: {where}{error.strerror or error}"
+        case MemoryError():
+            text = "error: out of memory; fewer --threads take less"
+        case _:
+            raise error
+    click.echo(f"ckptavg: {text}", err=True)
     return code

@@ -14,6 +14,7 @@ from ckptavg.cli.refresh_options import refresh_options, say_report, take_refres
 if TYPE_CHECKING:
     from ckptavg.averaging import Summary
 
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {
     "averaged": "averaged",
     "last": "taken from the last checkpoint",
@@ -38,7 +39,12 @@ _ROLES = {
 @click.option(
     "--drop-aliases", is_flag=True, help="Write tied tensors once, and name the others in metadata."
 )
-@click.option("--dtype", help="Round floating tensors to this: float32, bfloat16, float16, ...")
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    metavar="NAME",
+    help=f"Round floating tensors to this: {', '.join(_DTYPES)}.",
+)
 @click.option(
     "--ints",
     type=click.Choice(["equal", "last"]),
@@ -96,12 +102,12 @@ def average(
 
     with console.progress("averaging", "B") as progress:
         summary, report = average_and_refresh(inputs, output, refresh, progress=progress, **options)
-    _say(console, summary, output)
+    _say(console, summary, output, refreshed=True)
     say_report(console, report)
     console.result({"average": summary, "refresh": report})
 
 
-def _say(console: Console, summary: Summary, output: Path) -> None:
+def _say(console: Console, summary: Summary, output: Path, *, refreshed: bool = False) -> None:
     """The summary for people."""
     sources = summary.sources
     if not summary.written:
@@ -119,7 +125,7 @@ def _say(console: Console, summary: Summary, output: Path) -> None:
         )
         return
     console.say(f"  wrote {output} ({size(summary.bytes_written)})")
-    if summary.norm_stats == "stale":
+    if summary.norm_stats == "stale" and not refreshed:
         name = shlex.quote(str(output))
         console.say(
             "The BatchNorm statistics are stale: they are those of no single model. Refresh them:\n"

@@ -117,9 +117,7 @@ class Console:
     def result(self, value: Any) -> None:  # noqa: ANN401 - any dataclass
         """The result, for machines."""
         if self.as_json:
-            document = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-            if isinstance(document, dict):
-                document = {**document, "notices": self.notices}
+            document = {**_plain(value), "notices": self.notices}
             click.echo(json.dumps(document, indent=2))
 
     @contextlib.contextmanager
@@ -139,6 +137,15 @@ class Console:
                 bar.update(done)
 
             yield advance
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """A dataclass, or a dict of them, as what JSON knows."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
 
 
 class _Notices(logging.Handler):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ckptavg.cli.common import Console, common_options
+from ckptavg.cli.common import common_options
 
 
 @click.command()

@@ -19,7 +19,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def _spec(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     if value is not None and (":" not in value.strip(":")):
-        raise click.BadParameter(f"{value!r} is not of the form package.module:attr or file.py:attr")
+        raise click.BadParameter(
+            f"{value!r} is not of the form package.module:attr or file.py:attr"
+        )
     return value
 
 
@@ -40,7 +42,11 @@ def refresh_options(command: Command) -> Command:
                 help="An iterable of training batches, or a callable that makes it.",
             ),
             click.option(
-                "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="For the model."
+                "--model-arg",
+                "model_args",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="For the model.",
             ),
             click.option(
                 "--loader-arg",
@@ -86,7 +92,9 @@ def refresh_options(command: Command) -> Command:
             click.option(
                 "--max-batches", type=click.IntRange(1), metavar="N", help="Stop after N batches."
             ),
-            click.option("--device", help="Where the model runs.  [default: a GPU if there is one]"),
+            click.option(
+                "--device", help="Where the model runs.  [default: a GPU if there is one]"
+            ),
             click.option(
                 "--seed",
                 type=click.IntRange(0),
@@ -118,10 +126,16 @@ def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshO
             raise click.UsageError(
                 f"a refresh needs --{name} (or {name} in [tool.ckptavg] of pyproject.toml)"
             )
-    keywords = {name: _keywords(taken.pop(name)) for name in ("model_args", "loader_args")}
     from ckptavg.norm.files import RefreshOptions
 
-    return RefreshOptions(model=model, loader=loader, others=others, **keywords, **taken)
+    return RefreshOptions(
+        model=model,
+        loader=loader,
+        model_args=_keywords(taken.pop("model_args")),
+        loader_args=_keywords(taken.pop("loader_args")),
+        others=others,
+        **taken,
+    )
 
 
 def _keywords(pairs: Iterable[str]) -> dict[str, Any]:

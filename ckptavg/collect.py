@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptavg.checkpoint import Checkpoint, without_wrappers
-from ckptavg.compare import same_tensors
+from ckptavg.compare import Contents
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 log = logging.getLogger("ckptavg")
 
@@ -130,18 +130,29 @@ def collect(
     gathered = _Gathered()
     taken_off: dict[str, int] = defaultdict(int)
     for path, named in find(inputs):
-        checkpoint, prefix = without_wrappers(
-            open_checkpoint(path, key=key), keep_prefix=keep_prefix
-        )
-        if checkpoint.provenance is not None and not named:
+        opened = _open(path, key, named=named)
+        if opened is None:
             log.info("%s is an average made earlier: left out", printable(path.name))
             continue
+        checkpoint, prefix = without_wrappers(opened, keep_prefix=keep_prefix)
         if prefix:
             taken_off[prefix] += 1
         gathered.add(checkpoint)
     for prefix, count in taken_off.items():
         log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
     return gathered.finish(inputs, expect)
+
+
+def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
+    """Open a checkpoint; None if it is an average of ours that nobody named."""
+    try:
+        opened = open_checkpoint(path, key=key)
+    except SelectionError:
+        # An average of ours is a state dict without a key, which is no reason to stop.
+        if named or key is None or open_checkpoint(path).provenance is None:
+            raise
+        return None
+    return None if opened.provenance is not None and not named else opened
 
 
 class _Gathered:
@@ -225,22 +236,22 @@ def looks_like_checkpoint(path: Path) -> bool:
     )
 
 
-def compare(reference: Checkpoint, other: Checkpoint) -> Iterable[str]:
+def compare(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
     """Every difference of names, shapes and dtypes, a line each."""
     mine, theirs = printable(reference.path), printable(other.path)
     for name, tensor in reference.tensors.items():
         found = other.tensors.get(name)
-        label = printable(name)
         if found is None:
-            yield f"{label}: in {mine}, missing in {theirs}"
+            yield f"{printable(name)}: in {mine}, missing in {theirs}"
             continue
         if found.shape != tensor.shape:
-            yield f"{label}: shape {tensor.shape} in {mine}, {found.shape} in {theirs}"
-        if found.dtype != tensor.dtype:
-            yield f"{label}: {tensor.dtype.name} in {mine}, {found.dtype.name} in {theirs}"
-    for name in other.tensors:
-        if name not in reference.tensors:
-            yield f"{printable(name)}: in {theirs}, missing in {mine}"
+            yield f"{printable(name)}: shape {tensor.shape} in {mine}, {found.shape} in {theirs}"
+        if found.dtype is not tensor.dtype:
+            yield (
+                f"{printable(name)}: {tensor.dtype.name} in {mine}, {found.dtype.name} in {theirs}"
+            )
+    for name in sorted(other.tensors.keys() - reference.tensors.keys()):
+        yield f"{printable(name)}: in {theirs}, missing in {mine}"
 
 
 def _locate(names: Iterable[str], checkpoint: Checkpoint) -> Source:
@@ -263,33 +274,34 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
     A copy has the same recorded step and the same bytes in every tensor. Of several names the one
     with a number in it stays: `checkpoint-12`, not `last`.
     """
-    kept: list[Source] = []
     by_name = sorted(
         sources,
         key=lambda source: (not _DIGITS.search(source.path.name), natural(str(source.path))),
     )
+    content = Contents(tuple(tensors.values()))
+    by_file: dict[object, Source] = {}
+    by_step: defaultdict[object, list[Source]] = defaultdict(list)
     for source in by_name:
-        twin = next((other for other in kept if _is_copy(tensors, other, source)), None)
+        files = tuple(_file_identity(part.path) for part in source.checkpoint.parts)
+        alike = by_step[source.checkpoint.step]
+        twin = by_file.get(files) or next(
+            (other for other in alike if content.same(other, source)), None
+        )
         if twin is None:
-            kept.append(source)
+            by_file[files] = source
+            alike.append(source)
         else:
             log.info(
                 "%s is the same checkpoint as %s: counted once",
                 printable(source.path.name),
                 printable(twin.path.name),
             )
-    return kept
+    return list(by_file.values())
 
 
-def _is_copy(tensors: Mapping[str, Tensor], one: Source, other: Source) -> bool:
-    if all(
-        mine.path.samefile(theirs.path)
-        for mine, theirs in zip(one.checkpoint.parts, other.checkpoint.parts, strict=False)
-    ):
-        return True
-    return one.checkpoint.step == other.checkpoint.step and same_tensors(
-        tuple(tensors.values()), one, other
-    )
+def _file_identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:

@@ -166,7 +166,8 @@ def test_dtype_rounds_floats_as_torch_does(tmp_path, dtype):
     ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", dtype=dtype)
     result = load_file(tmp_path / "out.safetensors")
     for name in ("embed.weight", "scalar", "layer.bias"):
-        wanted = (sum(state[name].double() for state in states) / 3).to(getattr(torch, dtype))
+        first, second, third = (state[name].double() for state in states)
+        wanted = ((first + second + third) / 3).to(getattr(torch, dtype))
         assert same_bits(result[name], wanted), name
     assert result["layer.ids"].dtype == torch.int64
 
@@ -398,8 +399,6 @@ class TestNonFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_names_file_and_tensor(self, tmp_path, dtype, value):
         states = [{"a": torch.ones(500), "b": torch.ones(300_000).to(dtype)} for _ in range(3)]
-        if value != value and dtype == torch.float8_e5m2:
-            pass
         states[1]["b"][200_123] = value
         save_run(tmp_path / "run", states)
         with pytest.raises(ValueRangeError, match=r"step_1\.safetensors: b: element 200123: is"):
@@ -427,7 +426,9 @@ class TestNonFinite:
 
     def test_a_mean_that_overflows_the_output_is_an_error(self, tmp_path):
         save_run(tmp_path / "run", [{"w": torch.tensor([1.0, value])} for value in (1e5, 2e5)])
-        with pytest.raises(ValueRangeError, match="w: element 1: the average does not fit float16"):
+        with pytest.raises(
+            ValueRangeError, match=r"w: element 1: the average does not fit float16"
+        ):
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", dtype="float16")
 
 

@@ -1,0 +1,63 @@
+"""Write `docs/cli.md` from the commands' own help: `python docs/make_cli.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ckptavg.cli import cli
+
+_HEAD = """# Command reference
+
+This page is made from `ckptavg --help` by `python docs/make_cli.py`; a test fails when it is stale.
+
+Results go to stdout, messages and progress to stderr; `--json` prints one JSON document on stdout
+and nothing else there.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | the data, the model or the surroundings are at fault: one line says what and where |
+| 2 | wrong usage |
+| 130 | interrupted (SIGINT) |
+| 143 | terminated (SIGTERM) |
+
+## Configuration
+
+`[tool.ckptavg]` in the `pyproject.toml` of the working directory, or in the file that `--config`
+names, supplies defaults. Keys are the long options without their dashes; a key in `[tool.ckptavg]`
+is for every command that has such an option, one in `[tool.ckptavg.COMMAND]` for that command.
+
+```toml
+[tool.ckptavg]
+model = "train.py:make_model"
+loader = "train.py:train_loader"
+
+[tool.ckptavg.average]
+expect = 5
+```
+
+`model` and `loader` in the common table are for `bn-refresh`; `average` refreshes as well only
+where its own table or its command line has them. Nothing beside a checkpoint is ever read as
+configuration.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    sections = [_HEAD]
+    for name, command in cli.commands.items():
+        context = click.Context(
+            command,
+            info_name=f"ckptavg {name}",
+            max_content_width=100,
+            terminal_width=100,
+            help_option_names=["-h", "--help"],
+        )
+        sections.append(f"## ckptavg {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(sections)
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "cli.md").write_text(reference(), encoding="utf-8")

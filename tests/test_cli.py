@@ -1,0 +1,336 @@
+"""The command line: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+import ckptavg
+from ckptavg import cli
+from ckptavg.cli.average import _DTYPES
+from ckptavg.cli.common import plural, size
+from tests.oracle import random_state_dicts, save_run
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    """Run a command in this process."""
+    result = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
+    if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the real command."""
+    return subprocess.run(
+        [sys.executable, "-m", "ckptavg", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+
+
+@pytest.fixture
+def ckpts(tmp_path: Path) -> Path:
+    states = random_state_dicts(3)
+    for state in states:
+        state["bn.running_mean"] = torch.randn(4)
+    save_run(tmp_path / "ckpts", states)
+    return tmp_path / "ckpts"
+
+
+class TestAverage:
+    def test_says_what_it_did_and_what_comes_next(self, ckpts, tmp_path):
+        out = tmp_path / "my swa.safetensors"
+        result = run("average", ckpts, "-o", out)
+        assert result.stderr == ""
+        assert result.stdout.splitlines() == [
+            "averaged 3 checkpoints: step_0.safetensors to step_2.safetensors",
+            "  9 tensors: 7 averaged, 1 the same in all, 1 taken from the last checkpoint",
+            f"  wrote {out} ({size(out.stat().st_size)})",
+            "The BatchNorm statistics are stale: they are those of no single model. Refresh them:",
+            f"  ckptavg bn-refresh '{out}' --model FILE.py:MODEL --loader FILE.py:LOADER",
+        ]
+
+    def test_json_is_all_there_is_on_stdout(self, ckpts, tmp_path):
+        os.link(ckpts / "step_2.safetensors", ckpts / "last.safetensors")
+        result = run("average", ckpts, "-o", tmp_path / "o.safetensors", "--json")
+        document = json.loads(result.stdout)
+        assert [source["name"] for source in document["sources"]] == [
+            f"step_{step}.safetensors" for step in range(3)
+        ]
+        assert document["written"] is True
+        assert document["bytes_written"] == (tmp_path / "o.safetensors").stat().st_size
+        assert len(document["notices"]) == 1
+        assert "counted once" in document["notices"][0]
+        assert "counted once" in result.stderr
+
+    def test_quiet_says_nothing(self, ckpts, tmp_path):
+        os.link(ckpts / "step_2.safetensors", ckpts / "last.safetensors")
+        result = run("average", ckpts, "-o", tmp_path / "o.safetensors", "-q")
+        assert result.output == ""
+
+    def test_quiet_does_not_hide_warnings(self, ckpts, tmp_path):
+        result = run("average", ckpts / "step_1.safetensors", "-o", tmp_path / "o.pt", "-q")
+        assert result.stderr.startswith("ckptavg: warning: only one checkpoint")
+
+    def test_dry_run_lists_the_files_in_order(self, ckpts, tmp_path):
+        result = run("average", ckpts, "-o", tmp_path / "o.safetensors", "--dry-run")
+        lines = result.stdout.splitlines()
+        assert [line.split()[0] for line in lines[:3]] == [
+            f"step_{step}.safetensors" for step in range(3)
+        ]
+        assert "would average 3 checkpoints" in lines[3]
+        assert "would read 3.6 MB, write 1.2 MB" in lines[5]
+        assert "of memory" in lines[5]
+        assert not (tmp_path / "o.safetensors").exists()
+
+    def test_takes_every_option(self, ckpts, tmp_path):
+        out = tmp_path / "o.safetensors"
+        run(
+            *("average", ckpts, "-o", out, "--dtype", "bfloat16", "--ints", "last"),
+            *("--norm-stats", "last", "--allow-nonfinite", "--expect", 3, "--no-fsync"),
+            *("--keep-prefix", "--drop-aliases", "-j", 1, "--force"),
+        )
+        assert load_file(out)["scalar"].dtype == torch.bfloat16
+
+    def test_the_dtypes_offered_are_those_known(self):
+        from ckptavg.tensors import BY_NAME
+
+        assert all(BY_NAME[name].kind == "float" for name in _DTYPES)
+
+
+class TestExitCodes:
+    def test_a_fault_of_the_data_is_one_line_and_1(self, ckpts, tmp_path):
+        (ckpts / "step_3.safetensors").write_bytes(b"\xff" * 100)
+        done = process("average", ckpts, "-o", tmp_path / "o.safetensors")
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"ckptavg: error: {ckpts / 'step_3.safetensors'}: ")
+        assert os.listdir(tmp_path) == ["ckpts"]
+
+    def test_differences_are_listed_a_line_each(self, tmp_path):
+        save_run(tmp_path / "run", [{"a": torch.ones(1)}, {"b": torch.ones(1)}])
+        done = process("average", tmp_path / "run", "-o", tmp_path / "o.safetensors")
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 3
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["average"],
+            ["average", "x"],
+            ["average", "x", "-o", "y.pt", "--dtype", "int8"],
+            ["average", "x", "-o", "y.pt", "-j", "0"],
+            ["average", "x", "-o", "y.pt", "--model", "nocolon", "--loader", "a:b"],
+            ["average", "x", "-o", "y.pt", "--model", "a:b"],
+            ["bn-refresh", "x"],
+            ["bn-refresh", "x", "--model", "a:b", "--loader", "a:b", "--model-arg", "novalue"],
+            ["inspect"],
+            ["nonsense"],
+            ["average", "x", "-o", "y.pt", "--config", "missing.toml"],
+        ],
+    )
+    def test_wrong_usage_is_2(self, arguments):
+        run(*arguments, code=2)
+
+    def test_help_and_version_are_0(self):
+        for arguments in (["--help"], ["average", "-h"], ["--version"]):
+            run(*arguments)
+
+    @pytest.mark.parametrize(
+        ("number", "code", "word"),
+        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    )
+    @pytest.mark.parametrize("hidden", [True, False])
+    def test_signals_leave_nothing_behind(self, tmp_path, number, code, word, hidden):
+        """The run is held at its first write until the signal has come."""
+        save_run(tmp_path / "ckpts", [{"w": torch.randn(1000)} for _ in range(2)])
+        script = (
+            "import os, sys, time\n"
+            + ("" if hidden else "del os.O_TMPFILE\n")
+            + "from ckptavg.output import OutputFile\n"
+            "def hold(self, offset, data):\n"
+            "    print('writing', flush=True)\n"
+            "    time.sleep(0.5)\n"
+            "OutputFile.write = hold\n"
+            "sys.argv = ['ckptavg', 'average', 'ckpts', '-o', 'o.safetensors']\n"
+            "from ckptavg.cli import main\n"
+            "main()\n"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "writing\n"
+        time.sleep(0.05)
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=20)
+        assert child.returncode == code
+        assert errors.strip() == f"ckptavg: {word}"
+        assert os.listdir(tmp_path) == ["ckpts"]
+
+
+class TestInspect:
+    def test_one_checkpoint(self, tmp_path):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+        path = tmp_path / "c.ckpt"
+        torch.save(
+            {
+                "state_dict": model.state_dict(),
+                "state_dict_ema": model.state_dict(),
+                "optimizer_states": [optimizer.state_dict()],
+                "global_step": 70,
+                "epoch": 3,
+            },
+            path,
+        )
+        lines = run("inspect", path).stdout.splitlines()
+        assert lines == [
+            str(path),
+            f"  container    torch, {size(path.stat().st_size)}",
+            "  state dict   state_dict",
+            "  others       state_dict_ema (take one with --key)",
+            "  tensors      7 of 22 elements, 92 B",
+            "  dtypes       float32 (6), int64 (1)",
+            "  training     global_step 70, epoch 3, learning_rate 0.125",
+            "  norm layers  1 with running statistics",
+        ]
+        [document] = json.loads(run("inspect", path, "--json").stdout)["checkpoints"]
+        assert document["facts"] == {"global_step": 70, "epoch": 3, "learning_rate": 0.125}
+        assert document["other_state_dicts"] == ["state_dict_ema"]
+        assert document["elements"] == 22
+
+    def test_our_own_output_tells_its_provenance(self, ckpts, tmp_path):
+        run("average", ckpts, "-o", tmp_path / "o.safetensors")
+        text = run("inspect", tmp_path / "o.safetensors").stdout
+        assert (
+            f"ckptavg {ckptavg.__version__}: uniform average of 3 checkpoints, norm statistics stale"
+            in text
+        )
+
+    def test_a_directory_is_an_aligned_table(self, ckpts):
+        lines = run("inspect", ckpts).stdout.splitlines()
+        assert len(lines) == 4
+        column = lines[0].index("tensors")
+        assert all(line[column - 1] == " " and line[column] == "9" for line in lines[1:])
+
+    def test_an_unclear_choice_shows_each_state_dict(self, tmp_path):
+        content = {"generator": {"w": torch.ones(1)}, "discriminator": {"w": torch.ones(2)}}
+        torch.save(content, tmp_path / "gan.pt")
+        found = json.loads(run("inspect", tmp_path / "gan.pt", "--json").stdout)["checkpoints"]
+        assert [one["state_dict"] for one in found] == ["generator", "discriminator"]
+
+    def test_terminal_codes_in_names_are_not_printed(self, tmp_path):
+        path = tmp_path / "a\x1b[31m.pt"
+        torch.save({"w": torch.ones(1)}, path)
+        assert "\x1b" not in run("inspect", path).output
+
+
+class TestConfiguration:
+    def write(self, folder: Path, text: str, name: str = "pyproject.toml") -> Path:
+        (folder / name).write_text(text)
+        return folder / name
+
+    def test_pyproject_supplies_defaults(self, ckpts, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        self.write(
+            tmp_path,
+            "[tool.ckptavg]\nno-fsync = true\n[tool.ckptavg.average]\noutput = 'o.safetensors'\ndtype = 'float16'\n",
+        )
+        run("average", ckpts)
+        assert load_file("o.safetensors")["scalar"].dtype == torch.float16
+        run("average", ckpts, "--dtype", "float64", "-f")
+        assert load_file("o.safetensors")["scalar"].dtype == torch.float64
+
+    def test_another_file_on_request(self, ckpts, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        self.write(tmp_path, "[tool.ckptavg.average]\nexpect = 99\n")
+        other = self.write(tmp_path, "[tool.ckptavg.average]\nexpect = 3\n", "other.toml")
+        run("average", ckpts, "-o", "o.safetensors", "--config", other)
+        run("average", ckpts, "-o", "p.safetensors", code=1)
+
+    def test_model_and_loader_for_all_commands_do_not_make_average_refresh(
+        self, ckpts, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        self.write(tmp_path, "[tool.ckptavg]\nmodel = 'nowhere:m'\nloader = 'nowhere:l'\n")
+        run("average", ckpts, "-o", "o.safetensors")
+        result = run("bn-refresh", "o.safetensors", code=1)
+        assert "there is no module 'nowhere'" in str(result.exception)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[tool.ckptavg]\nexpekt = 3\n",
+            "[tool.ckptavg.average]\nexpekt = 3\n",
+            "[tool.ckptavg]\naverage = 3\n",
+            "[tool.ckptavg\n",
+            "[tool.ckptavg.average]\ndtype = 'int8'\n",
+        ],
+    )
+    def test_mistakes_are_usage_errors(self, ckpts, tmp_path, monkeypatch, text):
+        monkeypatch.chdir(tmp_path)
+        self.write(tmp_path, text)
+        run("average", ckpts, "-o", "o.safetensors", code=2)
+
+    def test_a_configuration_beside_a_checkpoint_is_never_read(self, ckpts, tmp_path, monkeypatch):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        self.write(ckpts, "[tool.ckptavg.average]\nexpect = 99\n")
+        run("average", ckpts, "-o", "o.safetensors")
+
+
+def test_help_imports_neither_numpy_nor_torch():
+    code = (
+        "import sys; sys.argv = ['ckptavg', '--help']\n"
+        "from ckptavg.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'numpy', 'tqdm'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+    assert "bn-refresh" in done.stdout
+
+
+def test_every_option_and_command_has_a_help_text():
+    for name, command in cli.cli.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts}"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (97_800_000, "97.8 MB"), (3e12, "3.0 TB")],
+)
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def test_plurals():
+    assert [plural(1, "batch"), plural(2, "batch"), plural(1000, "tensor")] == [
+        "1 batch",
+        "2 batches",
+        "1,000 tensors",
+    ]

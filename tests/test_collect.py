@@ -1,0 +1,255 @@
+"""Which checkpoints are taken, in which order, and which are not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import ckptavg
+from ckptavg.collect import collect, labels, natural
+from ckptavg.errors import CkptAvgError, FormatError, SelectionError
+from tests.oracle import save_run
+
+
+def names(*inputs: Path, **options) -> list[str]:
+    return [source.path.name for source in collect(inputs, **options).sources]
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), float(value)), "n": torch.tensor(int(value))}
+
+
+def save_named(folder: Path, *file_names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for value, name in enumerate(file_names):
+        torch.save(state(value), folder / name)
+
+
+class TestOrder:
+    def test_numbers_in_names_count_as_numbers(self, tmp_path):
+        save_named(tmp_path, "step_1000.pt", "step_100.pt", "step_20.pt")
+        assert names(tmp_path) == ["step_20.pt", "step_100.pt", "step_1000.pt"]
+
+    def test_a_recorded_step_goes_before_the_name(self, tmp_path):
+        for name, step in (("b1.pt", 30), ("a2.pt", 100), ("c3.pt", 20)):
+            torch.save(
+                {"state_dict": state(step), "global_step": step, "epoch": 200 - step},
+                tmp_path / name,
+            )
+        assert names(tmp_path) == ["c3.pt", "b1.pt", "a2.pt"]
+
+    def test_epochs_order_where_there_are_no_steps(self, tmp_path):
+        for name, epoch in (("x.pt", 2), ("y.pt", 1)):
+            torch.save({"state_dict": state(epoch), "epoch": epoch}, tmp_path / name)
+        assert names(tmp_path) == ["y.pt", "x.pt"]
+
+    def test_the_last_in_order_gives_the_counters(self, tmp_path):
+        for name, step in (("z.pt", 1), ("a.pt", 9)):
+            torch.save({"state_dict": state(step), "step": step}, tmp_path / name)
+        ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        assert load_file(tmp_path / "out.safetensors")["n"] == 9
+
+    def test_an_unsure_order_is_an_error_only_where_it_matters(self, tmp_path):
+        counted, plain = tmp_path / "counted", tmp_path / "plain"
+        for folder, extra in ((counted, {"n": 1}), (plain, {})):
+            folder.mkdir()
+            for name, step in (("first.pt", None), ("other.pt", 7)):
+                tensors = {"w": torch.randn(2)} | {
+                    k: torch.tensor(step or v) for k, v in extra.items()
+                }
+                torch.save(
+                    {"state_dict": tensors} | ({"step": step} if step else {}), folder / name
+                )
+        ckptavg.average(plain, tmp_path / "a.safetensors")
+        for options in ({"norm_stats": "average"}, {"weights": [1, 2]}):
+            folder = counted if "norm_stats" in options else plain
+            with pytest.raises(SelectionError, match=r"first\.pt, other\.pt; put the step"):
+                ckptavg.average(folder, tmp_path / "b.safetensors", **options)
+
+    def test_numbers_in_folders_order_files_of_one_name(self, tmp_path):
+        paths = []
+        for epoch in (10, 9, 11):
+            folder = tmp_path / f"epoch_{epoch}"
+            save_named(folder, "model.pt")
+            torch.save(state(epoch), folder / "model.pt")
+            paths.append(folder / "model.pt")
+        found = collect(paths)
+        assert found.labels() == ("epoch_9/model.pt", "epoch_10/model.pt", "epoch_11/model.pt")
+        assert found.order_is_known
+
+    @given(st.lists(st.text(alphabet="ab01-_ .²", max_size=6), max_size=6))
+    def test_natural_keys_can_always_be_compared(self, texts):
+        keys = sorted(map(natural, texts))
+        assert all(one <= other for one, other in pairwise(keys))
+
+
+class TestDuplicates:
+    @pytest.fixture
+    def run(self, tmp_path):
+        save_named(tmp_path / "run", "checkpoint-1.pt", "checkpoint-2.pt")
+        return tmp_path / "run"
+
+    def test_hard_links_count_once(self, run, caplog):
+        """timm's `last` and `model_best` are hard links to a numbered checkpoint."""
+        os.link(run / "checkpoint-2.pt", run / "last.pt")
+        os.link(run / "checkpoint-1.pt", run / "model_best.pt")
+        with caplog.at_level("INFO", "ckptavg"):
+            assert names(run) == ["checkpoint-1.pt", "checkpoint-2.pt"]
+        assert "last.pt is the same checkpoint as checkpoint-2.pt: counted once" in caplog.text
+
+    def test_symlinks_count_once(self, run):
+        (run / "best.pt").symlink_to("checkpoint-1.pt")
+        assert names(run) == ["checkpoint-1.pt", "checkpoint-2.pt"]
+
+    def test_copies_count_once(self, run):
+        """Lightning's `last.ckpt` is a copy."""
+        shutil.copy(run / "checkpoint-2.pt", run / "last.ckpt")
+        assert names(run) == ["checkpoint-1.pt", "checkpoint-2.pt"]
+
+    def test_a_copy_saved_anew_counts_once(self, tmp_path):
+        for name, epoch in (("epoch=1.ckpt", 1), ("epoch=2.ckpt", 2), ("last.ckpt", 2)):
+            content = {"state_dict": state(epoch), "epoch": epoch, "callbacks": {"last": name}}
+            torch.save(content, tmp_path / name)
+        assert names(tmp_path) == ["epoch=1.ckpt", "epoch=2.ckpt"]
+
+    def test_one_file_named_twice_counts_once(self, run):
+        path = run / "checkpoint-1.pt"
+        assert names(path, path, run) == ["checkpoint-1.pt", "checkpoint-2.pt"]
+
+    def test_files_that_differ_in_one_bit_are_two(self, tmp_path):
+        big = torch.randn(3_000_000)
+        save_file({"w": big}, tmp_path / "1.safetensors")
+        big[-7] += 1e-3
+        save_file({"w": big}, tmp_path / "2.safetensors")
+        assert len(names(tmp_path)) == 2
+
+    def test_same_weights_at_another_step_are_two(self, tmp_path):
+        for step in (1, 2):
+            torch.save({"model": state(0), "step": step}, tmp_path / f"s{step}.pt")
+        assert len(names(tmp_path)) == 2
+
+
+class TestDiscovery:
+    def test_an_earlier_average_is_left_out_unless_named(self, tmp_path, caplog):
+        save_named(tmp_path, "1.pt", "2.pt")
+        for output in ("avg_5.safetensors", "avg_6.pt"):
+            ckptavg.average(tmp_path, tmp_path / output)
+        with caplog.at_level("INFO", "ckptavg"):
+            assert names(tmp_path) == ["1.pt", "2.pt"]
+        assert "avg_5.safetensors is an average made earlier: left out" in caplog.text
+        assert "avg_6.pt" in names(tmp_path, tmp_path / "avg_6.pt")
+
+    def test_what_trainers_leave_beside_is_no_checkpoint(self, tmp_path):
+        save_named(tmp_path, "model_1.pt", "train.pt")
+        for name in (
+            "optimizer.pt",
+            "optimizer_2.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "rng_state_3.pth",
+            "training_args.bin",
+            "scaler.pt",
+            ".hidden.pt",
+            "notes.txt",
+        ):
+            (tmp_path / name).write_bytes(b"anything")
+        (tmp_path / "folder.pt").mkdir()
+        assert names(tmp_path) == ["model_1.pt", "train.pt"]
+
+    def test_a_damaged_file_is_never_passed_over(self, tmp_path):
+        save_named(tmp_path, "1.pt", "2.pt", "3.pt")
+        whole = (tmp_path / "2.pt").read_bytes()
+        (tmp_path / "2.pt").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(FormatError, match=r"2\.pt: .*truncated"):
+            collect([tmp_path])
+
+    def test_none_is_an_error_that_says_what_was_looked_for(self, tmp_path):
+        with pytest.raises(SelectionError, match=r"no checkpoint found in .*\.safetensors"):
+            collect([tmp_path])
+
+    def test_a_missing_input_is_named(self, tmp_path):
+        with pytest.raises(SelectionError, match=r"nowhere: does not exist"):
+            collect([tmp_path / "nowhere"])
+
+    def test_any_other_count_than_expected_is_an_error(self, tmp_path):
+        save_named(tmp_path, "1.pt", "2.pt")
+        assert len(collect([tmp_path], expect=2).sources) == 2
+        with pytest.raises(SelectionError, match=r"expected 3 checkpoints, found 2: 1\.pt, 2\.pt"):
+            collect([tmp_path], expect=3)
+
+    def test_one_is_averaged_with_a_warning(self, tmp_path, caplog):
+        save_named(tmp_path, "1.pt")
+        ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        assert "only one checkpoint" in caplog.text
+        assert torch.equal(load_file(tmp_path / "out.safetensors")["w"], state(0)["w"])
+
+    def test_containers_may_be_mixed(self, tmp_path):
+        save_run(tmp_path, [state(1)], "safetensors")
+        torch.save({"model": state(2), "optimizer": {"param_groups": []}}, tmp_path / "step_2.pt")
+        ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [1.5] * 3
+
+    def test_other_state_dicts_are_mentioned(self, tmp_path, caplog):
+        for step in range(2):
+            content = {"state_dict": state(step), "state_dict_ema": state(step + 10)}
+            torch.save(content, tmp_path / f"{step}.pth.tar")
+        with caplog.at_level("INFO", "ckptavg"):
+            ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        assert "there is also state_dict_ema, to be taken with --key" in caplog.text
+        assert load_file(tmp_path / "out.safetensors")["w"][0] == 0.5
+        ckptavg.average(tmp_path, tmp_path / "ema.safetensors", key="state_dict_ema")
+        assert load_file(tmp_path / "ema.safetensors")["w"][0] == 10.5
+
+    def test_more_files_than_may_be_open_at_once(self, tmp_path):
+        for step in range(130):
+            save_file({"w": torch.full((2,), float(step))}, tmp_path / f"{step}.safetensors")
+        ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [64.5, 64.5]
+
+
+def test_headers_that_are_alike_are_held_once(tmp_path):
+    for step in range(3):
+        save_file(
+            {"w": torch.randn(2)}, tmp_path / f"{step}.safetensors", {"step": "9" * step + "1"}
+        )
+    found = collect([tmp_path])
+    assert found.sources[0].offsets is found.sources[1].offsets is found.sources[2].offsets
+
+
+def test_labels_are_below_the_common_folder(tmp_path):
+    assert labels([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == ("a/x.pt", "b/x.pt")
+    assert labels([tmp_path / "x.pt"]) == ("x.pt",)
+
+
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "removed", "truncated"])
+def test_a_checkpoint_that_changes_meanwhile_is_named(tmp_path, monkeypatch, change):
+    paths = save_run(tmp_path / "run", [{"w": torch.randn(1000)} for _ in range(2)])
+    from ckptavg.plan import make_plan
+
+    def change_then_plan(*arguments, **options):
+        data = paths[1].read_bytes()
+        if change == "removed":
+            paths[1].unlink()
+        elif change == "replaced":
+            other = paths[1].with_suffix(".new")
+            other.write_bytes(data)
+            other.replace(paths[1])
+        elif change == "truncated":
+            os.truncate(paths[1], len(data) - 100)
+        else:
+            paths[1].write_bytes(data[:-4] + b"abcd")
+            os.utime(paths[1], ns=(1, 1))
+        return make_plan(*arguments, **options)
+
+    monkeypatch.setattr("ckptavg.averaging.make_plan", change_then_plan)
+    with pytest.raises(CkptAvgError, match=r"step_1\.safetensors: "):
+        ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

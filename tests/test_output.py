@@ -1,0 +1,140 @@
+"""The output is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import zlib
+from pathlib import Path
+
+import pytest
+
+from ckptavg.errors import OutputError
+from ckptavg.layout import Checksum, Layout
+from ckptavg.output import OutputFile, check_destination
+
+LAYOUT = Layout(size=20, blobs=((0, b"head"),), targets=((4,),))
+
+
+@pytest.fixture(params=["nameless", "named"], autouse=True)
+def temporary(request, monkeypatch):
+    """Both ways of hiding the file until it is complete."""
+    if request.param == "named":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+
+
+def write(path: Path, *, force: bool = False, fsync: bool = True, layout: Layout = LAYOUT) -> None:
+    with OutputFile(path, layout, force=force, fsync=fsync) as sink:
+        sink.write(4, memoryview(b"0123456789abcdef"))
+        sink.commit()
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_appears_whole_and_alone(tmp_path, fsync):
+    write(tmp_path / "out", fsync=fsync)
+    assert (tmp_path / "out").read_bytes() == b"head0123456789abcdef"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_has_the_permissions_of_any_new_file(tmp_path):
+    write(tmp_path / "out")
+    (tmp_path / "other").touch()
+    mode = stat.S_IMODE((tmp_path / "out").stat().st_mode)
+    assert mode == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+def test_replaces_only_with_force(tmp_path):
+    (tmp_path / "out").write_bytes(b"old")
+    with pytest.raises(OutputError, match="exists already"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"old"
+    write(tmp_path / "out", force=True)
+    assert (tmp_path / "out").read_bytes().startswith(b"head")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_of_two_writers_at_once_one_wins_and_the_other_says_so(tmp_path):
+    with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=False) as first:
+        write(tmp_path / "out")
+        with pytest.raises(OutputError, match="somebody wrote it meanwhile"):
+            first.commit()
+    assert (tmp_path / "out").read_bytes() == b"head0123456789abcdef"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_exception_leaves_what_was_there_before(tmp_path):
+    (tmp_path / "out").write_bytes(b"old")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        OutputFile(tmp_path / "out", LAYOUT, force=True, fsync=True),
+    ):
+        raise KeyboardInterrupt
+    assert (tmp_path / "out").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "link"])
+def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, call):
+    def fail(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OutputError, match=r"out: cannot write it: No space left.*20 bytes"):
+        write(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatch):
+    """The kernel reports it once; the fsync at the end would succeed."""
+
+    def fail(_fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr("ckptavg.output._SYNC_EVERY", 1)
+    with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=True) as sink:
+        sink.write(4, memoryview(b"0123"))
+        assert sink._syncer is not None
+        sink._syncer._thread.join(10)
+        with pytest.raises(OutputError, match="cannot write it: Input/output error"):
+            sink.commit()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_found_before_the_work_starts(tmp_path):
+    enormous = Layout(size=1 << 60, blobs=(), targets=())
+    with (
+        pytest.raises(OutputError, match="cannot write it"),
+        OutputFile(tmp_path / "out", enormous, force=False, fsync=False),
+    ):
+        pytest.fail("it began")
+    assert os.listdir(tmp_path) == []
+
+
+def test_checksums_are_filled_in_from_what_was_written(tmp_path):
+    layout = Layout(24, ((0, b"head"),), ((4,),), (Checksum(4, 16, (0, 20)),))
+    write(tmp_path / "out", layout=layout)
+    crc = zlib.crc32(b"0123456789abcdef").to_bytes(4, "little")
+    assert (tmp_path / "out").read_bytes() == crc + b"0123456789abcdef" + crc
+
+
+class TestDestination:
+    def test_a_missing_directory_is_named(self, tmp_path):
+        with pytest.raises(OutputError, match="there is no directory"):
+            check_destination(tmp_path / "no" / "out", force=False)
+
+    def test_a_directory_is_no_file(self, tmp_path):
+        with pytest.raises(OutputError, match="is a directory"):
+            check_destination(tmp_path, force=True)
+
+    def test_a_dangling_symlink_exists(self, tmp_path):
+        (tmp_path / "out").symlink_to("nowhere")
+        with pytest.raises(OutputError, match="exists already"):
+            check_destination(tmp_path / "out", force=False)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_directory_without_permission(self, tmp_path):
+        (tmp_path / "locked").mkdir(mode=0o555)
+        with pytest.raises(OutputError, match="not to be written to"):
+            check_destination(tmp_path / "locked" / "out", force=False)

@@ -1,0 +1,44 @@
+"""What comes with the package."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+import ckptavg
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_version_stands_in_one_place():
+    assert metadata.version("ckptavg") == ckptavg.__version__
+    assert ckptavg.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_types_are_announced():
+    assert resources.files("ckptavg").joinpath("py.typed").is_file()
+
+
+def test_the_public_names_are_there():
+    assert callable(ckptavg.average)
+    assert callable(ckptavg.refresh_norm)
+    assert issubclass(ckptavg.CkptAvgError, Exception)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = ckptavg.nonsense
+
+
+def test_constraints_pin_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted += extra
+    names = {name.split(">=")[0].split("[")[0].strip().lower().replace("_", "-") for name in wanted}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    assert names - {"ckptavg"} <= pinned

@@ -110,11 +110,10 @@ def read_view(part: Part, tensor: Tensor) -> AnyArray:
     itemsize = tensor.dtype.itemsize
     strides = contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
     span = span_elements(tensor.shape, strides)
-    out = np.empty(span, tensor.dtype.numpy)
-    part.read_into(tensor.offset, bytes_of(out))
-    return np.lib.stride_tricks.as_strided(
-        out, tensor.shape, tuple(stride * itemsize for stride in strides), writeable=False
-    )
+    out = np.empty(span * itemsize, np.uint8)
+    part.read_into(tensor.offset, out.data)
+    byte_strides = tuple(stride * itemsize for stride in strides)
+    return np.ndarray(tensor.shape, tensor.dtype.numpy, out, 0, byte_strides)
 
 
 def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -63,12 +63,14 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.start = 0
-        self._fd: int | None = self._open()
+        self._fd: int | None = None
+        fd = self._open()
         try:
-            self.identity = self._identify(self._fd)
+            self.identity = self._identify(fd)
         except BaseException:
-            os.close(self._fd)
+            os.close(fd)
             raise
+        self._fd = fd
         with File._lock:
             File._open_files += 1
             crowded = File._open_files > _MOST_OPEN

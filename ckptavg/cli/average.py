@@ -10,9 +10,10 @@ import click
 
 from ckptavg.cli.common import Console, common_options, plural, size
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
+from ckptavg.errors import printable
 
 if TYPE_CHECKING:
-    from ckptavg.averaging import Summary
+    from ckptavg.averaging import SourceSummary, Summary
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {
@@ -111,9 +112,7 @@ def _say(console: Console, summary: Summary, output: Path, *, refreshed: bool = 
     """The summary for people."""
     sources = summary.sources
     if not summary.written:
-        for source in sources:
-            step = f"{source.step[0]} {source.step[1]}" if source.step else "no step recorded"
-            console.say(f"{source.name}  {step}  {size(source.bytes)}  weight {source.weight:.4g}")
+        console.say_table([_source_row(source) for source in sources])
     verb = "averaged" if summary.written else "would average"
     console.say(f"{verb} {plural(len(sources), 'checkpoint')}: {_span(summary)}")
     roles = ", ".join(f"{count:,} {_ROLES[role]}" for role, count in summary.roles.items())
@@ -133,6 +132,11 @@ def _say(console: Console, summary: Summary, output: Path, *, refreshed: bool = 
         )
 
 
+def _source_row(source: SourceSummary) -> tuple[str, ...]:
+    step = f"{source.step[0]} {source.step[1]}" if source.step else "no step recorded"
+    return printable(source.name), step, size(source.bytes), f"weight {source.weight:.4g}"
+
+
 def _span(summary: Summary) -> str:
-    names = [source.name for source in summary.sources]
+    names = [printable(source.name) for source in summary.sources]
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

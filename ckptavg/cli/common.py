@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,6 +113,13 @@ class Console:
         """A line of the result, for people."""
         if not self.as_json and not self.quiet:
             click.echo(text)
+
+    def say_table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Rows of cells in aligned columns."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            self.say("  ".join(cells).rstrip())
 
     def result(self, value: Any) -> None:  # noqa: ANN401 - any dataclass
         """The result, for machines."""

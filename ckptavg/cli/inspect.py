@@ -100,7 +100,4 @@ def _say_table(console: Console, found: Sequence[Description]) -> None:
         )
         for one in found
     ]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        console.say("  ".join(cells).rstrip())
+    console.say_table([header, *rows])

@@ -1,0 +1,1 @@
+"""The small real run behind `ckptavg demo`."""

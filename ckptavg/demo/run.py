@@ -1,0 +1,187 @@
+"""Train, average and refresh for real, and tell what each result is worth on a test set."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptavg.averaging import Summary, average
+from ckptavg.errors import CkptAvgError, OutputError
+from ckptavg.formats import open_checkpoint
+from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
+from ckptavg.norm.loading import load_weights
+
+try:
+    from ckptavg.demo import train
+except ImportError as error:
+    raise CkptAvgError(
+        f"the demo trains on the data of mnist1d, which cannot be imported: {error}",
+        remedy="pip install 'ckptavg[demo]'",
+    ) from error
+
+PathLike = str | Path
+Progress = Callable[[int, int | None], None]
+"""Called with the epochs trained since the last call, and with how many there are."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a model, or the mean of several, is worth on the clean test examples.
+
+    Attributes:
+        name: what it is.
+        accuracy: in percent.
+        nll: negative log-likelihood in nats.
+        files: what it was read from, below the demo's directory.
+    """
+
+    name: str
+    accuracy: float
+    nll: float
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What came out.
+
+    Attributes:
+        directory: where everything lies.
+        seed: of the first weights and of the shuffles.
+        train_examples: how many the models were trained on.
+        label_noise: the share of them that has a wrong label.
+        test_examples: how many the models were tested on; their labels are clean.
+        epochs: of either run.
+        rows: one for each model.
+        commands: what makes the refreshed average again, for a shell.
+    """
+
+    directory: str
+    seed: int
+    train_examples: int
+    label_noise: float
+    test_examples: int
+    epochs: int
+    rows: tuple[Row, ...]
+    commands: tuple[str, str]
+
+
+def run(directory: PathLike, *, seed: int = 0, progress: Progress | None = None) -> DemoReport:
+    """Train a small Conv-BN network, average its checkpoints, refresh the average, and compare.
+
+    Izmailov et al. 2018 (arXiv 1803.05407) in small; `ckptavg/demo/train.py` says what is trained.
+
+    Args:
+        directory: where everything is left; there must be nothing in it.
+        seed: of the first weights and of the shuffles. The same seed gives the same figures on
+            one machine.
+        progress: hears of each epoch.
+
+    Raises:
+        OutputError: there is something in the directory.
+        CkptAvgError: the average or the refresh failed.
+    """
+    return run_with_budget(Path(directory), train.Budget(), seed=seed, progress=progress)
+
+
+@train.one_thread()
+def run_with_budget(
+    directory: Path, budget: train.Budget, *, seed: int, progress: Progress | None
+) -> DemoReport:
+    """`run`, as long as wanted."""
+    refuse_used(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(train.__file__, directory / "train.py")
+    epochs = 2 * budget.epochs - budget.common
+
+    def after_epoch() -> None:
+        if progress is not None:
+            progress(1, epochs)
+
+    train.train(directory, seed=seed, budget=budget, after_epoch=after_epoch)
+    summary = make_averages(directory)
+    return DemoReport(
+        directory=str(directory),
+        seed=seed,
+        train_examples=train.TRAIN_EXAMPLES,
+        label_noise=train.LABEL_NOISE,
+        test_examples=train.TEST_EXAMPLES,
+        epochs=budget.epochs,
+        rows=compare(directory, [Path(source.path) for source in summary.sources]),
+        commands=commands(directory),
+    )
+
+
+def refuse_used(directory: Path) -> None:
+    """The demo does not write beside what somebody else has left.
+
+    Raises:
+        OutputError: there is something in the directory, or it is none.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        what = "is not empty" if directory.is_dir() else "is not a directory"
+        raise OutputError(what, path=directory, remedy="choose another directory")
+
+
+def make_averages(directory: Path) -> Summary:
+    """Average the checkpoints in three ways, which differ in their BatchNorm statistics."""
+    checkpoints, averaged = directory / "checkpoints", directory / "averaged-bn.safetensors"
+    summary = average(checkpoints, averaged)
+    average(checkpoints, directory / "last-bn.safetensors", norm_stats="last")
+    # The directory's train.py is a copy of this module, and gives the same model and batches.
+    options = RefreshOptions(
+        model=f"{train.__name__}:make_model", loader=f"{train.__name__}:train_loader"
+    )
+    refresh_checkpoint(averaged, directory / "refreshed-bn.safetensors", options)
+    return summary
+
+
+def compare(directory: Path, members: list[Path]) -> tuple[Row, ...]:
+    """Test what the directory holds.
+
+    Args:
+        directory: the demo's.
+        members: the checkpoints of the averages, in order of training.
+    """
+
+    def row(name: str, *paths: Path) -> Row:
+        accuracies, nlls = zip(*map(evaluate, paths), strict=True)
+        files = tuple(path.relative_to(directory).as_posix() for path in paths)
+        return Row(name, mean(accuracies), mean(nlls), files)
+
+    return (
+        row("last iterate", members[-1]),
+        row(f"mean of the {len(members)} members", *members),
+        row("decayed rate, same budget", directory / "decayed.pt"),
+        row("average, averaged BN statistics", directory / "averaged-bn.safetensors"),
+        row("average, last model's BN statistics", directory / "last-bn.safetensors"),
+        row("average, refreshed BN statistics", directory / "refreshed-bn.safetensors"),
+    )
+
+
+def evaluate(path: Path) -> tuple[float, float]:
+    """Accuracy in percent and negative log-likelihood in nats of a checkpoint."""
+    model = train.make_model()
+    load_weights(model, open_checkpoint(path))
+    return train.evaluate(model)
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def commands(directory: Path) -> tuple[str, str]:
+    """What makes the refreshed average again, under a name that is free."""
+    script, output = directory / "train.py", str(directory / "swa.safetensors")
+    model, loader = f"{script}:make_model", f"{script}:train_loader"
+    return (
+        shlex.join(["ckptavg", "average", str(directory / "checkpoints"), "-o", output]),
+        shlex.join(["ckptavg", "bn-refresh", output, "--model", model, "--loader", loader]),
+    )

@@ -1,0 +1,262 @@
+"""The demo: what it trains, what it leaves, and what it says."""
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from ckptavg.cli import cli
+from ckptavg.cli.common import Console
+from ckptavg.cli.demo import _say
+from ckptavg.demo import train
+from ckptavg.demo.run import run, run_with_budget
+from ckptavg.errors import CkptAvgError, OutputError
+
+TINY = train.Budget(epochs=2, common=1, cycle=20)
+START = 40  # steps before the cycles: one epoch of 2,000 examples in batches of 50
+NAMES = [
+    "last iterate",
+    "mean of the 2 members",
+    "decayed rate, same budget",
+    "average, averaged BN statistics",
+    "average, last model's BN statistics",
+    "average, refreshed BN statistics",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A short demo in a directory whose name needs quotes.
+
+    Its report, the directory, the rate of each step, and what the progress was told.
+    """
+    directory = tmp_path_factory.mktemp("demo") / "it's here"
+    rates, heard = [], []
+    original = torch.optim.SGD.step
+
+    def step(optimizer, *arguments, **keywords):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return original(optimizer, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        report = run_with_budget(directory, TINY, seed=3, progress=lambda *told: heard.append(told))
+    return report, directory, rates, heard
+
+
+@pytest.fixture
+def own_logging():
+    """Keep what a console does to the logger from other tests."""
+    log = logging.getLogger("ckptavg")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.propagate = before[0], before[2]
+    log.setLevel(before[1])
+
+
+def formula(i, c, a1, a2):
+    t = ((i - 1) % c + 1) / c
+    return (1 - t) * a1 + t * a2
+
+
+def naive_score(state):
+    """Accuracy and NLL of a state dict, by the textbook."""
+    model = train.make_model()
+    model.load_state_dict(state)
+    model.eval()
+    data = train.load_data()
+    with torch.no_grad(), train.one_thread():
+        probabilities = model(data.test_signals).double().softmax(dim=1)
+    right = probabilities.argmax(dim=1) == data.test_labels
+    likelihood = probabilities[torch.arange(len(right)), data.test_labels]
+    return 100 * right.double().mean().item(), -likelihood.log().mean().item()
+
+
+def state_of(path):
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_data_are_few_and_a_fifth_of_the_labels_is_wrong():
+    data = train.load_data()
+    assert data.train_signals.shape == (2_000, 1, 40)
+    assert data.test_signals.shape[0] == data.test_labels.shape[0] >= 8_000
+    clean = np.tile(np.arange(10), 200)
+    noisy = train.with_noise(clean)
+    assert (noisy != clean).sum() == 400
+    assert set(noisy) == set(range(10))
+
+
+def test_loader_shuffles_in_the_same_way_each_time():
+    one, again, other = (
+        torch.cat([signals for signals, _ in train.train_loader(seed)]) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, train.load_data().train_signals)
+
+
+def test_cycles_take_the_last_quarter_of_the_budget():
+    budget = train.Budget()
+    assert (budget.epochs, budget.common) == (40, 30)
+
+
+def test_rates_are_conventional_then_cyclical(tiny):
+    rates = tiny[2]
+    conventional, cycles = rates[:80], rates[80:]
+    expected = [0.2 * (1 - 0.99 * max(0, step / 80 - 0.5) / 0.4) for step in range(1, 73)]
+    assert conventional == pytest.approx(expected + 8 * [0.002])
+    assert cycles == pytest.approx([formula(i, 20, 0.2, 0.02) for i in range(1, 41)])
+
+
+def test_checkpoints_stand_at_the_minima_of_the_rate(tiny):
+    directory = tiny[1]
+    rates = [formula(i, 20, 0.2, 0.02) for i in range(1, 42)]
+    minima = [i for i in range(1, 41) if rates[i - 1] == min(rates[max(0, i - 2) : i + 1])]
+    saved = {
+        path.name: torch.load(path, weights_only=True)
+        for path in (directory / "checkpoints").iterdir()
+    }
+    assert sorted(one["global_step"] for one in saved.values()) == [START + i for i in minima]
+    for name, checkpoint in saved.items():
+        assert name == f"step_{checkpoint['global_step']}.pt"
+        assert checkpoint["epoch"] == checkpoint["global_step"] // 40
+        assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.02)
+
+
+def test_both_ends_go_on_from_the_same_start(tiny):
+    directory = tiny[1]
+    start = torch.load(directory / "start.pt", weights_only=True)
+    decayed = torch.load(directory / "decayed.pt", weights_only=True)
+    assert (start["global_step"], decayed["global_step"]) == (START, 80)
+    run = train.Run(seed=3)
+    run.resume(directory / "start.pt")
+    with train.one_thread():
+        run.train_epoch(lambda step: train.decayed_rate(step, 80))
+    assert all(
+        torch.equal(value, decayed["state_dict"][name])
+        for name, value in run.model.state_dict().items()
+    )
+
+
+def test_rows_are_the_scores_of_the_files(tiny):
+    report, directory = tiny[:2]
+    assert [row.name for row in report.rows] == NAMES
+    for row in (report.rows[1], report.rows[-1]):
+        scores = [naive_score(state_of(directory / file)) for file in row.files]
+        accuracy, nll = torch.tensor(scores).mean(dim=0).tolist()
+        assert row.accuracy == pytest.approx(accuracy, abs=0.02)  # an example or two of 10,000
+        assert row.nll == pytest.approx(nll, rel=1e-3)
+
+
+def test_averages_differ_in_their_statistics_only(tiny):
+    report, directory = tiny[:2]
+    members = [state_of(directory / file) for file in report.rows[1].files]
+    averaged, last, refreshed = (state_of(directory / row.files[0]) for row in report.rows[3:])
+    for name, value in averaged.items():
+        if not name.endswith("num_batches_tracked"):
+            mean = torch.stack([member[name].double() for member in members]).mean(dim=0)
+            assert torch.equal(value, mean.float())
+        if "running_" in name:
+            assert torch.equal(last[name], members[-1][name])
+            assert not torch.equal(refreshed[name], value)
+        elif not name.endswith("num_batches_tracked"):
+            assert torch.equal(last[name], value)
+            assert torch.equal(refreshed[name], value)
+
+
+def test_commands_work_as_printed_and_repeat_the_result(tiny, tmp_path):
+    report, directory = tiny[:2]
+    for command in report.commands:
+        program, *arguments = shlex.split(command)
+        assert program == "ckptavg"
+        subprocess.run(
+            [sys.executable, "-m", "ckptavg", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+    again, refreshed = (directory / f"{name}.safetensors" for name in ("swa", "refreshed-bn"))
+    assert again.read_bytes() == refreshed.read_bytes()
+
+
+def test_directory_has_the_script_that_made_it(tiny):
+    directory = tiny[1]
+    assert (directory / "train.py").read_bytes() == Path(train.__file__).read_bytes()
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_same_seed_gives_the_same_figures_and_json_is_alone_on_stdout(tiny, tmp_path, monkeypatch):
+    report = tiny[0]
+    monkeypatch.setattr(train, "Budget", lambda: TINY)
+    result = CliRunner().invoke(cli, ["demo", str(tmp_path / "new"), "--seed", "3", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    again = dataclasses.asdict(report)["rows"]
+    assert document["rows"] == json.loads(json.dumps(again))
+
+
+@pytest.mark.usefixtures("own_logging")
+def test_table_is_aligned_and_ends_with_the_commands(tiny, capsys):
+    report = tiny[0]
+    _say(Console(as_json=False, quiet=False), report)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith(tuple(NAMES))]
+    assert len(table) == len(NAMES)
+    assert len({len(line) for line in table}) == 1
+    assert [line.strip() for line in lines[-2:]] == list(report.commands)
+
+
+def test_progress_counts_every_epoch(tiny):
+    assert tiny[3] == 3 * [(1, 3)]
+
+
+def test_used_directory_is_refused_before_anything_is_done(tmp_path):
+    kept = tmp_path / "mine.txt"
+    kept.write_text("mine")
+    with pytest.raises(OutputError, match="not empty; choose another directory"):
+        run(tmp_path)
+    with pytest.raises(OutputError, match="not a directory; choose another directory"):
+        run(kept)
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_number_of_threads_is_put_back(tmp_path):
+    before = torch.get_num_threads()
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileExistsError):
+        train.train(tmp_path)
+    assert torch.get_num_threads() == before
+
+
+def test_missing_data_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    monkeypatch.delitem(sys.modules, "ckptavg.demo.run")
+    monkeypatch.delitem(sys.modules, "ckptavg.demo.train")
+    monkeypatch.delattr("ckptavg.demo.train")
+    with pytest.raises(CkptAvgError, match=r"mnist1d.*; pip install 'ckptavg\[demo\]'$"):
+        importlib.import_module("ckptavg.demo.run")
+
+
+@pytest.mark.slow
+def test_refreshed_average_beats_the_models_it_is_made_of(tmp_path):
+    report = run(tmp_path / "demo")
+    last, members, decayed, averaged, _, refreshed = report.rows
+    assert len(members.files) == 10
+    assert members.files[-1:] == last.files
+    assert refreshed.accuracy > max(last.accuracy, members.accuracy, averaged.accuracy)
+    assert refreshed.nll < min(last.nll, members.nll, averaged.nll)
+    # The baseline is the better of the others, whether or not it is beaten.
+    assert decayed.accuracy > members.accuracy

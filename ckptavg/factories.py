@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """Tell the user's own exceptions from ours.
+    """Tell the user's own exceptions from ours. Code that exits has failed as well.
 
     Raises:
         UserCodeError: from whatever the user's code raised.
@@ -31,7 +32,7 @@ def user_code(what: str) -> Iterator[None]:
         yield
     except CkptAvgError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserCodeError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
@@ -47,13 +48,15 @@ def load_object(spec: str) -> Any:  # noqa: ANN401 - the user's own
         UserCodeError: it raised while it was imported.
     """
     place, colon, attribute = spec.rpartition(":")
-    if not colon or not place or not attribute:
+    is_file = place.endswith(".py")
+    if not (colon and place and attribute) or (place.startswith(".") and not is_file):
         raise CkptAvgError(f"{spec!r} is not of the form package.module:attr or path/file.py:attr")
-    found: Any = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
-    for name in attribute.split("."):
-        if not hasattr(found, name):
-            raise CkptAvgError(f"{place} has no {attribute!r}")
-        found = getattr(found, name)
+    found: Any = _load_file(Path(place)) if is_file else _load_module(place)
+    with user_code(f"looking up {spec}"):
+        for name in attribute.split("."):
+            if not hasattr(found, name):
+                raise CkptAvgError(f"{place} has no {attribute!r}")
+            found = getattr(found, name)
     return found
 
 
@@ -76,10 +79,13 @@ def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise CkptAvgError("there is no such file", path=path)
-    known = sys.modules.get(path.stem)
-    if known is not None and getattr(known, "__file__", None) == str(path):
+    known = _imported(path)
+    if known is not None:
         return known
-    name = path.stem if known is None else f"ckptavg_user_{path.stem}"
+    # By its own name, which a loader's worker processes can import again, unless that is taken.
+    name = path.stem
+    if name in sys.modules:
+        name = f"ckptavg_user_{name}_{zlib.crc32(bytes(path)):08x}"
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
@@ -91,6 +97,18 @@ def _load_file(path: Path) -> ModuleType:
         with user_code(f"importing {path}"):
             spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise
     return module
+
+
+def _imported(path: Path) -> ModuleType | None:
+    """The module that a file was imported as, by us or by others."""
+    for name, module in list(sys.modules.items()):
+        # Not by `getattr`: some modules import more when they are asked for an attribute.
+        file = getattr(module, "__dict__", {}).get("__file__")
+        if not isinstance(file, str) or not file.endswith(path.name) or name == "__main__":
+            continue
+        if Path(file).resolve() == path:
+            return module
+    return None

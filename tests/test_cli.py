@@ -223,10 +223,8 @@ class TestInspect:
     def test_our_own_output_tells_its_provenance(self, ckpts, tmp_path):
         run("average", ckpts, "-o", tmp_path / "o.safetensors")
         text = run("inspect", tmp_path / "o.safetensors").stdout
-        assert (
-            f"ckptavg {ckptavg.__version__}: uniform average of 3 checkpoints, norm statistics stale"
-            in text
-        )
+        made = f"ckptavg {ckptavg.__version__}: uniform average of 3 checkpoints"
+        assert f"{made}, norm statistics stale" in text
 
     def test_a_directory_is_an_aligned_table(self, ckpts):
         lines = run("inspect", ckpts).stdout.splitlines()
@@ -255,7 +253,8 @@ class TestConfiguration:
         monkeypatch.chdir(tmp_path)
         self.write(
             tmp_path,
-            "[tool.ckptavg]\nno-fsync = true\n[tool.ckptavg.average]\noutput = 'o.safetensors'\ndtype = 'float16'\n",
+            "[tool.ckptavg]\nno-fsync = true\n"
+            "[tool.ckptavg.average]\noutput = 'o.safetensors'\ndtype = 'float16'\n",
         )
         run("average", ckpts)
         assert load_file("o.safetensors")["scalar"].dtype == torch.float16

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ckptavg.checkpoint import Checkpoint
 
 _HEAD = 16
+_TAR_MAGIC = b"ustar"
+_TAR_MAGIC_END = 262
 
 
 class Format(Protocol):
@@ -45,7 +47,7 @@ def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
     """
     file = File(path)
     head = file.read(0, min(_HEAD, file.size))
-    for container in FORMATS:
+    for container in FORMATS if file.size else ():
         if container.matches(file, head):
             return container.open_checkpoint(file, key)
     raise FormatError(unknown(file, head), path=path)
@@ -56,7 +58,7 @@ def unknown(file: File, head: bytes) -> str:
     if not file.size:
         return "is empty: was the disk full when it was written?"
     if torchzip.is_legacy(head):
-        return (
-            "was saved by torch older than 1.6; load it and save it again with a newer torch"
-        )
+        return "was saved by torch older than 1.6; load it and save it again with a newer torch"
+    if file.size >= _TAR_MAGIC_END and file.read(0, _TAR_MAGIC_END).endswith(_TAR_MAGIC):
+        return "is a tar archive, not a torch file"
     return "is neither safetensors nor a torch file (or is damaged at its start)"

@@ -1,18 +1,19 @@
 """Read `.safetensors`: a length, a JSON header, and the tensors' bytes without a gap.
 
 https://huggingface.co/docs/safetensors/index#format. The header is validated here in full, as the
-reference reader does, and equal keys, which it lets pass in silence, are refused.
+reference reader does; equal keys and unknown entries, which it lets pass in silence, are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.checkpoint import Checkpoint
-from ckptavg.errors import FormatError
+from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.formats.shapes import is_possible
 from ckptavg.tensors import BY_CODE, Tensor
 
 if TYPE_CHECKING:
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
 _LONGEST_HEADER = 100_000_000  # the reference reader's limit
-_METADATA = '{"__metadata__":'
+_METADATA = "__metadata__"
+_SPACES = " \t\r\n"  # JSON's; writers pad the header with some
+_FIRST_IS_METADATA = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"__metadata__"[ \t\r\n]*:[ \t\r\n]*')
+_NEXT_ENTRY = re.compile(r'[ \t\r\n]*(,[ \t\r\n]*(?=")|(?=\}))')
 _STEPS = ("global_step", "step", "epoch")
 
 # Checkpoints of one run have the same header but for its metadata: the last one parsed is kept.
-_parsed: tuple[str, dict[str, Tensor]] | None = None
+_parsed: tuple[str, dict[str, Tensor], dict[str, str] | None] | None = None
 
 
 def matches(file: File, head: bytes) -> bool:
@@ -40,13 +44,18 @@ def open_checkpoint(file: File, key: str | None) -> Checkpoint:
         FormatError: the header breaks the format's rules, or the file was truncated.
     """
     if key is not None:
-        raise FormatError(
-            "holds one state dict, so there is no --key to take", path=file.path, tensor=key
-        )
+        raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=file.path)
     header = _read_header(file)
-    metadata, text = _split_metadata(file, header)
     file.start = _LENGTH + len(header)
-    tensors = _tensors(file, text)
+    try:
+        leading, text = _split_metadata(header.decode())
+        tensors, inner = _parse_once(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"damaged header: {printable(error)}", path=file.path) from error
+    if leading is not None and inner is not None:
+        raise FormatError("damaged header: metadata twice", path=file.path)
+    _check_extent(file, tensors)
+    metadata = leading or inner or {}
     return Checkpoint(
         path=file.path,
         container="safetensors",
@@ -74,25 +83,32 @@ def _read_header(file: File) -> bytes:
     return file.read(_LENGTH, length)
 
 
-def _split_metadata(file: File, header: bytes) -> tuple[dict[str, str], str]:
-    """The metadata, and the header's text without it where it stands first (as it does)."""
-    try:
-        text = header.decode()
-        if not text.startswith(_METADATA):
-            return _check_metadata(file, _parse(text).get("__metadata__", {})), text
-        decoder = json.JSONDecoder(object_pairs_hook=_unique)
-        metadata, end = decoder.raw_decode(text, len(_METADATA))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"damaged header: {error}", path=file.path) from error
-    return _check_metadata(file, metadata), "{" + text[end:].removeprefix(",")
+def _split_metadata(text: str) -> tuple[dict[str, str] | None, str]:
+    """The metadata, and the header's text without it, where it stands first (as it does)."""
+    first = _FIRST_IS_METADATA.match(text)
+    if first is None:
+        return None, text.rstrip(_SPACES)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    metadata, end = decoder.raw_decode(text, first.end())
+    following = _NEXT_ENTRY.match(text, end)
+    if following is None:
+        raise ValueError("the metadata is not followed by an entry or the end")
+    return _checked(metadata), "{" + text[following.end() :].rstrip(_SPACES)
 
 
-def _check_metadata(file: File, metadata: object) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise FormatError("damaged header: metadata must be strings", path=file.path)
-    return metadata
+def _checked(metadata: object) -> dict[str, str]:
+    """The metadata, if it is strings to strings (or null); ValueError says what else it is."""
+    pairs = {} if metadata is None else metadata
+    if not isinstance(pairs, dict) or not all(isinstance(value, str) for value in pairs.values()):
+        raise ValueError("metadata must be strings")
+    for key, value in pairs.items():
+        _check_unicode(key + value)
+    return pairs
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can spell half of a character pair, which is no text."""
+    text.encode()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,35 +125,38 @@ def _parse(text: str) -> dict[str, Any]:
     return found
 
 
-def _tensors(file: File, text: str) -> dict[str, Tensor]:
-    """The header's tensors in the order of their bytes; the very same dict for the same text."""
+def _parse_once(text: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The header's tensors in the order of their bytes, and its metadata, if it has some.
+
+    For the same text these are the very same objects; ValueError says what is wrong with it.
+    """
     global _parsed  # noqa: PLW0603
-    if _parsed is None or _parsed[0] != text:
-        try:
-            entries = _parse(text)
-            entries.pop("__metadata__", None)
-            tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"damaged header: {error}", path=file.path) from error
+    kept = _parsed
+    if kept is None or kept[0] != text:
+        entries = _parse(text)
+        metadata = _checked(entries.pop(_METADATA)) if _METADATA in entries else None
+        tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
         in_order = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
-        _parsed = text, dict(in_order)
-    tensors = _parsed[1]
-    _check_extent(file, tensors)
-    return tensors
+        kept = _parsed = text, dict(in_order), metadata
+    return kept[1:]
 
 
 def _tensor(name: str, entry: object) -> Tensor:
     """One entry of the header, checked; ValueError says what is wrong with it."""
+    _check_unicode(name)
+    label = printable(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r}: no dtype, shape and data_offsets")
+        raise ValueError(f"{label}: not with dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BY_CODE:
-        raise ValueError(f"{name!r}: unknown dtype {dtype!r}")
+        raise ValueError(f"{label}: unknown dtype {printable(dtype)}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:  # noqa: PLR2004
-        raise ValueError(f"{name!r}: shape and data_offsets must be whole numbers")
+        raise ValueError(f"{label}: shape and data_offsets must be whole numbers")
     tensor = Tensor(BY_CODE[dtype], tuple(shape), 0, offsets[0])
-    if math.prod(shape) * tensor.dtype.bits != 8 * (offsets[1] - offsets[0]):
-        raise ValueError(f"{name!r}: {dtype} {shape} does not fill bytes {offsets}")
+    if not is_possible(tensor.shape, tensor.dtype.bits):
+        raise ValueError(f"{label}: no tensor has the shape {printable(shape)}")
+    if tensor.count * tensor.dtype.bits != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(f"{label}: {dtype} {shape} does not fill bytes {offsets}")
     return tensor
 
 

@@ -2,66 +2,100 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.formats.unpickler import PickledTensor, UnreadableTensor
+from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 StateDicts = dict[str, Mapping[str, object]]
 
-# Where trainers put the weights themselves, the surest name first.
+# Where trainers put the weights themselves.
 _PLAIN = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 # What averages and their like are called: `state_dict_ema`, `swa_state_dict`, `model_ema`.
 _AVERAGES = ("ema", "swa", "avg", "average", "averaged", "shadow", "teacher")
-# Where tensors are that are no weights.
+# How the names begin of what holds tensors that are no weights.
 _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler", "criterion")
 _DEEPEST = 2
+_MOST = 1_000
+_LARGEST_COUNT = 1 << 63
 
 
 def find_state_dicts(root: object) -> StateDicts:
     """Every state dict in what a file holds, by its dotted path (empty for the whole file)."""
-    if isinstance(root, PickledTensor | UnreadableTensor) or not isinstance(root, Mapping):
+    finder = _Finder()
+    if not isinstance(root, Mapping):
         return {}
-    if is_state_dict(root):
+    if finder.is_state_dict(root):
         return {"": root}
-    found: StateDicts = {}
-    _search(root, "", found, _DEEPEST)
-    return found
+    finder.search(root, "", _DEEPEST)
+    return finder.found
 
 
-def is_state_dict(value: object) -> bool:
-    """Whether it maps names to tensors: strings as keys, a tensor among the values, no tree."""
-    return (
-        _holds_tensors(value)
-        and all(isinstance(name, str) for name in value)
-        and not any(
-            _holds_tensors(item)
-            for name, item in value.items()
-            if not name.endswith("_extra_state")
-        )
-    )
+class _Finder:
+    """Looks at each mapping once, however often a file refers to it, or it to itself."""
+
+    def __init__(self) -> None:
+        self.found: StateDicts = {}
+        self._verdicts: dict[int, bool] = {}
+        self._with_tensors: dict[int, bool] = {}
+        self._barren: set[tuple[int, int]] = set()
+
+    def is_state_dict(self, value: Mapping[Any, object]) -> bool:
+        """Whether it maps names to tensors: strings as keys, some tensors, no tree."""
+        verdict = self._verdicts.get(id(value))
+        if verdict is None:
+            verdict = self._verdicts[id(value)] = (
+                self._holds_tensors(value)
+                and all(isinstance(name, str) for name in value)
+                and not any(
+                    self._holds_tensors(item)
+                    for name, item in value.items()
+                    if not name.endswith("_extra_state")
+                )
+            )
+        return verdict
+
+    def _holds_tensors(self, value: object) -> bool:
+        if not isinstance(value, Mapping):
+            return False
+        holds = self._with_tensors.get(id(value))
+        if holds is None:
+            holds = self._with_tensors[id(value)] = any(
+                isinstance(item, PickledTensor | UnreadableTensor) for item in value.values()
+            )
+        return holds
+
+    def search(self, node: Mapping[Any, object], path: str, depth: int) -> None:
+        """Go down so many levels."""
+        if (id(node), depth) in self._barren:
+            return
+        before = len(self.found)
+        for name, value in node.items():
+            if not isinstance(name, str) or not isinstance(value, Mapping) or _is_training(name):
+                continue
+            if len(self.found) >= _MOST:
+                return
+            if self.is_state_dict(value):
+                self.found[path + name] = value
+            elif depth > 1:
+                self.search(value, f"{path}{name}.", depth - 1)
+        if len(self.found) == before:
+            self._barren.add((id(node), depth))
 
 
-def _holds_tensors(value: object) -> TypeGuard[Mapping[Any, object]]:
-    return isinstance(value, Mapping) and any(
-        isinstance(item, PickledTensor | UnreadableTensor) for item in value.values()
-    )
+def _is_training(name: str) -> bool:
+    """Whether a key's name says optimizer or the like."""
+    return any(word.startswith(_TRAINING) for word in _words(name))
 
 
-def _search(node: Mapping[Any, object], path: str, found: StateDicts, depth: int) -> None:
-    for name, value in node.items():
-        if not isinstance(name, str) or not isinstance(value, Mapping):
-            continue
-        if any(part in name.lower() for part in _TRAINING):
-            continue
-        if is_state_dict(value):
-            found[path + name] = value
-        elif depth > 1:
-            _search(value, f"{path}{name}.", found, depth - 1)
+def _words(name: str) -> list[str]:
+    return re.split(r"[\W_]+", name.lower())
 
 
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
@@ -80,10 +114,14 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
     if not found:
         raise SelectionError("no state dict found in it", path=path)
     if key is not None:
-        raise SelectionError(f"no state dict {key!r} in it; there are: {_listing(found)}", path=path)
+        raise SelectionError(
+            f"no state dict {key!r} in it; there are: {_listing(found)}", path=path
+        )
     if "current_model_state" in found and "state_dict" in found:
         # Lightning's WeightAveraging: `state_dict` is its running average, this the weights.
         return "current_model_state"
+    if len(found) == 1:
+        return next(iter(found))
     plain = [name for name in found if not is_average(name)]
     if len(plain) == 1:
         return plain[0]
@@ -100,8 +138,7 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
 
 def is_average(key: str) -> bool:
     """Whether a state dict's name says that it is an average of others already."""
-    words = key.lower().replace(".", "_").split("_")
-    return any(word in _AVERAGES for word in words)
+    return any(word in _AVERAGES for word in _words(key))
 
 
 def _listing(found: StateDicts) -> str:
@@ -113,12 +150,16 @@ def training_facts(root: object) -> dict[str, int | float]:
     if not isinstance(root, Mapping):
         return {}
     facts: dict[str, int | float] = {
-        name: root[name] for name in ("global_step", "step", "epoch") if type(root.get(name)) is int
+        name: root[name] for name in ("global_step", "step", "epoch") if _is_count(root.get(name))
     }
     rate = _learning_rate(root)
     if rate is not None:
         facts["learning_rate"] = rate
     return facts
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and abs(value) < _LARGEST_COUNT
 
 
 def _learning_rate(root: Mapping[Any, object]) -> float | None:
@@ -127,6 +168,8 @@ def _learning_rate(root: Mapping[Any, object]) -> float | None:
         if not isinstance(name, str) or "optim" not in name.lower():
             continue
         match value[0] if isinstance(value, list) and value else value:
-            case {"param_groups": [{"lr": int() | float() as rate}, *_]}:
+            case {"param_groups": [{"lr": float() as rate}, *_]} if math.isfinite(rate):
+                return rate
+            case {"param_groups": [{"lr": int() as rate}, *_]} if _is_count(rate):
                 return float(rate)
     return None

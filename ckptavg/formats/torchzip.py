@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from ckptavg.checkpoint import PROVENANCE, Checkpoint, span_elements
-from ckptavg.errors import FormatError
+from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
 from ckptavg.formats import unpickler
+from ckptavg.formats.pickled import PickledTensor, Placeholder, UnreadableTensor
+from ckptavg.formats.shapes import is_possible
 from ckptavg.formats.statedict import choose, find_state_dicts, training_facts
-from ckptavg.formats.unpickler import PickledTensor, UnreadableTensor
 from ckptavg.tensors import Tensor, is_contiguous
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _ZIP = b"PK\x03\x04"
 _LOCAL_HEADER = 30
+_LARGEST_DIRECTORY = 64 << 20  # half a million records; they take ten times that in memory
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 
 
@@ -46,10 +48,17 @@ def open_checkpoint(file: File, key: str | None) -> Checkpoint:
         SelectionError: which state dict is wanted is unclear.
     """
     archive = _Archive.read(file)
+    pickled = archive.content("data.pkl")
     try:
-        root = unpickler.load(archive.content("data.pkl"))
+        root = unpickler.load(pickled)
     except unpickler.PickleError as error:
         raise FormatError(str(error), path=file.path) from error
+    if isinstance(root, Placeholder):
+        raise SelectionError(
+            f"holds a whole {printable(root.origin)} object, no state dict",
+            path=file.path,
+            remedy="load it where its class can be imported, and save its state_dict()",
+        )
     found = find_state_dicts(root)
     taken = choose(file.path, found, key)
     entries = found[taken]
@@ -64,7 +73,7 @@ def open_checkpoint(file: File, key: str | None) -> Checkpoint:
         parts=(file,),
         tensors=dict(sorted(located.items(), key=lambda item: item[1].offset)),
         metadata=archive.metadata(),
-        digest=hashlib.sha256(archive.content("data.pkl")).hexdigest(),
+        digest=hashlib.sha256(pickled).hexdigest(),
         facts=training_facts(root),
         key=taken,
         other_keys=tuple(name for name in found if name != taken),
@@ -76,7 +85,13 @@ def open_checkpoint(file: File, key: str | None) -> Checkpoint:
 
 def _module_versions(entries: Mapping[str, object]) -> Mapping[str, Any] | None:
     versions = getattr(entries, "module_versions", None)
-    return versions if isinstance(versions, Mapping) else None
+    if not isinstance(versions, Mapping):
+        return None
+    return {
+        module: facts
+        for module, facts in versions.items()
+        if isinstance(module, str) and isinstance(facts, Mapping)
+    }
 
 
 def _locate(archive: _Archive, name: str, value: PickledTensor | UnreadableTensor) -> Tensor:
@@ -85,8 +100,10 @@ def _locate(archive: _Archive, name: str, value: PickledTensor | UnreadableTenso
     if isinstance(value, UnreadableTensor):
         raise FormatError(f"cannot be averaged: {value.reason}", path=path, tensor=name)
     numbers = (value.offset, *value.shape, *value.strides)
-    if len(value.shape) != len(value.strides) or not all(
-        type(number) is int and 0 <= number < 1 << 62 for number in numbers
+    if (
+        len(value.shape) != len(value.strides)
+        or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+        or not is_possible(value.shape, 8 * value.dtype.itemsize)
     ):
         raise FormatError("has no valid shape and strides", path=path, tensor=name)
     itemsize = value.dtype.itemsize
@@ -94,7 +111,13 @@ def _locate(archive: _Archive, name: str, value: PickledTensor | UnreadableTenso
     if (value.offset + span_elements(value.shape, value.strides)) * itemsize > size:
         raise FormatError(f"reaches beyond its storage of {size} bytes", path=path, tensor=name)
     strides = None if is_contiguous(value.shape, value.strides) else value.strides
-    return Tensor(value.dtype, value.shape, 0, start + value.offset * itemsize, strides)
+    shape = value.shape
+    if value.dtype.kind == "packed":
+        if strides is not None or not shape:
+            raise FormatError("is packed and not contiguous", path=path, tensor=name)
+        # torch counts bytes, safetensors (and so we) the elements in them.
+        shape = (*shape[:-1], shape[-1] * 8 // value.dtype.bits)
+    return Tensor(value.dtype, shape, 0, start + value.offset * itemsize, strides)
 
 
 @dataclass(frozen=True)
@@ -117,9 +140,12 @@ class _Archive:
         try:
             with zipfile.ZipFile(cast("BinaryIO", _Stream(file))) as archive:
                 entries = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
+        except CkptAvgError:
+            raise
+        # Whatever bytes can make the zip reader trip over.
+        except Exception as error:
             raise FormatError(
-                f"its zip directory is damaged ({error}): truncated?", path=file.path
+                f"its zip directory is damaged ({printable(error)}): truncated?", path=file.path
             ) from error
         records = {entry.filename: entry for entry in entries}
         if len(records) != len(entries):
@@ -136,7 +162,9 @@ class _Archive:
         path = self.file.path
         if f"{self.prefix}constants.pkl" in self.records:
             raise FormatError(
-                "is a TorchScript program", path=path, remedy="save the model's state_dict() instead"
+                "is a TorchScript program",
+                path=path,
+                remedy="save the model's state_dict() instead",
             )
         if f"{self.prefix}byteorder" in self.records and self.content("byteorder") != b"little":
             raise FormatError(
@@ -149,11 +177,12 @@ class _Archive:
         """Where a record's bytes are in the file, and how many."""
         path = self.file.path
         entry = self.records.get(self.prefix + name)
+        label = printable(name)
         if entry is None:
-            raise FormatError(f"record {name} is missing", path=path, tensor=tensor)
+            raise FormatError(f"record {label} is missing", path=path, tensor=tensor)
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise FormatError(
-                f"record {name} is compressed or encrypted, as torch never writes it",
+                f"record {label} is compressed or encrypted, as torch never writes it",
                 path=path,
                 tensor=tensor,
             )
@@ -164,7 +193,7 @@ class _Archive:
         start = entry.header_offset + _LOCAL_HEADER + skip
         if not header.startswith(_ZIP) or start + entry.file_size > self.file.size:
             raise FormatError(
-                f"record {name} is not where the zip's directory says", path=path, tensor=tensor
+                f"record {label} is not where the zip's directory says", path=path, tensor=tensor
             )
         return start, entry.file_size
 
@@ -204,6 +233,8 @@ class _Stream:
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._file.size - self._position)
         size = left if size < 0 else min(size, left)
+        if size > _LARGEST_DIRECTORY:
+            raise zipfile.BadZipFile(f"a directory of {size} bytes")
         data = self._file.read(self._position, size)
         self._position += size
         return data

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,18 +16,36 @@ def moved(
     device: torch.device,
     formats: Mapping[int, torch.memory_format],
 ) -> Any:  # noqa: ANN401
-    """The batch with all its tensors on a device, images in the memory format of their rank."""
+    """The batch with all its tensors on a device, images in the memory format of their rank.
+
+    Containers keep their types; an object with a `to` of its own (a packed sequence, a graph)
+    moves itself.
+    """
     if isinstance(batch, torch.Tensor):
-        if batch.dim() in formats and batch.is_floating_point():
-            return batch.to(device, non_blocking=True, memory_format=formats[batch.dim()])
-        return batch.to(device, non_blocking=True)
+        layout = formats.get(batch.dim()) if batch.is_floating_point() else None
+        # Only copies to a GPU are in order with what reads them.
+        return batch.to(
+            device,
+            non_blocking=device.type == "cuda",
+            memory_format=layout or torch.preserve_format,
+        )
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: moved(value, device, formats) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(value, device, formats) for value in batch))
+        return _like(batch, {key: moved(value, device, formats) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
-        return type(batch)(moved(value, device, formats) for value in batch)
+        elements = [moved(value, device, formats) for value in batch]
+        return type(batch)(*elements) if hasattr(batch, "_fields") else type(batch)(elements)
     return batch
+
+
+def _like(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the batch's type, where that can be had, with new values."""
+    if not isinstance(batch, MutableMapping):
+        return items
+    copied = copy.copy(batch)
+    copied.update(items)
+    return copied
 
 
 def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN401
@@ -38,6 +57,8 @@ def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN4
     given = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(given, torch.Tensor):
         what = "a dict" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+        if given is not batch:
+            what = f"a {type(batch).__name__} that begins with {what}"
         raise RefreshError(
             f"the loader yields {what}, and it is unclear how the model is called with it",
             remedy="say so with --forward FILE.py:FUNCTION, called with the model and the batch",
@@ -46,10 +67,20 @@ def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN4
 
 
 def leading_size(batch: Any) -> int:  # noqa: ANN401
-    """Examples in a batch: the leading dimension of the first tensor found in it."""
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+    """Examples in a batch: the leading dimension of the first tensor or array that has one.
+
+    A list without any counts its elements, and whatever else there is counts as one: limits on
+    the number of examples come to an end with every loader.
+    """
+    return _leading_size(batch) or 1
+
+
+def _leading_size(batch: Any) -> int:  # noqa: ANN401
+    shape = getattr(batch, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        return int(shape[0])
+    elements = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(elements, list | tuple):
         return 0
-    return next((size for size in map(leading_size, values) if size), 0)
+    found = next((size for size in map(_leading_size, elements) if size), 0)
+    return found or (len(batch) if isinstance(batch, list) else 0)

@@ -43,8 +43,6 @@ class Estimator(Protocol):
 
     Attributes:
         calls: how many there were.
-        mean: `[channels]`, float64.
-        variance: `[channels]`, float64.
     """
 
     calls: int
@@ -53,9 +51,12 @@ class Estimator(Protocol):
         """Take in another call."""
 
     @property
-    def mean(self) -> Tensor: ...
+    def mean(self) -> Tensor:
+        """`[channels]`, float64."""
+
     @property
-    def variance(self) -> Tensor: ...
+    def variance(self) -> Tensor:
+        """`[channels]`, float64."""
 
 
 class WeightedMean:

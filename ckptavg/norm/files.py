@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import random
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 try:
-    import torch
+    import torch  # noqa: TC002 - whether it is there is found out here
 except ModuleNotFoundError as error:
     from ckptavg.errors import CkptAvgError
 
@@ -36,15 +33,21 @@ from ckptavg.averaging import (
 from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.collect import Collection
 from ckptavg.errors import OutputError, RefreshError, printable
-from ckptavg.factories import load_object, user_code
+from ckptavg.factories import load_object
 from ckptavg.formats import open_checkpoint
 from ckptavg.norm.loading import load_weights
-from ckptavg.norm.refresh import RefreshReport, norm_layers, refresh_norm
+from ckptavg.norm.making import make_batches, make_model, seed_everything
+from ckptavg.norm.refresh import norm_layers, refresh_norm
+from ckptavg.norm.report import RefreshReport
 from ckptavg.output import check_destination
 from ckptavg.plan import make_plan
-from ckptavg.tensors import AnyArray
 from ckptavg.weights import uniform
 from ckptavg.writers import container_for, lay_out
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptavg.tensors import AnyArray, DType
 
 log = logging.getLogger("ckptavg")
 
@@ -105,22 +108,25 @@ def refresh_checkpoint(
     checkpoint = open_checkpoint(path, key=key)
     target = output or path
     container_for(target)
-    if output is None or (output.exists() and os.path.samefile(output, path)):
+    replaces = output is None or (output.exists() and output.samefile(path))
+    check_destination(target, force=force or replaces)
+    if replaces:
         _check_in_place(checkpoint, allowed=in_place, named=output is not None)
-    else:
-        check_destination(target, force=force)
-    if checkpoint.other_content or checkpoint.other_entries:
+    elif checkpoint.other_content or checkpoint.other_entries:
         log.info("only the state dict's tensors are written, not what else %s holds", path.name)
-    _seed(options.seed)
-    model = _make_model(options)
+    seed_everything(options.seed)
+    model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
+    layers = norm_layers(model)
     report = RefreshReport("none", 0, 0, 0, (), ())
-    if norm_layers(model):
+    if layers:
         report = _run(model, options, progress)
     else:
         log.info("the model has no norm layers that track statistics: a plain copy")
-    refreshed = checkpoint.with_values(_statistics(model, report, names))
-    _write(refreshed, target, report, options.seed, fsync=fsync)
+    used = [layers[layer.name] for layer in report.layers]
+    refreshed = checkpoint.with_values(_statistics(model, used, names, checkpoint))
+    entry = _provenance(checkpoint, report, options.seed)
+    _write(refreshed, target, entry, force=force or replaces, fsync=fsync)
     return report
 
 
@@ -130,77 +136,68 @@ def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> No
         raise OutputError(
             what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
         )
-    if checkpoint.other_content:
+    if checkpoint.other_content or checkpoint.other_entries:
         raise OutputError(
-            "holds more than a state dict, which would be lost in place",
+            "holds more than a state dict's tensors, which would be lost in place",
+            path=checkpoint.path,
+            remedy="write another file with -o",
+        )
+    if container_for(checkpoint.path) != checkpoint.container:
+        raise OutputError(
+            f"is a {checkpoint.container} file by its content, and would become another in place",
             path=checkpoint.path,
             remedy="write another file with -o",
         )
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - the generator that users' code draws from
-    torch.manual_seed(seed)
-
-
-def _make_model(options: RefreshOptions) -> torch.nn.Module:
-    made = load_object(options.model)
-    if not isinstance(made, torch.nn.Module):
-        with user_code(options.model):
-            made = made(**options.model_args)
-    if not isinstance(made, torch.nn.Module):
-        raise RefreshError(f"{options.model} is a {type(made).__name__}, not a torch.nn.Module")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return made.to(device)
-    except (RuntimeError, NotImplementedError, AssertionError) as error:
-        raise RefreshError(f"cannot use device {device!r}: {error}") from error
-
-
 def _run(model: torch.nn.Module, options: RefreshOptions, progress: Any) -> RefreshReport:  # noqa: ANN401
-    batches = load_object(options.loader)
-    if isinstance(batches, type) or not hasattr(batches, "__iter__"):
-        if not callable(batches):
-            raise RefreshError(f"{options.loader} is a {type(batches).__name__}: no batches")
-        with user_code(options.loader):
-            batches = batches(**options.loader_args)
+    batches = make_batches(options.loader, options.loader_args)
     forward = load_object(options.forward) if options.forward else None
     return refresh_norm(model, batches, forward=forward, progress=progress, **options.others)
 
 
 def _statistics(
-    model: torch.nn.Module, report: RefreshReport, names: Mapping[str, str]
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
 ) -> dict[str, AnyArray]:
-    """The refreshed buffers by their names in the checkpoint, shared ones under each name."""
-    refreshed = {layer.name for layer in report.layers}
-    buffers = {
-        id(buffer)
-        for name, layer in norm_layers(model).items()
-        if name in refreshed
-        for buffer in layer._buffers.values()  # noqa: SLF001
-        if buffer is not None
-    }
+    """The layers' buffers by their names in the checkpoint, shared ones under each name.
+
+    Raises:
+        RefreshError: they do not fit into the checkpoint's dtype.
+    """
+    buffers = {id(buffer) for layer in layers for buffer in layer.buffers(recurse=False)}
     arrays: dict[int, AnyArray] = {}
     values: dict[str, AnyArray] = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
+    for name, buffer in model.state_dict(keep_vars=True).items():
         if id(buffer) in buffers and name in names:
             if id(buffer) not in arrays:
                 arrays[id(buffer)] = buffer.detach().cpu().double().numpy()
+            dtype = checkpoint.tensors[names[name]].dtype
+            if not _fits(arrays[id(buffer)], dtype):
+                raise RefreshError(
+                    f"{printable(name)!r} is too large for the checkpoint's {dtype.name}",
+                    remedy="keep the checkpoint's norm statistics in float32",
+                )
             values[names[name]] = arrays[id(buffer)]
     return values
 
 
-def _write(
-    checkpoint: Checkpoint, output: Path, report: RefreshReport, seed: int, *, fsync: bool
-) -> None:
-    """Write the checkpoint, its provenance brought up to date."""
-    collection, weights = Collection.of_one(checkpoint), uniform(1)
+def _fits(values: AnyArray, dtype: DType) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(dtype.numpy).astype(np.float64)).all())
+
+
+def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dict[str, Any]:
+    """The checkpoint's provenance, brought up to date."""
     entry = checkpoint.provenance or {
         "scheme": "none",
-        "sources": provenance_sources(collection, weights),
+        "sources": provenance_sources(Collection.of_one(checkpoint), uniform(1)),
     }
     state: dict[str, Any] = {"state": "none"}
+    if report.unused and not report.layers:
+        state = entry.get("norm_stats", state)
     if report.layers:
         state = {
             "state": "refreshed",
@@ -209,11 +206,18 @@ def _write(
             "samples": report.samples,
             "seed": seed,
         }
-    entry = {**entry, "version": __version__, "norm_stats": state}
+    return {**entry, "version": __version__, "norm_stats": state}
+
+
+def _write(
+    checkpoint: Checkpoint, output: Path, entry: dict[str, Any], *, force: bool, fsync: bool
+) -> None:
+    """Write the checkpoint with that provenance."""
+    collection = Collection.of_one(checkpoint)
     metadata = {"format": "pt", **checkpoint.metadata, PROVENANCE: encode_provenance(entry)}
-    plan = make_plan(collection, weights, roles=["kept"] * len(collection.names))
+    plan = make_plan(collection, uniform(1), roles=["kept"] * len(collection.names))
     layout = lay_out(output, plan.outputs, metadata, checkpoint.module_versions)
-    write(plan, layout, output, force=True, fsync=fsync, threads=available_processors())
+    write(plan, layout, output, force=force, fsync=fsync, threads=available_processors())
 
 
 def average_and_refresh(
@@ -248,7 +252,19 @@ def average_and_refresh(
     with tempfile.TemporaryDirectory(prefix=f".{output.name[:200]}.", dir=output.parent) as folder:
         average_path = Path(folder) / output.name
         summary = average(inputs, average_path, progress=progress, fsync=False, **others)
+        for source in summary.sources:
+            if output.exists() and output.samefile(source.path):
+                raise OutputError(
+                    "is itself one of the checkpoints", path=output, remedy="choose another output"
+                )
         report = refresh_checkpoint(
             average_path, output, options, force=force, fsync=fsync, progress=refresh_progress
         )
-    return summary, report
+    return _of_both(summary, output, report), report
+
+
+def _of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
+    """The average's summary, made to speak of the file that the refresh has written."""
+    state = "refreshed" if report.layers else summary.norm_stats
+    size = output.stat().st_size
+    return replace(summary, output=str(output), norm_stats=state, bytes_written=size)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
-from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import FormatError, MismatchError, printable
 from ckptavg.factories import user_code
-from ckptavg.tensors import AnyArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Set as AbstractSet
+
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.tensors import AnyArray
 
 log = logging.getLogger("ckptavg")
 
@@ -36,8 +42,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
         for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, torch.Tensor)
     }
-    names = match_names(wanted.keys(), checkpoint.tensors.keys())
-    problems = [*_missing(wanted, names, checkpoint), *_unexpected(names, checkpoint)]
+    names, prefix = match_names(wanted.keys(), checkpoint.tensors.keys())
+    problems = [*_missing(wanted, names, checkpoint), *_unexpected(names, prefix, checkpoint)]
     problems += _shapes(wanted, names, checkpoint)
     if problems:
         raise MismatchError(
@@ -50,36 +56,62 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
     return names
 
 
-def match_names(wanted: Set[str], given: Set[str]) -> dict[str, str]:
-    """The model's names to the checkpoint's, which may differ by one prefix on all of them.
+def match_names(wanted: AbstractSet[str], given: AbstractSet[str]) -> tuple[dict[str, str], str]:
+    """The model's names to the checkpoint's, which may differ by the prefix on all of them.
 
     Args:
         wanted: names in the model.
         given: names in the checkpoint.
+
+    Returns:
+        The names, and the prefix that the matched ones have in the checkpoint alone.
+
+    Raises:
+        MismatchError: the checkpoint holds the model several times, under unlike prefixes.
     """
-    matches = {name: name for name in wanted & given}
-    longer = _common_prefix(wanted, given)
-    with_prefix = {name: longer + name for name in wanted if longer + name in given}
-    if len(with_prefix) > len(matches):
-        log.info("the checkpoint's names have the prefix %r, the model's do not: matched", longer)
-        return with_prefix
-    shorter = _common_prefix(given, wanted)
-    without_prefix = {shorter + name: name for name in given if shorter + name in wanted}
-    if len(without_prefix) > len(matches):
-        log.info("the model's names have the prefix %r, the checkpoint's do not: matched", shorter)
-        return without_prefix
-    return matches
+    best: dict[str, str] = {}
+    chosen = "", ""
+    for own in _own_prefixes(wanted, given):
+        short = {name.removeprefix(own): name for name in wanted if name.startswith(own)}
+        prefixes = ["", *_fullest_prefixes(short.keys(), given)]
+        for prefix in prefixes:
+            found = {name: prefix + end for end, name in short.items() if prefix + end in given}
+            if len(found) > len(best):
+                best, chosen = found, (own, prefix)
+                rivals = prefixes[1:] if prefix and len(found) == len(short) else []
+    if best and len(rivals) > 1:
+        raise MismatchError(
+            "the checkpoint holds the model more than once, and which is meant is unclear; "
+            "let --model be what holds them all. It is there under the prefixes:",
+            [printable(prefix) for prefix in rivals],
+        )
+    own, prefix = chosen
+    if own or prefix:
+        log.info(
+            "matched the model's names, %s, to the checkpoint's, %s",
+            f"with the prefix {printable(own)!r}" if own else "without a prefix",
+            f"with the prefix {printable(prefix)!r}" if prefix else "without a prefix",
+        )
+    return best, prefix
 
 
-def _common_prefix(short: Iterable[str], long: Iterable[str]) -> str:
-    """The prefix that, put before the short names, gives the most of the long ones."""
-    ends = set(short)
+def _own_prefixes(wanted: AbstractSet[str], given: AbstractSet[str]) -> list[str]:
+    """Prefixes of the model's names that the checkpoint may lack, the shortest first."""
+    first, last = min(wanted, default=""), max(wanted, default="")
+    ends = (position + 1 for position, character in enumerate(first) if character == ".")
+    shared = [first[:end] for end in ends if last.startswith(first[:end])]
+    return ["", *shared, *_fullest_prefixes(given, wanted)[:1]]
+
+
+def _fullest_prefixes(short: AbstractSet[str], long: Iterable[str]) -> list[str]:
+    """The prefixes that, put before the short names, give the most of the long ones."""
     found: Counter[str] = Counter()
     for name in long:
         for position, character in enumerate(name):
-            if character == "." and name[position + 1 :] in ends:
+            if character == "." and name[position + 1 :] in short:
                 found[name[: position + 1]] += 1
-    return max(found, key=lambda prefix: (found[prefix], -len(prefix))) if found else ""
+    most = max(found.values(), default=0)
+    return sorted((prefix for prefix in found if found[prefix] == most), key=len)
 
 
 def _missing(
@@ -89,33 +121,33 @@ def _missing(
 
     A tied tensor comes under its other name; counters of batches are younger than BatchNorm.
     """
-    loaded = {
-        value.data_ptr() for name, value in wanted.items() if name in names and _has_data(value)
-    }
+    loaded = {_place(value) for name, value in wanted.items() if name in names}
     where = printable(checkpoint.path)
     return [
         f"{printable(name)}: in the model, missing in {where}"
         for name, value in wanted.items()
         if name not in names
         and not name.endswith("num_batches_tracked")
-        and not (_has_data(value) and value.data_ptr() in loaded)
+        and _place(value) not in loaded
     ]
 
 
-def _has_data(value: torch.Tensor) -> bool:
-    return not torch.nn.parameter.is_lazy(value) and value.numel() > 0  # type: ignore[no-untyped-call]
+def _place(value: torch.Tensor) -> object:
+    """What tied tensors have in common; unlike for each that has no elements."""
+    if is_lazy(value) or not value.numel():
+        return id(value)
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
-def _unexpected(names: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:
+def _unexpected(names: Mapping[str, str], prefix: str, checkpoint: Checkpoint) -> list[str]:
     """What the checkpoint has and the model lacks.
 
     Behind a prefix only what bears it is the model's; a Lightning module may hold more beside it.
     """
     used = set(names.values())
-    prefix = next((own.removesuffix(name) for name, own in names.items() if own != name), "")
-    beside = [name for name in checkpoint.tensors if not name.startswith(prefix)]
+    beside = sum(not name.startswith(prefix) for name in checkpoint.tensors)
     if beside:
-        log.info("%d tensors stand outside of the model's prefix %r", len(beside), prefix)
+        log.info("left alone %d tensors without the prefix %r", beside, printable(prefix))
     where = printable(checkpoint.path)
     return [
         f"{printable(name)}: in {where}, missing in the model"
@@ -131,8 +163,7 @@ def _shapes(
         f"{printable(name)}: shape {tuple(wanted[name].shape)} in the model, "
         f"{checkpoint.tensors[own].shape} in {printable(checkpoint.path)}"
         for name, own in names.items()
-        if not torch.nn.parameter.is_lazy(wanted[name])  # type: ignore[no-untyped-call]
-        and tuple(wanted[name].shape) != checkpoint.tensors[own].shape
+        if not is_lazy(wanted[name]) and tuple(wanted[name].shape) != checkpoint.tensors[own].shape
     ]
 
 

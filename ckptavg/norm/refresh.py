@@ -10,64 +10,28 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import user_code
 from ckptavg.norm.batches import default_forward, leading_size, moved
-from ckptavg.norm.estimators import CallStatistics, Estimator, EstimatorName, make_estimator
-from ckptavg.norm.statistics import input_statistics, native_statistics
+from ckptavg.norm.estimators import Estimator, EstimatorName, make_estimator
+from ckptavg.norm.observer import OneValueError, Staged, TrainMode, observed
+from ckptavg.norm.report import RefreshReport, layer_report
+
+__all__ = ["RefreshReport", "norm_layers", "refresh_norm"]
 
 log = logging.getLogger("ckptavg")
 
 Forward = Callable[[torch.nn.Module, Any], object]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
-TrainMode = Literal["norm", "full"]
 Progress = Callable[[int, int | None], None]
 """Called with the batches done since the last call, and with how many there are, if known."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What the pass changed in a layer.
-
-    Attributes:
-        name: the layer's name in the model.
-        calls: how often it was called.
-        mean_change: largest change of a channel's mean, in its (new) standard deviations.
-        variance_ratio: largest ratio of a channel's new and old variance, either way round.
-    """
-
-    name: str
-    calls: int
-    mean_change: float
-    variance_ratio: float
-
-
-@dataclass(frozen=True)
-class RefreshReport:
-    """What a refresh did.
-
-    Attributes:
-        estimator: which statistics were computed.
-        batches: batches that were used.
-        samples: examples in them.
-        skipped: batches that were left out, having one value per channel somewhere.
-        layers: one for each layer that was refreshed, in the model's order.
-        unused: names of the layers that were never called and keep what they had.
-    """
-
-    estimator: str
-    batches: int
-    samples: int
-    skipped: int
-    layers: tuple[LayerReport, ...]
-    unused: tuple[str, ...]
 
 
 def refresh_norm(
@@ -110,38 +74,99 @@ def refresh_norm(
         RefreshError: there were no usable batches, or the statistics are NaN or Inf.
         UserCodeError: the model, the loader or `forward` raised.
     """
+    _check_choices(estimator, memory_format, train_mode)
     layers = norm_layers(model)
     if not layers:
         return RefreshReport(estimator, 0, 0, 0, (), ())
-    estimators = {name: make_estimator(estimator) for name in layers}
+    _refuse_lazy(layers)
+    found = _Found({name: make_estimator(estimator) for name in layers})
     place = torch.device(device) if device is not None else _device_of(model)
     layout = _memory_formats(model, memory_format)
-    done = samples = skipped = 0
-    with torch.no_grad(), _observed(model, layers, estimator, train_mode) as staged:
+    total = _length(batches, max_batches)
+    setup = observed(model, layers, from_input=estimator == "exact", train_mode=train_mode)
+    with torch.no_grad(), setup as staged:
         for batch in _limited(batches, max_batches):
             with user_code("moving a batch"):
                 here = moved(batch, place, layout)
             staged.clear()
-            try:
-                with user_code("the forward pass"):
-                    (forward or default_forward)(model, here)
-            except _OneValueError:
-                skipped += 1
-                continue
-            for name, seen in staged:
-                estimators[name].update(seen)
-            done, samples = done + 1, samples + leading_size(batch)
+            size = leading_size(here)
+            fits = _run(model, here, forward or default_forward)
+            found.take(staged if fits else None, size)
             if progress is not None:
-                progress(1, _length(batches, max_batches))
-            if max_samples is not None and samples >= max_samples:
+                progress(1, total)
+            if max_samples is not None and found.drawn >= max_samples:
                 break
+    if found.skipped:
+        log.warning("left out %d batches with one value per channel in a norm layer", found.skipped)
+    if not found.batches:
+        raise _nothing_used(found.skipped)
+    return _store(layers, found, estimator)
+
+
+@dataclass
+class _Found:
+    """What the pass has found so far.
+
+    Attributes:
+        estimators: one for each layer, by name.
+        batches: batches that were used.
+        samples: examples in them.
+        skipped: batches that were left out.
+        drawn: examples in all batches.
+    """
+
+    estimators: Mapping[str, Estimator]
+    batches: int = 0
+    samples: int = 0
+    skipped: int = 0
+    drawn: int = 0
+
+    def take(self, staged: Staged | None, size: int) -> None:
+        """Fold in what a batch has shown; None where it is left out."""
+        self.drawn += size
+        if staged is None:
+            self.skipped += 1
+            return
+        self.batches, self.samples = self.batches + 1, self.samples + size
+        for name, seen in staged:
+            self.estimators[name].update(seen)
+
+
+def _run(model: torch.nn.Module, batch: Any, forward: Forward) -> bool:  # noqa: ANN401
+    """Whether a forward pass came to its end; not where a layer got one value per channel."""
+    try:
+        with user_code("the forward pass"):
+            forward(model, batch)
+    except OneValueError:
+        return False
+    return True
+
+
+def _check_choices(*given: str) -> None:
+    for value, choices in zip(given, (EstimatorName, MemoryFormat, TrainMode), strict=True):
+        if value not in get_args(choices):
+            raise RefreshError(f"{value!r} is none of {', '.join(get_args(choices))}")
+
+
+def _refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
+    for name, layer in layers.items():
+        if layer.running_mean is not None and is_lazy(layer.running_mean):
+            raise RefreshError(
+                f"layer {printable(name)!r} is lazy and has no shape yet",
+                remedy="load weights into the model, or run it once",
+            )
+
+
+def _nothing_used(skipped: int) -> RefreshError:
     if skipped:
-        log.warning("left out %d batches with one value per channel in a norm layer", skipped)
-    if not done:
-        raise RefreshError(
-            "the loader gave no batch that can be used", remedy="statistics are left as they were"
+        return RefreshError(
+            "no batch could be used: each had one value per channel in a norm layer",
+            remedy="make the loader's batches larger",
         )
-    return _store(layers, estimators, estimator, done, samples, skipped)
+    return RefreshError(
+        "the loader gave no batches",
+        remedy="if it was used up before, name a callable that makes it anew",
+    )
 
 
 def norm_layers(model: torch.nn.Module) -> dict[str, _BatchNorm]:
@@ -154,10 +179,6 @@ def norm_layers(model: torch.nn.Module) -> dict[str, _BatchNorm]:
         and module.running_mean is not None
         and module.running_var is not None
     }
-
-
-class _OneValueError(RefreshError):
-    """A layer was given one value per channel, which has no variance; torch would raise."""
 
 
 def _limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
@@ -176,7 +197,7 @@ def _limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
 def _length(batches: Iterable[Any], most: int | None) -> int | None:
     try:
         known = len(batches)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # noqa: BLE001 - the user's own; it only goes into a progress bar
         return most
     return known if most is None else min(known, most)
 
@@ -205,107 +226,14 @@ def _memory_formats(
     return {dims: formats[dims] for dims in used}
 
 
-@contextmanager
-def _observed(
-    model: torch.nn.Module,
-    layers: Mapping[str, _BatchNorm],
-    estimator: EstimatorName,
-    train_mode: TrainMode,
-) -> Iterator[list[tuple[str, CallStatistics]]]:
-    """Set the model up for the pass, and put everything back at the end.
-
-    Yields:
-        The list to which each call of a layer adds its name and statistics.
-    """
-    staged: list[tuple[str, CallStatistics]] = []
-    with ExitStack() as undo:
-        for module in list(model.modules()):
-            undo.callback(setattr, module, "training", module.training)
-        model.train(train_mode == "full")
-        for name, layer in layers.items():
-            undo.callback(_restore, layer, dict(layer._buffers), layer.momentum)  # noqa: SLF001
-            layer.training = True
-            layer.momentum = 1.0
-            observer = _Observer(name, staged, from_input=estimator == "exact")
-            _give_fresh_buffers(layer)
-            undo.callback(layer.register_forward_pre_hook(_refuse_one_value).remove)
-            undo.callback(layer.register_forward_hook(observer).remove)
-        yield staged
-
-
-def _restore(
-    layer: _BatchNorm, buffers: dict[str, torch.Tensor | None], momentum: float | None
-) -> None:
-    layer._buffers.update(buffers)  # noqa: SLF001
-    layer.momentum = momentum
-
-
-def _give_fresh_buffers(layer: _BatchNorm) -> None:
-    """Buffers for one call: with momentum 1 the layer leaves that call's statistics in them.
-
-    The layer's own may hold NaN, which no momentum forgets.
-    """
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    layer._buffers["running_mean"] = torch.zeros_like(layer.running_mean)  # noqa: SLF001
-    layer._buffers["running_var"] = torch.ones_like(layer.running_var)  # noqa: SLF001
-    if layer.num_batches_tracked is not None:
-        layer._buffers["num_batches_tracked"] = torch.zeros_like(layer.num_batches_tracked)  # noqa: SLF001
-
-
-def _refuse_one_value(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-    values = inputs[0]
-    if values.numel() <= values.shape[1]:
-        raise _OneValueError("one value per channel")
-
-
-class _Observer:
-    """The hook of a layer: hands over what each call saw.
-
-    torch's kernel has computed the statistics anyway, and left them in the buffers. They are
-    computed here from the input where that is not good enough (`exact`, buffers of 16 bits), or
-    did not happen (checkpoint wrappers that stop the layer from tracking while gradients are off).
-    """
-
-    def __init__(
-        self, name: str, staged: list[tuple[str, CallStatistics]], *, from_input: bool
-    ) -> None:
-        self._name, self._staged, self._from_input = name, staged, from_input
-        self._first = True
-
-    def __call__(self, layer: torch.nn.Module, inputs: tuple[Any, ...], _: object) -> None:
-        assert isinstance(layer, _BatchNorm)  # noqa: S101 - it was registered with one
-        values = inputs[0]
-        mean, variance = layer.running_mean, layer.running_var
-        assert mean is not None and variance is not None  # noqa: S101, PT018
-        if self._first:
-            self._first = False
-            untouched = not bool(mean.any()) and bool((variance == 1).all())
-            self._from_input |= untouched or mean.dtype not in (torch.float32, torch.float64)
-        if self._from_input:
-            seen = input_statistics(values)
-        else:
-            seen = native_statistics(mean, variance, values)
-        self._staged.append((self._name, seen))
-        _give_fresh_buffers(layer)
-
-
 def _store(
-    layers: Mapping[str, _BatchNorm],
-    estimators: Mapping[str, Estimator],
-    estimator: str,
-    batches: int,
-    samples: int,
-    skipped: int,
+    layers: Mapping[str, _BatchNorm], found: _Found, estimator: EstimatorName
 ) -> RefreshReport:
     """Write the statistics into the model, all or none of them."""
+    estimators = found.estimators
     used = {name: layer for name, layer in layers.items() if estimators[name].calls}
-    for name in used:
-        found = estimators[name]
-        if not bool(torch.isfinite(found.mean).all() & torch.isfinite(found.variance).all()):
-            raise RefreshError(
-                f"the statistics of layer {printable(name)!r} came out NaN or Inf",
-                remedy="look for NaN in the data, or for weights that overflow",
-            )
+    for name, layer in used.items():
+        _check(name, layer, estimators[name])
     unused = tuple(name for name in layers if name not in used)
     if unused:
         log.warning(
@@ -313,11 +241,31 @@ def _store(
             len(unused),
             ", ".join(printable(name) for name in unused),
         )
-    reports = tuple(_report(name, layer, estimators[name]) for name, layer in used.items())
+    reports = tuple(layer_report(name, layer, estimators[name]) for name, layer in used.items())
     with torch.no_grad():
         for name, layer in used.items():
             _store_in(layer, estimators[name])
-    return RefreshReport(estimator, batches, samples, skipped, reports, unused)
+    return RefreshReport(estimator, found.batches, found.samples, found.skipped, reports, unused)
+
+
+def _check(name: str, layer: _BatchNorm, found: Estimator) -> None:
+    """Refuse what is no number, or is none in the layer's dtype."""
+    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
+    if not _all_finite(found.mean, found.variance):
+        raise RefreshError(
+            f"the statistics of layer {printable(name)!r} came out NaN or Inf",
+            remedy="look for NaN in the data, or for weights that overflow",
+        )
+    dtype = layer.running_var.dtype
+    if not _all_finite(found.mean.to(layer.running_mean.dtype), found.variance.to(dtype)):
+        raise RefreshError(
+            f"the statistics of layer {printable(name)!r} are too large for {dtype}",
+            remedy="look for weights that overflow, and keep norm layers in float32",
+        )
+
+
+def _all_finite(*values: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in values)
 
 
 def _store_in(layer: _BatchNorm, found: Estimator) -> None:
@@ -326,16 +274,3 @@ def _store_in(layer: _BatchNorm, found: Estimator) -> None:
     layer.running_var.copy_(found.variance)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.fill_(found.calls)
-
-
-def _report(name: str, layer: _BatchNorm, found: Estimator) -> LayerReport:
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    mean, variance = found.mean, found.variance + layer.eps
-    old_mean = layer.running_mean.to(mean)
-    ratio = variance / (layer.running_var.to(mean) + layer.eps)
-    return LayerReport(
-        name,
-        found.calls,
-        float(((mean - old_mean).abs() / variance.sqrt()).max()),
-        float(torch.maximum(ratio, 1 / ratio).max()),
-    )

@@ -20,7 +20,7 @@ def input_statistics(values: torch.Tensor) -> CallStatistics:
     axes = [axis for axis in range(values.dim()) if axis != 1]
     rows = max(1, _SLICE // max(1, values[0].numel()))
     moments = None
-    for piece in values.detach().split(rows):
+    for piece in torch.split(values.detach(), rows):
         exact = in_float64(piece)
         variance, mean = torch.var_mean(exact, axes, correction=0)
         size = piece.numel() // max(1, channels)

@@ -22,7 +22,7 @@ def lay_out_safetensors(
     """Header first, then the tensors in the given order; tied ones are written once for each name.
 
     Raises:
-        OutputError: the format has no such dtype, or the header grows too long.
+        OutputError: the format has no such dtype or name, or the header grows too long.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     relative: list[tuple[int, ...]] = []
@@ -37,6 +37,7 @@ def lay_out_safetensors(
             )
         starts = tuple(end + index * tensor.nbytes for index in range(len(tensor.names)))
         for name, start in zip(tensor.names, starts, strict=True):
+            _check_name(path, name, header)
             header[name] = {
                 "dtype": tensor.dtype.code,
                 "shape": tensor.shape,
@@ -49,6 +50,16 @@ def lay_out_safetensors(
         raise OutputError(f"its header would be {len(head)} bytes long", path=path)
     targets = tuple(tuple(len(head) + start for start in starts) for starts in relative)
     return Layout(len(head) + end, ((0, head),), targets)
+
+
+def _check_name(path: Path, name: str, taken: Mapping[str, object]) -> None:
+    """A torch file can hold names that this format cannot: its own key, and what is no text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise OutputError("its name is no text", path=path, tensor=name) from error
+    if name in taken:
+        raise OutputError("its name is taken in safetensors", path=path, tensor=name)
 
 
 def _encode(header: Mapping[str, object]) -> bytes:

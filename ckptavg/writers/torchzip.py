@@ -9,16 +9,16 @@ from __future__ import annotations
 import pickle
 import struct
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.checkpoint import PROVENANCE
+from ckptavg.errors import OutputError
 from ckptavg.layout import Checksum, Layout, OutputTensor
 from ckptavg.tensors import contiguous_strides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _FOLDER = "archive"
 _ALIGNMENT = 64
@@ -36,6 +36,7 @@ _STORAGES = {
     "complex64": "ComplexFloatStorage",
     "complex128": "ComplexDoubleStorage",
 }
+_PACKED = ("float4_e2m1fn_x2",)
 
 
 def lay_out_torch(
@@ -49,6 +50,9 @@ def lay_out_torch(
         tensors: in the order in which they are to stand.
         metadata: strings; all but the provenance are left out, for lack of a place.
         module_versions: the state dict's `_metadata`: a dict for each submodule.
+
+    Raises:
+        OutputError: torch has no such dtype.
     """
     archive = _Zip()
     archive.add("data.pkl", pickle_state_dict(tensors, module_versions))
@@ -143,9 +147,7 @@ class _Zip:
         )
         self._put(_LOCATOR64.pack(b"PK\6\7", 0, end64, 1))
         few = min(count, _MAX16)
-        self._put(
-            _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), min(start, _MAX32), 0)
-        )
+        self._put(_END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), min(start, _MAX32), 0))
 
     @staticmethod
     def _central(record: _Record) -> bytes:
@@ -180,20 +182,24 @@ def pickle_state_dict(
     )
     state = b""
     if module_versions:
-        state = _value({"_metadata": _plain_versions(module_versions)}) + pickle.BUILD
-    return (
-        pickle.PROTO + b"\2" + _ORDERED_DICT + pickle.MARK + items + pickle.SETITEMS
-        + state + pickle.STOP
-    )
+        metadata = _ORDERED_DICT + _items(
+            _text(module) + pickle.EMPTY_DICT + _items(_plain_facts(facts))
+            for module, facts in module_versions.items()
+        )
+        state = pickle.EMPTY_DICT + _items([_text("_metadata") + metadata]) + pickle.BUILD
+    return pickle.PROTO + b"\2" + _ORDERED_DICT + _items([items]) + state + pickle.STOP
 
 
-def _plain_versions(versions: Mapping[str, Any]) -> OrderedDict[str, dict[str, Any]]:
+def _items(pairs: Iterable[bytes]) -> bytes:
+    """Put pickled pairs of key and value into the dict before them."""
+    return pickle.MARK + b"".join(pairs) + pickle.SETITEMS
+
+
+def _plain_facts(facts: Mapping[Any, object]) -> Iterator[bytes]:
     """Only plain values: whatever else a file held there has no business in another."""
-    return OrderedDict(
-        (module, {key: value for key, value in facts.items() if type(value) in (int, str, bool)})
-        for module, facts in versions.items()
-        if isinstance(module, str) and isinstance(facts, dict)
-    )
+    for key, value in facts.items():
+        if isinstance(key, str) and isinstance(value, int | str):
+            yield _text(key) + (_text(value) if isinstance(value, str) else _number(value))
 
 
 def _global(module: str, name: str) -> bytes:
@@ -205,9 +211,13 @@ def _text(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
 
 
-def _value(value: object) -> bytes:
-    """A plain value's own pickle, without its head and its end."""
+def _number(value: int) -> bytes:
+    """A whole number's or a bool's own pickle, without its head and its end."""
     return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def _numbers(values: Iterable[int]) -> bytes:
+    return pickle.MARK + b"".join(map(_number, values)) + pickle.TUPLE
 
 
 _ORDERED_DICT = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
@@ -223,10 +233,31 @@ def _tensor(key: str, tensor: OutputTensor) -> bytes:
         rebuild, storage = "_rebuild_tensor_v3", _global("torch.storage", "UntypedStorage")
         dtype, size = _global("torch", name), tensor.nbytes
     persistent_id = (
-        pickle.MARK + _text("storage") + storage + _text(key) + _text("cpu") + _value(size)
-        + pickle.TUPLE + pickle.BINPERSID
+        pickle.MARK
+        + _text("storage")
+        + storage
+        + _text(key)
+        + _text("cpu")
+        + _number(size)
+        + pickle.TUPLE
+        + pickle.BINPERSID
     )
-    place = _value(0) + _value(tensor.shape) + _value(contiguous_strides(tensor.shape))
+    shape = _torch_shape(tensor)
+    place = _number(0) + _numbers(shape) + _numbers(contiguous_strides(shape))
     no_grad_no_hooks = pickle.NEWFALSE + _ORDERED_DICT
     arguments = pickle.MARK + persistent_id + place + no_grad_no_hooks + dtype + pickle.TUPLE
     return _global("torch._utils", rebuild) + arguments + pickle.REDUCE
+
+
+def _torch_shape(tensor: OutputTensor) -> tuple[int, ...]:
+    """Its shape as torch counts: of packed types the bytes, two elements in each."""
+    if tensor.dtype.kind != "packed":
+        return tensor.shape
+    *outer, last = tensor.shape or (1,)
+    if tensor.dtype.name not in _PACKED or last * tensor.dtype.bits % 8:
+        raise OutputError(
+            f"torch has no {tensor.dtype.name} of shape {tensor.shape}",
+            tensor=tensor.names[0],
+            remedy="write a .safetensors",
+        )
+    return (*outer, last * tensor.dtype.bits // 8)

@@ -1,0 +1,85 @@
+"""Make the user's model and loader out of what he named, always alike for the same seed."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ckptavg.errors import RefreshError
+from ckptavg.factories import load_object, user_code
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, which users' code draws from."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002
+    torch.manual_seed(seed % (1 << 64))
+
+
+def make_model(
+    spec: str, arguments: Mapping[str, Any], device: torch.device | str | None
+) -> torch.nn.Module:
+    """The model that a spec names, or that the callable returns which it names.
+
+    Args:
+        spec: `package.module:attr` or `path/to/file.py:attr`.
+        arguments: keywords for the callable.
+        device: where it is put; None for a GPU if there is one.
+
+    Raises:
+        RefreshError: it is no model, or does not go there.
+        UserCodeError: the callable raised.
+    """
+    made = load_object(spec)
+    if isinstance(made, torch.nn.Module):
+        _refuse_arguments(spec, arguments)
+    elif callable(made):
+        with user_code(spec):
+            made = made(**arguments)
+    if not isinstance(made, torch.nn.Module):
+        raise RefreshError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return made.to(place)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
+
+
+def make_batches(spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
+    """The iterable of batches that a spec names, or that the callable returns which it names.
+
+    Args:
+        spec: `package.module:attr` or `path/to/file.py:attr`.
+        arguments: keywords for the callable.
+
+    Raises:
+        RefreshError: it is no iterable.
+        UserCodeError: the callable raised.
+    """
+    made: Any = load_object(spec)
+    if hasattr(made, "__iter__") and not isinstance(made, type):
+        _refuse_arguments(spec, arguments)
+    elif callable(made):
+        with user_code(spec):
+            made = made(**arguments)
+    if not hasattr(made, "__iter__") or isinstance(made, type):
+        raise RefreshError(
+            f"{spec} is a {type(made).__name__}, which gives no batches",
+            remedy="let it be an iterable of batches, such as a DataLoader, or return one",
+        )
+    batches: Iterable[Any] = made
+    return batches
+
+
+def _refuse_arguments(spec: str, arguments: Mapping[str, Any]) -> None:
+    if arguments:
+        raise RefreshError(
+            f"{spec} is no callable, so there is nothing to pass {', '.join(arguments)} to",
+            remedy="name a function that takes it",
+        )

@@ -1,0 +1,242 @@
+"""Pickles that are small and want much time or memory, and a process to set them off in.
+
+`python -m tests.pickle_bombs` loads each in a fork of its own and prints what came of it as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+import time
+
+from ckptavg.formats.statedict import find_state_dicts
+from ckptavg.formats.unpickler import PickleError, load
+
+SECONDS = 5
+MEMORY = 300 << 20
+
+
+def text(value):
+    encoded = value.encode()
+    return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
+
+
+def named(module, name):
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def stack_global(module, name):
+    return text(module) + text(name) + pickle.STACK_GLOBAL
+
+
+def stop(body, protocol=4):
+    return pickle.PROTO + bytes([protocol]) + body + pickle.STOP
+
+
+def put(index):
+    return pickle.LONG_BINPUT + struct.pack("<I", index)
+
+
+def get(index):
+    return pickle.LONG_BINGET + struct.pack("<I", index)
+
+
+def nested(opening, closing, depth):
+    return opening * depth + closing * depth
+
+
+def tuple_dag(depth):
+    """A tuple of 2 ** depth leaves out of 3 * depth bytes."""
+    return b")" + b"2\x86" * depth
+
+
+def laughs(width, depth, fill):
+    """Lists of the same list, `width` times, `depth` levels deep."""
+    body = b"]" + put(0)
+    for level in range(1, depth):
+        body += b"](" + get(level - 1) * width + fill + put(level)
+    return body
+
+
+STORAGE = (
+    b"(" + text("storage") + named("torch", "FloatStorage") + text("0") + text("cpu") + b"K\1tQ"
+)
+BIG_LIST = b"](" + b"N" * 300_000 + b"e" + put(0)
+BIG_TUPLE = b"(" + b"N" * 300_000 + b"t" + put(0)
+BIG_TEXT = text("x" * 5_000_000) + put(0)
+COLLIDING = [index * (2**61 - 1) for index in range(60_000)]
+
+BODIES = {
+    "LONG_BINPUT": b"N" + put(2**28) + b"N" + put(2**32 - 1),
+    "BYTEARRAY8": pickle.BYTEARRAY8 + struct.pack("<Q", 2**40) + b"x",
+    "BYTEARRAY8 of 2**63": pickle.BYTEARRAY8 + struct.pack("<Q", 2**63) + b"x",
+    "BINBYTES8": pickle.BINBYTES8 + struct.pack("<Q", 2**40) + b"x",
+    "BINUNICODE8": pickle.BINUNICODE8 + struct.pack("<Q", 2**62) + b"x",
+    "BINBYTES": pickle.BINBYTES + struct.pack("<I", 2**32 - 1) + b"x",
+    "LONG4": pickle.LONG4 + struct.pack("<i", 2**31 - 1) + b"x",
+    "FRAME": pickle.FRAME + struct.pack("<Q", 2**62) + b"N",
+    "frames": (pickle.FRAME + struct.pack("<Q", 1) + b"N") * 50_000,
+    "deep lists": b"]" + nested(b"]", b"a", 300_000),
+    "deep tuples": nested(b"(", b"t", 300_000),
+    "deep dicts": b"}" + b"K\0}" * 200_000 + b"s" * 200_000,
+    "deep tuple as key": b"}" + nested(b"(", b"t", 300_000) + b"Ns",
+    "deep tuple as member": b"\x8f(" + nested(b"(", b"t", 300_000) + b"\x90",
+    "deep tuple in a frozenset": b"(" + nested(b"(", b"t", 300_000) + b"\x91",
+    "DAG as key": b"}" + tuple_dag(200) + b"Ns",
+    "DAG in DICT": b"(" + tuple_dag(200) + b"Nd",
+    "DAG as key of SETITEMS": b"}(" + tuple_dag(200) + b"Nu",
+    "DAG as member": b"\x8f(" + tuple_dag(200) + b"\x90",
+    "DAG in a frozenset": b"(" + tuple_dag(200) + b"\x91",
+    "DAG of frozensets": b"(\x91" + (put(1) + b"(" + get(1) + b"K\1\x91") * 200 + b"0N",
+    "DAG in set()": named("builtins", "set") + b"](" + tuple_dag(200) + b"e\x85R",
+    "DAG in dict()": named("builtins", "dict") + b"](" + tuple_dag(200) + b"N\x86e\x85R",
+    "DAG in OrderedDict()": named("collections", "OrderedDict")
+    + b"](]("
+    + tuple_dag(200)
+    + b"Nee\x85R",
+    "DAG as a shape that is a key": b"}"
+    + named("torch._utils", "_rebuild_tensor")
+    + b"("
+    + STORAGE
+    + b"K\0"
+    + tuple_dag(200)
+    + b")tRNs",
+    "DAG to be printed": named("m", "f") + tuple_dag(40) + b"b" + b"2Q",
+    "colliding members": b"\x8f("
+    + b"".join(pickle.dumps(index, 2)[2:-1] for index in COLLIDING)
+    + b"\x90",
+    "DAG as a dtype": named("torch._utils", "_rebuild_tensor_v3")
+    + b"("
+    + STORAGE
+    + b"K\0))\x89N"
+    + tuple_dag(200)
+    + b"tR",
+    "laughing parameters": named("torch._utils", "_rebuild_parameter")
+    + put(9)
+    + BIG_TUPLE
+    + (get(9) + get(0) + b"R") * 50_000,
+    "DAG as a call": tuple_dag(200) + b")R",
+    "huge integers as keys": b"}("
+    + b"".join(
+        pickle.LONG4 + struct.pack("<i", 500_000) + bytes([index]) * 500_000 + b"N"
+        for index in range(1, 20)
+    )
+    + b"u",
+    "integers of one hash": b"}("
+    + b"".join(pickle.dumps(index, 2)[2:-1] + b"N" for index in COLLIDING)
+    + b"u",
+    "tuples of one hash": b"}("
+    + b"".join(b"(" + pickle.dumps(index, 2)[2:-1] + b"tN" for index in COLLIDING)
+    + b"u",
+    "a memo of one hash": b"N" + b"".join(b"p%d\n" % index for index in COLLIDING),
+    "digits without end": b"L" + b"9" * 2_000_000 + b"L\n",
+    "laughing lists": laughs(10, 40, b"e"),
+    "laughing dicts": b"}"
+    + b"".join(put(n) + b"}(K\0" + get(n) + b"K\1" + get(n) + b"u" for n in range(100)),
+    "laughing set()": named("builtins", "set")
+    + put(9)
+    + BIG_LIST
+    + (get(9) + get(0) + b"\x85R") * 500,
+    "laughing Size()": named("torch", "Size")
+    + put(9)
+    + BIG_LIST
+    + (get(9) + get(0) + b"\x85R") * 500,
+    "laughing Size() of text": named("torch", "Size")
+    + put(9)
+    + BIG_TEXT
+    + (get(9) + get(0) + b"\x85R") * 100,
+    "laughing dict()": named("builtins", "dict")
+    + put(9)
+    + b"}("
+    + b"".join(b"J" + struct.pack("<i", index) + b"N" for index in range(100_000))
+    + b"u"
+    + put(0)
+    + (get(9) + get(0) + b"\x85R") * 500,
+    "laughing calls": named("m", "f") + put(9) + BIG_TUPLE + (get(9) + get(0) + b"R") * 500,
+    "laughing instances": named("m", "f") + put(9) + BIG_TUPLE + (get(9) + get(0) + b"\x81") * 500,
+    "laughing shapes": named("torch._utils", "_rebuild_tensor")
+    + put(9)
+    + STORAGE
+    + put(8)
+    + BIG_LIST
+    + (get(9) + b"(" + get(8) + b"K\0" + get(0) * 2 + b"tR") * 200,
+    "laughing shapes, wrapped": named("torch._tensor", "_rebuild_from_type_v2")
+    + put(9)
+    + named("torch", "Size")
+    + put(8)
+    + BIG_LIST
+    + (get(9) + b"(" + get(8) + b"N" + get(0) + b"\x85NtR") * 500,
+    "laughing names": BIG_TEXT
+    + b"".join(get(0) + text(str(index)) + b"\x93" for index in range(2_000)),
+    "laughing attributes": named("builtins", "getattr")
+    + put(9)
+    + named("m", "f")
+    + b"".join(get(9) + b"N" + text(str(index)) + b"\x86R" for index in range(100_000)),
+    "a chain of attributes": named("builtins", "getattr")
+    + put(9)
+    + named("m", "f")
+    + put(1)
+    + (get(9) + get(1) + text("x" * 100) + b"\x86R" + put(1)) * 50_000,
+    "wrapped without end": named("torch._tensor", "_rebuild_from_type_v2")
+    + put(9)
+    + b")"
+    + (put(1) + b"(" + get(9) + b"N" + get(1) + b"Nt") * 100_000
+    + put(1)
+    + get(9)
+    + get(1)
+    + b"R",
+    "a wrapper of itself": named("torch._tensor", "_rebuild_from_type_v2")
+    + put(9)
+    + b"]("
+    + get(9)
+    + b"NNNe"
+    + put(1)
+    + get(9)
+    + b"("
+    + get(9)
+    + b"N"
+    + get(1)
+    + b"NtR",
+}
+
+
+BOMBS = {kind: stop(body) for kind, body in BODIES.items()}
+
+
+def explode(pickled):
+    """Load it within bounds; returns the outcome, seconds of a core and bytes of memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.alarm(4 * SECONDS)
+    started = time.process_time()
+    try:
+        find_state_dicts(load(pickled))
+        outcome = "loaded"
+    except PickleError as error:
+        outcome = str(error)
+    seconds = time.process_time() - started
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    return outcome, seconds, grown
+
+
+def in_a_fork(pickled):
+    """What `explode` returns, or how the process died."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+        os.write(writing, json.dumps(explode(pickled)).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return json.loads(told) if told else [f"died with status {status}", 0, 0]
+
+
+if __name__ == "__main__":
+    json.dump({kind: in_a_fork(pickled) for kind, pickled in BOMBS.items()}, sys.stdout)

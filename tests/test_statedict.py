@@ -1,0 +1,253 @@
+"""Which of the mappings in a file are state dicts, and which of them is meant."""
+
+from __future__ import annotations
+
+import collections
+import time
+from pathlib import Path
+
+import pytest
+
+from ckptavg.errors import SelectionError
+from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
+from ckptavg.formats.statedict import choose, find_state_dicts, is_average, training_facts
+from ckptavg.tensors import BY_NAME
+
+PATH = Path("run.pt")
+TENSOR = PickledTensor(Storage("0", BY_NAME["float32"], 4), BY_NAME["float32"], 0, (4,), (1,))
+STATE = {"a.weight": TENSOR, "a.bias": TENSOR}
+OTHER = {"b.weight": TENSOR}
+
+
+def found_in(root):
+    return set(find_state_dicts(root))
+
+
+# Finding
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        STATE,
+        collections.OrderedDict(STATE),
+        {"w": UnreadableTensor("sparse")},
+        {"w": TENSOR, "step": 3, "name": "x", "none": None},
+        {"w": TENSOR, "layer._extra_state": {"t": TENSOR}},
+        {"w": TENSOR, "_extra_state": {"t": TENSOR}},
+        {"w": TENSOR, "config": {"width": 3}},
+    ],
+)
+def test_a_mapping_of_names_to_tensors_is_a_state_dict(root):
+    found = find_state_dicts(root)
+    assert list(found) == [""]
+    assert found[""] is root
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        None,
+        3,
+        "state_dict",
+        TENSOR,
+        [STATE],
+        (STATE,),
+        Placeholder("m.Model", ()),
+        {},
+        {"a": 1},
+        {1: TENSOR},
+        {"w": TENSOR, 1: TENSOR},
+        {"a": [TENSOR]},
+        {"state_dict": {}},
+        {"state_dict": {0: TENSOR}},
+        {1: STATE},
+    ],
+)
+def test_nothing_else_is_one(root):
+    assert find_state_dicts(root) == {}
+
+
+def test_a_tensor_beside_state_dicts_does_not_make_the_whole_file_one():
+    assert found_in({"state_dict": STATE, "best": TENSOR}) == {"state_dict"}
+
+
+def test_state_dicts_are_found_two_levels_down_and_no_deeper():
+    root = {"a": STATE, "b": {"c": STATE, "d": {"e": STATE}}}
+    assert found_in(root) == {"a", "b.c"}
+
+
+def test_one_mapping_under_two_names_is_found_under_both():
+    assert found_in({"model": STATE, "state_dict": STATE}) == {"model", "state_dict"}
+    inner = {"net": STATE}
+    assert found_in({"a": inner, "b": inner}) == {"a.net", "b.net"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer",
+        "optim",
+        "optimizer_states",
+        "Optimizers",
+        "model.optimizer",
+        "scheduler",
+        "lr_scheduler",
+        "lr_schedulers",
+        "rng_state",
+        "cuda_rng_state",
+        "scaler",
+        "amp_scaler",
+        "grad_scaler",
+        "loops",
+        "callbacks",
+        "sampler_state",
+        "criterion",
+    ],
+)
+def test_what_belongs_to_the_training_is_no_model(name):
+    assert found_in({name: STATE, "model": STATE}) == {"model"}
+    assert found_in({"trainer": {name: STATE}}) == set()
+
+
+@pytest.mark.parametrize("name", ["upsampler", "resampler", "upscaler", "string_model", "learning"])
+def test_a_model_whose_name_only_contains_such_a_word_is_one(name):
+    assert found_in({name: STATE}) == {name}
+
+
+def test_cycles_and_shared_mappings_are_searched_once():
+    cycle: dict[str, object] = {}
+    cycle["self"] = cycle
+    cycle["again"] = {"back": cycle}
+    assert found_in(cycle) == set()
+    cycle["model"] = STATE
+    assert found_in(cycle) == {"model", "self.model"}
+
+
+def test_a_state_dict_that_holds_itself_is_looked_at_once():
+    state: dict[str, object] = {"w": TENSOR}
+    state["self"] = state
+    assert found_in(state) == set()
+
+
+@pytest.mark.parametrize("inside", [{}, {"last": TENSOR}])
+def test_many_names_of_one_big_mapping_take_no_longer_than_it(inside):
+    names = [str(index) for index in range(30_000)]
+    big: dict[str, object] = dict.fromkeys(names, 3) | inside
+    started = time.process_time()
+    find_state_dicts(dict.fromkeys(names, big))
+    find_state_dicts(dict.fromkeys(names, dict.fromkeys(names, big)))
+    find_state_dicts({"w": TENSOR} | dict.fromkeys(names, big))
+    assert time.process_time() - started < 5
+
+
+# Choosing
+
+
+def chosen(root, key=None):
+    return choose(PATH, find_state_dicts(root), key)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["state_dict", "state_dict_ema"], "state_dict"),
+        (["state_dict_ema", "state_dict"], "state_dict"),
+        (["state_dict", "swa_state_dict"], "state_dict"),
+        (["model", "model_ema"], "model"),
+        (["model", "ema"], "model"),
+        (["student", "teacher"], "student"),
+        (["current_model_state", "state_dict"], "current_model_state"),
+        (["state_dict", "current_model_state", "averaging_state"], "current_model_state"),
+        (["current_model_state"], "current_model_state"),
+        (["model", "discriminator"], "model"),
+        (["anything"], "anything"),
+        (["ema"], "ema"),
+        (["shadow_params"], "shadow_params"),
+    ],
+)
+def test_the_weights_themselves_are_taken(names, expected):
+    assert chosen(dict.fromkeys(names, STATE)) == expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["generator", "discriminator"], ["a", "b", "c"], ["state_dict", "model"], ["ema", "swa"]],
+)
+def test_an_unclear_choice_is_left_to_the_user(names):
+    with pytest.raises(SelectionError, match="--key") as caught:
+        chosen(dict.fromkeys(names, STATE))
+    assert caught.value.choices == tuple(names)
+    for name in names:
+        assert name in str(caught.value)
+        assert chosen(dict.fromkeys(names, STATE), name) == name
+
+
+def test_a_name_from_the_file_cannot_spoil_the_message():
+    root = {"a\x1b[2J\n": STATE, "b": STATE}
+    with pytest.raises(SelectionError) as caught:
+        chosen(root)
+    assert str(caught.value).isprintable()
+
+
+def test_a_key_that_is_not_there_is_told_with_those_that_are():
+    with pytest.raises(SelectionError, match=r"'x'.*there are: a, b"):
+        chosen({"a": STATE, "b": OTHER}, "x")
+    with pytest.raises(SelectionError, match="no state dict found"):
+        chosen({}, "x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ema", "model_ema", "state_dict_ema", "ema.model", "EMA", "swa-model", "averaged", "teacher"],
+)
+def test_these_are_names_of_averages(name):
+    assert is_average(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["state_dict", "model", "schema", "swan", "emanuel", "", "avgpool"]
+)
+def test_these_are_not(name):
+    assert not is_average(name)
+
+
+# Facts
+
+
+def optimizer(rate):
+    return {"state": {}, "param_groups": [{"lr": rate, "betas": (0.9, 0.99)}, {"lr": 9.0}]}
+
+
+@pytest.mark.parametrize(
+    ("root", "facts"),
+    [
+        ({"epoch": 3, "global_step": 70, "step": 7}, {"epoch": 3, "global_step": 70, "step": 7}),
+        ({"epoch": 0}, {"epoch": 0}),
+        ({"epoch": True, "step": 3.0, "global_step": TENSOR}, {}),
+        ({"epoch": "3", "step": None, "global_step": Placeholder("numpy.int64", ())}, {}),
+        ({"epoch": 10**5_000, "step": -(10**5_000), "global_step": 2**63}, {}),
+        ({"optimizer": optimizer(0.1)}, {"learning_rate": 0.1}),
+        ({"optimizer": optimizer(1)}, {"learning_rate": 1.0}),
+        ({"optim": optimizer(0.1)}, {"learning_rate": 0.1}),
+        ({"model_optimizer_state": optimizer(0.1)}, {"learning_rate": 0.1}),
+        ({"optimizer_states": [optimizer(0.1), optimizer(0.2)]}, {"learning_rate": 0.1}),
+        ({"optimizer_states": []}, {}),
+        ({"optimizer": None, "optimizer_states": [optimizer(0.1)]}, {"learning_rate": 0.1}),
+        ({"optimizer": {"param_groups": []}}, {}),
+        ({"optimizer": {"param_groups": [{}]}}, {}),
+        ({"optimizer": {"param_groups": {"lr": 0.1}}}, {}),
+        ({"optimizer": optimizer(TENSOR)}, {}),
+        ({"optimizer": optimizer(True)}, {}),
+        ({"optimizer": optimizer(10**400)}, {}),
+        ({"optimizer": optimizer(float("inf"))}, {}),
+        ({"optimizer": optimizer(float("nan"))}, {}),
+        ({"optimizer": Placeholder("m.Optimizer", ())}, {}),
+        ({3: optimizer(0.1), None: 1}, {}),
+        ([], {}),
+        (None, {}),
+        (TENSOR, {}),
+    ],
+)
+def test_facts_are_plain_numbers_that_the_file_records(root, facts):
+    assert training_facts(root) == facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,9 +13,9 @@ from typing import Any, Literal
 
 from ckptavg import __version__
 from ckptavg.checkpoint import PROVENANCE
-from ckptavg.collect import Collection, collect, labels
+from ckptavg.collect import Collection, collect
 from ckptavg.engine import BadValueError, execute
-from ckptavg.errors import OutputError, SelectionError
+from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.layout import Layout, OutputTensor
 from ckptavg.output import OutputFile, check_destination
 from ckptavg.plan import Plan, is_norm_statistic, make_plan
@@ -30,7 +31,10 @@ Progress = Callable[[int, int], None]
 
 # Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.
 _BASE_MEMORY = 32 << 20
-_THREAD_MEMORY = 5 << 20
+_THREAD_MEMORY = 3 << 20
+_TENSOR_MEMORY = 1500
+# More of them do not help where the memory's bandwidth is the limit, and they would take memory.
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def average(
         expect: how many checkpoints there must be.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
-        threads: how many work at once; None for the processors that this process may use.
+        threads: how many work at once; None for the processors that this process may use, 8 at
+            most.
         dry_run: write nothing, only say what would be done.
         progress: hears of the bytes written.
 
@@ -132,17 +137,21 @@ def average(
     """
     target = Path(output)
     container_for(target)
-    if dtype is not None and BY_NAME.get(dtype) not in floating_dtypes():
-        raise SelectionError(f"unknown floating dtype {dtype!r}")
+    _check_options(dtype=dtype, ints=ints, norm_stats=norm_stats, threads=threads)
     paths = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(i) for i in inputs]
     collection = collect(paths, key=key, keep_prefix=keep_prefix, expect=expect)
-    refuse_own_input(target, collection)
-    if not dry_run:
+    try:
+        refuse_own_input(target, collection.files)
         check_destination(target, force=force)
+    except OutputError as error:
+        if not dry_run:
+            raise
+        log.warning("it would fail: %s", error)
     count = len(collection.sources)
     column = uniform(count) if weights is None else explicit(weights, count)
     if count == 1:
-        log.warning("only one checkpoint: the output is a copy of %s", collection.labels()[0])
+        name = printable(collection.labels()[0])
+        log.warning("only one checkpoint: the output is a copy of %s", name)
     plan = make_plan(
         collection,
         column,
@@ -151,7 +160,7 @@ def average(
         dtype=BY_NAME[dtype] if dtype else None,
     )
     layout = _layout(plan, column, target, drop_aliases=drop_aliases)
-    workers = threads or available_processors()
+    workers = threads or default_threads()
     if not dry_run:
         write(
             plan, layout, target,
@@ -161,31 +170,43 @@ def average(
     return _summary(plan, layout, column, target, written=not dry_run, threads=workers)
 
 
-def floating_dtypes() -> list[object]:
-    """The dtypes that an average may be rounded to."""
-    return [dtype for dtype in BY_NAME.values() if dtype.kind == "float"]
-
-
-def available_processors() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def refuse_own_input(output: Path, collection: Collection) -> None:
-    """An output must not take the place of what it is made of.
+def _check_options(*, dtype: str | None, ints: str, norm_stats: str, threads: int | None) -> None:
+    """Refuse values that no option has.
 
     Raises:
-        OutputError: it is one of the inputs.
+        SelectionError: the first of them.
     """
-    for source in collection.sources:
-        if output.exists() and any(
-            part.path.exists() and output.samefile(part.path) for part in source.checkpoint.parts
-        ):
-            raise OutputError(
-                "is itself one of the checkpoints", path=output, remedy="choose another output"
-            )
+    if dtype is not None and (dtype not in BY_NAME or BY_NAME[dtype].kind != "float"):
+        raise SelectionError(f"unknown floating dtype {dtype!r}")
+    if ints not in ("equal", "last"):
+        raise SelectionError(f"ints is 'equal' or 'last', not {ints!r}")
+    if norm_stats not in ("average", "last"):
+        raise SelectionError(f"norm_stats is 'average' or 'last', not {norm_stats!r}")
+    if threads is not None and threads < 1:
+        raise SelectionError(f"at least 1 thread is needed, not {threads}")
+
+
+def default_threads() -> int:
+    """The processors that this process may use, if they are not too many."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return min(os.cpu_count() or 1, _MOST_THREADS)
+
+
+def refuse_own_input(output: Path, files: Iterable[Path]) -> None:
+    """An output must not take the place of what it is made of.
+
+    Args:
+        output: where it goes.
+        files: the inputs' files.
+
+    Raises:
+        OutputError: it is one of them.
+    """
+    if output.exists() and any(path.exists() and output.samefile(path) for path in files):
+        raise OutputError(
+            "is itself one of the checkpoints", path=output, remedy="choose another output"
+        )
 
 
 def write(
@@ -209,17 +230,22 @@ def write(
         tensor.nbytes * len(targets)
         for tensor, targets in zip(plan.outputs, layout.targets, strict=True)
     )
+    written = 0
     with OutputFile(output, layout, force=force, fsync=fsync) as sink:
-        jobs = plan.jobs(layout)
-        try:
-            for done in execute(jobs, sink, threads, allow_nonfinite=allow_nonfinite):
-                if progress is not None:
-                    progress(done, total)
-        except BadValueError as error:
-            raise plan.name_of(error) from error
+        steps = execute(plan.jobs(layout), sink, threads, allow_nonfinite=allow_nonfinite)
+        with contextlib.closing(steps):
+            try:
+                for done in steps:
+                    written += done
+                    if progress is not None:
+                        progress(done, total)
+            except BadValueError as error:
+                raise plan.name_of(error) from error
         for source in plan.used:
             for part in source.checkpoint.parts:
                 part.check_unchanged()
+        if written != total:
+            raise OutputError(f"only {written} of {total} bytes were made", path=output)
         sink.commit()
 
 
@@ -239,6 +265,7 @@ def _layout(plan: Plan, weights: Weights, output: Path, *, drop_aliases: bool) -
             "scheme": weights.scheme,
             "sources": provenance_sources(plan.collection, weights),
             "roles": plan.counts,
+            **({"key": last.key} if last.key else {}),
             "norm_stats": {"state": _norm_state(plan)},
         }
     )
@@ -282,7 +309,7 @@ def _summary(
             source.checkpoint.step,
         )
         for label, source, value in zip(
-            labels([source.path for source in plan.collection.sources]),
+            plan.collection.labels(),
             plan.collection.sources,
             weights.values,
             strict=True,
@@ -298,5 +325,8 @@ def _summary(
         norm_stats=_norm_state(plan),
         bytes_read=plan.bytes_to_read,
         bytes_written=layout.size,
-        memory=_BASE_MEMORY + threads * _THREAD_MEMORY + plan.largest_strided,
+        memory=_BASE_MEMORY
+        + threads * _THREAD_MEMORY
+        + len(plan.collection.names) * _TENSOR_MEMORY
+        + plan.largest_strided,
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROVENANCE = "ckptavg"
-_STEP_FACTS = ("global_step", "step", "epoch")
+STEP_FACTS = ("global_step", "step", "epoch")
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,15 @@ class Checkpoint:
     @property
     def step(self) -> tuple[str, int] | None:
         """What the file itself records of its place in the training: fact and value."""
-        for name in _STEP_FACTS:
+        for name in STEP_FACTS:
             if name in self.facts:
                 return name, int(self.facts[name])
         return None
+
+    @property
+    def is_average(self) -> bool:
+        """Whether this tool made it out of others."""
+        return self.provenance is not None and self.provenance.get("scheme") != "none"
 
     @property
     def provenance(self) -> dict[str, Any] | None:
@@ -146,8 +151,17 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
     prefix = "" if keep_prefix else taken
     tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
     versions = checkpoint.module_versions and {
-        module.removeprefix(prefix): facts
+        f"{module}.".removeprefix(prefix).removesuffix("."): facts
         for module, facts in checkpoint.module_versions.items()
         if f"{module}.".startswith(prefix)
     }
-    return replace(checkpoint, tensors=tensors, module_versions=versions), prefix
+    # Names of tied tensors that were dropped, as safetensors' save_model records them.
+    aliases = {
+        alias: kept for alias, kept in checkpoint.metadata.items() if kept in checkpoint.tensors
+    }
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in aliases}
+    metadata |= {a.removeprefix(prefix): kept.removeprefix(prefix) for a, kept in aliases.items()}
+    return (
+        replace(checkpoint, tensors=tensors, module_versions=versions, metadata=metadata),
+        prefix,
+    )

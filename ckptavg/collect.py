@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ckptavg.checkpoint import Checkpoint, without_wrappers
+from ckptavg.checkpoint import STEP_FACTS, Checkpoint, without_wrappers
 from ckptavg.compare import Contents
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
@@ -31,7 +31,8 @@ log = logging.getLogger("ckptavg")
 
 # What trainers leave beside their checkpoints in files of the same endings.
 _NOT_WEIGHTS = re.compile(
-    r"(optimizer|scheduler|rng_state|random_states|training_args|scaler|sampler)([_.-]?\d.*)?\.\w+"
+    r"(optim(izer)?|(lr_)?scheduler|rng_state|random_states|training_args|(grad_)?scaler|sampler)"
+    r"([_-][A-Za-z_-]*\d+)?\.(pt|pth|bin)|.*_optim_states\.pt"
 )
 _DIGITS = re.compile(r"(\d+)")
 
@@ -84,16 +85,23 @@ class Collection:
         tensors: name to description, as the reference (the first one opened) has them.
         sources: one for each checkpoint.
         order_is_known: whether the order comes from steps, or is but that of the names.
+        files: all files that were opened, those of copies included.
     """
 
     tensors: Mapping[str, Tensor]
     sources: tuple[Source, ...]
     order_is_known: bool
+    files: tuple[Path, ...] = ()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The tensors' names, in the order of the arrays."""
         return tuple(self.tensors)
+
+    @cached_property
+    def described(self) -> tuple[Tensor, ...]:
+        """The tensors' descriptions, in the order of the arrays."""
+        return tuple(self.tensors.values())
 
     @staticmethod
     def of_one(checkpoint: Checkpoint) -> Collection:
@@ -149,10 +157,12 @@ def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
         opened = open_checkpoint(path, key=key)
     except SelectionError:
         # An average of ours is a state dict without a key, which is no reason to stop.
-        if named or key is None or open_checkpoint(path).provenance is None:
+        if named or key is None or not open_checkpoint(path).is_average:
             raise
         return None
-    return None if opened.provenance is not None and not named else opened
+    if opened.is_average and named:
+        log.info("%s is an average made earlier: taken, since it was named", printable(path.name))
+    return None if opened.is_average and not named else opened
 
 
 class _Gathered:
@@ -170,19 +180,16 @@ class _Gathered:
             first = self.sources[0]
             self.sources.append(replace(first, checkpoint=replace(checkpoint, tensors={})))
             return
-        differences = list(compare(self.reference, checkpoint))
-        self.differences += differences
-        if not differences:
-            self.sources.append(_locate(self.reference.tensors, checkpoint))
+        elif differences := list(compare(self.reference, checkpoint)):
+            self.differences += differences
+            return
+        self.sources.append(_locate(self.reference.tensors, checkpoint))
 
     def finish(self, inputs: Sequence[Path], expect: int | None) -> Collection:
         if self.differences:
-            raise MismatchError(
-                f"the checkpoints are not of one model, {len(self.differences)} differences:",
-                self.differences,
-            )
+            raise MismatchError("the checkpoints are not of one model:", self.differences)
         if self.reference is None:
-            where = ", ".join(printable(path) for path in inputs)
+            where = ", ".join(printable(path) for path in inputs) or "no input"
             raise SelectionError(
                 f"no checkpoint found in {where}",
                 remedy=f"files ending with {' '.join(SUFFIXES)} are looked for",
@@ -190,21 +197,26 @@ class _Gathered:
         tensors = self.reference.tensors
         sources, known = in_order(_without_duplicates(tensors, self.sources))
         if expect is not None and len(sources) != expect:
-            found = ", ".join(labels([source.path for source in sources]))
+            found = ", ".join(map(printable, labels([source.path for source in sources])))
             raise SelectionError(f"expected {expect} checkpoints, found {len(sources)}: {found}")
-        _mention_other_state_dicts(sources)
-        return Collection(tensors, tuple(sources), known)
+        _mention_what_is_left([source.checkpoint for source in sources])
+        files = tuple(part.path for source in self.sources for part in source.checkpoint.parts)
+        return Collection(tensors, tuple(sources), known, files)
 
 
-def _mention_other_state_dicts(sources: Sequence[Source]) -> None:
-    last = sources[-1].checkpoint
+def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
+    last = checkpoints[-1]
     if last.other_keys:
-        others = ", ".join(printable(name) for name in last.other_keys)
         log.info(
             "took the state dict %r; there is also %s, to be taken with --key",
             printable(last.key),
-            others,
+            ", ".join(map(printable, last.other_keys)),
         )
+    keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in checkpoints})
+    if len(keys) > 1:
+        log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))
+    if last.other_entries:
+        log.info("left out what is no tensor: %s", ", ".join(map(printable, last.other_entries)))
 
 
 def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
@@ -214,15 +226,20 @@ def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
         SelectionError: an input does not exist.
     """
     found: dict[Path, bool] = {}
+    passed: list[str] = []
     for path in inputs:
         if path.is_dir():
             for inner in sorted(path.iterdir(), key=lambda entry: natural(entry.name)):
                 if looks_like_checkpoint(inner):
                     found.setdefault(inner, False)
+                elif _NOT_WEIGHTS.fullmatch(inner.name):
+                    passed.append(inner.name)
         elif not path.exists():
             raise SelectionError("does not exist", path=path)
         else:
             found[path] = True
+    if passed:
+        log.info("left out by their names: %s", ", ".join(map(printable, passed)))
     return list(found.items())
 
 
@@ -276,8 +293,13 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
     """
     by_name = sorted(
         sources,
-        key=lambda source: (not _DIGITS.search(source.path.name), natural(str(source.path))),
+        key=lambda source: (
+            not _DIGITS.search(source.path.name),
+            source.path.is_symlink(),
+            natural(str(source.path)),
+        ),
     )
+    own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
     content = Contents(tuple(tensors.values()))
     by_file: dict[object, Source] = {}
     by_step: defaultdict[object, list[Source]] = defaultdict(list)
@@ -293,8 +315,8 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
         else:
             log.info(
                 "%s is the same checkpoint as %s: counted once",
-                printable(source.path.name),
-                printable(twin.path.name),
+                printable(own[source]),
+                printable(own[twin]),
             )
     return list(by_file.values())
 
@@ -310,15 +332,37 @@ def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
     Returns:
         The sources, and whether that order is sure: not where only some of them have a step.
     """
-    by_name = sorted(sources, key=lambda source: natural(str(source.path)))
-    for fact in ("global_step", "step", "epoch"):
+    own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
+    by_name = sorted(sources, key=lambda source: natural(own[source]))
+    names_tell = _numbers_tell(list(own.values()))
+    for fact in STEP_FACTS:
         if all(fact in source.checkpoint.facts for source in sources):
-            return sorted(by_name, key=lambda source: source.checkpoint.facts[fact]), True
-    own = labels([source.path for source in sources])
-    numbered = [bool(_DIGITS.search(label)) for label in own]
-    recorded = [source.checkpoint.step is not None for source in sources]
-    with_step = [a or b for a, b in zip(numbered, recorded, strict=True)]
-    return by_name, all(numbered) or not any(with_step)
+            steps = [source.checkpoint.facts[fact] for source in sources]
+            by_step = sorted(by_name, key=lambda source: source.checkpoint.facts[fact])
+            return by_step, names_tell or len(set(steps)) == len(steps)
+    recorded = any(source.checkpoint.step is not None for source in sources)
+    stepless = not recorded and not any(map(_DIGITS.search, _without_common_numbers(own.values())))
+    return by_name, names_tell or stepless
+
+
+def _numbers_tell(names: Sequence[str]) -> bool:
+    """Whether names differ in their numbers and in nothing else, but for the ending."""
+    return len({_DIGITS.sub("#", _stem(name)) for name in names}) <= 1
+
+
+def _without_common_numbers(names: Iterable[str]) -> list[str]:
+    """Names without the numbers that all of them have: `resnet50_best` has no step."""
+    found = [_stem(name) for name in names]
+    common = set.intersection(*(set(_DIGITS.findall(name)) for name in found))
+    return [
+        _DIGITS.sub(lambda number: "" if number[0] in common else number[0], name) for name in found
+    ]
+
+
+def _stem(name: str) -> str:
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
 
 
 def natural(text: str) -> tuple[tuple[int, int | str], ...]:

@@ -18,38 +18,49 @@ if TYPE_CHECKING:
     from ckptavg.tensors import Tensor
 
 _PIECE = 1 << 20
-_SAMPLES = 16
-_SAMPLE_BYTES = 4096
+_SAMPLES = 64
+_SAMPLE_BYTES = 512
 
 
 class Contents:
-    """Compares whole checkpoints; samples of each are read once.
+    """Compares whole checkpoints by digests of their tensors.
 
-    Checkpoints that differ do so nearly everywhere, so that samples tell most of them apart.
+    Samples are compared first: checkpoints that differ do so nearly everywhere. Only those whose
+    samples agree are read whole, each once.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        self._samples: dict[int, bytes] = {}
+        chosen = np.linspace(0, len(tensors) - 1, min(_SAMPLES, len(tensors)))
+        self._chosen: list[int] = chosen.astype(int).tolist()
+        self._digests: dict[tuple[int, bool], bytes] = {}
 
     def same(self, one: Source, other: Source) -> bool:
         """Whether two checkpoints have the same bytes in every tensor."""
-        if self._sample(one) != self._sample(other):
-            return False
-        everything = range(len(self._tensors))
-        return next(differing(self._tensors, everything, one, other), None) is None
+        return all(
+            self._digest(one, whole=whole) == self._digest(other, whole=whole)
+            for whole in (False, True)
+        )
 
-    def _sample(self, source: Source) -> bytes:
-        """A digest of the first bytes of some tensors."""
-        if id(source) not in self._samples:
-            chosen = np.linspace(0, len(self._tensors) - 1, min(_SAMPLES, len(self._tensors)))
+    def _digest(self, source: Source, *, whole: bool) -> bytes:
+        key = (id(source), whole)
+        if key not in self._digests:
             digest = hashlib.sha256()
-            for index in chosen.astype(int).tolist():
-                if index not in source.strides:
-                    size = min(_SAMPLE_BYTES, self._tensors[index].nbytes)
-                    digest.update(_read(source, index, 0, size).data)
-            self._samples[id(source)] = digest.digest()
-        return self._samples[id(source)]
+            for index in range(len(self._tensors)) if whole else self._chosen:
+                for piece in self._pieces(source, index, whole=whole):
+                    digest.update(piece)
+            self._digests[key] = digest.digest()
+        return self._digests[key]
+
+    def _pieces(self, source: Source, index: int, *, whole: bool) -> Iterator[memoryview]:
+        tensor = source.tensor(index, self._tensors[index])
+        if tensor.strides is not None:
+            part = source.checkpoint.parts[tensor.part]
+            yield bytes_of(np.ascontiguousarray(read_view(part, tensor)))
+            return
+        end = tensor.nbytes if whole else min(_SAMPLE_BYTES, tensor.nbytes)
+        for start in range(0, end, _PIECE):
+            yield _read(source, index, start, min(_PIECE, end - start)).data
 
 
 def differing(

@@ -20,7 +20,7 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from ckptavg.parts import Part
     from ckptavg.tensors import DType
@@ -64,6 +64,8 @@ class Job:
         inputs: what is averaged; for a copy, the one that is copied.
         count: elements; a run of neighbouring tensors counts as one.
         copy: the input's bytes are the output's.
+        one_of_several: the input is but one checkpoint's of several, so that its NaN and Inf do
+            not stand in every one.
         divisor: of the weighted sum.
         dtype: element type of the output.
         targets: offsets in the output at which the result is written.
@@ -79,6 +81,7 @@ class Job:
     targets: tuple[int, ...]
     number: int
     nonnegative: bool = False
+    one_of_several: bool = False
 
     @property
     def strided(self) -> bool:
@@ -104,7 +107,7 @@ class BadValueError(CkptAvgError):
 
 def execute(
     jobs: Iterator[Job], sink: Sink, threads: int, *, allow_nonfinite: bool = False
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Do the jobs; yields the bytes written since the last time.
 
     Args:
@@ -116,8 +119,9 @@ def execute(
     Raises:
         BadValueError: an input is NaN or Inf, or the result does not fit the output's dtype.
     """
-    crew = _Crew(jobs, sink, threads, allow_nonfinite=allow_nonfinite)
+    crew = _Crew(jobs, sink, allow_nonfinite=allow_nonfinite)
     try:
+        crew.start(threads)
         yield from crew.reports()
     finally:
         crew.stop()
@@ -126,17 +130,25 @@ def execute(
 class _Crew:
     """Threads that take chunks from one list, and the queue in which they report."""
 
-    def __init__(
-        self, jobs: Iterator[Job], sink: Sink, threads: int, *, allow_nonfinite: bool
-    ) -> None:
+    def __init__(self, jobs: Iterator[Job], sink: Sink, *, allow_nonfinite: bool) -> None:
         self._chunks = _chunks(jobs)
         self._turn, self._stopping = threading.Lock(), threading.Event()
         self._whole = threading.Lock()
         self._sink, self._allow = sink, allow_nonfinite
         self._done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+
+    def start(self, threads: int) -> None:
+        """Set them to work; fewer of them where the system has no more to give."""
+        for _ in range(threads):
+            thread = threading.Thread(target=self._work, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not self._threads:
+                    raise CkptAvgError(f"cannot start a thread: {error}") from error
+                break
+            self._threads.append(thread)
 
     def reports(self) -> Iterator[int]:
         """Bytes of each chunk; raises the first failure once all have stopped."""
@@ -153,10 +165,21 @@ class _Crew:
             raise failure
 
     def stop(self) -> None:
-        """Let the threads end with the chunks that they have."""
+        """Let the threads end with the chunks that they have.
+
+        None may outlive this call, whatever signals arrive: the sink's descriptor is closed next,
+        and its number may then be another file's.
+        """
         self._stopping.set()
+        interruption: BaseException | None = None
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except BaseException as error:  # noqa: BLE001 - raised again below
+                    interruption = error
+        if interruption is not None:
+            raise interruption
 
     def _work(self) -> None:
         try:
@@ -248,22 +271,22 @@ class _Worker:
         The same NaN or Inf in every input (a mask of -inf) stays as it is.
         """
         first = np.array(read(job.inputs[0])[odd])
-        same = np.ones(len(first), bool)
-        finite = np.isfinite(first)
-        culprit = np.where(finite, -1, 0)
+        same = np.full(len(first), not job.one_of_several)
+        culprit = np.where(np.isfinite(first), -1, 0)
         for number, entry in enumerate(job.inputs[1:], 1):
             other = read(entry)[odd]
-            same &= (other == first) | ((other != other) & (first != first))  # noqa: PLR0124 - NaN
-            finite = np.isfinite(other)
-            culprit = np.where((culprit < 0) & ~finite, number, culprit)
-        for position in np.flatnonzero((culprit < 0) | ~same):
-            element = None if start is None else start + int(np.flatnonzero(odd)[position])
-            if culprit[position] < 0:
-                raise BadValueError(f"the average does not fit {job.dtype.name}", job, element)
-            if not self._allow:
-                entry = job.inputs[culprit[position]]
-                raise BadValueError(f"is {read(entry)[odd][position]}", job, element, entry.part)
+            same &= (other == first) | (np.isnan(other) & np.isnan(first))
+            culprit = np.where((culprit < 0) & ~np.isfinite(other), number, culprit)
         kept = rounded(first.astype(accumulator_dtype(job.dtype)), job.dtype)
+        misfit = (culprit < 0) | (same & np.isinf(first) & np.isnan(kept))
+        wrong = misfit if self._allow else misfit | ~same
+        if wrong.any():
+            position = int(np.flatnonzero(wrong)[0])
+            element = None if start is None else start + int(np.flatnonzero(odd)[position])
+            if misfit[position]:
+                raise BadValueError(f"the average does not fit {job.dtype.name}", job, element)
+            entry = job.inputs[culprit[position]]
+            raise BadValueError(f"is {read(entry)[odd][position]}", job, element, entry.part)
         return np.where(same, kept, values)
 
     def _strided(self, job: Job) -> AnyArray:
@@ -277,6 +300,9 @@ class _Worker:
         out = np.empty(like.shape, job.dtype.numpy)
         axis = _widest(like)
         rows = max(1, CHUNK * like.shape[axis] // job.count)
+        if any(_widest(entry.tensor) != axis for entry in job.inputs):
+            # Slabs along one's widest stride cut across all of another's span: one slab, then.
+            rows = like.shape[axis]
         for first in range(0, like.shape[axis], rows):
             place = (slice(None),) * axis + (slice(first, first + rows),)
 

@@ -10,15 +10,16 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import threading
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from types import TracebackType
 
     from ckptavg.layout import Checksum, Layout
@@ -67,10 +68,7 @@ class OutputFile:
             self._fd = self._create()
         try:
             with self._explained():
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._fd, 0, self._layout.size)
-                else:
-                    os.truncate(self._fd, self._layout.size)
+                self._reserve()
             for offset, blob in self._layout.blobs:
                 self.write(offset, memoryview(blob))
         except BaseException:
@@ -88,9 +86,21 @@ class OutputFile:
     ) -> None:
         self._discard()
 
+    def _reserve(self) -> None:
+        """Have the room for all of it, or fail now; not every system and file system can tell."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._fd, 0, self._layout.size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+            else:
+                return
+        os.truncate(self._fd, self._layout.size)
+
     def _create(self) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC
-        if hasattr(os, "O_TMPFILE"):
+        if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
             # Not every file system knows it; NFS does not.
             with contextlib.suppress(OSError):
                 return os.open(self.path.parent, flags | os.O_TMPFILE, _MODE)
@@ -98,7 +108,7 @@ class OutputFile:
         return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
 
     def _beside(self) -> Path:
-        return self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        return self.path.with_name(f".ckptavg-{secrets.token_hex(4)}.tmp")
 
     def _discard(self) -> None:
         """Close it, and take away a temporary name that was not used up."""
@@ -131,7 +141,9 @@ class OutputFile:
                 self._syncer.raise_failure()
                 os.fsync(self._fd)
             self._publish()
-            if self._fsync:
+        if self._fsync:
+            # It is in its place already, and some file systems cannot sync a directory.
+            with contextlib.suppress(OSError):
                 self._sync_directory()
 
     def _crc(self, checksum: Checksum) -> int:
@@ -144,26 +156,42 @@ class OutputFile:
 
     def _publish(self) -> None:
         """Give it its name: in one step, and without `force` never over another file."""
-        if self._temporary is None and self._force:
-            temporary = self._beside()
-            self._link(temporary)
-            self._temporary = temporary
-        if self._temporary is None or not self._force:
-            self._link(self.path)
-        else:
+        if self._force:
+            if self._temporary is None:
+                self._temporary = self._beside()
+                self._name_nameless(self._temporary)
+            self._keep_mode()
             self._temporary.replace(self.path)
             self._temporary = None
+        elif self._temporary is None:
+            self._name_nameless(self.path)
+        else:
+            self._name_named(self._temporary)
 
-    def _link(self, name: Path) -> None:
-        if self._temporary is not None:
-            os.link(self._temporary, name)
-            return
+    def _keep_mode(self) -> None:
+        """Whoever could not read the file that is replaced cannot read this one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.fchmod(self._fd, stat.S_IMODE(self.path.stat().st_mode))
+
+    def _name_nameless(self, name: Path) -> None:
         # Given a directory, Python calls linkat, which follows the link in /proc to the file.
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=directory)
         finally:
             os.close(directory)
+
+    def _name_named(self, temporary: Path) -> None:
+        try:
+            os.link(temporary, self.path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # A file system without hard links: look before the rename, which would replace.
+            if os.path.lexists(self.path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+            temporary.rename(self.path)
+            self._temporary = None
 
     def _sync_directory(self) -> None:
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)

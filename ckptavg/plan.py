@@ -9,6 +9,7 @@ import logging
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from ckptavg.layout import Layout, OutputTensor
 from ckptavg.runs import Integers, runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from ckptavg.collect import Collection, Source
     from ckptavg.tensors import DType, Tensor
@@ -32,16 +33,43 @@ Role = Literal["averaged", "last", "kept"]
 """What becomes of a tensor: its mean, the last checkpoint's, or what all of them have."""
 
 _NORM_STATISTICS = ("running_mean", "running_var")
+_WIDEST_CODE = 8  # bits
 _QUANTISED = re.compile(
-    r"(.*\.)?(qweight|qzeros|SCB|absmax|nested_absmax|quant_map|quant_state\..*)"
+    r"(.*\.)?(qweight|qzeros|weight_packed|W_q|SCB|absmax|nested_absmax|quant_map|quant_state\..*"
+    r"|scaled_fp8)"
 )
-_NARROWEST_PLAIN_FLOAT = 16
-_SCALES = ("_scale", "_scale_inv", "_scales", ".scale", ".scales")
 
 
 def is_norm_statistic(name: str) -> bool:
     """Whether a tensor is a norm layer's running statistic, by its name."""
     return name.rpartition(".")[2] in _NORM_STATISTICS
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor of the output, and what becomes of it.
+
+    Attributes:
+        index: which of the collection's tensors it is; of tied ones the first.
+        tensor: its description in the reference.
+        role: what becomes of it.
+        output: what is written.
+    """
+
+    index: int
+    tensor: Tensor
+    role: Role
+    output: OutputTensor
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes stay as they are; a float of the last checkpoint is looked at."""
+        return self.role == "kept" or (self.role == "last" and not self.tensor.dtype.averaged)
+
+    @property
+    def is_variance(self) -> bool:
+        """Whether it must not become negative."""
+        return self.output.names[0].rpartition(".")[2] == "running_var"
 
 
 @dataclass(frozen=True)
@@ -53,120 +81,113 @@ class Plan:
         used: those with a weight other than 0, the only ones that are read.
         weights: one for each of `used`.
         divisor: of their weighted sum.
-        order: indices of the tensors in the order of the output; of tied ones the first.
-        outputs: for each of them, what is written.
-        roles: for each of them, what becomes of it.
+        tensors: in the order of the output, tied ones but once.
     """
 
     collection: Collection
     used: tuple[Source, ...]
     weights: tuple[float, ...]
     divisor: float
-    order: tuple[int, ...]
-    outputs: tuple[OutputTensor, ...]
-    roles: tuple[Role, ...]
+    tensors: tuple[Planned, ...]
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        """What is written, in order."""
+        return tuple(planned.output for planned in self.tensors)
 
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors have each role, tied ones once."""
-        return dict(sorted(Counter(self.roles).items()))
+        return dict(sorted(Counter(planned.role for planned in self.tensors).items()))
 
     @property
     def bytes_to_read(self) -> int:
         """Bytes of the inputs that go into the output."""
-        tensors = tuple(self.collection.tensors.values())
         return sum(
-            tensors[index].nbytes * (len(self.used) if role == "averaged" else 1)
-            for index, role in zip(self.order, self.roles, strict=True)
+            planned.tensor.nbytes * (len(self.used) if planned.role == "averaged" else 1)
+            for planned in self.tensors
         )
+
+    @cached_property
+    def strided(self) -> frozenset[int]:
+        """Indices of the tensors that are not contiguous in every checkpoint."""
+        return frozenset(index for source in self.used for index in source.strides)
 
     @property
     def largest_strided(self) -> int:
         """Bytes of the largest tensor that has to be held in memory whole."""
-        strided = {index for source in self.used for index in source.strides}
-        return max(
-            (
-                output.nbytes
-                for index, output in zip(self.order, self.outputs, strict=True)
-                if index in strided
-            ),
-            default=0,
-        )
+        sizes = (one.output.nbytes for one in self.tensors if one.index in self.strided)
+        return max(sizes, default=0)
 
     def jobs(self, layout: Layout) -> Iterator[Job]:
         """The jobs in the order of the output; neighbours in every file are joined into one."""
-        tensors = tuple(self.collection.tensors.values())
-        order = np.array(self.order, np.int64)
-        nbytes = np.array([tensors[index].nbytes for index in self.order], np.int64)
+        order = np.array([planned.index for planned in self.tensors], np.int64)
+        nbytes = np.array([planned.tensor.nbytes for planned in self.tensors], np.int64)
         distinct = {id(source.offsets): source for source in self.used}.values()
         places = [(source.parts[order], source.offsets[order]) for source in distinct]
         for first, last in runs(nbytes, places, self._keys(layout)):
-            like = tensors[self.order[first]]
-            count = int(nbytes[first:last].sum()) // like.dtype.itemsize
+            itemsize = self.tensors[first].tensor.dtype.itemsize
+            count = int(nbytes[first:last].sum()) // itemsize
             if count:
-                yield self._job(first, count, like, layout)
+                yield self._job(first, count, layout)
 
     def _keys(self, layout: Layout) -> Iterator[Integers]:
         """What must not change along a run, beside the inputs' places."""
-        tensors = tuple(self.collection.tensors.values())
-        strided = {index for source in self.used for index in source.strides}
-        written = np.array([output.nbytes for output in self.outputs], np.int64)
+        written = np.array([planned.output.nbytes for planned in self.tensors], np.int64)
         targets = np.array([targets[0] for targets in layout.targets], np.int64)
         yield targets - (np.cumsum(written) - written)
         # Tied and strided tensors go alone: a number of their own.
-        yield np.array(
-            [
-                position if index in strided or len(layout.targets[position]) > 1 else -1
-                for position, index in enumerate(self.order)
-            ],
-            np.int64,
-        )
+        alone = [
+            position if planned.index in self.strided or len(targets) > 1 else -1
+            for position, (planned, targets) in enumerate(
+                zip(self.tensors, layout.targets, strict=True)
+            )
+        ]
+        yield np.array(alone, np.int64)
         traits = [
-            (tensors[index].dtype, output.dtype, role == "averaged", self._is_variance(output))
-            for index, output, role in zip(self.order, self.outputs, self.roles, strict=True)
+            (one.tensor.dtype, one.output.dtype, one.role, one.is_variance) for one in self.tensors
         ]
         numbers = {trait: number for number, trait in enumerate(dict.fromkeys(traits))}
         yield np.array([numbers[trait] for trait in traits], np.int64)
 
-    def _is_variance(self, output: OutputTensor) -> bool:
-        """Whether negative weights might make it a negative variance."""
-        return min(self.weights) < 0 and output.names[0].endswith("running_var")
-
-    def _job(self, position: int, count: int, like: Tensor, layout: Layout) -> Job:
-        index, output = self.order[position], self.outputs[position]
-        averaged = self.roles[position] == "averaged"
+    def _job(self, position: int, count: int, layout: Layout) -> Job:
+        planned = self.tensors[position]
+        averaged = planned.role == "averaged"
         sources = self.used if averaged else self.used[-1:]
         weights = self.weights if averaged else (1.0,)
         inputs = tuple(
-            Input(source.checkpoint.parts[source.parts[index]], source.tensor(index, like), weight)
+            Input(
+                source.checkpoint.parts[source.parts[planned.index]],
+                source.tensor(planned.index, planned.tensor),
+                weight,
+            )
             for source, weight in zip(sources, weights, strict=True)
         )
         return Job(
             inputs=inputs,
             count=count,
-            copy=not averaged and like.dtype == output.dtype,
+            copy=planned.copied,
             divisor=self.divisor if averaged else 1.0,
-            dtype=output.dtype,
+            dtype=planned.output.dtype,
             targets=layout.targets[position],
             number=position,
-            nonnegative=self._is_variance(output),
+            nonnegative=planned.is_variance and min(self.weights) < 0,
+            one_of_several=len(inputs) < len(self.used),
         )
 
     def name_of(self, error: BadValueError) -> ValueRangeError:
         """The engine's complaint with the tensor's name in it."""
-        tensors = tuple(self.collection.tensors.values())
         position, element = error.number, error.element
         if element is not None:
-            while element >= tensors[self.order[position]].count:
-                element -= tensors[self.order[position]].count
+            while element >= self.tensors[position].tensor.count:
+                element -= self.tensors[position].tensor.count
                 position += 1
         where = "" if element is None else f"element {element}: "
-        about_input = error.path is not None
         return ValueRangeError(
             where + error.message,
             path=error.path,
-            tensor=self.outputs[position].names[0],
-            remedy="--allow-nonfinite lets it pass" if about_input else None,
+            tensor=self.tensors[position].output.names[0],
+            remedy="--allow-nonfinite lets it pass" if error.path is not None else None,
         )
 
 
@@ -206,40 +227,33 @@ def make_plan(
         if not collection.order_is_known and not (weights.uniform and "last" not in roles):
             raise SelectionError(
                 "only some of the checkpoints have a step, and the result depends on their order: "
-                + ", ".join(collection.labels()),
+                + ", ".join(map(printable, collection.labels())),
                 remedy="put the step into every name",
             )
-    tensors = tuple(collection.tensors.values())
-    order, ties = _order(collection, used)
-    outputs = []
-    for index in order:
-        own = tensors[index].dtype
-        target = dtype if dtype is not None and own.kind == "float" else own
-        names = tuple(sorted(collection.names[tied] for tied in ties[index]))
-        outputs.append(
-            OutputTensor(names, target, tensors[index].shape, target.nbytes(tensors[index].count))
-        )
     return Plan(
         collection,
         used,
         tuple(value for _, value in pairs),
         weights.divisor,
-        order,
-        tuple(outputs),
-        tuple(roles[index] for index in order),
+        tuple(_planned(collection, used, roles, dtype)),
     )
 
 
-def _order(
-    collection: Collection, used: Sequence[Source]
-) -> tuple[tuple[int, ...], Mapping[int, list[int]]]:
-    """The order of the output, and which tensors are tied to which.
+def _planned(
+    collection: Collection, used: Sequence[Source], roles: Sequence[Role], dtype: DType | None
+) -> Iterator[Planned]:
+    """The tensors in the order of the output.
 
-    As in the files, but with wide element types first, as safetensors has it: each is aligned.
+    That of the files, but with wide element types first, as safetensors has it: each is aligned.
     """
-    tensors = tuple(collection.tensors.values())
+    tensors = collection.described
     ties = find_ties(tensors, used)
-    return tuple(sorted(ties, key=lambda index: (-tensors[index].dtype.bits, index))), ties
+    for index in sorted(ties, key=lambda index: (-tensors[index].dtype.bits, index)):
+        tensor = tensors[index]
+        target = dtype if dtype is not None and tensor.dtype.kind == "float" else tensor.dtype
+        names = tuple(sorted(collection.names[tied] for tied in ties[index]))
+        output = OutputTensor(names, target, tensor.shape, target.nbytes(tensor.count))
+        yield Planned(index, tensor, roles[index], output)
 
 
 def find_ties(tensors: Sequence[Tensor], sources: Sequence[Source]) -> dict[int, list[int]]:
@@ -264,24 +278,35 @@ def find_ties(tensors: Sequence[Tensor], sources: Sequence[Source]) -> dict[int,
 
 
 def refuse_quantised(collection: Collection) -> None:
-    """Refuse codes with scales beside them: a mean of codes under unlike scales means nothing."""
+    """Refuse codes with scales beside them: a mean of codes under unlike scales means nothing.
+
+    Raises:
+        FormatError: the first such tensor.
+    """
+    scaled = {
+        name.rpartition(".")[0]
+        for name in collection.names
+        if re.search("scale|zero", name.rpartition(".")[2])
+    }
     for name, tensor in collection.tensors.items():
-        scaled = (
-            tensor.dtype.kind in ("float", "packed")
-            and tensor.dtype.bits < _NARROWEST_PLAIN_FLOAT
-            and any(
-                name + scale in collection.tensors
-                or name.rpartition(".")[0] + scale in collection.tensors
-                for scale in _SCALES
-            )
-        )
-        if scaled or tensor.dtype.kind == "packed" or _QUANTISED.fullmatch(name):
+        beside_scales = name in scaled or name.rpartition(".")[0] in scaled
+        if (
+            tensor.dtype.kind == "packed"
+            or _QUANTISED.fullmatch(name)
+            or (beside_scales and tensor.count > 1 and _may_be_codes(name, tensor))
+        ):
             raise FormatError(
                 "is quantised: codes and scales do not average apart",
                 path=collection.sources[0].path,
                 tensor=name,
                 remedy="average the checkpoints before they are quantised",
             )
+
+
+def _may_be_codes(name: str, tensor: Tensor) -> bool:
+    if tensor.dtype.bits > _WIDEST_CODE:
+        return False
+    return tensor.dtype.averaged or name.rpartition(".")[2].startswith(("weight", "w", "W", "q"))
 
 
 def decide_roles(
@@ -292,7 +317,7 @@ def decide_roles(
     Raises:
         MismatchError: an integer tensor (of more than one element) differs between checkpoints.
     """
-    tensors = tuple(collection.tensors.values())
+    tensors = collection.described
     roles: list[Role] = [
         "last"
         if norm_stats == "last" and is_norm_statistic(name)

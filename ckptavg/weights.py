@@ -43,7 +43,10 @@ def explicit(values: Sequence[float], count: int) -> Weights:
     Raises:
         SelectionError: not one finite number for each checkpoint, or they sum to zero.
     """
-    numbers = tuple(float(value) for value in values)
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise SelectionError(f"weights must be numbers: {error}") from error
     total = math.fsum(numbers)
     if len(numbers) != count:
         raise SelectionError(f"{len(numbers)} weights for {count} checkpoints")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +334,9 @@ class TestTiedWeights:
             assert opened.metadata()["lm_head.weight"] == "embed.weight"
 
     def test_empty_tensors_are_strangers(self, tmp_path):
+        """In a safetensors file all of them are at one place, which is none."""
         states = [{"a": torch.empty(0), "b": torch.empty(0), "c": torch.randn(2)} for _ in range(2)]
-        save_run(tmp_path / "run", states, "pt")
+        save_run(tmp_path / "run", states)
         summary = ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", drop_aliases=True)
         assert summary.tensors == 3
 
@@ -431,6 +433,35 @@ class TestNonFinite:
         ):
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", dtype="float16")
 
+    def test_an_overflow_everywhere_is_one_too(self, tmp_path):
+        save_run(tmp_path / "run", [{"w": torch.tensor([1e5]), "x": torch.randn(1)} for _ in "ab"])
+        with pytest.raises(ValueRangeError, match="does not fit float16"):
+            ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", dtype="float16")
+
+    def test_an_infinity_that_the_output_cannot_hold(self, tmp_path):
+        states = [{"w": torch.tensor([float("inf")]), "x": torch.randn(1)} for _ in range(2)]
+        save_run(tmp_path / "run", states)
+        with pytest.raises(ValueRangeError, match="does not fit float8_e4m3fn"):
+            ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", dtype="float8_e4m3fn")
+
+    @pytest.mark.parametrize("dtype", [None, "float64"])
+    def test_nan_in_the_last_checkpoints_statistics(self, tmp_path, dtype):
+        states = [{"bn.running_mean": torch.randn(3)} for _ in range(3)]
+        states[2]["bn.running_mean"][1] = float("nan")
+        save_run(tmp_path / "run", states)
+        with pytest.raises(ValueRangeError, match=r"step_2\.safetensors: bn\.running_mean"):
+            ckptavg.average(
+                tmp_path / "run", tmp_path / "out.safetensors", norm_stats="last", dtype=dtype
+            )
+
+    def test_many_of_them_take_no_time_when_allowed(self, tmp_path):
+        states = [{"w": torch.randn(131_072)} for _ in range(2)]
+        states[1]["w"][:] = float("nan")
+        save_run(tmp_path / "run", states)
+        started = time.monotonic()
+        ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", allow_nonfinite=True)
+        assert time.monotonic() - started < 5
+
 
 class TestQuantised:
     @pytest.mark.parametrize(
@@ -444,12 +475,28 @@ class TestQuantised:
             {"a.qweight": torch.ones(4, dtype=torch.int32), "a.scales": torch.ones(1)},
             {"a.weight": torch.ones(4, dtype=torch.uint8), "a.weight.absmax": torch.ones(1)},
             {"a.weight": torch.ones(4, dtype=torch.int8), "a.SCB": torch.ones(1)},
+            {"a.weight": torch.ones(4).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(1)},
+            {"weight": torch.ones(4, dtype=torch.int8), "weight_scale": torch.ones(1)},
+            {"a.W_q": torch.ones(4, dtype=torch.uint8), "a.scale": torch.ones(1)},
         ],
     )
     def test_codes_with_scales_are_refused(self, tmp_path, state):
-        save_run(tmp_path / "run", [state, state | {"z": torch.ones(1)}][:1] * 2)
+        unlike = [state | {"z": torch.full((1,), value)} for value in (1.0, 2.0)]
+        save_run(tmp_path / "run", unlike)
         with pytest.raises(FormatError, match="quantised"):
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+
+    def test_a_scale_beside_plain_weights_or_a_mask_is_a_parameter(self, tmp_path):
+        states = [
+            {
+                "norm.scale": torch.randn(2),
+                "norm.weight": torch.randn(2),
+                "norm.mask": torch.ones(2, dtype=torch.uint8),
+            }
+            for _ in range(2)
+        ]
+        save_run(tmp_path / "run", states)
+        ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
 
 
 class TestNames:
@@ -491,6 +538,21 @@ class TestNames:
         save_run(tmp_path / "run", states)
         ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
         assert load_file(tmp_path / "out.safetensors").keys() == {"module.a", "b"}
+
+    def test_module_versions_and_aliases_lose_the_prefix_too(self, tmp_path):
+        model = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+        save_run(tmp_path / "run", [model.state_dict(), model.state_dict()], "pt")
+        ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+        wanted = model.module.state_dict()
+        assert vars(torch.load(tmp_path / "out.pt")) == vars(wanted)
+        for step in range(2):
+            aliases = {"module.head": "module.w", "note": "module"}
+            save_file({"module.w": torch.ones(1)}, tmp_path / f"{step}.safetensors", aliases)
+        inputs = [tmp_path / f"{step}.safetensors" for step in range(2)]
+        ckptavg.average(inputs, tmp_path / "out.safetensors")
+        with safe_open(tmp_path / "out.safetensors", "pt") as opened:
+            assert opened.metadata()["head"] == "w"
+            assert opened.metadata()["note"] == "module"
 
 
 class TestOutput:
@@ -575,6 +637,36 @@ class TestOutput:
         floats = sum(t.nbytes for t in states[0].values() if t.is_floating_point())
         others = sum(t.nbytes for t in states[0].values() if not t.is_floating_point())
         assert told.bytes_read == 3 * floats + others
+
+    def test_a_copy_of_an_input_is_never_overwritten_either(self, tmp_path):
+        paths = save_run(tmp_path / "run", random_state_dicts(2))
+        last = tmp_path / "run" / "last.safetensors"
+        last.write_bytes(paths[1].read_bytes())
+        with pytest.raises(OutputError, match="is itself one of the checkpoints"):
+            ckptavg.average(tmp_path / "run", last, force=True)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"threads": 0}, {"threads": -1}, {"ints": "lsat"}, {"norm_stats": "x"}, {"dtype": "int8"}],
+    )
+    def test_values_that_no_option_has_are_errors(self, tmp_path, options):
+        save_run(tmp_path / "run", random_state_dicts(2))
+        with pytest.raises(SelectionError):
+            ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", **options)
+        assert not (tmp_path / "out.safetensors").exists()
+
+    def test_less_than_all_bytes_are_never_published(self, tmp_path, monkeypatch):
+        save_run(tmp_path / "run", random_state_dicts(2))
+        monkeypatch.setattr("ckptavg.averaging.execute", lambda *_, **__: (n for n in [5]))
+        with pytest.raises(OutputError, match="only 5 of"):
+            ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+        assert not (tmp_path / "out.safetensors").exists()
+
+    def test_a_dry_run_warns_of_what_would_fail(self, tmp_path, caplog):
+        save_run(tmp_path / "run", random_state_dicts(2))
+        ckptavg.average(tmp_path / "run", tmp_path / "no" / "out.safetensors", dry_run=True)
+        assert "it would fail: " in caplog.text
+        assert "there is no directory" in caplog.text
 
     @pytest.mark.parametrize("name", ["out.zip", "out", "out.safetensors.gz"])
     def test_an_unknown_ending_is_an_error(self, tmp_path, name):

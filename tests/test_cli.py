@@ -22,6 +22,10 @@ from ckptavg.cli.average import _DTYPES
 from ckptavg.cli.common import plural, size
 from tests.oracle import random_state_dicts, save_run
 
+STALE = (
+    "The BatchNorm statistics are stale: no data have passed through these weights. Refresh them:"
+)
+
 
 def run(*arguments: object, code: int = 0) -> Result:
     """Run a command in this process."""
@@ -61,7 +65,7 @@ class TestAverage:
             "averaged 3 checkpoints: step_0.safetensors to step_2.safetensors",
             "  9 tensors: 7 averaged, 1 the same in all, 1 taken from the last checkpoint",
             f"  wrote {out} ({size(out.stat().st_size)})",
-            "The BatchNorm statistics are stale: they are those of no single model. Refresh them:",
+            STALE,
             f"  ckptavg bn-refresh '{out}' --model FILE.py:MODEL --loader FILE.py:LOADER",
         ]
 
@@ -154,19 +158,25 @@ class TestExitCodes:
 
     @pytest.mark.parametrize(
         ("number", "code", "word"),
-        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+        [
+            (signal.SIGINT, 130, "interrupted"),
+            (signal.SIGTERM, 143, "terminated"),
+            (signal.SIGHUP, 129, "terminated"),
+        ],
     )
     @pytest.mark.parametrize("hidden", [True, False])
     def test_signals_leave_nothing_behind(self, tmp_path, number, code, word, hidden):
-        """The run is held at its first write until the signal has come."""
+        """The run is held at its threads' first write until the signal has come."""
         save_run(tmp_path / "ckpts", [{"w": torch.randn(1000)} for _ in range(2)])
         script = (
             "import os, sys, time\n"
             + ("" if hidden else "del os.O_TMPFILE\n")
             + "from ckptavg.output import OutputFile\n"
+            "import threading\n"
             "def hold(self, offset, data):\n"
-            "    print('writing', flush=True)\n"
-            "    time.sleep(0.5)\n"
+            "    if threading.current_thread() is not threading.main_thread():\n"
+            "        print('writing', flush=True)\n"
+            "        time.sleep(0.5)\n"
             "OutputFile.write = hold\n"
             "sys.argv = ['ckptavg', 'average', 'ckpts', '-o', 'o.safetensors']\n"
             "from ckptavg.cli import main\n"
@@ -210,7 +220,7 @@ class TestInspect:
             f"  container    torch, {size(path.stat().st_size)}",
             "  state dict   state_dict",
             "  others       state_dict_ema (take one with --key)",
-            "  tensors      7 of 22 elements, 92 B",
+            "  tensors      7, with 22 elements, 92 B",
             "  dtypes       float32 (6), int64 (1)",
             "  training     global_step 70, epoch 3, learning_rate 0.125",
             "  norm layers  1 with running statistics",
@@ -232,6 +242,13 @@ class TestInspect:
         column = lines[0].index("tensors")
         assert all(line[column - 1] == " " and line[column] == "9" for line in lines[1:])
 
+    def test_a_damaged_file_does_not_hide_the_others(self, ckpts):
+        (ckpts / "step_1.safetensors").write_bytes(b"\xff" * 100)
+        done = process("inspect", ckpts)
+        assert done.returncode == 1
+        assert len(done.stdout.splitlines()) == 3
+        assert "step_1.safetensors" in done.stderr
+
     def test_an_unclear_choice_shows_each_state_dict(self, tmp_path):
         content = {"generator": {"w": torch.ones(1)}, "discriminator": {"w": torch.ones(2)}}
         torch.save(content, tmp_path / "gan.pt")
@@ -245,6 +262,15 @@ class TestInspect:
 
 
 class TestConfiguration:
+    def test_an_option_that_may_be_repeated_can_be_one_string(self, ckpts, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        self.write(tmp_path, "[tool.ckptavg]\nmodel-arg = 'width=3'\n")
+        run("average", ckpts, "-o", "o.safetensors")
+
+    def test_a_named_file_without_the_table_is_a_mistake(self, ckpts, tmp_path):
+        other = self.write(tmp_path, "expect = 7\n", "my.toml")
+        run("average", ckpts, "-o", tmp_path / "o.safetensors", "--config", other, code=2)
+
     def write(self, folder: Path, text: str, name: str = "pyproject.toml") -> Path:
         (folder / name).write_text(text)
         return folder / name
@@ -284,6 +310,7 @@ class TestConfiguration:
             "[tool.ckptavg.average]\nexpekt = 3\n",
             "[tool.ckptavg]\naverage = 3\n",
             "[tool.ckptavg\n",
+            "tool = 3\n",
             "[tool.ckptavg.average]\ndtype = 'int8'\n",
         ],
     )
@@ -321,7 +348,14 @@ def test_every_option_and_command_has_a_help_text():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (97_800_000, "97.8 MB"), (3e12, "3.0 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (97_800_000, "97.8 MB"),
+        (3e12, "3.0 TB"),
+        (999_999, "1.0 MB"),
+    ],
 )
 def test_sizes(count, text):
     assert size(count) == text

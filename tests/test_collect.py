@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -85,6 +86,34 @@ class TestOrder:
         assert found.labels() == ("epoch_9/model.pt", "epoch_10/model.pt", "epoch_11/model.pt")
         assert found.order_is_known
 
+    def test_names_are_ordered_wherever_they_are(self, tmp_path, monkeypatch):
+        save_named(tmp_path, "step_1.pt", "step_2.pt")
+        monkeypatch.chdir(tmp_path)
+        assert names(Path("step_1.pt"), tmp_path / "step_2.pt") == ["step_1.pt", "step_2.pt"]
+
+    @pytest.mark.parametrize(
+        ("files", "known"),
+        [
+            (["a.pt", "b.pt"], True),
+            (["resnet50_best.pt", "resnet50_final.pt"], True),
+            (["resnet50_001.pt", "resnet50_002.pt"], True),
+            (["e1-loss0.5.pt", "e2-loss0.4.ckpt"], True),
+            (["resnet50_001.pt", "resnet50_best.pt"], False),
+            (["runA/100.pt", "runA/300.pt", "runB/200.pt"], False),
+        ],
+    )
+    def test_only_numbers_that_tell_files_apart_are_steps(self, tmp_path, files, known):
+        for value, name in enumerate(files):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            torch.save(state(value), tmp_path / name)
+        assert collect([tmp_path / name for name in files]).order_is_known is known
+
+    def test_equal_recorded_steps_leave_it_to_the_names(self, tmp_path):
+        for name in ("a.pt", "b.pt", "c1.pt", "c2.pt"):
+            torch.save({"model": {"w": torch.randn(2)}, "epoch": 5}, tmp_path / name)
+        assert not collect([tmp_path / "a.pt", tmp_path / "b.pt"]).order_is_known
+        assert collect([tmp_path / "c1.pt", tmp_path / "c2.pt"]).order_is_known
+
     @given(st.lists(st.text(alphabet="ab01-_ .²", max_size=6), max_size=6))
     def test_natural_keys_can_always_be_compared(self, texts):
         keys = sorted(map(natural, texts))
@@ -148,10 +177,13 @@ class TestDiscovery:
         assert "avg_6.pt" in names(tmp_path, tmp_path / "avg_6.pt")
 
     def test_what_trainers_leave_beside_is_no_checkpoint(self, tmp_path):
-        save_named(tmp_path, "model_1.pt", "train.pt")
+        save_named(tmp_path, "model_1.pt", "sampler.ckpt", "scaler.3d_unet.pt", "train.pt")
         for name in (
             "optimizer.pt",
             "optimizer_2.pt",
+            "lr_scheduler.pt",
+            "grad_scaler.pt",
+            "optim.pt",
             "scheduler.pt",
             "rng_state.pth",
             "rng_state_3.pth",
@@ -162,7 +194,28 @@ class TestDiscovery:
         ):
             (tmp_path / name).write_bytes(b"anything")
         (tmp_path / "folder.pt").mkdir()
-        assert names(tmp_path) == ["model_1.pt", "train.pt"]
+        assert names(tmp_path) == ["model_1.pt", "sampler.ckpt", "scaler.3d_unet.pt", "train.pt"]
+
+    def test_a_refreshed_checkpoint_is_no_average(self, tmp_path):
+        from ckptavg.averaging import encode_provenance
+
+        for step in range(2):
+            entry = encode_provenance({"scheme": "none", "norm_stats": {"state": "refreshed"}})
+            save_file(state(step), tmp_path / f"{step}.safetensors", {"ckptavg": entry})
+        assert len(names(tmp_path)) == 2
+
+    def test_state_dicts_of_unlike_names_are_mentioned(self, tmp_path, caplog):
+        torch.save({"state_dict": state(1), "state_dict_ema": state(2)}, tmp_path / "1.pt")
+        torch.save({"state_dict_ema": state(3)}, tmp_path / "2.pt")
+        collect([tmp_path])
+        assert "not of one name: state_dict, state_dict_ema" in caplog.text
+
+    def test_entries_that_are_no_tensors_are_mentioned(self, tmp_path, caplog):
+        for step in range(2):
+            torch.save({**state(step), "layer._extra_state": "x"}, tmp_path / f"{step}.pt")
+        with caplog.at_level("INFO", "ckptavg"):
+            collect([tmp_path])
+        assert "left out what is no tensor: layer._extra_state" in caplog.text
 
     def test_a_damaged_file_is_never_passed_over(self, tmp_path):
         save_named(tmp_path, "1.pt", "2.pt", "3.pt")
@@ -211,7 +264,12 @@ class TestDiscovery:
     def test_more_files_than_may_be_open_at_once(self, tmp_path):
         for step in range(130):
             save_file({"w": torch.full((2,), float(step))}, tmp_path / f"{step}.safetensors")
-        ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+        try:
+            ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [64.5, 64.5]
 
 

@@ -1162,8 +1162,8 @@ class TestCommand:
         assert (tmp_path / "o.safetensors").read_bytes() == path.read_bytes()
         if as_json:
             found = json.loads(result.stdout)
-            assert found["average"]["norm_stats"] == "refreshed"
-            assert found["average"]["output"] == str(tmp_path / "o.safetensors")
+            assert found["norm_stats"] == "refreshed"
+            assert found["output"] == str(tmp_path / "o.safetensors")
             assert len(found["refresh"]["layers"]) == 2
         else:
             assert "stale" not in result.stdout

@@ -739,6 +739,16 @@ class TestLayers:
         assert [layer.name for layer in report.layers] == ["0"]
         before.check(but=STATISTICS)
 
+    @pytest.mark.parametrize("train_mode", ["norm", "full"])
+    def test_one_that_was_told_to_keep_its_statistics_keeps_them(self, train_mode):
+        frozen = nn.BatchNorm1d(5)
+        frozen.track_running_stats = False
+        model = nn.Sequential(nn.BatchNorm1d(5), frozen)
+        before = Snapshot(model)
+        report = refresh_norm(model, data_for("mlp"), train_mode=train_mode)
+        assert [layer.name for layer in report.layers] == ["0"]
+        before.check(but=["0." + name for name in STATISTICS])
+
     @pytest.mark.parametrize(
         "model",
         [nn.Linear(5, 2), nn.BatchNorm1d(5, track_running_stats=False), nn.LayerNorm(5)],

@@ -54,6 +54,55 @@ def test_replaces_only_with_force(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    (tmp_path / "out").write_bytes(b"secret")
+    (tmp_path / "out").chmod(0o600)
+    write(tmp_path / "out", force=True)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600
+
+
+def test_the_longest_of_names_can_be_replaced(tmp_path):
+    name = "\u5b57" * 85
+    write(tmp_path / name)
+    write(tmp_path / name, force=True)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_cannot_reserve(tmp_path, monkeypatch, number):
+    def refuse(*_arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    write(tmp_path / "out")
+    assert (tmp_path / "out").stat().st_size == LAYOUT.size
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    monkeypatch.setattr(os, "link", refuse)
+    write(tmp_path / "out")
+    with pytest.raises(OutputError, match="exists already"):
+        write(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_directory_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    original = os.fsync
+
+    def refuse(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        original(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write(tmp_path / "out")
+    assert (tmp_path / "out").exists()
+
+
 def test_of_two_writers_at_once_one_wins_and_the_other_says_so(tmp_path):
     with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=False) as first:
         write(tmp_path / "out")

@@ -20,7 +20,7 @@ from ckptavg.errors import CkptAvgError, UserCodeError
 if TYPE_CHECKING:
     from types import FrameType
 
-_FAULT, _INTERRUPTED, _TERMINATED = 1, 130, 143
+_FAULT, _INTERRUPTED = 1, 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,16 +38,18 @@ for _command in (average, bn_refresh, inspect, demo):
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM arrived: everything is to be cleaned up on the way out."""
+    """SIGTERM or SIGHUP arrived: everything is to be cleaned up on the way out."""
 
 
-def _on_sigterm(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise _TerminatedError
+def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    raise _TerminatedError(number)
 
 
 def main() -> None:
     """Run the command line and leave with the exit code that `docs/cli.md` lists."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and shall
+            signal.signal(number, _on_signal)
     sys.exit(_run())
 
 
@@ -71,7 +73,7 @@ def _explain(error: BaseException) -> int:
         case KeyboardInterrupt() | click.Abort():
             text, code = "interrupted", _INTERRUPTED
         case _TerminatedError():
-            text, code = "terminated", _TERMINATED
+            text, code = "terminated", 128 + int(error.args[0])
         case UserCodeError():
             traceback.print_exception(error.__cause__)
             text = f"error: {error}"

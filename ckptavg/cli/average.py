@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,9 @@ _ROLES = {
     help="What becomes of running_mean and running_var.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf in the inputs pass.")
-@click.option("--expect", type=int, metavar="N", help="Fail unless there are N checkpoints.")
+@click.option(
+    "--expect", type=click.IntRange(1), metavar="N", help="Fail unless there are N checkpoints."
+)
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option(
@@ -101,11 +104,17 @@ def average(
         return
     from ckptavg.norm.files import average_and_refresh
 
-    with console.progress("averaging", "B") as progress:
-        summary, report = average_and_refresh(inputs, output, refresh, progress=progress, **options)
+    with (
+        console.progress("averaging", "B") as progress,
+        console.progress("refreshing", "batch") as refresh_progress,
+    ):
+        summary, report = average_and_refresh(
+            inputs, output, refresh,
+            progress=progress, refresh_progress=refresh_progress, **options,
+        )  # fmt: skip
     _say(console, summary, output, refreshed=True)
     say_report(console, report)
-    console.result({"average": summary, "refresh": report})
+    console.result({**dataclasses.asdict(summary), "refresh": report})
 
 
 def _say(console: Console, summary: Summary, output: Path, *, refreshed: bool = False) -> None:
@@ -127,7 +136,8 @@ def _say(console: Console, summary: Summary, output: Path, *, refreshed: bool = 
     if summary.norm_stats == "stale" and not refreshed:
         name = shlex.quote(str(output))
         console.say(
-            "The BatchNorm statistics are stale: they are those of no single model. Refresh them:\n"
+            "The BatchNorm statistics are stale: no data have passed through these weights. "
+            "Refresh them:\n"
             f"  ckptavg bn-refresh {name} --model FILE.py:MODEL --loader FILE.py:LOADER"
         )
 

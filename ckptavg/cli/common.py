@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -50,6 +51,7 @@ def _load_defaults(context: click.Context, _: click.Parameter, path: Path | None
     commands = group.commands if isinstance(group, click.Group) else {}
     known = {name: _option_names(command) for name, command in commands.items()}
     own = context.info_name or ""
+    command = context.command
     defaults: dict[str, object] = {}
     for key, value in table.items():
         if key in known:
@@ -57,14 +59,24 @@ def _load_defaults(context: click.Context, _: click.Parameter, path: Path | None
                 if inner not in known[key]:
                     raise click.UsageError(f"configuration: {key} has no option {inner!r}")
                 if key == own:
-                    defaults[known[key][inner]] = setting
+                    defaults[known[key][inner]] = _as_default(command, inner, setting)
         elif not any(key in options for options in known.values()):
             raise click.UsageError(f"configuration: no command has an option {key!r}")
         elif key in known.get(own, {}) and not (
             own == "average" and key in _NOT_SHARED_WITH_AVERAGE
         ):
-            defaults.setdefault(known[own][key], value)
+            defaults.setdefault(known[own][key], _as_default(command, key, value))
     context.default_map = {**(context.default_map or {}), **defaults}
+
+
+def _as_default(command: click.Command, option: str, value: object) -> object:
+    """A value as click wants it: an option that may be repeated takes a list."""
+    repeated = any(
+        parameter.multiple and f"--{option}" in parameter.opts
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+    )
+    return [value] if repeated and not isinstance(value, list) else value
 
 
 def _as_table(key: str, value: object) -> dict[str, object]:
@@ -83,8 +95,10 @@ def _read_config(path: Path | None) -> dict[str, Any]:
         raise click.UsageError(f"configuration: {source}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.UsageError(f"configuration: {source}: {error}") from error
-    table = whole.get("tool", {}).get("ckptavg", {})
-    return _as_table("tool.ckptavg", table)
+    tool = _as_table("tool", whole.get("tool", {}))
+    if path is not None and "ckptavg" not in tool:
+        raise click.UsageError(f"configuration: {source} has no table [tool.ckptavg]")
+    return _as_table("tool.ckptavg", tool.get("ckptavg", {}))
 
 
 def _option_names(command: click.Command) -> dict[str, str]:
@@ -125,7 +139,7 @@ class Console:
         """The result, for machines."""
         if self.as_json:
             document = {**_plain(value), "notices": self.notices}
-            click.echo(json.dumps(document, indent=2))
+            click.echo(json.dumps(_without_nonfinite(document), indent=2, allow_nan=False))
 
     @contextlib.contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int | None], None] | None]:
@@ -135,13 +149,24 @@ class Console:
             return
         from tqdm import tqdm
 
-        with tqdm(
-            desc=what, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True
-        ) as bar:
+        with contextlib.ExitStack() as stack:
+            bars: list[tqdm[NoReturn]] = []
 
             def advance(done: int, total: int | None) -> None:
-                bar.total = total
-                bar.update(done)
+                if not bars:
+                    bars.append(
+                        stack.enter_context(
+                            tqdm(
+                                desc=what,
+                                total=total,
+                                unit=unit,
+                                unit_scale=unit == "B",
+                                leave=False,
+                                dynamic_ncols=True,
+                            )
+                        )
+                    )
+                bars[0].update(done)
 
             yield advance
 
@@ -152,6 +177,17 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
         return {name: _plain(inner) for name, inner in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    return value
+
+
+def _without_nonfinite(value: Any) -> Any:  # noqa: ANN401
+    """JSON has no NaN and no Infinity: null stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _without_nonfinite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(inner) for inner in value]
     return value
 
 
@@ -171,11 +207,13 @@ class _Notices(logging.Handler):
 
 def size(count: float) -> str:
     """Bytes for people: `97.8 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:  # noqa: PLR2004 - decimal units
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1000:  # noqa: PLR2004 - decimal units
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         count /= 1000
-    return f"{count:.1f} TB"
+        if round(count, 1) < 1000:  # noqa: PLR2004
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
 
 
 def plural(count: int, noun: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptavg.cli.common import Console, common_options, plural, size
+from ckptavg.errors import CkptAvgError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,14 @@ def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: b
     from ckptavg.inspection import describe
 
     files = [path for path, _ in find(paths)]
-    found = [description for path in files for description in describe(path, key=key)]
+    found, failures = [], []
+    for path in files:
+        try:
+            found += describe(path, key=key)
+        except CkptAvgError as error:
+            if len(files) == 1:
+                raise
+            failures.append(error)
     if len(found) == 1:
         _say_one(console, found[0])
     elif found:
@@ -39,6 +47,10 @@ def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: b
     else:
         console.say("no checkpoints found")
     console.result({"checkpoints": [description.as_dict() for description in found]})
+    for failure in failures[:-1]:
+        click.echo(f"ckptavg: error: {failure}", err=True)
+    if failures:
+        raise failures[-1]
 
 
 def _say_one(console: Console, one: Description) -> None:
@@ -49,9 +61,9 @@ def _say_one(console: Console, one: Description) -> None:
         "state dict": printable(one.state_dict) or "the whole file",
         "others": ", ".join(printable(name) for name in one.other_state_dicts)
         + (" (take one with --key)" if one.other_state_dicts else ""),
-        "tensors": f"{one.tensors:,} of {one.elements:,} elements, {size(one.tensor_bytes)}",
+        "tensors": f"{one.tensors:,}, with {one.elements:,} elements, {size(one.tensor_bytes)}",
         "dtypes": ", ".join(f"{name} ({count:,})" for name, count in one.dtypes.items()),
-        "training": ", ".join(f"{name} {value:g}" for name, value in one.facts.items()),
+        "training": ", ".join(f"{name} {value}" for name, value in one.facts.items()),
         "norm layers": f"{one.norm_layers:,} with running statistics" if one.norm_layers else "",
         "made by": _provenance(one),
     }
@@ -79,7 +91,17 @@ def _provenance(one: Description) -> str:
 def _say_table(console: Console, found: Sequence[Description]) -> None:
     from ckptavg.errors import printable
 
-    header = ("path", "state dict", "step", "rate", "tensors", "bytes", "dtypes", "norm layers")
+    header = (
+        "path",
+        "state dict",
+        "step",
+        "rate",
+        "tensors",
+        "bytes",
+        "dtypes",
+        "norm layers",
+        "made by",
+    )
     rows = [
         (
             printable(one.path),
@@ -97,6 +119,7 @@ def _say_table(console: Console, found: Sequence[Description]) -> None:
             size(one.tensor_bytes),
             ",".join(one.dtypes),
             f"{one.norm_layers:,}",
+            _provenance(one) or "-",
         )
         for one in found
     ]

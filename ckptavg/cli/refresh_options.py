@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptavg.cli.common import Console, plural
+from ckptavg.errors import printable
 
 if TYPE_CHECKING:
     from ckptavg.norm.files import RefreshOptions
@@ -164,7 +165,8 @@ def say_report(console: Console, report: RefreshReport) -> None:
     )
     mean = max(report.layers, key=lambda layer: layer.mean_change)
     variance = max(report.layers, key=lambda layer: layer.variance_ratio)
+    of_mean, of_variance = printable(mean.name), printable(variance.name)
     console.say(
-        f"  largest change: mean by {mean.mean_change:.3g} standard deviations in {mean.name}, "
-        f"variance by a factor of {variance.variance_ratio:.3g} in {variance.name}"
+        f"  largest change: mean by {mean.mean_change:.3g} standard deviations in {of_mean}, "
+        f"variance by a factor of {variance.variance_ratio:.3g} in {of_variance}"
     )

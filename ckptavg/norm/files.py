@@ -24,8 +24,8 @@ from ckptavg import __version__
 from ckptavg.averaging import (
     Progress,
     Summary,
-    available_processors,
     average,
+    default_threads,
     encode_provenance,
     provenance_sources,
     write,
@@ -217,7 +217,7 @@ def _write(
     metadata = {"format": "pt", **checkpoint.metadata, PROVENANCE: encode_provenance(entry)}
     plan = make_plan(collection, uniform(1), roles=["kept"] * len(collection.names))
     layout = lay_out(output, plan.outputs, metadata, checkpoint.module_versions)
-    write(plan, layout, output, force=force, fsync=fsync, threads=available_processors())
+    write(plan, layout, output, force=force, fsync=fsync, threads=default_threads())
 
 
 def average_and_refresh(
@@ -249,7 +249,7 @@ def average_and_refresh(
         CkptAvgError: what either of them raises.
     """
     check_destination(output, force=force)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name[:200]}.", dir=output.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=output.parent) as folder:
         average_path = Path(folder) / output.name
         summary = average(inputs, average_path, progress=progress, fsync=False, **others)
         for source in summary.sources:

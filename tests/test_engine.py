@@ -1,0 +1,128 @@
+"""The loop and what feeds it: threads, runs, chunks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ckptavg
+from ckptavg.engine import CHUNK, Input, Job, execute
+from ckptavg.errors import CkptAvgError
+from ckptavg.parts import Memory
+from ckptavg.runs import runs
+from ckptavg.tensors import BY_NAME, Tensor
+from tests.oracle import naive_mean, same_bits
+
+FLOAT32 = BY_NAME["float32"]
+
+
+class Store:
+    """A sink in memory."""
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.data[offset : offset + len(data)] = data
+
+
+def job(*columns: np.ndarray, targets: tuple[int, ...] = (0,)) -> Job:
+    inputs = tuple(
+        Input(Memory(Path("x"), bytearray(column.tobytes())), Tensor(FLOAT32, column.shape, 0, 0))
+        for column in columns
+    )
+    return Job(inputs, columns[0].size, False, float(len(columns)), FLOAT32, targets, 0)
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_element_is_made_whatever_the_chunks(count, threads):
+    columns = [np.random.default_rng(seed).standard_normal(count, np.float32) for seed in (1, 2)]
+    store = Store(8 * count)
+    done = sum(execute(iter([job(*columns, targets=(0, 4 * count))]), store, threads))
+    wanted = ((columns[0].astype(float) + columns[1]) / 2).astype(np.float32)
+    assert done == 8 * count
+    assert store.data == wanted.tobytes() * 2
+
+
+def test_no_thread_outlives_a_failure():
+    class Broken(Store):
+        def write(self, offset: int, data: memoryview) -> None:
+            if offset:
+                raise CkptAvgError(f"broken at {len(data)} bytes")
+            time.sleep(0.05)
+
+    column = np.ones(20 * CHUNK, np.float32)
+    before = threading.active_count()
+    with pytest.raises(CkptAvgError, match="broken"):
+        list(execute(iter([job(column)]), Broken(0), 3))
+    assert threading.active_count() == before
+
+
+def test_no_thread_outlives_an_interruption():
+    class Slow(Store):
+        def write(self, offset: int, data: memoryview) -> None:
+            time.sleep(0.02)
+            super().write(offset, data)
+
+    column = np.ones(50 * CHUNK, np.float32)
+    before = threading.active_count()
+    steps = execute(iter([job(column)]), Slow(column.nbytes), 2)
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert threading.active_count() == before
+
+
+def test_fewer_threads_than_asked_for_do_the_work(monkeypatch):
+    original = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start(self: threading.Thread) -> None:
+        if len(started) == 1:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        original(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    column = np.ones(3 * CHUNK, np.float32)
+    store = Store(column.nbytes)
+    assert sum(execute(iter([job(column)]), store, 4)) == column.nbytes
+    assert store.data == column.tobytes()
+
+
+def test_tied_tensors_beside_others_in_one_storage(tmp_path):
+    """Neighbours in the input become one run, but what is written twice goes alone."""
+    for step in range(2):
+        base = torch.randn(12) + step
+        torch.save(
+            {"a": base[:4], "b": base[4:8], "tied": base[4:8], "c": base[8:]},
+            tmp_path / f"{step}.pt",
+        )
+    ckptavg.average(tmp_path, tmp_path / "out.pt")
+    states = [torch.load(tmp_path / f"{step}.pt") for step in range(2)]
+    result = torch.load(tmp_path / "out.pt")
+    for name in ("a", "b", "c", "tied"):
+        assert same_bits(result[name], naive_mean([state[name] for state in states])), name
+
+
+@given(st.data())
+def test_runs_cover_everything_once_and_only_neighbours(data):
+    sizes = np.array(data.draw(st.lists(st.integers(0, 5), max_size=20)), np.int64)
+    gaps = data.draw(st.lists(st.integers(0, 1), min_size=len(sizes), max_size=len(sizes)))
+    offsets = np.cumsum(sizes) - sizes + np.cumsum(np.array(gaps, np.int64))
+    parts = np.zeros(len(sizes), np.int32)
+    found = list(runs(sizes, [(parts, offsets)]))
+    assert [position for first, last in found for position in range(first, last)] == list(
+        range(len(sizes))
+    )
+    for first, last in found:
+        for position in range(first + 1, last):
+            assert offsets[position] == offsets[position - 1] + sizes[position - 1]

@@ -37,6 +37,8 @@ def check_destination(path: Path, *, force: bool) -> None:
     """
     if path.is_dir():
         raise OutputError("is a directory", path=path, remedy="name a file")
+    if path.exists() and not path.is_file():
+        raise OutputError("is no regular file", path=path, remedy="name a file")
     if os.path.lexists(path) and not force:
         raise OutputError("exists already", path=path, remedy="--force replaces it")
     if not path.parent.is_dir():

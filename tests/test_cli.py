@@ -146,6 +146,8 @@ class TestExitCodes:
             ["bn-refresh", "x", "--model", "a:b", "--loader", "a:b", "--model-arg", "novalue"],
             ["inspect"],
             ["nonsense"],
+            ["average", "", "-o", "y.pt"],
+            ["average", "x", "-o", ""],
             ["average", "x", "-o", "y.pt", "--config", "missing.toml"],
         ],
     )

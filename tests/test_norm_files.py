@@ -1220,3 +1220,71 @@ class TestProcess:
         done = process("bn-refresh", "a.pt", cwd=tmp_path)
         assert done.returncode == 2
         assert "a refresh needs --model" in done.stderr
+
+
+class Scaled(torch.nn.BatchNorm2d):
+    """A subclass that normalises something else than what it is given."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        return super().forward(input * 2)
+
+
+def test_a_layer_that_scales_its_input_keeps_its_own_statistics(caplog):
+    from ckptavg.norm.refresh import refresh_norm
+
+    logging.getLogger("ckptavg").propagate = True
+    batches = [torch.randn(8, 3, 4, 4) for _ in range(3)]
+    mine, theirs = torch.nn.Sequential(Scaled(3)), torch.nn.Sequential(Scaled(3))
+    refresh_norm(mine, batches, estimator="torch", memory_format="contiguous")
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    found, wanted = (dict(one.named_buffers())["0.running_var"] for one in (mine, theirs))
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    assert "layer 0 normalises something else than its input" in caplog.text
+
+
+def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path, caplog, monkeypatch):
+    logging.getLogger("ckptavg").propagate = True
+    for step in range(2):
+        state = {"0.running_mean": torch.randn(2), "0.running_var": torch.rand(2)}
+        torch.save(state, tmp_path / f"{step}.pt")
+    (tmp_path / "hidden.py").write_text(
+        "import torch\n"
+        "class Norm(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('running_mean', torch.zeros(2))\n"
+        "        self.register_buffer('running_var', torch.ones(2))\n"
+        "def model(): return torch.nn.Sequential(Norm())\n"
+        "def loader(): raise AssertionError\n"
+    )
+    ckptavg.average(tmp_path, tmp_path / "swa.safetensors")
+    spec = str(tmp_path / "hidden.py")
+    refresh_checkpoint(
+        tmp_path / "swa.safetensors",
+        None,
+        RefreshOptions(model=f"{spec}:model", loader=f"{spec}:loader"),
+    )
+    assert "they stay as they are" in caplog.text
+    made = open_checkpoint(tmp_path / "swa.safetensors").provenance
+    assert made is not None
+    assert made["norm_stats"] == {"state": "stale"}
+
+
+def test_a_load_state_dict_that_does_nothing_is_found(tmp_path):
+    (tmp_path / "idle.py").write_text(
+        "import torch\n"
+        "class Idle(torch.nn.Sequential):\n"
+        "    def load_state_dict(self, *_, **__): pass\n"
+        "def model(): return Idle(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))\n"
+        "loader = [torch.randn(4, 2)]\n"
+    )
+    state = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
+    state = {name: value + 1 for name, value in state.items()}
+    torch.save(state, tmp_path / "c.pt")
+    spec = str(tmp_path / "idle.py")
+    with pytest.raises(RefreshError, match="has loaded none of the weights"):
+        refresh_checkpoint(
+            tmp_path / "c.pt",
+            tmp_path / "o.pt",
+            RefreshOptions(model=f"{spec}:model", loader=f"{spec}:loader"),
+        )

@@ -177,6 +177,11 @@ class TestDestination:
         with pytest.raises(OutputError, match="is a directory"):
             check_destination(tmp_path, force=True)
 
+    def test_a_fifo_is_no_file(self, tmp_path):
+        os.mkfifo(tmp_path / "out")
+        with pytest.raises(OutputError, match="is no regular file"):
+            check_destination(tmp_path / "out", force=True)
+
     def test_a_dangling_symlink_exists(self, tmp_path):
         (tmp_path / "out").symlink_to("nowhere")
         with pytest.raises(OutputError, match="exists already"):

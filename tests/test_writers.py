@@ -423,6 +423,8 @@ def test_more_records_than_a_plain_zip_can_count(tmp_path):
     ]
     contents = [index.to_bytes(4, "little")[:2] for index in range(count)]
     path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, None), contents)
+    end = path.read_bytes()[-22:]
+    assert end[8:12] == b"\xff\xff\xff\xff", "look into the 64-bit trailer"
     with zipfile.ZipFile(path) as archive:
         assert len(archive.infolist()) == count + 3
         assert archive.read("archive/data/69999") == contents[-1]

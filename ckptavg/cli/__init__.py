@@ -42,6 +42,8 @@ class _TerminatedError(BaseException):
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
+    for other in (signal.SIGTERM, signal.SIGHUP):  # a second one must not disturb the clean-up
+        signal.signal(other, signal.SIG_IGN)
     raise _TerminatedError(number)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.common import Console, common_options, plural, size
+from ckptavg.cli.common import Console, PathType, common_options, plural, size
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ckptavg.averaging import SourceSummary, Summary
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -25,14 +26,12 @@ _ROLES = {
 
 
 @click.command()
-@click.argument(
-    "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT..."
-)
+@click.argument("inputs", nargs=-1, required=True, type=PathType(), metavar="INPUT...")
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Where the average goes: .safetensors, or .pt .pth .bin .ckpt for a torch file.",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
@@ -105,6 +104,7 @@ def average(
     from ckptavg.norm.files import average_and_refresh
 
     with (
+        console.others_to_stderr(),
         console.progress("averaging", "B") as progress,
         console.progress("refreshing", "batch") as refresh_progress,
     ):

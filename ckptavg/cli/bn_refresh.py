@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.common import Console, common_options
+from ckptavg.cli.common import Console, PathType, common_options
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command("bn-refresh")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PathType())
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Where the result goes.  [default: the checkpoint itself, if ckptavg made it]",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
@@ -47,7 +49,7 @@ def bn_refresh(
     from ckptavg.norm.files import refresh_checkpoint
 
     assert refresh is not None  # noqa: S101 - it was required
-    with console.progress("refreshing", "batch") as progress:
+    with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
         report = refresh_checkpoint(
             checkpoint, output, refresh,
             key=key, in_place=in_place, force=force, fsync=not no_fsync, progress=progress,

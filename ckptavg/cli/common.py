@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,19 @@ def _option_names(command: click.Command) -> dict[str, str]:
     }
 
 
+class PathType(click.Path):
+    """A path; an empty one is a variable that was not set, and not the working directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Take the path unless it is empty."""
+        if value in {"", b""}:
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Console:
     """Where a command's words go: results to stdout, everything else to stderr."""
 
@@ -140,6 +154,22 @@ class Console:
         if self.as_json:
             document = {**_plain(value), "notices": self.notices}
             click.echo(json.dumps(_without_nonfinite(document), indent=2, allow_nan=False))
+
+    @contextlib.contextmanager
+    def others_to_stderr(self) -> Iterator[None]:
+        """With `--json`, keep what the user's code prints away from stdout."""
+        if not self.as_json:
+            yield
+            return
+        sys.stdout.flush()
+        stdout = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
 
     @contextlib.contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int | None], None] | None]:

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.common import Console, common_options
+from ckptavg.cli.common import Console, PathType, common_options
 
 if TYPE_CHECKING:
     from ckptavg.demo.run import DemoReport
 
 
 @click.command()
-@click.argument(
-    "directory", type=click.Path(path_type=Path), default=Path("ckptavg-demo"), metavar="[DIR]"
-)
+@click.argument("directory", type=PathType(), default=Path("ckptavg-demo"), metavar="[DIR]")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),

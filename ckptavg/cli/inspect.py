@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.common import Console, common_options, plural, size
+from ckptavg.cli.common import Console, PathType, common_options, plural, size
 from ckptavg.errors import CkptAvgError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from ckptavg.inspection import Description
 
 
 @click.command()
-@click.argument(
-    "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
-)
+@click.argument("paths", nargs=-1, required=True, type=PathType(), metavar="PATH...")
 @click.option("--key", help="State dict to look at where a file holds several.")
 @common_options
 def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: bool) -> None:

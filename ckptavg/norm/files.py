@@ -40,7 +40,7 @@ from ckptavg.norm.making import make_batches, make_model, seed_everything
 from ckptavg.norm.refresh import norm_layers, refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.output import check_destination
-from ckptavg.plan import make_plan
+from ckptavg.plan import is_norm_statistic, make_plan
 from ckptavg.weights import uniform
 from ckptavg.writers import container_for, lay_out
 
@@ -121,6 +121,11 @@ def refresh_checkpoint(
     report = RefreshReport("none", 0, 0, 0, (), ())
     if layers:
         report = _run(model, options, progress)
+    elif any(map(is_norm_statistic, checkpoint.tensors)):
+        log.warning(
+            "the checkpoint has running statistics and the model no BatchNorm layer of torch's "
+            "that tracks any (is it TorchScript?): they stay as they are"
+        )
     else:
         log.info("the model has no norm layers that track statistics: a plain copy")
     used = [layers[layer.name] for layer in report.layers]
@@ -196,8 +201,8 @@ def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dic
         "sources": provenance_sources(Collection.of_one(checkpoint), uniform(1)),
     }
     state: dict[str, Any] = {"state": "none"}
-    if report.unused and not report.layers:
-        state = entry.get("norm_stats", state)
+    if any(map(is_norm_statistic, checkpoint.tensors)):
+        state = entry.get("norm_stats", {"state": "unknown"})
     if report.layers:
         state = {
             "state": "refreshed",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from ckptavg.errors import FormatError, MismatchError, printable
+from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
 from ckptavg.factories import user_code
 
 if TYPE_CHECKING:
@@ -37,11 +37,9 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
     Raises:
         MismatchError: names or shapes differ.
     """
-    wanted = {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, torch.Tensor)
-    }
+    with user_code("the model's state_dict"):
+        own = model.state_dict(keep_vars=True)
+    wanted = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
     names, prefix = match_names(wanted.keys(), checkpoint.tensors.keys())
     problems = [*_missing(wanted, names, checkpoint), *_unexpected(names, prefix, checkpoint)]
     problems += _shapes(wanted, names, checkpoint)
@@ -53,7 +51,24 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
     state = {name: as_torch(checkpoint, own) for name, own in names.items()}
     with user_code("load_state_dict"):
         model.load_state_dict(state, strict=False)
+    _check_arrival(model, state)
     return names
+
+
+def _check_arrival(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """A model's own `load_state_dict` may do what it likes, but not nothing.
+
+    Raises:
+        RefreshError: not one of the tensors is in the model.
+    """
+    held = model.state_dict()
+    arrived = (
+        torch.equal(held[name].cpu(), value.to(held[name].dtype))
+        for name, value in state.items()
+        if name in held and value.numel()
+    )
+    if state and not any(arrived):
+        raise RefreshError("the model's load_state_dict has loaded none of the weights")
 
 
 def match_names(wanted: AbstractSet[str], given: AbstractSet[str]) -> tuple[dict[str, str], str]:

@@ -46,6 +46,8 @@ def make_model(
         raise RefreshError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(place).type == "meta":
+            raise RefreshError("on device 'meta' nothing is computed")
         return made.to(place)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error

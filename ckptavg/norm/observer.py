@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,8 @@ from ckptavg.norm.statistics import input_statistics, native_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+log = logging.getLogger("ckptavg")
 
 TrainMode = Literal["norm", "full"]
 Staged = list[tuple[str, CallStatistics]]
@@ -200,9 +203,22 @@ class _Observer:
         if self._proven:
             return seen
         found = input_statistics(values)
-        self._proven = _agree(seen, found, layer.eps)
+        self._proven = _agree(seen, found, layer.eps) or self._saw_something_else(layer)
         self._from_input = not self._proven
         return seen if self._proven else found
+
+    def _saw_something_else(self, layer: _BatchNorm) -> bool:
+        """Whether the layer tracked once, but not its input: a subclass that scales or masks it."""
+        assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
+        tracked = layer.num_batches_tracked
+        once = tracked is not None and int(tracked) == 1
+        touched = bool(layer.running_mean.any()) or bool((layer.running_var != 1).any())
+        if once and touched:
+            log.warning(
+                "layer %s normalises something else than its input: its own statistics are taken",
+                printable(self._name),
+            )
+        return once and touched
 
     def _channels_second(self, values: torch.Tensor | None) -> torch.Tensor:
         """The input as `[batch, channels, ...]`: a subclass may take `[batch, ..., channels]`."""

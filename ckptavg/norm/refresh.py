@@ -97,7 +97,10 @@ def refresh_norm(
             if max_samples is not None and found.drawn >= max_samples:
                 break
     if found.skipped:
-        log.warning("left out %d batches with one value per channel in a norm layer", found.skipped)
+        log.warning(
+            "left out %d batches with less than two values per channel in a norm layer",
+            found.skipped,
+        )
     if not found.batches:
         raise _nothing_used(found.skipped)
     return _store(layers, found, estimator)
@@ -133,7 +136,7 @@ class _Found:
 
 
 def _run(model: torch.nn.Module, batch: Any, forward: Forward) -> bool:  # noqa: ANN401
-    """Whether a forward pass came to its end; not where a layer got one value per channel."""
+    """Whether a forward pass came to its end, and no layer had one value per channel or none."""
     try:
         with user_code("the forward pass"):
             forward(model, batch)
@@ -160,7 +163,7 @@ def _refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
 def _nothing_used(skipped: int) -> RefreshError:
     if skipped:
         return RefreshError(
-            "no batch could be used: each had one value per channel in a norm layer",
+            "no batch could be used: each had less than two values per channel in a norm layer",
             remedy="make the loader's batches larger",
         )
     return RefreshError(

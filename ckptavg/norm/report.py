@@ -40,7 +40,7 @@ class RefreshReport:
         estimator: which statistics were computed.
         batches: batches that were used.
         samples: examples in them.
-        skipped: batches that were left out, having one value per channel somewhere.
+        skipped: batches that were left out, having less than two values per channel somewhere.
         layers: one for each layer that was refreshed, in the model's order.
         unused: names of the layers that were never called and keep what they had.
     """

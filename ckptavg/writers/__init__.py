@@ -23,6 +23,8 @@ def container_for(path: Path) -> str:
     Raises:
         OutputError: it stands for none.
     """
+    if path.is_dir():
+        raise OutputError("is a directory", path=path, remedy="name a file in it")
     if path.suffix == ".safetensors":
         return "safetensors"
     if path.suffix in _TORCH:

@@ -59,7 +59,7 @@ def report(paths: list[Path], scratch: Path, options: argparse.Namespace) -> Non
     print(f"\n{describe(paths, options)}")
     print(measure.table(averages(paths, scratch, options), {"ratio": "cat, cp"}))
     print(f"\nstart-up, {options.start_ups} runs")
-    print(measure.table(start_ups(scratch, options.start_ups), {"ratio": "python -c pass"}))
+    print(measure.table(start_ups(scratch, options), {"ratio": "python -c pass"}))
 
 
 def arguments() -> argparse.Namespace:
@@ -150,13 +150,15 @@ def copying(files: list[str], output: str, *, sync: bool) -> str:
     return f"{line} && sync {target}" if sync else line
 
 
-def start_ups(scratch: Path, runs: int) -> dict[str, list[Run]]:
+def start_ups(scratch: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
     """Runs of what does nothing but start."""
     environment = measure.environment(scratch)
     contenders = {
-        name: partial(measure.run, command, environment) for name, command in _START_UPS.items()
+        name: partial(measure.run, command, environment)
+        for name, command in _START_UPS.items()
+        if not (options.no_torch and "torch" in name)
     }
-    return measure.interleaved(contenders, runs)
+    return measure.interleaved(contenders, options.start_ups)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ else:
 
 HERE = Path(__file__).resolve().parent
 # Names of both are those of models.py and refresh_pass.py, which import torch; this must not.
-_MODELS = {"resnet18": 64, "mobilenet": 64, "resnet3d": 16}
+_MODELS = {"resnet18": 64, "resnet18_small": 16, "mobilenet": 64, "resnet3d": 16}
 _CONTENDERS = (
     "update_bn",
     "refresh_norm",
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS))
     parser.add_argument("--batches", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, help="default: 64, or 16 of the 3-D model")
+    parser.add_argument("--batch-size", type=int, help=f"default: {_MODELS}")
     parser.add_argument("--runs", type=int, default=5)
     return parser.parse_args()
 

@@ -65,6 +65,7 @@ def mobilenet() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (resnet18, (3, 112, 112)),
+    "resnet18_small": (resnet18, (3, 64, 64)),
     "mobilenet": (mobilenet, (3, 112, 112)),
     "resnet3d": (resnet3d, (3, 8, 64, 64)),
 }

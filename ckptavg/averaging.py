@@ -30,11 +30,11 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written since the last call, and with those of the whole output."""
 
 # Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.
-_BASE_MEMORY = 32 << 20
-_THREAD_MEMORY = 3 << 20
+_BASE_MEMORY = 38 << 20
+_THREAD_MEMORY = 5 << 20
 _TENSOR_MEMORY = 1500
-# More of them do not help where the memory's bandwidth is the limit, and they would take memory.
-_MOST_THREADS = 8
+# The most that stay within 64 MB.
+_MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def average(
         expect: how many checkpoints there must be.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
-        threads: how many work at once; None for the processors that this process may use, 8 at
+        threads: how many work at once; None for the processors that this process may use, 4 at
             most.
         dry_run: write nothing, only say what would be done.
         progress: hears of the bytes written.

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
     Read = Callable[["Input"], AnyArray]
 
-CHUNK = 128 * 1024
-"""Elements of a chunk: 512 KiB of float32, and a sum of 1 MiB."""
+CHUNK = 256 * 1024
+"""Elements of a chunk: 1 MiB of float32, and a sum of 2 MiB."""
+
+_REPORT_EVERY = 16 << 20
+"""Bytes between two reports: each wakes the caller, who then contends for the interpreter."""
 
 _WHOLE_AT_ONCE = 8 << 20
 """Bytes from which only one strided tensor at a time is held in memory."""
@@ -185,8 +188,13 @@ class _Crew:
         try:
             worker = _Worker(self._sink, self._whole, allow_nonfinite=self._allow)
             with np.errstate(all="ignore"):
+                unreported = 0
                 while (chunk := self._next()) is not None:
-                    self._done.put(worker.do(*chunk))
+                    unreported += worker.do(*chunk)
+                    if unreported >= _REPORT_EVERY:
+                        self._done.put(unreported)
+                        unreported = 0
+                self._done.put(unreported)
         except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
             self._stopping.set()
             self._done.put(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,9 @@ def average(
     """
     console = Console(as_json=as_json, quiet=quiet)
     refresh = take_refresh_options(options, required=False)
+    if refresh is None:
+        # numpy's BLAS is not used here, and starting its threads takes as long as importing it.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.averaging import average as run
 
     options |= {"fsync": not no_fsync, "dry_run": dry_run}

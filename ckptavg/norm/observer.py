@@ -39,6 +39,7 @@ def observed(
     *,
     from_input: bool,
     train_mode: TrainMode,
+    formats: Mapping[int, torch.memory_format],
 ) -> Iterator[Staged]:
     """Set the model up for the pass, and put everything back at the end.
 
@@ -47,6 +48,7 @@ def observed(
         layers: those of its norm layers that are under refresh, by name.
         from_input: compute statistics from the layers' inputs, not with torch's own kernel.
         train_mode: what is in training mode beside the norm layers: nothing, or all.
+        formats: memory format of images, and so of the filters, by their number of dimensions.
 
     Yields:
         The list to which each call of a layer adds its name and statistics.
@@ -55,6 +57,7 @@ def observed(
     with ExitStack() as undo:
         _keep_other_buffers(model, layers, undo)
         _set_mode(model, train_mode, undo)
+        _lay_out_weights(model, formats, undo)
         for name, layer in layers.items():
             _observe(name, layer, staged, undo, from_input=from_input)
         for module in model.modules():
@@ -85,6 +88,21 @@ def _put_back(
     module._buffers[name] = buffer  # noqa: SLF001
     if buffer._version != version:  # noqa: SLF001 - somebody wrote into it
         buffer.copy_(values)
+
+
+def _lay_out_weights(
+    model: torch.nn.Module, formats: Mapping[int, torch.memory_format], undo: ExitStack
+) -> None:
+    """Have filters in the images' memory format, or each call would convert them anew."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")  # noqa: SLF001 - computed ones are left alone
+        if (
+            isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
+            and type(weight) is torch.nn.Parameter
+            and weight.dim() in formats
+        ):
+            undo.callback(setattr, weight, "data", weight.data)
+            weight.data = weight.data.contiguous(memory_format=formats[weight.dim()])
 
 
 def _set_mode(model: torch.nn.Module, train_mode: TrainMode, undo: ExitStack) -> None:
@@ -202,10 +220,10 @@ class _Observer:
         seen = native_statistics(layer.running_mean, layer.running_var, values)
         if self._proven:
             return seen
-        found = input_statistics(values)
+        found = _kernel_statistics(values)
         self._proven = _agree(seen, found, layer.eps) or self._saw_something_else(layer)
         self._from_input = not self._proven
-        return seen if self._proven else found
+        return seen if self._proven else input_statistics(values)
 
     def _saw_something_else(self, layer: _BatchNorm) -> bool:
         """Whether the layer tracked once, but not its input: a subclass that scales or masks it."""
@@ -230,6 +248,14 @@ class _Observer:
             f"layer {printable(self._name)!r} was called without an input of "
             f"{self._channels} channels"
         )
+
+
+def _kernel_statistics(values: torch.Tensor) -> CallStatistics:
+    """What torch's kernel says of a layer's input: not exact, and ten times as fast as that."""
+    mean = torch.zeros(values.shape[1], dtype=torch.float32, device=values.device)
+    variance = torch.ones_like(mean)
+    torch.nn.functional.batch_norm(values.float(), mean, variance, training=True, momentum=1.0)
+    return native_statistics(mean, variance, values)
 
 
 def _agree(one: CallStatistics, other: CallStatistics, eps: float) -> bool:

@@ -83,7 +83,13 @@ def refresh_norm(
     place = torch.device(device) if device is not None else _device_of(model)
     layout = _memory_formats(model, memory_format)
     total = _length(batches, max_batches)
-    setup = observed(model, layers, from_input=estimator == "exact", train_mode=train_mode)
+    setup = observed(
+        model,
+        layers,
+        from_input=estimator == "exact",
+        train_mode=train_mode,
+        formats=layout,
+    )
     with torch.no_grad(), setup as staged:
         for batch in _limited(batches, max_batches):
             with user_code("moving a batch"):

@@ -11,6 +11,7 @@ import os
 import pickle
 import pickletools
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -453,6 +454,14 @@ def write_sparse(path, layout, contents):
     return path
 
 
+def local_extra(path, entry):
+    """The extra field of a record's own header, which `zipfile` passes over."""
+    with path.open("rb") as file:
+        file.seek(entry.header_offset + 26)
+        name, extra = struct.unpack("<2H", file.read(4))
+        return file.read(name + extra)[name:]
+
+
 def test_records_beyond_four_gigabytes_are_found(tmp_path):
     big = 5 << 30
     tensors = [
@@ -480,6 +489,8 @@ def test_records_beyond_four_gigabytes_are_found(tmp_path):
             assert entry.file_size == entry.compress_size == tensor.nbytes
             with archive.open(entry) as record:
                 assert record.read(1) == contents[index][:1]
+            wide = struct.pack("<2H2Q", 1, 16, tensor.nbytes, tensor.nbytes)
+            assert (wide in local_extra(path, entry)) == (tensor.nbytes >= 0xFFFFFFFF)
     state = torch.load(path, weights_only=True, mmap=True)
     assert state["first"].tolist() == [1, 2]
     assert state["last"].tolist() == [3, 4]

@@ -481,7 +481,7 @@ def test_a_pickle_longer_than_any_is_refused_unread(monkeypatch):
 # What cannot blow up
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def outcomes():
     """What came of each bomb, in a process that may take no more than it should."""
     done = subprocess.run(

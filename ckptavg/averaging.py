@@ -18,7 +18,8 @@ from ckptavg.engine import BadValueError, execute
 from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.layout import Layout, OutputTensor
 from ckptavg.output import OutputFile, check_destination
-from ckptavg.plan import Plan, is_norm_statistic, make_plan
+from ckptavg.plan import Plan, make_plan
+from ckptavg.roles import is_norm_statistic
 from ckptavg.tensors import BY_NAME
 from ckptavg.weights import Weights, explicit, uniform
 from ckptavg.writers import container_for, lay_out

@@ -7,25 +7,25 @@ first one's: twenty checkpoints of 100,000 tensors fit into memory that way.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ckptavg.checkpoint import STEP_FACTS, Checkpoint, without_wrappers
+from ckptavg.checkpoint import Checkpoint, without_wrappers
 from ckptavg.compare import Contents
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.order import DIGITS, in_order, labels, natural
 from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 log = logging.getLogger("ckptavg")
 
@@ -34,7 +34,6 @@ _NOT_WEIGHTS = re.compile(
     r"(optim(izer)?|(lr_)?scheduler|rng_state|random_states|training_args|(grad_)?scaler|sampler)"
     r"([_-][A-Za-z_-]*\d+)?\.(pt|pth|bin)|.*_optim_states\.pt"
 )
-_DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +293,7 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
     by_name = sorted(
         sources,
         key=lambda source: (
-            not _DIGITS.search(source.path.name),
+            not DIGITS.search(source.path.name),
             source.path.is_symlink(),
             natural(str(source.path)),
         ),
@@ -324,58 +323,3 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
 def _file_identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
-
-
-def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
-    """Sort by training step: as recorded, else by the numbers in the names.
-
-    Returns:
-        The sources, and whether that order is sure: not where only some of them have a step.
-    """
-    own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
-    by_name = sorted(sources, key=lambda source: natural(own[source]))
-    names_tell = _numbers_tell(list(own.values()))
-    for fact in STEP_FACTS:
-        if all(fact in source.checkpoint.facts for source in sources):
-            steps = [source.checkpoint.facts[fact] for source in sources]
-            by_step = sorted(by_name, key=lambda source: source.checkpoint.facts[fact])
-            return by_step, names_tell or len(set(steps)) == len(steps)
-    recorded = any(source.checkpoint.step is not None for source in sources)
-    stepless = not recorded and not any(map(_DIGITS.search, _without_common_numbers(own.values())))
-    return by_name, names_tell or stepless
-
-
-def _numbers_tell(names: Sequence[str]) -> bool:
-    """Whether names differ in their numbers and in nothing else, but for the ending."""
-    return len({_DIGITS.sub("#", _stem(name)) for name in names}) <= 1
-
-
-def _without_common_numbers(names: Iterable[str]) -> list[str]:
-    """Names without the numbers that all of them have: `resnet50_best` has no step."""
-    found = [_stem(name) for name in names]
-    common = set.intersection(*(set(_DIGITS.findall(name)) for name in found))
-    return [
-        _DIGITS.sub(lambda number: "" if number[0] in common else number[0], name) for name in found
-    ]
-
-
-def _stem(name: str) -> str:
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def natural(text: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key with `step_100` before `step_1000` and after `step_20`."""
-    return tuple(
-        (0, int(piece)) if piece.isdecimal() else (1, piece)
-        for piece in _DIGITS.split(text)
-        if piece
-    )
-
-
-def labels(paths: Sequence[Path]) -> tuple[str, ...]:
-    """What tells the paths apart: each below the folder that they have in common."""
-    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - links stay links
-    common = os.path.commonpath([path.parent for path in absolute])
-    return tuple(path.relative_to(common).as_posix() for path in absolute)

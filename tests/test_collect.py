@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckptavg
-from ckptavg.collect import collect, labels, natural
+from ckptavg.collect import collect
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
+from ckptavg.order import labels, natural
 from tests.oracle import save_run
 
 

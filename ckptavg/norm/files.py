@@ -40,7 +40,8 @@ from ckptavg.norm.making import make_batches, make_model, seed_everything
 from ckptavg.norm.refresh import norm_layers, refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.output import check_destination
-from ckptavg.plan import is_norm_statistic, make_plan
+from ckptavg.plan import make_plan
+from ckptavg.roles import is_norm_statistic
 from ckptavg.weights import uniform
 from ckptavg.writers import container_for, lay_out
 

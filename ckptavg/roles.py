@@ -1,0 +1,100 @@
+"""What becomes of each tensor: floats are averaged, integers must agree, codes are refused."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from ckptavg.compare import differing
+from ckptavg.errors import FormatError, MismatchError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptavg.collect import Collection, Source
+    from ckptavg.tensors import Tensor
+
+Role = Literal["averaged", "last", "kept"]
+"""What becomes of a tensor: its mean, the last checkpoint's, or what all of them have."""
+
+_NORM_STATISTICS = ("running_mean", "running_var")
+_WIDEST_CODE = 8  # bits
+_QUANTISED = re.compile(
+    r"(.*\.)?(qweight|qzeros|weight_packed|W_q|SCB|absmax|nested_absmax|quant_map|quant_state\..*"
+    r"|scaled_fp8)"
+)
+
+
+def is_norm_statistic(name: str) -> bool:
+    """Whether a tensor is a norm layer's running statistic, by its name."""
+    return name.rpartition(".")[2] in _NORM_STATISTICS
+
+
+def refuse_quantised(collection: Collection) -> None:
+    """Refuse codes with scales beside them: a mean of codes under unlike scales means nothing.
+
+    Raises:
+        FormatError: the first such tensor.
+    """
+    scaled = {
+        name.rpartition(".")[0]
+        for name in collection.names
+        if re.search("scale|zero", name.rpartition(".")[2])
+    }
+    for name, tensor in collection.tensors.items():
+        beside_scales = name in scaled or name.rpartition(".")[0] in scaled
+        if (
+            tensor.dtype.kind == "packed"
+            or _QUANTISED.fullmatch(name)
+            or (beside_scales and tensor.count > 1 and _may_be_codes(name, tensor))
+        ):
+            raise FormatError(
+                "is quantised: codes and scales do not average apart",
+                path=collection.sources[0].path,
+                tensor=name,
+                remedy="average the checkpoints before they are quantised",
+            )
+
+
+def _may_be_codes(name: str, tensor: Tensor) -> bool:
+    if tensor.dtype.bits > _WIDEST_CODE:
+        return False
+    return tensor.dtype.averaged or name.rpartition(".")[2].startswith(("weight", "w", "W", "q"))
+
+
+def decide_roles(
+    collection: Collection, used: Sequence[Source], *, ints: str, norm_stats: str
+) -> list[Role]:
+    """What becomes of each tensor: floats are averaged, integers must agree.
+
+    Raises:
+        MismatchError: an integer tensor (of more than one element) differs between checkpoints.
+    """
+    tensors = collection.described
+    roles: list[Role] = [
+        "last"
+        if norm_stats == "last" and is_norm_statistic(name)
+        else "averaged"
+        if tensor.dtype.averaged
+        else "kept"
+        for name, tensor in collection.tensors.items()
+    ]
+    whole = [index for index, tensor in enumerate(tensors) if not tensor.dtype.averaged]
+    problems: dict[int, str] = {}
+    for source in used[1:]:
+        for index in differing(tensors, whole, used[0], source):
+            roles[index] = "last"
+            if tensors[index].count > 1 and ints != "last":
+                problems.setdefault(
+                    index,
+                    f"{printable(collection.names[index])}: {tensors[index].dtype.name} "
+                    f"{tensors[index].shape} differs between {printable(used[0].path)} and "
+                    f"{printable(source.path)}",
+                )
+    if problems:
+        raise MismatchError(
+            "integer tensors differ, and integers are not averaged "
+            "(--ints last takes them from the last checkpoint):",
+            list(problems.values()),
+        )
+    return roles

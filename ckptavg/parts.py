@@ -1,17 +1,19 @@
-"""Where bytes come from: files and memory, read by offset."""
+"""Where bytes come from: files, pieces of files, and memory, read by offset."""
 
 from __future__ import annotations
 
 import os
 import stat
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.errors import CkptAvgError, FormatError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Hashable, Iterable
 
 # Files beyond this many are opened for each read: 200 checkpoints pass under `ulimit -n 128`.
 _MOST_OPEN = 64
@@ -22,17 +24,92 @@ class Part(Protocol):
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The file, or the checkpoint that it belongs to."""
 
     @property
     def size(self) -> int:
-        """Bytes it holds."""
+        """Bytes on the disk that no other part has."""
+
+    @property
+    def identity(self) -> Hashable:
+        """What tells one file from all others, under whatever name; None where it is no file."""
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` (bytes, writable) from `offset`. Safe from several threads at once."""
 
     def check_unchanged(self) -> None:
         """Raise if what was planned with is no longer what is there."""
+
+
+class ByteSource(ABC):
+    """Bytes that a reader of a format reads by offset.
+
+    Attributes:
+        path: where they are.
+        start: what offsets count from. A reader sets it to where a header ends, so that
+            checkpoints with headers of unlike lengths have equal offsets.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.start = 0
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes it held when it was opened."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> Hashable:
+        """What tells the file from all others, under whatever name."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`."""
+        out = bytearray(size)
+        self.read_into(offset, memoryview(out))
+        return bytes(out)
+
+    def read_many(self, places: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Small pieces, by offset and size."""
+        return [self.read(offset, size) for offset, size in places]
+
+    @abstractmethod
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`.
+
+        Raises:
+            CkptAvgError: the file ends before, or it cannot be read.
+        """
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise if the file was rewritten, replaced or removed since it was opened."""
+
+    def _truncated(self, offset: int, missing: int) -> CkptAvgError:
+        return CkptAvgError(
+            f"ends at byte {offset}, {missing} bytes too early: was it truncated?", path=self.path
+        )
+
+    def _changed(self) -> CkptAvgError:
+        return CkptAvgError(
+            "changed while it was being read",
+            path=self.path,
+            remedy="wait until the training has finished writing, and start again",
+        )
+
+
+def open_source(path: Path) -> ByteSource:
+    """Open a file for reading, whether it is on this machine or behind a URL.
+
+    Raises:
+        CkptAvgError: it is missing, no regular file, or not to be read.
+    """
+    if isinstance(path, Path):
+        return File(path)
+    from ckptavg.remote import RemoteFile  # noqa: PLC0415 - fsspec takes longer than all else
+
+    return RemoteFile(path)
 
 
 @dataclass(frozen=True)
@@ -45,13 +122,8 @@ class Identity:
     mtime_ns: int
 
 
-class File:
-    """A regular file, opened once and read by offset.
-
-    Attributes:
-        path: where it is.
-        start: what offsets count from. A reader sets it to where a header ends, so that
-            checkpoints with headers of unlike lengths have equal offsets.
+class File(ByteSource):
+    """A regular file on this machine, opened once.
 
     Raises:
         CkptAvgError: it is missing, no regular file, or not to be read.
@@ -61,12 +133,11 @@ class File:
     _lock = threading.Lock()
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.start = 0
+        super().__init__(path)
         self._fd: int | None = None
         fd = self._open()
         try:
-            self.identity = self._identify(fd)
+            self._identity = self._identify(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -80,7 +151,12 @@ class File:
     @property
     def size(self) -> int:
         """Bytes it held when it was opened."""
-        return self.identity.size
+        return self._identity.size
+
+    @property
+    def identity(self) -> Identity:
+        """Device and inode, and what a rewrite changes."""
+        return self._identity
 
     def _open(self) -> int:
         try:
@@ -95,18 +171,8 @@ class File:
             raise FormatError("not a regular file", path=self.path)
         return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`."""
-        out = bytearray(size)
-        self.read_into(offset, memoryview(out))
-        return bytes(out)
-
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`.
-
-        Raises:
-            CkptAvgError: the file ends before, or the disk fails.
-        """
+        """Fill `out` from `offset`."""
         offset += self.start
         fd = self._fd
         if fd is not None:
@@ -125,22 +191,15 @@ class File:
             except OSError as error:
                 raise CkptAvgError(f"cannot read it: {error.strerror}", path=self.path) from error
             if not count:
-                raise CkptAvgError(
-                    f"ends at byte {offset}, {len(out)} bytes too early: was it truncated?",
-                    path=self.path,
-                )
+                raise self._truncated(offset, len(out))
             out, offset = out[count:], offset + count
 
     def check_unchanged(self) -> None:
         """Raise if the file was rewritten, replaced or removed since it was opened."""
         fd = self._open()
         try:
-            if self._identify(fd) != self.identity:
-                raise CkptAvgError(
-                    "changed while it was being read",
-                    path=self.path,
-                    remedy="wait until the training has finished writing, and start again",
-                )
+            if self._identify(fd) != self._identity:
+                raise self._changed()
         finally:
             os.close(fd)
 
@@ -155,6 +214,41 @@ class File:
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:
             self.close()
+
+
+class Section(ByteSource):
+    """A piece of a file that is read like a file: an archive within another.
+
+    Args:
+        whole: the file.
+        offset: where the piece begins in it.
+        size: bytes of the piece.
+    """
+
+    def __init__(self, whole: ByteSource, offset: int, size: int) -> None:
+        super().__init__(whole.path)
+        self._whole, self._offset, self._size = whole, offset, size
+
+    @property
+    def size(self) -> int:
+        """Bytes of the piece."""
+        return self._size
+
+    @property
+    def identity(self) -> Hashable:
+        """The file's, and the place in it."""
+        return self._whole.identity, self._offset
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`, of the piece."""
+        offset += self.start
+        if offset + len(out) > self._size:
+            raise self._truncated(self._size, offset + len(out) - self._size)
+        self._whole.read_into(self._offset + offset, out)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file changed."""
+        self._whole.check_unchanged()
 
 
 @dataclass
@@ -173,6 +267,10 @@ class Memory:
     def size(self) -> int:
         """Bytes it holds."""
         return len(self.data)
+
+    @property
+    def identity(self) -> None:
+        """It is no file."""
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""

@@ -11,13 +11,16 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.errors import FormatError, SelectionError, printable
 from ckptavg.formats.shapes import is_possible
+from ckptavg.parts import open_source
 from ckptavg.tensors import BY_CODE, Tensor
 
 if TYPE_CHECKING:
-    from ckptavg.parts import File
+    from pathlib import Path
+
+    from ckptavg.parts import ByteSource
 
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
@@ -26,44 +29,46 @@ _METADATA = "__metadata__"
 _SPACES = " \t\r\n"  # JSON's; writers pad the header with some
 _FIRST_IS_METADATA = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"__metadata__"[ \t\r\n]*:[ \t\r\n]*')
 _NEXT_ENTRY = re.compile(r'[ \t\r\n]*(,[ \t\r\n]*(?=")|(?=\}))')
-_STEPS = ("global_step", "step", "epoch")
 
 # Checkpoints of one run have the same header but for its metadata: the last one parsed is kept.
 _parsed: tuple[str, dict[str, Tensor], dict[str, str] | None] | None = None
 
 
-def matches(file: File, head: bytes) -> bool:
+def matches(path: Path, head: bytes) -> bool:
     """Whether the file begins as a safetensors file does."""
-    return head[_LENGTH : _LENGTH + 1] == b"{" or file.path.suffix in SUFFIXES
+    return bool(head) and (head[_LENGTH : _LENGTH + 1] == b"{" or path.suffix in SUFFIXES)
 
 
-def open_checkpoint(file: File, key: str | None) -> Checkpoint:
+def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     """Describe what a safetensors file holds.
 
     Raises:
         FormatError: the header breaks the format's rules, or the file was truncated.
     """
     if key is not None:
-        raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=file.path)
+        raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=path)
+    file = open_source(path)
     header = _read_header(file)
     file.start = _LENGTH + len(header)
     try:
         leading, text = _split_metadata(header.decode())
         tensors, inner = _parse_once(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"damaged header: {printable(error)}", path=file.path) from error
+        raise FormatError(f"damaged header: {printable(error)}", path=path) from error
     if leading is not None and inner is not None:
-        raise FormatError("damaged header: metadata twice", path=file.path)
+        raise FormatError("damaged header: metadata twice", path=path)
     _check_extent(file, tensors)
     metadata = leading or inner or {}
     return Checkpoint(
-        path=file.path,
+        path=path,
         container="safetensors",
         parts=(file,),
         tensors=tensors,
         metadata=metadata,
         digest=hashlib.sha256(header).hexdigest(),
-        facts={name: int(metadata[name]) for name in _STEPS if _is_count(metadata.get(name, ""))},
+        facts={
+            name: int(metadata[name]) for name in STEP_FACTS if _is_count(metadata.get(name, ""))
+        },
     )
 
 
@@ -71,7 +76,7 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19  # noqa: PLR2004 - fits 64 bits
 
 
-def _read_header(file: File) -> bytes:
+def _read_header(file: ByteSource) -> bytes:
     if file.size < _LENGTH:
         raise FormatError(f"is no safetensors file: {file.size} bytes", path=file.path)
     length = int.from_bytes(file.read(0, _LENGTH), "little")
@@ -166,7 +171,7 @@ def _are_counts(values: object) -> bool:
     )
 
 
-def _check_extent(file: File, tensors: dict[str, Tensor]) -> None:
+def _check_extent(file: ByteSource, tensors: dict[str, Tensor]) -> None:
     """The format has no gaps and no overlaps: each tensor begins where the last one ended."""
     end = 0
     for name, tensor in tensors.items():

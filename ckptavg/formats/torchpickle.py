@@ -1,0 +1,140 @@
+"""What torch's zip and its older stream have in common: a pickle whose tensors name storages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.checkpoint import Checkpoint, span_elements
+from ckptavg.errors import FormatError, printable
+from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
+from ckptavg.formats.shapes import is_possible
+from ckptavg.formats.statedict import choose, find_state_dicts, training_facts
+from ckptavg.tensors import Tensor, is_contiguous
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.formats.pickled import Storage
+    from ckptavg.parts import ByteSource
+
+Places = Callable[[Mapping[str, str]], Mapping[str, tuple[int, int]]]
+"""Where storages begin in the file, and their bytes; missing ones are left out.
+
+Given are their keys, and for each the name of a tensor in it, for messages."""
+
+
+def describe(
+    file: ByteSource,
+    root: object,
+    key: str | None,
+    places: Places,
+    *,
+    digest: str,
+    metadata: Mapping[str, str],
+) -> Checkpoint:
+    """Describe one of the state dicts in a file.
+
+    Args:
+        file: what is being read.
+        root: what its pickle describes.
+        key: which state dict is wanted, if the user said so.
+        places: where the storages are.
+        digest: of the pickle.
+        metadata: the file's own.
+
+    Raises:
+        FormatError: a tensor has no plain strided bytes, or lies outside its storage.
+        SelectionError: which state dict is wanted is unclear.
+    """
+    found = find_state_dicts(root)
+    taken = choose(file.path, found, key)
+    entries = found[taken]
+    values = {name: value for name, value in entries.items() if is_tensor(value)}
+    located = locate(file.path, values, places)
+    return Checkpoint(
+        path=file.path,
+        container="torch",
+        parts=(file,),
+        tensors=dict(sorted(located.items(), key=lambda item: item[1].offset)),
+        metadata=metadata,
+        digest=digest,
+        facts=training_facts(root),
+        key=taken,
+        other_keys=tuple(name for name in found if name != taken),
+        other_content=bool(taken),
+        other_entries=tuple(name for name in entries if name not in located),
+        module_versions=_module_versions(entries),
+    )
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a pickled value is a tensor, be it one that can be read or not."""
+    return isinstance(value, PickledTensor | UnreadableTensor)
+
+
+def locate(path: Path, values: Mapping[str, object], places: Places) -> dict[str, Tensor]:
+    """Where tensors' bytes are in the file, checked against the sizes of their storages.
+
+    Args:
+        path: the file, for messages.
+        values: name to pickled tensor.
+        places: where the storages are.
+
+    Raises:
+        FormatError: a tensor has no plain strided bytes, or lies outside its storage.
+    """
+    found = places(
+        {
+            value.storage.key: name
+            for name, value in values.items()
+            if isinstance(value, PickledTensor)
+        }
+    )
+    return {name: _locate(path, name, value, found) for name, value in values.items()}
+
+
+def _locate(path: Path, name: str, value: object, places: Mapping[str, tuple[int, int]]) -> Tensor:
+    if not isinstance(value, PickledTensor):
+        reason = value.reason if isinstance(value, UnreadableTensor) else "no tensor"
+        raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
+    numbers = (value.offset, *value.shape, *value.strides)
+    if (
+        len(value.shape) != len(value.strides)
+        or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+        or not is_possible(value.shape, 8 * value.dtype.itemsize)
+    ):
+        raise FormatError("has no valid shape and strides", path=path, tensor=name)
+    itemsize = value.dtype.itemsize
+    start, size = _storage(path, name, value.storage, places)
+    if (value.offset + span_elements(value.shape, value.strides)) * itemsize > size:
+        raise FormatError(f"reaches beyond its storage of {size} bytes", path=path, tensor=name)
+    strides = None if is_contiguous(value.shape, value.strides) else value.strides
+    shape = value.shape
+    if value.dtype.kind == "packed":
+        if strides is not None or not shape:
+            raise FormatError("is packed and not contiguous", path=path, tensor=name)
+        # torch counts bytes, safetensors (and so we) the elements in them.
+        shape = (*shape[:-1], shape[-1] * 8 // value.dtype.bits)
+    return Tensor(value.dtype, shape, 0, start + value.offset * itemsize, strides)
+
+
+def _storage(
+    path: Path, name: str, storage: Storage, places: Mapping[str, tuple[int, int]]
+) -> tuple[int, int]:
+    if storage.key not in places:
+        raise FormatError(
+            f"record data/{printable(storage.key)} is missing", path=path, tensor=name
+        )
+    return places[storage.key]
+
+
+def _module_versions(entries: Mapping[str, object]) -> Mapping[str, Any] | None:
+    versions = getattr(entries, "module_versions", None)
+    if not isinstance(versions, Mapping):
+        return None
+    return {
+        module: facts
+        for module, facts in versions.items()
+        if isinstance(module, str) and isinstance(facts, Mapping)
+    }

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from ckptavg import __version__
 from ckptavg.checkpoint import PROVENANCE
-from ckptavg.collect import Collection, collect
-from ckptavg.engine import BadValueError, execute
+from ckptavg.collect import Source, collect
 from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.layout import Layout, OutputTensor
-from ckptavg.output import OutputFile, check_destination
+from ckptavg.parts import any_remote
+from ckptavg.paths import as_path, is_remote
 from ckptavg.plan import Plan, make_plan
 from ckptavg.roles import is_norm_statistic
 from ckptavg.tensors import BY_NAME
 from ckptavg.weights import Weights, explicit, uniform
-from ckptavg.writers import container_for, lay_out
+from ckptavg.writers import Destination, destination, lay_out
+from ckptavg.writing import (
+    Progress,
+    check_output,
+    encode_provenance,
+    provenance_sources,
+    refuse_own_input,
+    write,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 log = logging.getLogger("ckptavg")
 
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
-"""Called with the bytes written since the last call, and with those of the whole output."""
 
 # Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.
 _BASE_MEMORY = 38 << 20
@@ -36,6 +42,7 @@ _THREAD_MEMORY = 5 << 20
 _TENSOR_MEMORY = 1500
 # The most that stay within 64 MB.
 _MOST_THREADS = 4
+_REMOTE_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -103,19 +110,23 @@ def average(
     expect: int | None = None,
     force: bool = False,
     fsync: bool = True,
+    container: Literal["weights", "last"] = "weights",
+    max_shard_size: int | None = None,
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Average checkpoints into one file, in memory that does not grow with them.
+    """Average checkpoints into one, in memory that does not grow with them.
 
     Floating tensors are summed in float64, divided once and rounded as `torch.Tensor.to` does;
     integers must agree, but for scalars such as `num_batches_tracked`, which are the last
     checkpoint's. The statistics of norm layers are stale afterwards: see `refresh_norm`.
 
     Args:
-        inputs: a directory of checkpoints, a checkpoint, or several of either.
-        output: ends with `.safetensors`, or with `.pt`, `.pth`, `.bin` or `.ckpt` for a torch file.
+        inputs: a directory of checkpoints, a checkpoint, or several of either; URLs such as
+            `s3://bucket/run` as well.
+        output: ends with `.safetensors`, or with `.pt`, `.pth`, `.bin`, `.ckpt` or `.tar` for a
+            torch file, or with a slash for a directory such as `from_pretrained` takes.
         weights: one for each checkpoint, in order of training; None for the mean.
         key: which state dict to take where a file holds several.
         keep_prefix: leave a wrapper's prefix (`module.`, `_orig_mod.`) on the names.
@@ -127,8 +138,11 @@ def average(
         expect: how many checkpoints there must be.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
+        container: `last` writes the last checkpoint's torch file with all that it holds, and the
+            average in the place of its weights; `weights` writes a state dict alone.
+        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' own.
         threads: how many work at once; None for the processors that this process may use, 4 at
-            most.
+            most, and for 16 where bytes come over a network.
         dry_run: write nothing, only say what would be done.
         progress: hears of the bytes written.
 
@@ -136,20 +150,21 @@ def average(
         CkptAvgError: the checkpoints do not fit together, hold what cannot be averaged, or the
             output cannot be written. Nothing is left behind then.
     """
-    target = Path(output)
-    container_for(target)
-    _check_options(dtype=dtype, ints=ints, norm_stats=norm_stats, threads=threads)
-    paths = [Path(inputs)] if isinstance(inputs, str | os.PathLike) else [Path(i) for i in inputs]
+    _check_options(
+        dtype=dtype, ints=ints, norm_stats=norm_stats, threads=threads, container=container,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
+    one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
+    paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if one else inputs)]
     collection = collect(paths, key=key, keep_prefix=keep_prefix, expect=expect)
-    try:
-        refuse_own_input(target, collection.files)
-        check_destination(target, force=force)
-    except OutputError as error:
-        if not dry_run:
-            raise
-        log.warning("it would fail: %s", error)
     count = len(collection.sources)
     column = uniform(count) if weights is None else explicit(weights, count)
+    target = destination(
+        output,
+        collection.sources[-1].checkpoint,
+        container=container,
+        max_shard_size=max_shard_size,
+    )
     if count == 1:
         name = printable(collection.labels()[0])
         log.warning("only one checkpoint: the output is a copy of %s", name)
@@ -161,17 +176,32 @@ def average(
         dtype=BY_NAME[dtype] if dtype else None,
     )
     layout = _layout(plan, column, target, drop_aliases=drop_aliases)
-    workers = threads or default_threads()
+    try:
+        refuse_own_input(target.path, collection.files)
+        check_output(target.path, layout, force=force)
+    except OutputError as error:
+        if not dry_run:
+            raise
+        log.warning("it would fail: %s", error)
+    workers = threads or default_threads(plan.used)
     if not dry_run:
         write(
-            plan, layout, target,
+            plan, layout, target.path,
             force=force, fsync=fsync, threads=workers, allow_nonfinite=allow_nonfinite,
             progress=progress,
         )  # fmt: skip
-    return _summary(plan, layout, column, target, written=not dry_run, threads=workers)
+    return _summary(plan, layout, column, target.path, written=not dry_run, threads=workers)
 
 
-def _check_options(*, dtype: str | None, ints: str, norm_stats: str, threads: int | None) -> None:
+def _check_options(
+    *,
+    dtype: str | None,
+    ints: str,
+    norm_stats: str,
+    threads: int | None,
+    container: str,
+    max_shard_size: int | None,
+) -> None:
     """Refuse values that no option has.
 
     Raises:
@@ -179,83 +209,41 @@ def _check_options(*, dtype: str | None, ints: str, norm_stats: str, threads: in
     """
     if dtype is not None and (dtype not in BY_NAME or BY_NAME[dtype].kind != "float"):
         raise SelectionError(f"unknown floating dtype {dtype!r}")
-    if ints not in ("equal", "last"):
-        raise SelectionError(f"ints is 'equal' or 'last', not {ints!r}")
-    if norm_stats not in ("average", "last"):
-        raise SelectionError(f"norm_stats is 'average' or 'last', not {norm_stats!r}")
+    for option, value, known in (
+        ("ints", ints, ("equal", "last")),
+        ("norm_stats", norm_stats, ("average", "last")),
+        ("container", container, ("weights", "last")),
+    ):
+        if value not in known:
+            raise SelectionError(f"{option} is {known[0]!r} or {known[1]!r}, not {value!r}")
     if threads is not None and threads < 1:
         raise SelectionError(f"at least 1 thread is needed, not {threads}")
+    if max_shard_size is not None and max_shard_size < 1:
+        raise SelectionError(f"a shard has at least 1 byte, not {max_shard_size}")
+    if container == "last" and dtype is not None:
+        raise SelectionError("the last checkpoint's container keeps its dtypes: leave dtype out")
+    if container == "last" and max_shard_size is not None:
+        raise SelectionError("the last checkpoint's container is one file: no shards")
 
 
-def default_threads() -> int:
-    """The processors that this process may use, if they are not too many."""
+def default_threads(sources: Iterable[Source] = ()) -> int:
+    """The processors that this process may use, if they are not too many.
+
+    Bytes that come over a network are waited for: then it is many, whatever the processors.
+    """
+    if any(any_remote(source.checkpoint.parts) for source in sources):
+        return _REMOTE_THREADS
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     return min(os.cpu_count() or 1, _MOST_THREADS)
 
 
-def refuse_own_input(output: Path, files: Iterable[Path]) -> None:
-    """An output must not take the place of what it is made of.
-
-    Args:
-        output: where it goes.
-        files: the inputs' files.
-
-    Raises:
-        OutputError: it is one of them.
-    """
-    if output.exists() and any(path.exists() and output.samefile(path) for path in files):
-        raise OutputError(
-            "is itself one of the checkpoints", path=output, remedy="choose another output"
-        )
-
-
-def write(
-    plan: Plan,
-    layout: Layout,
-    output: Path,
-    *,
-    force: bool,
-    fsync: bool,
-    threads: int,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """Carry a plan out: the file is complete afterwards, or was never there.
-
-    Raises:
-        ValueRangeError: a value in an input is NaN or Inf, or one in the output would be.
-        OutputError: the output cannot be written.
-    """
-    total = sum(
-        tensor.nbytes * len(targets)
-        for tensor, targets in zip(plan.outputs, layout.targets, strict=True)
-    )
-    written = 0
-    with OutputFile(output, layout, force=force, fsync=fsync) as sink:
-        steps = execute(plan.jobs(layout), sink, threads, allow_nonfinite=allow_nonfinite)
-        with contextlib.closing(steps):
-            try:
-                for done in steps:
-                    written += done
-                    if progress is not None:
-                        progress(done, total)
-            except BadValueError as error:
-                raise plan.name_of(error) from error
-        for source in plan.used:
-            for part in source.checkpoint.parts:
-                part.check_unchanged()
-        if written != total:
-            raise OutputError(f"only {written} of {total} bytes were made", path=output)
-        sink.commit()
-
-
-def _layout(plan: Plan, weights: Weights, output: Path, *, drop_aliases: bool) -> Layout:
+def _layout(plan: Plan, weights: Weights, target: Destination, *, drop_aliases: bool) -> Layout:
     """The output's layout with its provenance in it."""
     last = plan.used[-1].checkpoint
     metadata = {"format": "pt"} | dict(last.metadata)
     outputs = plan.outputs
-    if drop_aliases and container_for(output) == "safetensors":
+    if drop_aliases and target.kind in ("safetensors", "directory"):
         metadata |= {alias: one.names[0] for one in outputs for alias in one.names[1:]}
         outputs = tuple(
             OutputTensor(one.names[:1], one.dtype, one.shape, one.nbytes) for one in outputs
@@ -270,27 +258,7 @@ def _layout(plan: Plan, weights: Weights, output: Path, *, drop_aliases: bool) -
             "norm_stats": {"state": _norm_state(plan)},
         }
     )
-    return lay_out(output, outputs, metadata, last.module_versions)
-
-
-def encode_provenance(entry: dict[str, Any]) -> str:
-    """Our entry in a file's metadata: JSON, the same text for the same facts."""
-    return json.dumps(entry, separators=(",", ":"), sort_keys=True)
-
-
-def provenance_sources(collection: Collection, weights: Weights) -> list[dict[str, Any]]:
-    """What a file says of its sources: no absolute paths, no times."""
-    return [
-        {
-            "name": label,
-            "bytes": source.checkpoint.size,
-            "header_sha256": source.checkpoint.digest,
-            "weight": value / weights.divisor,
-        }
-        for label, source, value in zip(
-            collection.labels(), collection.sources, weights.values, strict=True
-        )
-    ]
+    return lay_out(target, outputs, metadata, last, places=plan.places_in_last)
 
 
 def _norm_state(plan: Plan) -> str:

@@ -25,7 +25,7 @@ class Checkpoint:
 
     Attributes:
         path: the file or directory.
-        container: `safetensors` or `torch`.
+        container: `safetensors`, `torch`, `huggingface` or `dcp`.
         parts: the files that its tensors are in.
         tensors: name to description, in the order of the bytes.
         metadata: its own string metadata, the provenance of ours among it.
@@ -34,7 +34,9 @@ class Checkpoint:
         key: which of its state dicts `tensors` is; empty where it is the whole file.
         other_keys: the other state dicts in the file.
         other_content: whether the file holds more than that state dict (an optimizer, say).
-        other_entries: entries of the state dict that are no tensors, by name.
+        other_entries: entries of the state dict that are no tensors (`_extra_state`), by name, as
+            the pickle has them.
+        inner_tensors: the pickled tensors within those, and where they are.
         module_versions: torch's `_metadata` of the state dict, if it came with one.
     """
 
@@ -48,7 +50,8 @@ class Checkpoint:
     key: str = ""
     other_keys: tuple[str, ...] = ()
     other_content: bool = False
-    other_entries: tuple[str, ...] = ()
+    other_entries: Mapping[str, object] = field(default_factory=dict)
+    inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
 
     @property
@@ -112,13 +115,18 @@ def read_view(part: Part, tensor: Tensor) -> AnyArray:
     The span is what lies between its first and its last element; for a view of a larger storage
     that is more than the tensor's own bytes.
     """
+    return read_span(part, tensor)[1]
+
+
+def read_span(part: Part, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
+    """The bytes from a tensor's first element to its last one, and the tensor as a view of them."""
     itemsize = tensor.dtype.itemsize
     strides = contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
     span = span_elements(tensor.shape, strides)
     out = np.empty(span * itemsize, np.uint8)
     part.read_into(tensor.offset, out.data)
     byte_strides = tuple(stride * itemsize for stride in strides)
-    return np.ndarray(tensor.shape, tensor.dtype.numpy, out, 0, byte_strides)
+    return out, np.ndarray(tensor.shape, tensor.dtype.numpy, out, 0, byte_strides)
 
 
 def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -7,7 +7,6 @@ first one's: twenty checkpoints of 100,000 tensors fit into memory that way.
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +17,9 @@ import numpy.typing as npt
 
 from ckptavg.checkpoint import Checkpoint, without_wrappers
 from ckptavg.compare import Contents
+from ckptavg.discover import find, hint
 from ckptavg.errors import MismatchError, SelectionError, printable
-from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.formats import open_checkpoint
 from ckptavg.order import DIGITS, in_order, labels, natural
 from ckptavg.tensors import Tensor
 
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 log = logging.getLogger("ckptavg")
-
-# What trainers leave beside their checkpoints in files of the same endings.
-_NOT_WEIGHTS = re.compile(
-    r"(optim(izer)?|(lr_)?scheduler|rng_state|random_states|training_args|(grad_)?scaler|sampler)"
-    r"([_-][A-Za-z_-]*\d+)?\.(pt|pth|bin)|.*_optim_states\.pt"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +185,7 @@ class _Gathered:
             where = ", ".join(printable(path) for path in inputs) or "no input"
             raise SelectionError(
                 f"no checkpoint found in {where}",
-                remedy=f"files ending with {' '.join(SUFFIXES)} are looked for",
+                remedy=hint(inputs),
             )
         tensors = self.reference.tensors
         sources, known = in_order(_without_duplicates(tensors, self.sources))
@@ -214,42 +208,6 @@ def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
     keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in checkpoints})
     if len(keys) > 1:
         log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))
-    if last.other_entries:
-        log.info("left out what is no tensor: %s", ", ".join(map(printable, last.other_entries)))
-
-
-def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
-    """The checkpoints among the inputs, each once, and whether it was named itself.
-
-    Raises:
-        SelectionError: an input does not exist.
-    """
-    found: dict[Path, bool] = {}
-    passed: list[str] = []
-    for path in inputs:
-        if path.is_dir():
-            for inner in sorted(path.iterdir(), key=lambda entry: natural(entry.name)):
-                if looks_like_checkpoint(inner):
-                    found.setdefault(inner, False)
-                elif _NOT_WEIGHTS.fullmatch(inner.name):
-                    passed.append(inner.name)
-        elif not path.exists():
-            raise SelectionError("does not exist", path=path)
-        else:
-            found[path] = True
-    if passed:
-        log.info("left out by their names: %s", ", ".join(map(printable, passed)))
-    return list(found.items())
-
-
-def looks_like_checkpoint(path: Path) -> bool:
-    """Whether a file in a directory is a checkpoint by its name."""
-    return (
-        path.suffix in SUFFIXES
-        and not path.name.startswith(".")
-        and not _NOT_WEIGHTS.fullmatch(path.name)
-        and not path.is_dir()
-    )
 
 
 def compare(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
@@ -303,7 +261,7 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
     by_file: dict[object, Source] = {}
     by_step: defaultdict[object, list[Source]] = defaultdict(list)
     for source in by_name:
-        files = tuple(_file_identity(part.path) for part in source.checkpoint.parts)
+        files = tuple(part.identity for part in source.checkpoint.parts)
         alike = by_step[source.checkpoint.step]
         twin = by_file.get(files) or next(
             (other for other in alike if content.same(other, source)), None
@@ -318,8 +276,3 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
                 printable(own[twin]),
             )
     return list(by_file.values())
-
-
-def _file_identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded
-from ckptavg.checkpoint import read_view
+from ckptavg.checkpoint import read_span, read_view
 from ckptavg.errors import CkptAvgError
-from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
+from ckptavg.tensors import BY_NAME, AnyArray, Tensor, bytes_of, contiguous_strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
+    from ckptavg.layout import Copy, Scattered
     from ckptavg.parts import Part
     from ckptavg.tensors import DType
 
     Read = Callable[["Input"], AnyArray]
+
+_BYTE = BY_NAME["uint8"]
 
 CHUNK = 256 * 1024
 """Elements of a chunk: 1 MiB of float32, and a sum of 2 MiB."""
@@ -72,6 +75,7 @@ class Job:
         divisor: of the weighted sum.
         dtype: element type of the output.
         targets: offsets in the output at which the result is written.
+        scattered: further places, in which it is not contiguous.
         number: of the first tensor, for whoever must name one.
         nonnegative: negative results are an error (variances under negative weights).
     """
@@ -85,11 +89,23 @@ class Job:
     number: int
     nonnegative: bool = False
     one_of_several: bool = False
+    scattered: tuple[Scattered, ...] = ()
 
     @property
     def strided(self) -> bool:
-        """Whether an input is not contiguous, so that it goes tensor by tensor."""
-        return any(entry.tensor.strides is not None for entry in self.inputs)
+        """Whether an input or a place is not contiguous, so that it goes tensor by tensor."""
+        return bool(self.scattered) or any(
+            entry.tensor.strides is not None for entry in self.inputs
+        )
+
+    @staticmethod
+    def copy_of(copied: Copy) -> Job:
+        """The job that copies some bytes."""
+        entry = Input(copied.part, Tensor(_BYTE, (copied.size,), 0, copied.offset))
+        return Job(
+            inputs=(entry,), count=copied.size, copy=True, divisor=1.0, dtype=_BYTE,
+            targets=(copied.target,), number=-1,
+        )  # fmt: skip
 
 
 class BadValueError(CkptAvgError):
@@ -252,7 +268,11 @@ class _Worker:
         data = bytes_of(values)
         for target in job.targets:
             self._sink.write(target + start * job.dtype.itemsize, data)
-        return len(data) * len(job.targets)
+        for place in job.scattered:
+            span, view = read_span(place.part, place.tensor)
+            view[...] = values.reshape(view.shape)
+            self._sink.write(place.tensor.offset, span.data)
+        return len(data) * (len(job.targets) + len(job.scattered))
 
     def _mean(self, job: Job, total: AnyArray, read: Read, start: int | None) -> AnyArray:
         """Sum, divide, round and check; `total` is where the sum is held."""

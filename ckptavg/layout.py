@@ -1,12 +1,15 @@
-"""Where each tensor's bytes go in an output file, known before the first of them is written."""
+"""Where each tensor's bytes go in the output, known before the first of them is written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptavg.tensors import DType
+    from collections.abc import Mapping
+
+    from ckptavg.parts import Part
+    from ckptavg.tensors import DType, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +44,75 @@ class Checksum:
     targets: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
+@dataclass(frozen=True, slots=True)
+class FileLayout:
     """An output file without its tensors.
 
     Attributes:
         size: bytes of the whole file.
         blobs: what stands around the tensors: offset and bytes.
-        targets: for each tensor, the offsets at which its bytes are written.
         checksums: what is to be filled in at the end.
     """
 
     size: int
-    blobs: tuple[tuple[int, bytes], ...]
-    targets: tuple[tuple[int, ...], ...]
+    blobs: tuple[tuple[int, bytes], ...] = ()
     checksums: tuple[Checksum, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes that go into the output as they are.
+
+    Attributes:
+        part: where they come from.
+        offset: in the part.
+        size: how many.
+        target: offset in the output.
+    """
+
+    part: Part
+    offset: int
+    size: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """A place in the output where a tensor is not contiguous, as in the file that it replaces.
+
+    Attributes:
+        part: that file, which has what lies between the tensor's elements.
+        tensor: dtype, shape, offset and strides, in the file and in the output.
+    """
+
+    part: Part
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An output without its tensors: a file, or a directory of files.
+
+    Offsets count through all the files, one after the other.
+
+    Attributes:
+        files: name to layout; the only one of an output that is a file has the name `""`.
+        targets: for each tensor, the offsets at which its bytes are written.
+        copies: what is copied from elsewhere.
+        scattered: further places of tensors, by the tensor's position.
+    """
+
+    files: Mapping[str, FileLayout]
+    targets: tuple[tuple[int, ...], ...]
+    copies: tuple[Copy, ...] = ()
+    scattered: Mapping[int, tuple[Scattered, ...]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is a directory of files."""
+        return "" not in self.files

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint import STEP_FACTS
 from ckptavg.formats import SUFFIXES
+from ckptavg.paths import absolute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from ckptavg.collect import Source
 
@@ -68,6 +69,6 @@ def natural(text: str) -> tuple[tuple[int, int | str], ...]:
 
 def labels(paths: Sequence[Path]) -> tuple[str, ...]:
     """What tells the paths apart: each below the folder that they have in common."""
-    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 - links stay links
-    common = os.path.commonpath([path.parent for path in absolute])
-    return tuple(path.relative_to(common).as_posix() for path in absolute)
+    whole = [absolute(path) for path in paths]
+    common = os.path.commonpath([path.parent for path in whole])
+    return tuple(path.relative_to(common).as_posix() for path in whole)

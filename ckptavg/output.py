@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from ckptavg.layout import Checksum, Layout
+    from ckptavg.layout import Checksum, FileLayout
 
 _SYNC_EVERY = 128 << 20
 _PIECE = 1 << 20
@@ -41,6 +41,27 @@ def check_destination(path: Path, *, force: bool) -> None:
         raise OutputError("is no regular file", path=path, remedy="name a file")
     if os.path.lexists(path) and not force:
         raise OutputError("exists already", path=path, remedy="--force replaces it")
+    check_parent(path)
+
+
+def check_vacant(path: Path, *, force: bool) -> None:
+    """Refuse early what is there already, be the output a file or a directory.
+
+    Raises:
+        OutputError: it exists and is no empty directory, or nothing can be put there.
+    """
+    empty = path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not force and not empty:
+        raise OutputError("exists already", path=path, remedy="--force replaces it")
+    check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Find out whether something can be put beside a path.
+
+    Raises:
+        OutputError: there is no such directory, or it is not to be written to.
+    """
     if not path.parent.is_dir():
         raise OutputError(f"there is no directory {path.parent}", path=path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -60,7 +81,7 @@ class OutputFile:
         OutputError: there is no room, or the disk fails.
     """
 
-    def __init__(self, path: Path, layout: Layout, *, force: bool, fsync: bool) -> None:
+    def __init__(self, path: Path, layout: FileLayout, *, force: bool, fsync: bool) -> None:
         self.path, self._layout, self._force, self._fsync = path, layout, force, fsync
         self._temporary: Path | None = None
         self._syncer: _Syncer | None = None
@@ -227,22 +248,26 @@ class _Syncer:
         self._fd, self._pending, self._stopping = fd, 0, False
         self._failure: OSError | None = None
         self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def written(self, count: int) -> None:
         """Note that so many more bytes wait in the page cache."""
         with self._wake:
             self._pending += count
-            if self._pending >= _SYNC_EVERY:
-                self._wake.notify()
+            if self._pending < _SYNC_EVERY:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+            self._wake.notify()
 
     def stop(self) -> None:
         """Let the thread end; what is pending then is the caller's."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while True:

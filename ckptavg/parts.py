@@ -7,13 +7,14 @@ import stat
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.errors import CkptAvgError, FormatError
+from ckptavg.paths import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
+    from pathlib import Path
 
 # Files beyond this many are opened for each read: 200 checkpoints pass under `ulimit -n 128`.
 _MOST_OPEN = 64
@@ -105,11 +106,16 @@ def open_source(path: Path) -> ByteSource:
     Raises:
         CkptAvgError: it is missing, no regular file, or not to be read.
     """
-    if isinstance(path, Path):
+    if not is_remote(path):
         return File(path)
-    from ckptavg.remote import RemoteFile  # noqa: PLC0415 - fsspec takes longer than all else
+    from ckptavg.remote import RemoteFile  # noqa: PLC0415 - which builds on this module
 
     return RemoteFile(path)
+
+
+def any_remote(parts: Iterable[Part]) -> bool:
+    """Whether some of the bytes have to come over a network."""
+    return any(is_remote(part.path) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,12 @@ class Plan:
         return tuple(planned.output for planned in self.tensors)
 
     @property
+    def places_in_last(self) -> tuple[Tensor, ...]:
+        """Where each of them stands in the last checkpoint."""
+        last = self.used[-1]
+        return tuple(last.tensor(planned.index, planned.tensor) for planned in self.tensors)
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many tensors have each role, tied ones once."""
         return dict(sorted(Counter(planned.role for planned in self.tensors).items()))
@@ -114,15 +120,19 @@ class Plan:
             count = int(nbytes[first:last].sum()) // itemsize
             if count:
                 yield self._job(first, count, layout)
+        for copied in layout.copies:
+            yield Job.copy_of(copied)
 
     def _keys(self, layout: Layout) -> Iterator[Integers]:
         """What must not change along a run, beside the inputs' places."""
         written = np.array([planned.output.nbytes for planned in self.tensors], np.int64)
-        targets = np.array([targets[0] for targets in layout.targets], np.int64)
+        targets = np.array([targets[0] if targets else -1 for targets in layout.targets], np.int64)
         yield targets - (np.cumsum(written) - written)
         # Tied and strided tensors go alone: a number of their own.
         alone = [
-            position if planned.index in self.strided or len(targets) > 1 else -1
+            position
+            if planned.index in self.strided or len(targets) > 1 or position in layout.scattered
+            else -1
             for position, (planned, targets) in enumerate(
                 zip(self.tensors, layout.targets, strict=True)
             )
@@ -157,6 +167,7 @@ class Plan:
             number=position,
             nonnegative=planned.is_variance and min(self.weights) < 0,
             one_of_several=len(inputs) < len(self.used),
+            scattered=layout.scattered.get(position, ()),
         )
 
     def name_of(self, error: BadValueError) -> ValueRangeError:

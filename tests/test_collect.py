@@ -211,13 +211,6 @@ class TestDiscovery:
         collect([tmp_path])
         assert "not of one name: state_dict, state_dict_ema" in caplog.text
 
-    def test_entries_that_are_no_tensors_are_mentioned(self, tmp_path, caplog):
-        for step in range(2):
-            torch.save({**state(step), "layer._extra_state": "x"}, tmp_path / f"{step}.pt")
-        with caplog.at_level("INFO", "ckptavg"):
-            collect([tmp_path])
-        assert "left out what is no tensor: layer._extra_state" in caplog.text
-
     def test_a_damaged_file_is_never_passed_over(self, tmp_path):
         save_named(tmp_path, "1.pt", "2.pt", "3.pt")
         whole = (tmp_path / "2.pt").read_bytes()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ckptavg.errors import OutputError
-from ckptavg.layout import Checksum, Layout
+from ckptavg.layout import Checksum, FileLayout
 from ckptavg.output import OutputFile, check_destination
 
-LAYOUT = Layout(size=20, blobs=((0, b"head"),), targets=((4,),))
+LAYOUT = FileLayout(size=20, blobs=((0, b"head"),))
 
 
 @pytest.fixture(params=["nameless", "named"], autouse=True)
@@ -24,7 +24,7 @@ def temporary(request, monkeypatch):
         monkeypatch.delattr(os, "O_TMPFILE", raising=False)
 
 
-def write(path: Path, *, force: bool = False, fsync: bool = True, layout: Layout = LAYOUT) -> None:
+def write(path: Path, *, force: bool = False, fsync: bool = True, layout: FileLayout = LAYOUT) -> None:
     with OutputFile(path, layout, force=force, fsync=fsync) as sink:
         sink.write(4, memoryview(b"0123456789abcdef"))
         sink.commit()
@@ -145,6 +145,7 @@ def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatc
     with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=True) as sink:
         sink.write(4, memoryview(b"0123"))
         assert sink._syncer is not None
+        assert sink._syncer._thread is not None
         sink._syncer._thread.join(10)
         with pytest.raises(OutputError, match="cannot write it: Input/output error"):
             sink.commit()
@@ -152,7 +153,7 @@ def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatc
 
 
 def test_a_full_disk_is_found_before_the_work_starts(tmp_path):
-    enormous = Layout(size=1 << 60, blobs=(), targets=())
+    enormous = FileLayout(size=1 << 60)
     with (
         pytest.raises(OutputError, match="cannot write it"),
         OutputFile(tmp_path / "out", enormous, force=False, fsync=False),
@@ -162,7 +163,7 @@ def test_a_full_disk_is_found_before_the_work_starts(tmp_path):
 
 
 def test_checksums_are_filled_in_from_what_was_written(tmp_path):
-    layout = Layout(24, ((0, b"head"),), ((4,),), (Checksum(4, 16, (0, 20)),))
+    layout = FileLayout(24, ((0, b"head"),), (Checksum(4, 16, (0, 20)),))
     write(tmp_path / "out", layout=layout)
     crc = zlib.crc32(b"0123456789abcdef").to_bytes(4, "little")
     assert (tmp_path / "out").read_bytes() == crc + b"0123456789abcdef" + crc

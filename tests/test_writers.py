@@ -27,13 +27,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptavg.checkpoint import PROVENANCE
+from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.errors import OutputError
 from ckptavg.formats import open_checkpoint
 from ckptavg.layout import OutputTensor
 from ckptavg.output import OutputFile
 from ckptavg.tensors import BY_NAME, DTYPES
-from ckptavg.writers import container_for, lay_out
+from ckptavg.writers import destination, lay_out
 from ckptavg.writers.safetensors import lay_out_safetensors
 from ckptavg.writers.torchzip import lay_out_torch
 
@@ -57,7 +57,7 @@ def make(names, dtype_name, shape):
 
 def write(path, layout, contents):
     """Fill a layout as the engine does."""
-    with OutputFile(path, layout, force=True, fsync=False) as output:
+    with OutputFile(path, layout.files[""], force=True, fsync=False) as output:
         for targets, content in zip(layout.targets, contents, strict=True):
             for target in targets:
                 output.write(target, memoryview(content))
@@ -330,21 +330,51 @@ def test_what_torch_has_no_tensor_for_is_an_error_that_names_it(name, shape):
 # Both
 
 
-@pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
+def checkpoint(path, container="torch"):
+    """A checkpoint whose files are of no interest."""
+    return Checkpoint(path, container, (), {}, {}, "")
+
+
+@pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".safetensors"])
 def test_the_ending_decides(tmp_path, ending):
     made = [make("w", "float32", (2,))]
     path = tmp_path / f"x{ending}"
-    write(path, lay_out(path, [made[0][0]], {"format": "pt"}, None), [made[0][1]])
-    container = container_for(path)
-    load = safetensors.torch.load_file if container == "safetensors" else torch.load
-    assert (container == "safetensors") == (ending == ".safetensors")
+    last = checkpoint(tmp_path)
+    target = destination(path, last)
+    write(path, lay_out(target, [made[0][0]], {"format": "pt"}, last), [made[0][1]])
+    load = safetensors.torch.load_file if target.kind == "safetensors" else torch.load
+    assert (target.kind == "safetensors") == (ending == ".safetensors")
     assert_holds(load(path), made)
 
 
+@pytest.mark.parametrize("container", ["torch", "safetensors", "huggingface", "dcp"])
+def test_a_slash_or_a_directory_that_is_there_asks_for_a_directory(tmp_path, container):
+    last = checkpoint(tmp_path, container)
+    assert destination(f"{tmp_path}/new.pt/", last).kind == "directory"
+    assert destination(tmp_path, last).kind == "directory"
+
+
+def test_directories_become_a_directory_by_any_other_name(tmp_path):
+    last = checkpoint(tmp_path, "huggingface")
+    assert destination(tmp_path / "Llama-3.1-avg", last).kind == "directory"
+    assert destination(tmp_path / "x.safetensors", last).kind == "safetensors"
+
+
+def test_shards_need_a_directory(tmp_path):
+    with pytest.raises(OutputError, match="shards need a directory"):
+        destination(tmp_path / "x.safetensors", checkpoint(tmp_path), max_shard_size=10)
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/x.pt", "memory://x.pt"])
+def test_outputs_behind_urls_are_refused(tmp_path, output):
+    with pytest.raises(OutputError, match="on this machine only"):
+        destination(output, checkpoint(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["x", "x.npz", "x.PT.gz", ".pt"])
-def test_an_ending_that_stands_for_nothing_is_an_error(name):
+def test_an_ending_that_stands_for_nothing_is_an_error(tmp_path, name):
     with pytest.raises(OutputError, match="ending"):
-        container_for(Path(name))
+        destination(tmp_path / name, checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
@@ -352,18 +382,20 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, ending):
     script = """
 import sys
 from pathlib import Path
+from ckptavg.checkpoint import Checkpoint
 from ckptavg.layout import OutputTensor
 from ckptavg.output import OutputFile
 from ckptavg.tensors import DTYPES
-from ckptavg.writers import lay_out
+from ckptavg.writers import destination, lay_out
 
 path = Path(sys.argv[1])
 dtypes = [dtype for dtype in DTYPES if dtype.kind != "packed" and dtype.code]
 tensors = [OutputTensor((d.name, d.name + "2"), d, (2, 3), d.nbytes(6)) for d in dtypes]
 versions = {"": {"version": 1}, "a": {"version": 1, "name": "version"}}
 metadata = {name: "x" for name in {"ckptavg", "format", "other"}}
-layout = lay_out(path, tensors, metadata, versions)
-with OutputFile(path, layout, force=False, fsync=False) as output:
+last = Checkpoint(path, "torch", (), {}, {}, "", module_versions=versions)
+layout = lay_out(destination(path, last), tensors, metadata, last)
+with OutputFile(path, layout.files[""], force=False, fsync=False) as output:
     for index, targets in enumerate(layout.targets):
         for target in targets:
             output.write(target, memoryview(bytes([index]) * tensors[index].nbytes))
@@ -440,13 +472,13 @@ def write_sparse(path, layout, contents):
     """Fill a layout that is mostly a hole; only small records get their checksum."""
     with path.open("wb") as file:
         file.truncate(layout.size)
-        for offset, blob in layout.blobs:
+        for offset, blob in layout.files[""].blobs:
             file.seek(offset)
             file.write(blob)
         for targets, content in zip(layout.targets, contents, strict=True):
             file.seek(targets[0])
             file.write(content)
-            for checksum in layout.checksums:
+            for checksum in layout.files[""].checksums:
                 if checksum.start == targets[0] and checksum.size == len(content):
                     for target in checksum.targets:
                         file.seek(target)

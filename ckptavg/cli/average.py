@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.common import Console, PathType, common_options, plural, size
+from ckptavg.cli.common import (
+    Console,
+    OutputType,
+    PathType,
+    SizeType,
+    common_options,
+    plural,
+    size,
+)
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
 from ckptavg.errors import printable
 
@@ -32,10 +40,25 @@ _ROLES = {
     "-o",
     "--output",
     required=True,
-    type=PathType(),
-    help="Where the average goes: .safetensors, or .pt .pth .bin .ckpt for a torch file.",
+    type=OutputType(),
+    help="Where the average goes: .safetensors, or .pt .pth .bin .ckpt .tar for a torch file, or "
+    "a directory (DIR/) as from_pretrained takes it.",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--container",
+    type=click.Choice(["weights", "last"]),
+    default="weights",
+    show_default=True,
+    help="Write the weights alone, or the last checkpoint's torch file with all that it holds "
+    "(optimizer, hyper-parameters) and the average in the place of its weights.",
+)
+@click.option(
+    "--max-shard-size",
+    type=SizeType(),
+    metavar="SIZE",
+    help="Bytes of tensors in a file of a directory: 5GB, 500MB.  [default: the inputs' own]",
+)
 @click.option("--key", help="State dict to take where a file holds several.")
 @click.option("--keep-prefix", is_flag=True, help="Leave module. and _orig_mod. on the names.")
 @click.option(
@@ -79,16 +102,17 @@ _ROLES = {
 def average(
     inputs: tuple[Path, ...],
     *,
-    output: Path,
+    output: str,
     as_json: bool,
     quiet: bool,
     no_fsync: bool,
     dry_run: bool,
     **options: Any,  # noqa: ANN401 - the options above, which the library checks
 ) -> None:
-    """Average checkpoints into one file.
+    """Average checkpoints into one.
 
-    INPUT is a directory of checkpoints, or checkpoints: .safetensors, or what torch.save wrote.
+    INPUT is a directory of checkpoints, or checkpoints, or a URL of either: .safetensors, what
+    torch.save wrote, directories of Hugging Face's libraries and of torch.distributed.checkpoint.
     With --model and --loader the BatchNorm statistics are refreshed as well.
     """
     console = Console(as_json=as_json, quiet=quiet)
@@ -121,7 +145,7 @@ def average(
     console.result({**dataclasses.asdict(summary), "refresh": report})
 
 
-def _say(console: Console, summary: Summary, output: Path, *, refreshed: bool = False) -> None:
+def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = False) -> None:
     """The summary for people."""
     sources = summary.sources
     if not summary.written:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ckptavg.cli.common import Console, PathType, common_options
+from ckptavg.cli.common import Console, OutputType, PathType, common_options
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
 
 if TYPE_CHECKING:
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=PathType(),
+    type=OutputType(),
     help="Where the result goes.  [default: the checkpoint itself, if ckptavg made it]",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
 @click.option("--in-place", is_flag=True, help="Replace a checkpoint that ckptavg did not make.")
+@click.option(
+    "--container",
+    type=click.Choice(["weights", "last"]),
+    default="weights",
+    show_default=True,
+    help="Write the weights alone, or the whole torch file. In place it is always the whole.",
+)
 @click.option("--key", help="State dict to take where the file holds several.")
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
 @refresh_options
@@ -30,11 +37,12 @@ if TYPE_CHECKING:
 def bn_refresh(
     checkpoint: Path,
     *,
-    output: Path | None,
+    output: str | None,
     as_json: bool,
     quiet: bool,
     force: bool,
     in_place: bool,
+    container: Literal["weights", "last"],
     key: str | None,
     no_fsync: bool,
     **options: Any,  # noqa: ANN401 - the refresh's options
@@ -52,7 +60,7 @@ def bn_refresh(
     with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
         report = refresh_checkpoint(
             checkpoint, output, refresh,
-            key=key, in_place=in_place, force=force, fsync=not no_fsync, progress=progress,
+            key=key, in_place=in_place, container=container, force=force, fsync=not no_fsync, progress=progress,
         )  # fmt: skip
     say_report(console, report)
     console.say(f"  wrote {output or checkpoint}")

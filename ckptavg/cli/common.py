@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -113,17 +114,38 @@ def _option_names(command: click.Command) -> dict[str, str]:
     }
 
 
-class PathType(click.Path):
-    """A path; an empty one is a variable that was not set, and not the working directory."""
+class OutputType(click.Path):
+    """The name of an output, as it was typed: a slash at its end says that it is a directory."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Take the name unless it is empty: that is a variable that was not set."""
+        if value in {"", b""}:
+            self.fail("the path is empty", param, ctx)
+        return os.fspath(super().convert(value, param, ctx))
+
+
+class PathType(OutputType):
+    """A path, or a URL."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
         """Take the path unless it is empty."""
-        if value in {"", b""}:
-            self.fail("the path is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        from ckptavg.paths import as_path
+
+        return as_path(super().convert(value, param, ctx))
+
+
+class SizeType(click.ParamType[int]):
+    """A number of bytes: `5GB`, `500 MB`, `2GiB`, `1000`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Read the number and its unit."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(value), re.IGNORECASE)
+        if found is None:
+            self.fail(f"{value!r} is no size such as 5GB", param, ctx)
+        number, unit, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
 
 
 class Console:

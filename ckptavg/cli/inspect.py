@@ -26,7 +26,7 @@ def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: b
     PATH is a checkpoint, or a directory of them.
     """
     console = Console(as_json=as_json, quiet=quiet)
-    from ckptavg.collect import find
+    from ckptavg.discover import find
     from ckptavg.inspection import describe
 
     files = [path for path, _ in find(paths)]
@@ -87,6 +87,7 @@ def _provenance(one: Description) -> str:
 
 
 def _say_table(console: Console, found: Sequence[Description]) -> None:
+    from ckptavg.checkpoint import STEP_FACTS
     from ckptavg.errors import printable
 
     header = (
@@ -105,11 +106,7 @@ def _say_table(console: Console, found: Sequence[Description]) -> None:
             printable(one.path),
             printable(one.state_dict) or "-",
             next(
-                (
-                    f"{name} {one.facts[name]}"
-                    for name in ("global_step", "step", "epoch")
-                    if name in one.facts
-                ),
+                (f"{name} {one.facts[name]}" for name in STEP_FACTS if name in one.facts),
                 "-",
             ),
             f"{one.facts['learning_rate']:g}" if "learning_rate" in one.facts else "-",

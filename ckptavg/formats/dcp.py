@@ -1,24 +1,206 @@
-"""Read `torch.distributed.checkpoint` directories."""
+"""Read `torch.distributed.checkpoint` directories: `.metadata`, and `*.distcp` files.
+
+https://docs.pytorch.org/docs/stable/distributed.checkpoint.html. Each rank writes what it holds of
+the tensors into files of its own. The model's pieces are put together while they are read (see
+`blocks`), and nothing else is read.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from ckptavg.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.errors import FormatError
+from ckptavg.formats import unpickler
+from ckptavg.formats.blocks import Blocks, Pieces
+from ckptavg.formats.dcpmetadata import Metadata
+from ckptavg.formats.dcpshards import Shards
+from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
+from ckptavg.formats.statedict import choose, find_state_dicts, is_training, training_facts
+from ckptavg.formats.torchpickle import is_tensor
+from ckptavg.formats.torchzip import Archive
+from ckptavg.parts import open_source
+from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.statedict import StateDicts
 
 SUFFIXES = ()
+_METADATA = ".metadata"
+# Lightning writes what is no tensor beside the shards.
+_LIGHTNING_META = "meta.pt"
+_FACT_FOLDERS = ("train_state",)
+_CHAINED = re.compile(r"chained_\d+\.")  # Megatron's optimizers, where they are several
 
 
 def matches(path: Path, head: bytes) -> bool:
     """Whether it is a directory with DCP's metadata."""
-    return not head and (path / ".metadata").is_file()
+    return not head and (path / _METADATA).is_file()
 
 
-def open_checkpoint(path: Path, key: str | None) -> Checkpoint:  # noqa: ARG001
-    """Describe the model's part."""
-    raise FormatError("is a DCP directory", path=path)
+def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+    """Describe the model's part.
+
+    Raises:
+        FormatError: a file is missing or damaged, or the pieces do not make up the tensors.
+        SelectionError: which state dict is wanted is unclear.
+    """
+    file = open_source(path / _METADATA)
+    pickled = file.read(0, min(file.size, unpickler.LARGEST_PICKLE + 1))
+    metadata = Metadata(file.path, _load(file.path, pickled))
+    tree = _tree(metadata)
+    found, key = _state_dicts(metadata, tree, key)
+    taken = choose(path, found, key)
+    values = {name: value for name, value in found[taken].items() if is_tensor(value)}
+    others = {name: value for name, value in found[taken].items() if name not in values}
+    shards = Shards(path, metadata)
+    tensors, blocks = _describe(shards, values)
+    facts = _lightning_facts(path) | _facts(shards, tree)
+    return Checkpoint(
+        path=path,
+        container="dcp",
+        parts=(blocks, *shards.files.values(), file),
+        tensors=tensors,
+        metadata={},
+        digest=hashlib.sha256(pickled).hexdigest(),
+        facts=facts,
+        key=taken,
+        other_keys=tuple(name for name in found if name != taken),
+        other_content=len(values) + len(others) < len(metadata.names),
+        other_entries=others,
+    )
+
+
+def _load(path: Path, pickled: bytes) -> object:
+    try:
+        return unpickler.load(pickled)
+    except unpickler.PickleError as error:
+        raise FormatError(str(error), path=path) from error
+
+
+def _tree(metadata: Metadata) -> dict[Any, Any]:
+    """The state dict as it was nested when it was saved."""
+    tree: dict[Any, Any] = {}
+    for name in metadata.names:
+        *folders, last = metadata.place(name)
+        node: Any = tree
+        for folder in folders:
+            node = node.setdefault(folder, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last in node:
+            raise FormatError("is in the place of another entry", path=metadata.path, tensor=name)
+        node[last] = metadata.leaf(name)
+    return tree
+
+
+def _state_dicts(
+    metadata: Metadata, tree: Mapping[Any, object], key: str | None
+) -> tuple[StateDicts, str | None]:
+    """The state dicts in it, and the key as they have it.
+
+    Where names are flat, a key is what they begin with. Where the optimizer's stand flat beside
+    the model's, and nothing says how they were nested, that is `model` if all begin with it.
+    """
+    kept = {name: value for name, value in tree.items() if not _says_training(name)}
+    if any(is_tensor(value) for value in kept.values()):
+        # torchtitan has the weights' names beside a `train_state` of counters.
+        kept = {name: value for name, value in kept.items() if not _is_counters(value)}
+    found = find_state_dicts(kept)
+    key = key.removesuffix(".") if key else key
+    tensors = [name for name, value in kept.items() if is_tensor(value)]
+    if key is None and "" in found and _is_flat(metadata, tree, kept):
+        key = "model" if all(name.startswith("model.") for name in tensors) else None
+    if key and key not in found and any(str(name).startswith(f"{key}.") for name in tensors):
+        found = {key: _below(kept, f"{key}.")} | found
+    return found, key
+
+
+def _says_training(name: object) -> bool:
+    """Whether a name at the top, or its first word, says optimizer or the like."""
+    first, _, _ = _CHAINED.sub("", str(name)).partition(".")
+    return is_training(first)
+
+
+def _is_counters(value: object) -> bool:
+    """Whether it is a folder with numbers and no weights."""
+    if not isinstance(value, dict):
+        return False
+    tensors = [inner for inner in value.values() if is_tensor(inner)]
+    return bool(tensors) and all(getattr(tensor, "shape", None) == () for tensor in tensors)
+
+
+def _is_flat(metadata: Metadata, tree: Mapping[Any, object], kept: Mapping[Any, object]) -> bool:
+    """Whether the optimizer's tensors stand beside the model's, as nested names would be flat."""
+    left_out = [name for name in tree if name not in kept and is_tensor(tree[name])]
+    return bool(left_out) and not any(metadata.has_place(name) for name in left_out)
+
+
+def _below(entries: Mapping[Any, object], prefix: str) -> dict[str, object]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in entries.items()
+        if isinstance(name, str) and name.startswith(prefix)
+    }
+
+
+def _describe(shards: Shards, values: Mapping[str, object]) -> tuple[dict[str, Tensor], Blocks]:
+    """The tensors, and the part that they are in.
+
+    They lie there as the output has them: wide element types first. So the neighbours are the
+    same however many ranks there were, and are averaged in one run.
+    """
+    leaves = {name: _readable(shards.path, name, value) for name, value in values.items()}
+    order = sorted(leaves, key=lambda name: -leaves[name].dtype.bits)
+    boxes = shards.boxes({leaf.storage.key: leaf for leaf in leaves.values()})
+    pieces = {
+        name: Pieces.of(leaves[name].dtype, leaves[name].shape, boxes[leaves[name].storage.key])
+        for name in order
+    }
+    blocks = Blocks(shards.path, list(pieces.values()))
+    places = dict(zip(order, blocks.offsets, strict=True))
+    numbers = {id(file): number for number, file in enumerate(shards.files.values(), 1)}
+    return {name: _tensor(pieces[name], places[name], numbers) for name in order}, blocks
+
+
+def _readable(path: Path, name: str, value: object) -> PickledTensor:
+    if not isinstance(value, PickledTensor):
+        reason = value.reason if isinstance(value, UnreadableTensor) else "no tensor"
+        raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
+    return value
+
+
+def _tensor(tensor: Pieces, offset: int, numbers: Mapping[int, int]) -> Tensor:
+    """A tensor's description; `numbers` has which part a file is."""
+    dtype, shape = tensor.dtype, tensor.shape
+    if len(tensor.boxes) == 1 and tensor.boxes[0].strides is not None:
+        # The loop reads such tensors whole; in chunks, each would read nearly all of it again.
+        [box] = tensor.boxes
+        return Tensor(dtype, shape, numbers[id(box.source)], box.offset, box.strides)
+    if dtype.kind == "packed" and shape:
+        shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)  # torch counts bytes
+    return Tensor(dtype, shape, 0, offset)
+
+
+def _facts(shards: Shards, tree: Mapping[Any, object]) -> dict[str, int | float]:
+    """What is recorded at the top, or in torchtitan's `train_state`, of the training."""
+    found: dict[str, object] = {}
+    for folder in (tree, *(tree.get(name) for name in _FACT_FOLDERS)):
+        if isinstance(folder, Mapping):
+            for name in STEP_FACTS:
+                with contextlib.suppress(FormatError):
+                    found.setdefault(name, shards.number(folder.get(name)))
+    return training_facts({name: value for name, value in found.items() if value is not None})
+
+
+def _lightning_facts(path: Path) -> dict[str, int | float]:
+    """What Lightning records in a file beside the shards."""
+    meta = path / _LIGHTNING_META
+    if not meta.is_file():
+        return {}
+    archive = Archive.read(open_source(meta))
+    return training_facts(archive.unpickle(archive.content("data.pkl")))

@@ -32,6 +32,15 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
+# Those without a dtype of ours, and the bytes of their elements.
+_RAW_STORAGES = {
+    "UntypedStorage": 1,
+    "QInt8Storage": 1,
+    "QUInt8Storage": 1,
+    "QUInt4x2Storage": 1,
+    "QUInt2x4Storage": 1,
+    "QInt32Storage": 4,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +208,8 @@ def _build_tensor_v3(  # noqa: PLR0917 - torch's own argument list
     return _build_tensor(storage, offset, shape, strides, None, None, metadata, dtype=dtype)
 
 
-def _build_parameter(data: object, *_: object) -> object:
+def _build_parameter(data: object = None, *_: object) -> object:
+    """Also the class itself, of which torch before 0.4 made an instance around its data."""
     return data
 
 
@@ -222,6 +232,8 @@ _BUILDERS: dict[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor_v3"): _build_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _build_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _build_parameter,
+    ("torch.nn.parameter", "Parameter"): _build_parameter,
+    ("torch.autograd.variable", "Variable"): _build_parameter,
     ("torch._tensor", "_rebuild_from_type"): call_inner,
     ("torch._tensor", "_rebuild_from_type_v2"): call_inner,
     **{
@@ -250,3 +262,12 @@ def stand_in(module: str, name: str) -> object:
         reason = printable(f"stored by {name} ({name.removeprefix('_rebuild_').replace('_', ' ')})")
         return lambda *_: UnreadableTensor(reason)
     return Placeholder(f"{module}.{name}")
+
+
+def storage_itemsize(kind: object) -> int | None:
+    """Bytes of an element of a storage of such a type; None where the type is not known."""
+    if isinstance(kind, DType):
+        return kind.itemsize
+    if isinstance(kind, Placeholder):
+        return _RAW_STORAGES.get(kind.origin.rpartition(".")[2])
+    return None

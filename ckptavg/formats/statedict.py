@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ckptavg.errors import SelectionError, printable
-from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
+from ckptavg.checkpoint import STEP_FACTS
+from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.formats.deepspeed import is_deepspeed, is_partitioned
+from ckptavg.formats.modules import ModuleReader, is_module
+from ckptavg.formats.pickled import PickledTensor, Placeholder, UnreadableTensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,14 +24,29 @@ _PLAIN = ("state_dict", "model_state_dict", "model", "module", "net", "network",
 _AVERAGES = ("ema", "swa", "avg", "average", "averaged", "shadow", "teacher")
 # How the names begin of what holds tensors that are no weights.
 _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler", "criterion")
+# DeepSpeed's pieces of weights that `module` has as a whole.
+_NO_WEIGHTS = ("frozen_param_fragments",)
 _DEEPEST = 2
 _MOST = 1_000
 _LARGEST_COUNT = 1 << 63
 
 
-def find_state_dicts(root: object) -> StateDicts:
-    """Every state dict in what a file holds, by its dotted path (empty for the whole file)."""
-    finder = _Finder()
+def find_state_dicts(root: object, path: Path | None = None) -> StateDicts:
+    """Every state dict in what a file holds, by its dotted path (empty for the whole file).
+
+    A whole model counts as the state dict that it would give.
+
+    Args:
+        root: what the file holds.
+        path: the file, for messages.
+
+    Raises:
+        FormatError: a whole model in it has no end, or what no model has.
+    """
+    finder = _Finder(path)
+    if is_module(root):
+        whole = finder.modules.state_dict(root)
+        return {"": whole} if finder.is_state_dict(whole) else {}
     if not isinstance(root, Mapping):
         return {}
     if finder.is_state_dict(root):
@@ -40,8 +58,9 @@ def find_state_dicts(root: object) -> StateDicts:
 class _Finder:
     """Looks at each mapping once, however often a file refers to it, or it to itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.found: StateDicts = {}
+        self.modules = ModuleReader(path)
         self._verdicts: dict[int, bool] = {}
         self._with_tensors: dict[int, bool] = {}
         self._barren: set[tuple[int, int]] = set()
@@ -54,7 +73,7 @@ class _Finder:
                 self._holds_tensors(value)
                 and all(isinstance(name, str) for name in value)
                 and not any(
-                    self._holds_tensors(item)
+                    is_module(item) or self._holds_tensors(item)
                     for name, item in value.items()
                     if not name.endswith("_extra_state")
                 )
@@ -76,8 +95,12 @@ class _Finder:
         if (id(node), depth) in self._barren:
             return
         before = len(self.found)
-        for name, value in node.items():
-            if not isinstance(name, str) or not isinstance(value, Mapping) or _is_training(name):
+        for name, item in node.items():
+            if not isinstance(name, str) or is_training(name):
+                continue
+            # Further down a model is rather one of a configuration.
+            value = self.modules.state_dict(item) if is_module(item) and not path else item
+            if not isinstance(value, Mapping):
                 continue
             if len(self.found) >= _MOST:
                 return
@@ -89,13 +112,47 @@ class _Finder:
             self._barren.add((id(node), depth))
 
 
-def _is_training(name: str) -> bool:
+def is_training(name: str) -> bool:
     """Whether a key's name says optimizer or the like."""
-    return any(word.startswith(_TRAINING) for word in _words(name))
+    return name in _NO_WEIGHTS or any(word.startswith(_TRAINING) for word in _words(name))
 
 
 def _words(name: str) -> list[str]:
     return re.split(r"[\W_]+", name.lower())
+
+
+def check_kind(path: Path, root: object, found: StateDicts) -> None:
+    """Refuse a file without its weights, or with an object instead of a state dict.
+
+    Args:
+        path: the file, for messages.
+        root: what it holds.
+        found: the state dicts in that.
+
+    Raises:
+        FormatError: the weights are spread over other files.
+        SelectionError: it holds no state dict, and an object that may have had one.
+    """
+    if is_deepspeed(root) and (path.name.startswith("zero_pp_rank_") or is_partitioned(root)):
+        raise FormatError(
+            "holds no whole weights: DeepSpeed's ZeRO stage 3 spread them over other files",
+            path=path,
+            remedy="join them with the zero_to_fp32.py that DeepSpeed leaves beside the "
+            "checkpoint, and average what that writes",
+        )
+    whole = None if found else _whole_object(root)
+    if whole is not None:
+        raise SelectionError(
+            f"holds a whole {printable(whole.origin)} object, no state dict",
+            path=path,
+            remedy="load it where its class can be imported, and save its state_dict()",
+        )
+
+
+def _whole_object(root: object) -> Placeholder | None:
+    """What stands where a state dict would: the file itself, or an entry that is called so."""
+    places = [root.get(name) for name in _PLAIN] if isinstance(root, Mapping) else [root]
+    return next((value for value in places if isinstance(value, Placeholder)), None)
 
 
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
@@ -149,16 +206,17 @@ def training_facts(root: object) -> dict[str, int | float]:
     """What the file records of its place in the training: step, epoch, learning rate."""
     if not isinstance(root, Mapping):
         return {}
-    facts: dict[str, int | float] = {
-        name: root[name] for name in ("global_step", "step", "epoch") if _is_count(root.get(name))
-    }
+    said = {name: root.get(name) for name in STEP_FACTS}
+    if is_deepspeed(root) and said["global_step"] is None:
+        said["global_step"] = root.get("global_steps")
+    facts: dict[str, int | float] = {name: n for name, n in said.items() if _is_count(n)}
     rate = _learning_rate(root)
     if rate is not None:
         facts["learning_rate"] = rate
     return facts
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and abs(value) < _LARGEST_COUNT
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.checkpoint import Checkpoint, span_elements
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 from ckptavg.formats.shapes import is_possible
-from ckptavg.formats.statedict import choose, find_state_dicts, training_facts
+from ckptavg.formats.statedict import check_kind, choose, find_state_dicts, training_facts
 from ckptavg.tensors import Tensor, is_contiguous
 
 if TYPE_CHECKING:
@@ -47,11 +47,15 @@ def describe(
         FormatError: a tensor has no plain strided bytes, or lies outside its storage.
         SelectionError: which state dict is wanted is unclear.
     """
-    found = find_state_dicts(root)
+    found = find_state_dicts(root, file.path)
+    check_kind(file.path, root, found)
     taken = choose(file.path, found, key)
     entries = found[taken]
     values = {name: value for name, value in entries.items() if is_tensor(value)}
+    others = {name: value for name, value in entries.items() if name not in values}
+    inner = {f"{name}: {number}": tensor for number, (name, tensor) in enumerate(_inner(others))}
     located = locate(file.path, values, places)
+    inner_located = locate(file.path, inner, places)
     return Checkpoint(
         path=file.path,
         container="torch",
@@ -63,9 +67,31 @@ def describe(
         key=taken,
         other_keys=tuple(name for name in found if name != taken),
         other_content=bool(taken),
-        other_entries=tuple(name for name in entries if name not in located),
+        other_entries=others,
+        inner_tensors={inner[label]: tensor for label, tensor in inner_located.items()},
         module_versions=_module_versions(entries),
     )
+
+
+def _inner(entries: Mapping[str, object]) -> Iterator[tuple[str, PickledTensor]]:
+    """The tensors within entries that are none themselves (`_extra_state`), each once."""
+    seen: set[int] = set()
+    found: set[PickledTensor] = set()
+    for name, entry in entries.items():
+        waiting = [entry]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, PickledTensor) and _is_plain(value) and value not in found:
+                found.add(value)
+                yield name, value
+            elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+                seen.add(id(value))
+                waiting += value.values() if isinstance(value, dict) else value
+
+
+def _is_plain(value: PickledTensor) -> bool:
+    """Whether it can be hashed: a pickle can put anything into a shape."""
+    return all(type(number) is int for number in (value.offset, *value.shape, *value.strides))
 
 
 def is_tensor(value: object) -> bool:

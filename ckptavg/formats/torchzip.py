@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
+from ckptavg.formats.streams import SourceStream
 from ckptavg.formats.torchpickle import describe
 from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.parts import ByteSource
@@ -60,19 +61,22 @@ class Archive:
     Attributes:
         file: the zip.
         prefix: the folder in it that all records are in, with its slash.
-        records: name to entry of the central directory.
+        records: name to entry of the central directory, in its order.
+        directory_start: where the central directory begins.
     """
 
     file: ByteSource
     prefix: str
     records: dict[str, zipfile.ZipInfo]
+    directory_start: int
 
     @staticmethod
     def read(file: ByteSource) -> Archive:
         """Read the central directory."""
         try:
-            with zipfile.ZipFile(cast("BinaryIO", _Stream(file))) as archive:
-                entries = archive.infolist()
+            stream = SourceStream(file, _LARGEST_DIRECTORY, "zip directory")
+            with zipfile.ZipFile(cast("BinaryIO", stream)) as archive:
+                entries, directory_start = archive.infolist(), archive.start_dir
         except CkptAvgError:
             raise
         # Whatever bytes can make the zip reader trip over.
@@ -83,22 +87,18 @@ class Archive:
         records = {entry.filename: entry for entry in entries}
         if len(records) != len(entries):
             raise FormatError("has two records of one name", path=file.path)
+        _refuse_programs(file.path, records)
         pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise FormatError("is a zip, but no torch checkpoint", path=file.path)
-        opened = Archive(file, pickles[0].removesuffix("data.pkl"), records)
+        prefix = pickles[0].removesuffix("data.pkl")
+        opened = Archive(file, prefix, records, directory_start)
         opened.check_kind()
         return opened
 
     def check_kind(self) -> None:
-        """Refuse what is no state dict: programs, and other machines' byte order."""
+        """Refuse other machines' byte order."""
         path = self.file.path
-        if f"{self.prefix}constants.pkl" in self.records:
-            raise FormatError(
-                "is a TorchScript program",
-                path=path,
-                remedy="save the model's state_dict() instead",
-            )
         if f"{self.prefix}byteorder" in self.records and self.content("byteorder") != b"little":
             raise FormatError(
                 "was saved on a big-endian machine",
@@ -116,6 +116,10 @@ class Archive:
         present = {key: entry for key, entry in entries.items() if entry is not None}
         places = self._places([(entry, users[key]) for key, entry in present.items()])
         return dict(zip(present, places, strict=True))
+
+    def places(self, names: Iterable[str]) -> list[tuple[int, int]]:
+        """Where the bytes of records are, by their whole names: offset and size."""
+        return self._places([(self.records[name], None) for name in names])
 
     def _places(
         self, entries: Sequence[tuple[zipfile.ZipInfo, str | None]]
@@ -146,7 +150,7 @@ class Archive:
 
     def content(self, name: str) -> bytes:
         """The bytes of a small record."""
-        [(start, size)] = self._places([(self.records[self.prefix + name], None)])
+        [(start, size)] = self.places([self.prefix + name])
         if size > unpickler.LARGEST_PICKLE:
             raise FormatError(f"record {name} has {size} bytes", path=self.file.path)
         return self.file.read(start, size)
@@ -165,30 +169,19 @@ class Archive:
         return {PROVENANCE: self.content(PROVENANCE).decode(errors="replace")}
 
 
-class _Stream:
-    """A `ByteSource` as the seekable stream that `zipfile` wants."""
-
-    def __init__(self, file: ByteSource) -> None:
-        self._file, self._position = file, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._position, self._file.size)[whence]
-        if base + offset < 0:
-            raise OSError("before the start of the file")
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._file.size - self._position)
-        size = left if size < 0 else min(size, left)
-        if size > _LARGEST_DIRECTORY:
-            raise zipfile.BadZipFile(f"a directory of {size} bytes")
-        data = self._file.read(self._position, size)
-        self._position += size
-        return data
+def _refuse_programs(path: Path, records: Iterable[str]) -> None:
+    """Refuse a model that was saved with its code and not as a state dict."""
+    names = {name.rpartition("/")[2] for name in records if name.count("/") <= 1}
+    if "archive_format" in names and any("/data/aotinductor/" in name for name in records):
+        kind = "an AOTInductor package"
+    elif names & {"archive_format", "serialized_exported_program.json"}:
+        kind = "a torch.export program"
+    elif names & {"constants.pkl", "model.json"}:
+        kind = "a TorchScript program"
+    else:
+        return
+    raise FormatError(
+        f"is {kind}, not a checkpoint",
+        path=path,
+        remedy="save the model's state_dict() instead",
+    )

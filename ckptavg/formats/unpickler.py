@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
-from ckptavg.errors import printable
+from ckptavg.errors import CkptAvgError, printable
 from ckptavg.formats.pickled import (
     PickledTensor,
     Placeholder,
@@ -52,9 +52,19 @@ def load(data: bytes) -> object:
     """
     if len(data) > LARGEST_PICKLE:
         raise PickleError(f"its pickle is {len(data)} bytes long, of at most {LARGEST_PICKLE}")
+    return run(InertUnpickler(io.BytesIO(data)))
+
+
+def run(machine: InertUnpickler) -> object:
+    """Build what a machine's pickle describes, and leave its file where the pickle ends.
+
+    Raises:
+        PickleError: whatever is wrong with it.
+        CkptAvgError: the file cannot be read.
+    """
     try:
-        return InertUnpickler(io.BytesIO(data)).load()
-    except PickleError:
+        return machine.load()
+    except (PickleError, CkptAvgError):
         raise
     # Whatever bytes can make the machine trip over: none of it is the user's mistake.
     except Exception as error:
@@ -62,12 +72,17 @@ def load(data: bytes) -> object:
         raise PickleError(f"damaged pickle ({what})") from error
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
+    """Raise for what no checkpoint has."""
     raise PickleError(f"its pickle has {what}, which torch does not write")
 
 
 class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machine has no other name
-    """The pickle machine over inert parts."""
+    """The pickle machine over inert parts.
+
+    Args:
+        file: at a pickle's start. However large it is, no more of it is read than the pickle.
+    """
 
     # The machine's own, of which its type stubs do not know.
     stack: list[Any]
@@ -77,40 +92,40 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # noqa: SLF001
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
+    def __init__(self, file: BinaryIO) -> None:
+        # Python 2's strings may hold any bytes.
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
+        self._file, self._start = file, file.tell()
         self._known: dict[tuple[str, str], object] = {}
-        self._copies_left = _FREE_COPIES + _COPIES_PER_BYTE * size
+        self._copies, self._most_copies = 0, _FREE_COPIES
 
     def find_class(self, module: str, name: str) -> object:
         """What stands for a global here; nothing is imported."""
         found = self._known.get((module, name))
         if found is None:
             if len(self._known) >= _MOST_GLOBALS:
-                _refuse("too many kinds of objects")
+                refuse("too many kinds of objects")
             if len(module) + len(name) > _LONGEST_GLOBAL:
-                _refuse("a global with an endless name")
+                refuse("a global with an endless name")
             found = self._known[module, name] = stand_in(module, name)
         return found
 
-    def persistent_load(self, pid: object) -> Storage:
+    def persistent_load(self, pid: object) -> object:
         """A storage's record: `("storage", type, key, device, size)`."""
         match pid:
             case ("storage", kind, str(key), _, int(size)):
                 return Storage(key, kind if isinstance(kind, DType) else None, size)
-        return _refuse("an unknown persistent id")
+        return refuse("an unknown persistent id")
 
     def _call(self, function: object, arguments: object) -> Any:  # noqa: ANN401
         """Call what stands for a global. Nothing else in a pickle can be called."""
         if not isinstance(arguments, tuple):
-            _refuse("a call without a tuple of arguments")
+            refuse("a call without a tuple of arguments")
         self._spend(len(arguments))
         if isinstance(function, Placeholder):
             return Placeholder(function.origin, arguments)
         if not isinstance(function, FunctionType):
-            _refuse(f"a call of a {type(function).__name__}")
+            refuse(f"a call of a {type(function).__name__}")
         self._spend(sum(len(part) for part in arguments if isinstance(part, _COPIED)))
         if function is call_inner:
             inner, _, inner_arguments, _ = arguments
@@ -122,9 +137,13 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
 
     def _spend(self, count: int) -> None:
         """Arguments can be the same big list each time: bound what calls copy."""
-        self._copies_left -= count
-        if self._copies_left < 0:
-            _refuse("calls that multiply what it holds")
+        self._copies += count
+        if self._copies > self._most_copies:
+            # By what was read so far: how long the pickle is, nobody knows before its end.
+            read = self._file.tell() - self._start
+            self._most_copies = _FREE_COPIES + _COPIES_PER_BYTE * read
+        if self._copies > self._most_copies:
+            refuse("calls that multiply what it holds")
 
     def load_reduce(self) -> None:
         """REDUCE and NEWOBJ: call a function, make an instance."""
@@ -150,7 +169,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
             if isinstance(state, dict):
                 target.module_versions = state.get("_metadata")
         elif not isinstance(target, PickledTensor | UnreadableTensor):
-            _refuse(f"a state for a {type(target).__name__}")
+            refuse(f"a state for a {type(target).__name__}")
 
     def load_setitem(self) -> None:
         """SETITEM."""
@@ -169,7 +188,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
         elif isinstance(target, Placeholder):
             target.extend(pairs)
         else:
-            _refuse(f"an item for a {type(target).__name__}")
+            refuse(f"an item for a {type(target).__name__}")
 
     def load_dict(self) -> None:
         """DICT."""
@@ -186,7 +205,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
         elif isinstance(target, Placeholder):
             target.extend(items)
         else:
-            _refuse(f"an item for a {type(target).__name__}")
+            refuse(f"an item for a {type(target).__name__}")
 
     def load_frozenset(self) -> None:
         """FROZENSET."""
@@ -200,7 +219,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
 
     def load_forbidden(self) -> None:
         """Opcodes that no checkpoint has."""
-        _refuse("an opcode")
+        refuse("an opcode")
 
 
 for _opcode, _method in (

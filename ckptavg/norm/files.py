@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,15 +22,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ckptavg import __version__
-from ckptavg.averaging import (
-    Progress,
-    Summary,
-    average,
-    default_threads,
-    encode_provenance,
-    provenance_sources,
-    write,
-)
+from ckptavg.averaging import Summary, average, default_threads
 from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.collect import Collection
 from ckptavg.errors import OutputError, RefreshError, printable
@@ -39,11 +32,20 @@ from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import make_batches, make_model, seed_everything
 from ckptavg.norm.refresh import norm_layers, refresh_norm
 from ckptavg.norm.report import RefreshReport
-from ckptavg.output import check_destination
+from ckptavg.output import check_vacant
+from ckptavg.paths import is_remote
 from ckptavg.plan import make_plan
 from ckptavg.roles import is_norm_statistic
 from ckptavg.weights import uniform
-from ckptavg.writers import container_for, lay_out
+from ckptavg.writers import Destination, destination, lay_out
+from ckptavg.writing import (
+    Progress,
+    check_output,
+    encode_provenance,
+    provenance_sources,
+    refuse_own_input,
+    write,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -80,11 +82,12 @@ class RefreshOptions:
 
 def refresh_checkpoint(
     path: Path,
-    output: Path | None,
+    output: str | os.PathLike[str] | None,
     options: RefreshOptions,
     *,
     key: str | None = None,
     in_place: bool = False,
+    container: Literal["weights", "last"] = "weights",
     force: bool = False,
     fsync: bool = True,
     progress: Any = None,  # noqa: ANN401 - refresh_norm's
@@ -98,6 +101,8 @@ def refresh_checkpoint(
         options: the model, the loader and how to run them.
         key: which state dict to take where the file holds several.
         in_place: let a file that is not ours be replaced.
+        container: `last` writes the whole torch file with the new statistics in it, `weights` the
+            state dict alone. In place it is always the whole.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
         progress: hears of each batch.
@@ -107,14 +112,13 @@ def refresh_checkpoint(
             be written. The checkpoint is as it was then.
     """
     checkpoint = open_checkpoint(path, key=key)
-    target = output or path
-    container_for(target)
-    replaces = output is None or (output.exists() and output.samefile(path))
-    check_destination(target, force=force or replaces)
+    replaces = output is None or _is_same(Path(output), path)
     if replaces:
         _check_in_place(checkpoint, allowed=in_place, named=output is not None)
-    elif checkpoint.other_content or checkpoint.other_entries:
-        log.info("only the state dict's tensors are written, not what else %s holds", path.name)
+    target = _destination(checkpoint, output, container=container, replaces=replaces)
+    check_vacant(target.path, force=force or replaces)
+    if target.kind in ("safetensors", "torch") and checkpoint.other_content:
+        log.info("only the state dict is written, not what else %s holds", path.name)
     seed_everything(options.seed)
     model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
@@ -132,7 +136,7 @@ def refresh_checkpoint(
     used = [layers[layer.name] for layer in report.layers]
     refreshed = checkpoint.with_values(_statistics(model, used, names, checkpoint))
     entry = _provenance(checkpoint, report, options.seed)
-    _write(refreshed, target, entry, force=force or replaces, fsync=fsync)
+    _write(checkpoint, refreshed, target, entry, force=force or replaces, fsync=fsync)
     return report
 
 
@@ -142,18 +146,38 @@ def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> No
         raise OutputError(
             what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
         )
-    if checkpoint.other_content or checkpoint.other_entries:
+    if checkpoint.container == "dcp":
         raise OutputError(
-            "holds more than a state dict's tensors, which would be lost in place",
+            "is a DCP directory, which is not written in place",
             path=checkpoint.path,
-            remedy="write another file with -o",
+            remedy="write another output with -o",
         )
-    if container_for(checkpoint.path) != checkpoint.container:
+
+
+def _is_same(output: Path, path: Path) -> bool:
+    return not is_remote(path) and output.exists() and output.samefile(path)
+
+
+def _destination(
+    checkpoint: Checkpoint, output: str | os.PathLike[str] | None, *, container: str, replaces: bool
+) -> Destination:
+    """Where the result goes, and as what: in place nothing of a training checkpoint is lost.
+
+    Raises:
+        OutputError: the output's name does not say what it is to be, or not what it is in place.
+    """
+    holds_more = checkpoint.other_content or bool(checkpoint.other_entries)
+    if replaces and checkpoint.container == "torch" and holds_more:
+        container = "last"
+    target = destination(output or checkpoint.path, checkpoint, container=container)
+    kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
+    if replaces and target.kind not in ("container", kinds.get(checkpoint.container)):
         raise OutputError(
             f"is a {checkpoint.container} file by its content, and would become another in place",
             path=checkpoint.path,
             remedy="write another file with -o",
         )
+    return target
 
 
 def _run(model: torch.nn.Module, options: RefreshOptions, progress: Any) -> RefreshReport:  # noqa: ANN401
@@ -216,21 +240,31 @@ def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dic
 
 
 def _write(
-    checkpoint: Checkpoint, output: Path, entry: dict[str, Any], *, force: bool, fsync: bool
+    original: Checkpoint,
+    refreshed: Checkpoint,
+    target: Destination,
+    entry: dict[str, Any],
+    *,
+    force: bool,
+    fsync: bool,
 ) -> None:
-    """Write the checkpoint with that provenance."""
-    collection = Collection.of_one(checkpoint)
-    metadata = {"format": "pt", **checkpoint.metadata, PROVENANCE: encode_provenance(entry)}
+    """Write the refreshed checkpoint with that provenance."""
+    collection = Collection.of_one(refreshed)
+    metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
     plan = make_plan(collection, uniform(1), roles=["kept"] * len(collection.names))
-    layout = lay_out(output, plan.outputs, metadata, checkpoint.module_versions)
-    write(plan, layout, output, force=force, fsync=fsync, threads=default_threads())
+    places = [original.tensors[one.names[0]] for one in plan.outputs]
+    layout = lay_out(target, plan.outputs, metadata, original, places=places)
+    check_output(target.path, layout, force=force)
+    write(plan, layout, target.path, force=force, fsync=fsync, threads=default_threads(plan.used))
 
 
 def average_and_refresh(
     inputs: Sequence[Path],
-    output: Path,
+    output: str | os.PathLike[str],
     options: RefreshOptions,
     *,
+    key: str | None = None,
+    container: Literal["weights", "last"] = "weights",
     refresh_progress: Any = None,  # noqa: ANN401 - refresh_norm's
     progress: Progress | None = None,
     force: bool = False,
@@ -245,6 +279,8 @@ def average_and_refresh(
         inputs: as in `average`.
         output: as in `average`.
         options: the model, the loader and how to run them.
+        key: as in `average`.
+        container: as in `average`.
         refresh_progress: hears of each batch.
         progress: hears of the bytes averaged.
         force: replace an existing output.
@@ -254,23 +290,27 @@ def average_and_refresh(
     Raises:
         CkptAvgError: what either of them raises.
     """
-    check_destination(output, force=force)
-    with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=output.parent) as folder:
-        average_path = Path(folder) / output.name
-        summary = average(inputs, average_path, progress=progress, fsync=False, **others)
-        for source in summary.sources:
-            if output.exists() and output.samefile(source.path):
-                raise OutputError(
-                    "is itself one of the checkpoints", path=output, remedy="choose another output"
-                )
+    target = Path(output)
+    check_vacant(target, force=force)
+    with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=target.parent) as folder:
+        # With the slash that makes a directory of it, if there is one.
+        average_path = os.path.join(folder, target.name, "")  # noqa: PTH118
+        if not os.fspath(output).endswith(os.sep) and not target.is_dir():
+            average_path = average_path.rstrip(os.sep)
+        summary = average(
+            inputs, average_path, key=key, container=container, progress=progress, fsync=False,
+            **others,
+        )  # fmt: skip
+        refuse_own_input(target, [Path(source.path) for source in summary.sources])
         report = refresh_checkpoint(
-            average_path, output, options, force=force, fsync=fsync, progress=refresh_progress
-        )
-    return _of_both(summary, output, report), report
+            Path(average_path), output, options, key=key if container == "last" else None,
+            container=container, force=force, fsync=fsync, progress=refresh_progress,
+        )  # fmt: skip
+    return _of_both(summary, target, report), report
 
 
 def _of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
     """The average's summary, made to speak of the file that the refresh has written."""
     state = "refreshed" if report.layers else summary.norm_stats
-    size = output.stat().st_size
+    size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
     return replace(summary, output=str(output), norm_stats=state, bytes_written=size)

@@ -1,55 +1,214 @@
-"""The containers that can be written: each lays out a file from descriptions alone."""
+"""What can be written: each writer lays out a file or a directory from descriptions alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from ckptavg.errors import OutputError
+from ckptavg.checkpoint import without_wrappers
+from ckptavg.errors import OutputError, printable
+from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.parts import ByteSource
+from ckptavg.paths import is_remote
+from ckptavg.writers.container import lay_out_container
+from ckptavg.writers.directory import lay_out_directory
+from ckptavg.writers.pickling import is_writable
 from ckptavg.writers.safetensors import lay_out_safetensors
-from ckptavg.writers.torchzip import lay_out_torch
+from ckptavg.writers.torchzip import Extras, lay_out_torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
+    from ckptavg.checkpoint import Checkpoint
     from ckptavg.layout import Layout, OutputTensor
+    from ckptavg.tensors import Tensor
 
-_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+log = logging.getLogger("ckptavg")
+
+Kind = Literal["safetensors", "torch", "container", "directory"]
+_SAFETENSORS = ".safetensors"
+_TORCH = tuple(suffix for suffix in SUFFIXES if suffix != _SAFETENSORS)
 
 
-def container_for(path: Path) -> str:
-    """Which container an output's extension stands for: `safetensors` or `torch`.
+@dataclass(frozen=True)
+class Destination:
+    """Where an output goes, and as what.
+
+    Attributes:
+        path: the file or directory.
+        kind: `safetensors` and `torch` are a state dict alone in a file; `container` is the last
+            checkpoint's torch file with other weights in it; `directory` is Hugging Face's.
+        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' own.
+    """
+
+    path: Path
+    kind: Kind
+    max_shard_size: int | None = None
+
+
+def destination(
+    output: str | os.PathLike[str],
+    last: Checkpoint,
+    *,
+    container: str = "weights",
+    max_shard_size: int | None = None,
+) -> Destination:
+    """What an output's name and the options ask for.
+
+    Args:
+        output: ends with a file's suffix; a directory ends with a slash, or is there already, or
+            has no such suffix where the checkpoints are directories themselves.
+        last: the last checkpoint.
+        container: `last` for its whole file with other weights, `weights` for them alone.
+        max_shard_size: bytes of tensors in a file of a directory.
 
     Raises:
-        OutputError: it stands for none.
+        OutputError: the name stands for no kind of output, or not for what the options ask for.
     """
-    if path.is_dir():
-        raise OutputError("is a directory", path=path, remedy="name a file in it")
-    if path.suffix == ".safetensors":
-        return "safetensors"
-    if path.suffix in _TORCH:
-        return "torch"
-    raise OutputError(
-        f"cannot tell a container from the ending {path.suffix!r}",
-        path=path,
-        remedy=f"let it end with .safetensors or one of {' '.join(_TORCH)}",
-    )
+    path = _local(output)
+    spelled = os.fspath(output)
+    known = path.suffix in SUFFIXES
+    of_directories = last.container in ("huggingface", "dcp")
+    if container == "last":
+        return Destination(_for_container(path, last), "container")
+    if path.is_dir() or spelled.endswith(os.sep) or (of_directories and not known):
+        return Destination(path, "directory", max_shard_size)
+    if max_shard_size is not None:
+        raise OutputError(
+            "shards need a directory", path=path, remedy="let the output's name end with a slash"
+        )
+    if not known:
+        raise OutputError(
+            f"cannot tell a container from the ending {path.suffix!r}",
+            path=path,
+            remedy=f"let it end with {_SAFETENSORS}, with one of {' '.join(_TORCH)}, or with a "
+            "slash for a directory",
+        )
+    return Destination(path, "safetensors" if path.suffix == _SAFETENSORS else "torch")
+
+
+def _local(output: str | os.PathLike[str]) -> Path:
+    if is_remote(output) or "://" in os.fspath(output):
+        raise OutputError(
+            "outputs are written on this machine only",
+            path=str(output),
+            remedy="write a file here and copy it there",
+        )
+    return Path(output)
+
+
+def _for_container(path: Path, last: Checkpoint) -> Path:
+    if last.container != "torch" or not isinstance(last.parts[0], ByteSource):
+        raise OutputError(
+            f"the last checkpoint, {printable(last.path)}, is no torch file whose weights could "
+            "be replaced",
+            path=path,
+            remedy="leave --container out; a directory's configuration comes along anyway",
+        )
+    if path.suffix not in _TORCH or path.is_dir():
+        raise OutputError(
+            "is no name for a torch file", path=path, remedy=f"let it end with {' '.join(_TORCH)}"
+        )
+    return path
 
 
 def lay_out(
+    target: Destination,
+    tensors: Sequence[OutputTensor],
+    metadata: Mapping[str, str],
+    last: Checkpoint,
+    *,
+    places: Sequence[Tensor] = (),
+    replaced: Mapping[str, bytes] | None = None,
+) -> Layout:
+    """Lay out an output.
+
+    Args:
+        target: where it goes, and as what.
+        tensors: in the order in which they are to stand.
+        metadata: strings that describe it.
+        last: the last checkpoint, for what else comes along.
+        places: where each of the tensors stands in the last checkpoint's file.
+        replaced: files of a directory that are not to be as the last checkpoint has them.
+
+    Raises:
+        OutputError: the kind of file cannot hold them.
+    """
+    if target.kind == "container":
+        return _lay_out_container(target.path, tensors, metadata, last, places)
+    entries = _writable(last) if target.kind == "torch" else {}
+    if left := [name for name in last.other_entries if name not in entries]:
+        log.info("left out what is no tensor: %s", ", ".join(map(printable, left)))
+    if target.kind == "torch":
+        extras = Extras(entries, last.inner_tensors if entries else {}, last.parts)
+        return lay_out_torch(tensors, metadata, last.module_versions, extras)
+    if target.kind == "directory":
+        return lay_out_directory(
+            target.path,
+            tensors,
+            metadata,
+            last,
+            max_shard_size=target.max_shard_size,
+            replaced=replaced,
+        )
+    return lay_out_safetensors(target.path, tensors, metadata)
+
+
+def _writable(last: Checkpoint) -> dict[str, object]:
+    """The entries that are no tensors and can go into another pickle."""
+    return {
+        name: value
+        for name, value in last.other_entries.items()
+        if is_writable(value, last.inner_tensors)
+    }
+
+
+def _lay_out_container(
     path: Path,
     tensors: Sequence[OutputTensor],
     metadata: Mapping[str, str],
-    module_versions: Mapping[str, Any] | None,
+    last: Checkpoint,
+    places: Sequence[Tensor],
 ) -> Layout:
-    """Lay out the file that the path's ending asks for.
+    file = last.parts[0]
+    if not isinstance(file, ByteSource):
+        raise OutputError("its bytes are in no file", path=last.path)
+    everywhere: list[tuple[Tensor, ...]] = [(place,) for place in places]
+    for name in last.other_keys:
+        if not _also_takes_the_average(last, name):
+            log.warning("%s in the container stays the last checkpoint's", printable(name))
+            continue
+        twins = _as_named(open_checkpoint(last.path, key=name))
+        everywhere = [
+            (*each, *_same(path, twins, tensor, each[0]))
+            for tensor, each in zip(tensors, everywhere, strict=True)
+        ]
+    return lay_out_container(path, tensors, everywhere, file, metadata)
 
-    Args:
-        path: the output.
-        tensors: in the order in which they are to stand.
-        metadata: strings that describe it.
-        module_versions: torch's `_metadata`, which only a torch file can carry.
-    """
-    if container_for(path) == "safetensors":
-        return lay_out_safetensors(path, tensors, metadata)
-    return lay_out_torch(tensors, metadata, module_versions)
+
+def _also_takes_the_average(last: Checkpoint, other: str) -> bool:
+    """Lightning's WeightAveraging keeps the weights beside its own average, which it loads."""
+    return (last.key, other) == ("current_model_state", "state_dict")
+
+
+def _as_named(twin: Checkpoint) -> dict[str, Tensor]:
+    """Its tensors by their own names, and by those without a wrapper's prefix."""
+    return {**without_wrappers(twin, keep_prefix=False)[0].tensors, **twin.tensors}
+
+
+def _same(
+    path: Path, twins: Mapping[str, Tensor], tensor: OutputTensor, like: Tensor
+) -> list[Tensor]:
+    """The places of a tensor in the state dict that takes the average as well."""
+    found = dict.fromkeys(twins[name] for name in tensor.names if name in twins)
+    if not found or any((one.dtype, one.shape) != (like.dtype, like.shape) for one in found):
+        raise OutputError(
+            "is not in its state_dict as it is among its weights",
+            path=path,
+            tensor=tensor.names[0],
+            remedy="write the weights alone, without --container",
+        )
+    return [place for place in found if place != like]

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError
-from ckptavg.layout import Layout, OutputTensor
+from ckptavg.layout import FileLayout, Layout, OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def lay_out_safetensors(
     if len(head) > _LONGEST_HEADER:
         raise OutputError(f"its header would be {len(head)} bytes long", path=path)
     targets = tuple(tuple(len(head) + start for start in starts) for starts in relative)
-    return Layout(len(head) + end, ((0, head),), targets)
+    return Layout({"": FileLayout(len(head) + end, ((0, head),))}, targets)
 
 
 def _check_name(path: Path, name: str, taken: Mapping[str, object]) -> None:

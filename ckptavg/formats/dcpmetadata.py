@@ -1,0 +1,193 @@
+"""Read `.metadata` of a `torch.distributed.checkpoint` directory: what there is, and where.
+
+The pickle's classes are those of `torch.distributed.checkpoint.metadata` and `.filesystem`; here
+they are placeholders, looked at and never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ckptavg.errors import FormatError, printable
+from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
+from ckptavg.formats.shapes import is_possible
+from ckptavg.tensors import DType
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+    from pathlib import Path
+
+    from ckptavg.formats.blocks import Region
+
+Offsets = tuple[int, ...]
+
+
+class Item(NamedTuple):
+    """Where a piece of a tensor, or some other object, is: in one of the files.
+
+    Attributes:
+        file: the file's name, relative to the directory.
+        offset: of the item's first byte.
+        length: its bytes.
+    """
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEntry:
+    """An entry that is no tensor: the pickle of some object.
+
+    Attributes:
+        name: its name in the metadata.
+    """
+
+    name: str
+
+
+class Metadata:
+    """What `.metadata` says.
+
+    Args:
+        path: the file, for messages.
+        root: what its pickle describes.
+
+    Attributes:
+        names: the names of all entries, in the order of the file.
+
+    Raises:
+        FormatError: it is not what torch writes.
+    """
+
+    def __init__(self, path: Path, root: object) -> None:
+        self.path = path
+        fields = self._fields(root, "Metadata")
+        self._entries = self._mapping(fields, "state_dict_metadata")
+        self._items = self._mapping(fields, "storage_data")
+        places = fields.get("planner_data")
+        self._places: Mapping[Any, object] = places if isinstance(places, Mapping) else {}
+        if not all(isinstance(name, str) for name in self._entries):
+            raise self._fault("has an entry without a name")
+        self.names: tuple[str, ...] = tuple(self._entries)
+
+    def place(self, name: str) -> tuple[str | int, ...]:
+        """Where an entry was in the nested state dict; its name alone where nothing says it."""
+        place = self._places.get(name, (name,))
+        if not isinstance(place, tuple) or not place:
+            raise self._fault("has no valid place in the state dict", name)
+        if not all(isinstance(key, str | int) for key in place):
+            raise self._fault("has no valid place in the state dict", name)
+        return place
+
+    def has_place(self, name: str) -> bool:
+        """Whether the planner recorded where an entry was in the nested state dict."""
+        return name in self._places
+
+    def leaf(self, name: str) -> PickledTensor | UnreadableTensor | OtherEntry:
+        """What stands for an entry in the nested state dict.
+
+        The storage of such a tensor has the entry's name as key.
+        """
+        if self._kind(self._entries[name]) != "TensorStorageMetadata":
+            return OtherEntry(name)
+        fields = self._fields(self._entries[name], "TensorStorageMetadata", name)
+        dtype = self._dtype(fields.get("properties"))
+        shape = self._numbers(fields.get("size"), name)
+        if dtype is None:
+            return UnreadableTensor("a tensor of a dtype that is not known here")
+        if not is_possible(shape, 8 * dtype.itemsize):
+            raise self._fault("has no valid shape", name)
+        return PickledTensor(Storage(name, dtype, 0), dtype, 0, shape, ())
+
+    def regions(self, name: str) -> list[Region]:
+        """Where a tensor's pieces sit in it: those that have elements, each once."""
+        chunks = self._fields(self._entries[name], "TensorStorageMetadata", name).get("chunks")
+        if not isinstance(chunks, list):
+            raise self._fault("has no list of pieces", name)
+        regions: dict[Region, None] = {}
+        for chunk in chunks:
+            fields = self._fields(chunk, "ChunkStorageMetadata", name)
+            corner, sizes = (self._numbers(fields.get(field), name) for field in _CHUNK)
+            if 0 not in sizes:
+                regions[corner, sizes] = None
+        return list(regions)
+
+    def items(self, names: Container[str]) -> dict[tuple[str, Offsets | None], list[Item]]:
+        """Where the entries of these names are, by name and corner of the piece.
+
+        There is one item for each, unless the file contradicts itself.
+        """
+        found: dict[tuple[str, Offsets | None], list[Item]] = {}
+        for index, info in self._items.items():
+            fields = self._fields(index, "MetadataIndex")
+            name, offset = fields.get("fqn"), fields.get("offset")
+            if not isinstance(name, str) or name not in names:
+                continue
+            corner = None if offset is None else self._numbers(offset, name)
+            found.setdefault((name, corner), []).append(self._item(info, name))
+        return found
+
+    def _item(self, info: object, name: str) -> Item:
+        fields = self._fields(info, "_StorageInfo", name)
+        if fields.get("transform_descriptors"):
+            what = printable(fields["transform_descriptors"])
+            raise FormatError(
+                f"is stored by way of {what}, which is not supported",
+                path=self.path,
+                tensor=name,
+                remedy="save it again without extensions",
+            )
+        file, offset, length = (fields.get(field) for field in _INFO)
+        if not isinstance(file, str) or not _is_below(file):
+            raise self._fault(f"is said to be in {file!r}, outside the checkpoint", name)
+        if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
+            raise self._fault("has no valid place in its file", name)
+        return Item(file, offset, length)
+
+    def _dtype(self, properties: object) -> DType | None:
+        """The element type; the properties' state begins with it."""
+        match getattr(properties, "state", None):
+            case (DType() as dtype, *_) | {"dtype": DType() as dtype}:
+                return dtype
+        return None
+
+    def _numbers(self, value: object, name: str) -> tuple[int, ...]:
+        """A `torch.Size`: no negative numbers, none of more than 62 bits."""
+        if not isinstance(value, tuple) or not all(
+            type(number) is int and 0 <= number < 1 << 62 for number in value
+        ):
+            raise self._fault("has no valid shape", name)
+        return value
+
+    def _mapping(self, fields: Mapping[Any, object], name: str) -> Mapping[Any, object]:
+        value = fields.get(name)
+        if not isinstance(value, Mapping):
+            raise self._fault(f"has no {name}")
+        return value
+
+    def _fields(self, value: object, kind: str, tensor: str | None = None) -> dict[Any, Any]:
+        """The attributes of an object of some class."""
+        state = value.state if isinstance(value, Placeholder) else None
+        if self._kind(value) != kind or not isinstance(state, dict):
+            raise self._fault(f"has no {kind} where torch writes one", tensor)
+        return state
+
+    @staticmethod
+    def _kind(value: object) -> str:
+        return value.origin.rpartition(".")[2] if isinstance(value, Placeholder) else ""
+
+    def _fault(self, message: str, tensor: str | None = None) -> FormatError:
+        return FormatError(printable(message), path=self.path, tensor=tensor)
+
+
+_CHUNK = ("offsets", "sizes")
+_INFO = ("relative_path", "offset", "length")
+
+
+def _is_below(name: str) -> bool:
+    """Whether a relative path stays in its directory."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.replace("\\", "/").split("/"))

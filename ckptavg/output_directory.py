@@ -1,0 +1,195 @@
+"""Write a directory so that it is there whole or not at all.
+
+Its files are written into a temporary directory beside its destination, which then takes its name:
+by a rename, or, where a directory is replaced, by one exchange of the two names.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import ctypes
+import errno
+import itertools
+import os
+import secrets
+import shutil
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ckptavg.errors import OutputError, printable
+from ckptavg.formats import huggingface
+from ckptavg.output import OutputFile, check_parent
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from types import TracebackType
+
+    from ckptavg.layout import Layout
+
+_AT_FDCWD = -100
+_EXCHANGE = 2  # RENAME_EXCHANGE, and RENAME_SWAP of macOS
+_SHOWN = 3
+
+
+def check_directory_destination(path: Path, names: Collection[str], *, force: bool) -> None:
+    """Find out before the work starts whether a directory can be put there.
+
+    Args:
+        path: where it goes.
+        names: what will be in it.
+        force: replace a directory, if it holds nothing that the new one does not bring.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise OutputError("is no directory", path=path, remedy="choose another output")
+    present = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if present and not force:
+        raise OutputError("exists already", path=path, remedy="--force replaces it")
+    known = {name.partition("/")[0] for name in names}
+    strangers = [name for name in present if name not in known and not huggingface.is_own(name)]
+    if strangers:
+        shown = ", ".join(map(printable, strangers[:_SHOWN]))
+        more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
+        raise OutputError(
+            f"holds what the output would not bring ({shown}{more}) and --force would remove",
+            path=path,
+            remedy="remove that, or choose another output",
+        )
+    check_parent(path)
+
+
+class OutputDirectory:
+    """The output while it is being written: a context that leaves nothing behind unless committed.
+
+    Args:
+        path: its destination.
+        layout: its files.
+        force: replace what is there.
+        fsync: have it on the disk before it gets its name.
+
+    Raises:
+        OutputError: there is no room, or the disk fails.
+    """
+
+    def __init__(self, path: Path, layout: Layout, *, force: bool, fsync: bool) -> None:
+        self.path = path.resolve() if path.is_symlink() else path
+        self._layout, self._force, self._fsync = layout, force, fsync
+        sizes = [file.size for file in layout.files.values()]
+        self._bases = list(itertools.accumulate(sizes, initial=0))[:-1]
+        self._files: list[OutputFile] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._folder = self.path.with_name(f".ckptavg-{secrets.token_hex(4)}.tmp")
+        with contextlib.ExitStack() as stack:
+            with self._explained():
+                self._folder.mkdir()
+                stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+                for name, layout in self._layout.files.items():
+                    path = self._folder / name
+                    path.parent.mkdir(exist_ok=True)
+                    file = OutputFile(path, layout, force=False, fsync=self._fsync)
+                    self._files.append(stack.enter_context(file))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`. Safe from several threads at once."""
+        # Of files without a byte, which have one base, the last is no empty one.
+        number = bisect.bisect_right(self._bases, offset) - 1
+        with self._explained():
+            self._files[number].write(offset - self._bases[number], data)
+
+    def commit(self) -> None:
+        """Bring all files to the disk, and give the directory its name."""
+        with self._explained():
+            for file in self._files:
+                file.commit()
+            if self._fsync:
+                _sync(self._folder)
+            self._publish()
+            if self._fsync:
+                with contextlib.suppress(OSError):
+                    _sync(self.path.parent)
+
+    def _publish(self) -> None:
+        if not self._force or not self.path.exists():
+            self._folder.rename(self.path)  # over an empty directory, and over no other
+            return
+        self._folder.chmod(stat.S_IMODE(self.path.stat().st_mode))
+        try:
+            exchange(self._folder, self.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            self._replace_in_two_steps()
+
+    def _replace_in_two_steps(self) -> None:
+        """For file systems that cannot exchange two names."""
+        aside = self.path.with_name(f"{self._folder.name}-old")
+        self.path.rename(aside)
+        try:
+            self._folder.rename(self.path)
+        except OSError:
+            aside.rename(self.path)
+            raise
+        aside.rename(self._folder)  # which goes away
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OutputError as error:
+            if isinstance(error.path, Path) and error.path.is_relative_to(self._folder):
+                error.path = self.path / error.path.relative_to(self._folder)
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise OutputError(
+                    "exists already: somebody wrote it meanwhile",
+                    path=self.path,
+                    remedy="--force replaces it",
+                ) from error
+            raise OutputError(f"cannot write it: {error.strerror}", path=self.path) from error
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange two names in one step.
+
+    Raises:
+        OSError: the system (ENOSYS) or the file system (EINVAL) cannot.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin":
+        result = library.renamex_np(*names, _EXCHANGE)
+    elif hasattr(library, "renameat2"):
+        result = library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE)
+    else:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(one))
+
+
+def _sync(path: Path) -> None:
+    """Bring the names in a directory to the disk; not every file system can."""
+    directory = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(directory)
+    finally:
+        os.close(directory)

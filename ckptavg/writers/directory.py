@@ -1,0 +1,142 @@
+"""Lay out a directory as Hugging Face's `save_pretrained` does: weights, index, configuration.
+
+https://huggingface.co/docs/transformers/big_models. The weights are safetensors, in one file or in
+shards with an index; what else the last checkpoint has for `from_pretrained` comes along.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import OutputError
+from ckptavg.formats import huggingface
+from ckptavg.layout import Copy, FileLayout, Layout
+from ckptavg.parts import open_source
+from ckptavg.writers.safetensors import lay_out_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.layout import OutputTensor
+
+# State of the training, other weights, and logs: what `from_pretrained` has no use for.
+_NOT_ALONG = re.compile(
+    r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|tar|pkl|msgpack|h5|onnx|gguf|distcp|lock|tmp)"
+    r"|.*\.index\.json|trainer_state\.json|zero_to_fp32\.py|latest|events\.out\..*"
+)
+_FOLDERS_ALONG = ("additional_chat_templates",)
+_ADAPTER = "adapter_model"
+
+
+def lay_out_directory(
+    path: Path,
+    tensors: Sequence[OutputTensor],
+    metadata: Mapping[str, str],
+    last: Checkpoint,
+    *,
+    max_shard_size: int | None = None,
+    replaced: Mapping[str, bytes] | None = None,
+) -> Layout:
+    """Lay out the directory.
+
+    Args:
+        path: the output, for messages.
+        tensors: in the order in which they are to stand.
+        metadata: strings for the header of each file of weights.
+        last: the checkpoint whose configuration comes along.
+        max_shard_size: bytes of tensors in a file; None for what the last checkpoint has.
+        replaced: files that are not to be as the last checkpoint has them.
+
+    Raises:
+        OutputError: the format has no such dtype or name.
+    """
+    stem = huggingface.stem(last.path) if last.container == "huggingface" else "model"
+    shards = list(_shards(tensors, max_shard_size or _own_shard_size(last)))
+    if len(shards) > 1 and stem == _ADAPTER:
+        raise OutputError("PEFT reads no adapter in shards", path=path)
+    files: dict[str, FileLayout] = {}
+    targets: list[tuple[int, ...]] = []
+    base = 0
+    names = _shard_names(stem, len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        laid_out = lay_out_safetensors(path / name, shard, metadata)
+        files |= {name: laid_out.files[""]}
+        targets += [tuple(base + start for start in starts) for starts in laid_out.targets]
+        base += laid_out.size
+    if len(shards) > 1:
+        index = _index(dict(zip(names, shards, strict=True)))
+        files[f"{stem}.safetensors{huggingface.INDEX}"] = _of_bytes(index)
+    files |= {name: _of_bytes(data) for name, data in (replaced or {}).items()}
+    along = {name: file for name, file in _companions(last) if name not in files}
+    copies = []
+    base = sum(file.size for file in files.values())
+    for name, file in along.items():
+        source = open_source(file)
+        files[name] = FileLayout(source.size)
+        copies.append(Copy(source, 0, source.size, base))
+        base += source.size
+    return Layout(files, tuple(targets), tuple(copies))
+
+
+def _own_shard_size(last: Checkpoint) -> int | None:
+    """The size of the largest of the last checkpoint's shards, if it has several."""
+    sizes = [part.size for part in last.parts]
+    return max(sizes) if last.container == "huggingface" and len(sizes) > 1 else None
+
+
+def _shards(
+    tensors: Sequence[OutputTensor], max_shard_size: int | None
+) -> Iterator[list[OutputTensor]]:
+    """Fill one after the other; a tensor that is larger than a shard has one of its own."""
+    shard: list[OutputTensor] = []
+    filled = 0
+    for tensor in tensors:
+        nbytes = tensor.nbytes * len(tensor.names)
+        if shard and max_shard_size is not None and filled + nbytes > max_shard_size:
+            yield shard
+            shard, filled = [], 0
+        shard.append(tensor)
+        filled += nbytes
+    yield shard
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
+    tensors = list(itertools.chain(*shards.values()))
+    weight_map = {
+        name: file for file, shard in shards.items() for tensor in shard for name in tensor.names
+    }
+    total = sum(tensor.nbytes * len(tensor.names) for tensor in tensors)
+    return to_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """A configuration file as these libraries write it."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _of_bytes(data: bytes) -> FileLayout:
+    return FileLayout(len(data), ((0, data),))
+
+
+def _companions(last: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """What comes along from the last checkpoint: configuration, tokenizer, code."""
+    if last.container != "huggingface":
+        return
+    for entry in sorted(last.path.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir() and entry.name in _FOLDERS_ALONG:
+            for inner in sorted(entry.iterdir(), key=lambda inner: inner.name):
+                if inner.is_file():
+                    yield f"{entry.name}/{inner.name}", inner
+        elif entry.is_file() and not _NOT_ALONG.fullmatch(entry.name):
+            yield entry.name, entry

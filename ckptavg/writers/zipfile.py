@@ -1,0 +1,131 @@
+"""Lay out a zip of stored records whose big ones are filled in later.
+
+https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.7 to 4.3.16.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptavg.layout import Checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_ALIGNMENT = 64  # torch's
+
+
+@dataclass(slots=True)
+class _Record:
+    name: bytes
+    header: int
+    start: int
+    size: int
+    crc: int | None
+    directory: int = 0
+
+
+_LOCAL = struct.Struct("<4s5HIII2H")
+_CENTRAL = struct.Struct("<4s6HIII5HII")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4HIIH")
+_VERSION = 45  # zip64
+_UTF8 = 1 << 11
+CRC_IN_LOCAL, CRC_IN_CENTRAL = 14, 16
+_MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
+_EPOCH = (0, 0x21)  # 1980-01-01: the same inputs give the same bytes
+
+
+class Zip:
+    """The skeleton of a zip whose big records are filled in later.
+
+    Args:
+        folder: what all records are in.
+        start: where the first record begins: behind those of a zip that is taken over.
+    """
+
+    def __init__(self, folder: str = "archive/", start: int = 0) -> None:
+        self.blobs: list[tuple[int, bytes]] = []
+        self.end = start
+        self._folder = folder
+        self._records: list[_Record] = []
+
+    def _put(self, data: bytes) -> int:
+        start = self.end
+        self.blobs.append((start, data))
+        self.end += len(data)
+        return start
+
+    def add(self, name: str, data: bytes) -> None:
+        """A record whose bytes are known."""
+        self._open(name, len(data), zlib.crc32(data))
+        self._put(data)
+
+    def reserve(self, name: str, size: int) -> int:
+        """A record whose bytes come later; returns where they begin."""
+        start = self._open(name, size, None if size else 0)
+        self.end += size
+        return start
+
+    def _open(self, name: str, size: int, crc: int | None) -> int:
+        encoded = (self._folder + name).encode()
+        zip64 = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""
+        unpadded = self.end + _LOCAL.size + len(encoded) + len(zip64) + 4
+        padding = -unpadded % _ALIGNMENT
+        extra = zip64 + struct.pack("<2s1H", b"FB", padding) + b"Z" * padding
+        short = min(size, _MAX32)
+        local = _LOCAL.pack(
+            b"PK\3\4", _VERSION, _UTF8, 0, *_EPOCH, crc or 0, short, short, len(encoded), len(extra)
+        )
+        header = self._put(local + encoded + extra)
+        self._records.append(_Record(encoded, header, self.end, size, crc))
+        return self.end
+
+    def finish(self, entries: Sequence[bytes] = ()) -> list[int]:
+        """The central directory, with the 64-bit trailer always: one shape for every size.
+
+        Args:
+            entries: of the zip that is taken over, as its own directory has them.
+
+        Returns:
+            Where each of those entries is now.
+        """
+        start = self.end
+        places = [self._put(entry) for entry in entries]
+        for record in self._records:
+            record.directory = self._put(self._central(record))
+        size, count = self.end - start, len(entries) + len(self._records)
+        end64 = self._put(
+            _END64.pack(
+                b"PK\6\6", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, size, start
+            )
+        )
+        self._put(_LOCATOR64.pack(b"PK\6\7", 0, end64, 1))
+        few = min(count, _MAX16)
+        self._put(_END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), min(start, _MAX32), 0))
+        return places
+
+    @staticmethod
+    def _central(record: _Record) -> bytes:
+        wide = [record.size, record.size] if record.size >= _MAX32 else []
+        wide += [record.header] if record.header >= _MAX32 else []
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        short = min(record.size, _MAX32)
+        fixed = _CENTRAL.pack(
+            b"PK\1\2",
+            *(_VERSION, _VERSION, _UTF8, 0, *_EPOCH),
+            *(record.crc or 0, short, short, len(record.name), len(extra)),
+            *(0, 0, 0, 0, min(record.header, _MAX32)),
+        )
+        return fixed + record.name + extra
+
+    def checksums(self) -> Iterator[Checksum]:
+        """The records whose checksum is not known yet."""
+        for record in self._records:
+            if record.crc is None:
+                places = (record.header + CRC_IN_LOCAL, record.directory + CRC_IN_CENTRAL)
+                yield Checksum(record.start, record.size, places)

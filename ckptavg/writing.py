@@ -1,0 +1,130 @@
+"""Carry out a plan: the output is complete afterwards, or was never there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.engine import BadValueError, execute
+from ckptavg.errors import OutputError
+from ckptavg.output import OutputFile, check_destination
+from ckptavg.output_directory import OutputDirectory, check_directory_destination
+from ckptavg.paths import is_remote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from ckptavg.collect import Collection
+    from ckptavg.layout import Layout
+    from ckptavg.plan import Plan
+    from ckptavg.weights import Weights
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written since the last call, and with those of the whole output."""
+
+
+def refuse_own_input(output: Path, files: Iterable[Path]) -> None:
+    """An output must not take the place of what it is made of.
+
+    Args:
+        output: where it goes.
+        files: the inputs' files.
+
+    Raises:
+        OutputError: it is one of them.
+    """
+    within = output.resolve() if output.is_dir() else None
+    for path in files:
+        if is_remote(path):
+            continue
+        if within and (path.parent.resolve() / path.name).is_relative_to(within):
+            raise OutputError(
+                "is the directory of the checkpoints", path=output, remedy="choose another output"
+            )
+        if output.exists() and path.exists() and output.samefile(path):
+            raise OutputError(
+                "is itself one of the checkpoints", path=output, remedy="choose another output"
+            )
+
+
+def check_output(path: Path, layout: Layout, *, force: bool) -> None:
+    """Find out before the work starts whether the output can be put there.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if layout.is_directory:
+        check_directory_destination(path, layout.files, force=force)
+    else:
+        check_destination(path, force=force)
+
+
+def write(
+    plan: Plan,
+    layout: Layout,
+    output: Path,
+    *,
+    force: bool,
+    fsync: bool,
+    threads: int,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Carry a plan out: the file is complete afterwards, or was never there.
+
+    Raises:
+        ValueRangeError: a value in an input is NaN or Inf, or one in the output would be.
+        OutputError: the output cannot be written.
+    """
+    total = sum(copied.size for copied in layout.copies) + sum(
+        tensor.nbytes * (len(targets) + len(layout.scattered.get(position, ())))
+        for position, (tensor, targets) in enumerate(zip(plan.outputs, layout.targets, strict=True))
+    )
+    written = 0
+    with _open(output, layout, force=force, fsync=fsync) as sink:
+        steps = execute(plan.jobs(layout), sink, threads, allow_nonfinite=allow_nonfinite)
+        with contextlib.closing(steps):
+            try:
+                for done in steps:
+                    written += done
+                    if progress is not None:
+                        progress(done, total)
+            except BadValueError as error:
+                raise plan.name_of(error) from error
+        for source in plan.used:
+            for part in source.checkpoint.parts:
+                part.check_unchanged()
+        if written != total:
+            raise OutputError(f"only {written} of {total} bytes were made", path=output)
+        sink.commit()
+
+
+def _open(
+    output: Path, layout: Layout, *, force: bool, fsync: bool
+) -> OutputFile | OutputDirectory:
+    if layout.is_directory:
+        return OutputDirectory(output, layout, force=force, fsync=fsync)
+    return OutputFile(output, layout.files[""], force=force, fsync=fsync)
+
+
+def encode_provenance(entry: dict[str, Any]) -> str:
+    """Our entry in a file's metadata: JSON, the same text for the same facts."""
+    return json.dumps(entry, separators=(",", ":"), sort_keys=True)
+
+
+def provenance_sources(collection: Collection, weights: Weights) -> list[dict[str, Any]]:
+    """What a file says of its sources: no absolute paths, no times."""
+    return [
+        {
+            "name": label,
+            "bytes": source.checkpoint.size,
+            "header_sha256": source.checkpoint.digest,
+            "weight": value / weights.divisor,
+        }
+        for label, source, value in zip(
+            collection.labels(), collection.sources, weights.values, strict=True
+        )
+    ]

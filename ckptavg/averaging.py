@@ -12,6 +12,8 @@ from ckptavg.checkpoint import PROVENANCE
 from ckptavg.collect import Source, collect
 from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.layout import Layout, OutputTensor
+from ckptavg.lora import is_factor, is_lora, join
+from ckptavg.lora_config import CONFIG
 from ckptavg.parts import any_remote
 from ckptavg.paths import as_path, is_remote
 from ckptavg.plan import Plan, make_plan
@@ -106,6 +108,7 @@ def average(
     dtype: str | None = None,
     ints: Literal["equal", "last"] = "equal",
     norm_stats: Literal["average", "last"] = "average",
+    lora: Literal["separate", "exact"] = "separate",
     allow_nonfinite: bool = False,
     expect: int | None = None,
     force: bool = False,
@@ -134,6 +137,8 @@ def average(
         dtype: of the floating tensors in the output, by torch's name; None for the inputs' own.
         ints: `last` takes differing integer tensors from the last checkpoint.
         norm_stats: `last` takes running statistics from the last checkpoint.
+        lora: of LoRA adapters, `separate` averages the factors A and B apart, and `exact` their
+            products: the ranks then add up, and the output must be a directory.
         allow_nonfinite: let NaN and Inf pass.
         expect: how many checkpoints there must be.
         force: replace an existing output.
@@ -152,11 +157,12 @@ def average(
     """
     _check_options(
         dtype=dtype, ints=ints, norm_stats=norm_stats, threads=threads, container=container,
-        max_shard_size=max_shard_size,
+        max_shard_size=max_shard_size, lora=lora,
     )  # fmt: skip
     one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
     paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if one else inputs)]
-    collection = collect(paths, key=key, keep_prefix=keep_prefix, expect=expect)
+    exact = lora == "exact"
+    collection = collect(paths, key=key, keep_prefix=keep_prefix, expect=expect, any_rank=exact)
     count = len(collection.sources)
     column = uniform(count) if weights is None else explicit(weights, count)
     target = destination(
@@ -168,14 +174,29 @@ def average(
     if count == 1:
         name = printable(collection.labels()[0])
         log.warning("only one checkpoint: the output is a copy of %s", name)
+    replaced: dict[str, bytes] = {}
+    if exact:
+        if target.kind != "directory":
+            raise OutputError(
+                "the ranks add up, and a file of weights alone does not say so",
+                path=target.path,
+                remedy="let the output be a directory: end its name with a slash",
+            )
+        collection, replaced[CONFIG] = join(collection, column, allow_nonfinite=allow_nonfinite)
+    elif count > 1 and is_lora(collection.names):
+        log.warning(
+            "averaging the factors A and B of LoRA adapters apart is not averaging their products; "
+            "--lora exact does"
+        )
     plan = make_plan(
         collection,
         column,
         ints=ints,
         norm_stats=norm_stats,
         dtype=BY_NAME[dtype] if dtype else None,
+        joined=frozenset(filter(is_factor, collection.names)) if exact else frozenset(),
     )
-    layout = _layout(plan, column, target, drop_aliases=drop_aliases)
+    layout = _layout(plan, column, target, replaced, drop_aliases=drop_aliases)
     try:
         refuse_own_input(target.path, collection.files)
         check_output(target.path, layout, force=force)
@@ -201,6 +222,7 @@ def _check_options(
     threads: int | None,
     container: str,
     max_shard_size: int | None,
+    lora: str,
 ) -> None:
     """Refuse values that no option has.
 
@@ -213,6 +235,7 @@ def _check_options(
         ("ints", ints, ("equal", "last")),
         ("norm_stats", norm_stats, ("average", "last")),
         ("container", container, ("weights", "last")),
+        ("lora", lora, ("separate", "exact")),
     ):
         if value not in known:
             raise SelectionError(f"{option} is {known[0]!r} or {known[1]!r}, not {value!r}")
@@ -238,7 +261,14 @@ def default_threads(sources: Iterable[Source] = ()) -> int:
     return min(os.cpu_count() or 1, _MOST_THREADS)
 
 
-def _layout(plan: Plan, weights: Weights, target: Destination, *, drop_aliases: bool) -> Layout:
+def _layout(
+    plan: Plan,
+    weights: Weights,
+    target: Destination,
+    replaced: dict[str, bytes],
+    *,
+    drop_aliases: bool,
+) -> Layout:
     """The output's layout with its provenance in it."""
     last = plan.used[-1].checkpoint
     metadata = {"format": "pt"} | dict(last.metadata)
@@ -258,7 +288,7 @@ def _layout(plan: Plan, weights: Weights, target: Destination, *, drop_aliases: 
             "norm_stats": {"state": _norm_state(plan)},
         }
     )
-    return lay_out(target, outputs, metadata, last, places=plan.places_in_last)
+    return lay_out(target, outputs, metadata, last, places=plan.places_in_last, replaced=replaced)
 
 
 def _norm_state(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,12 @@ from ckptavg.compare import Contents
 from ckptavg.discover import find, hint
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import open_checkpoint
+from ckptavg.lora import is_factor
 from ckptavg.order import DIGITS, in_order, labels, natural
 from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 log = logging.getLogger("ckptavg")
@@ -39,12 +40,15 @@ class Source:
         parts: the part that each tensor is in, `[num_tensors]`.
         offsets: where in its part it begins, in bytes, `[num_tensors]`.
         strides: of those tensors that are not contiguous, by index.
+        shapes: of those tensors that have another shape than the reference's, by index: factors
+            of LoRA adapters, whose ranks may differ.
     """
 
     checkpoint: Checkpoint
     parts: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     strides: Mapping[int, tuple[int, ...]]
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -52,10 +56,10 @@ class Source:
         return self.checkpoint.path
 
     def tensor(self, index: int, like: Tensor) -> Tensor:
-        """The tensor at an index; dtype and shape are the reference's."""
+        """The tensor at an index, which is like the reference's."""
         return Tensor(
             like.dtype,
-            like.shape,
+            self.shapes.get(index, like.shape),
             int(self.parts[index]),
             int(self.offsets[index]),
             self.strides.get(index),
@@ -114,6 +118,7 @@ def collect(
     key: str | None = None,
     keep_prefix: bool = False,
     expect: int | None = None,
+    any_rank: bool = False,
 ) -> Collection:
     """Find, open, compare and order the checkpoints.
 
@@ -122,13 +127,14 @@ def collect(
         key: which state dict to take where a file holds several.
         keep_prefix: leave a wrapper's prefix on the names.
         expect: how many checkpoints there must be.
+        any_rank: let the ranks of LoRA factors differ.
 
     Raises:
         SelectionError: there are none, or not as many as expected.
         FormatError: one of them is damaged or of an unknown kind.
         MismatchError: they differ in names, shapes or dtypes.
     """
-    gathered = _Gathered()
+    gathered = _Gathered(any_rank=any_rank)
     taken_off: dict[str, int] = defaultdict(int)
     for path, named in find(inputs):
         opened = _open(path, key, named=named)
@@ -161,7 +167,8 @@ def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
 class _Gathered:
     """What has been opened so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_rank: bool) -> None:
+        self._any_rank = any_rank
         self.reference: Checkpoint | None = None
         self.sources: list[Source] = []
         self.differences: list[str] = []
@@ -173,7 +180,7 @@ class _Gathered:
             first = self.sources[0]
             self.sources.append(replace(first, checkpoint=replace(checkpoint, tensors={})))
             return
-        elif differences := list(compare(self.reference, checkpoint)):
+        elif differences := list(compare(self.reference, checkpoint, any_rank=self._any_rank)):
             self.differences += differences
             return
         self.sources.append(_locate(self.reference.tensors, checkpoint))
@@ -210,7 +217,7 @@ def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
         log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))
 
 
-def compare(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
+def compare(reference: Checkpoint, other: Checkpoint, *, any_rank: bool = False) -> Iterator[str]:
     """Every difference of names, shapes and dtypes, a line each."""
     mine, theirs = printable(reference.path), printable(other.path)
     for name, tensor in reference.tensors.items():
@@ -218,7 +225,7 @@ def compare(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
         if found is None:
             yield f"{printable(name)}: in {mine}, missing in {theirs}"
             continue
-        if found.shape != tensor.shape:
+        if found.shape != tensor.shape and not (any_rank and is_factor(name)):
             yield f"{printable(name)}: shape {tensor.shape} in {mine}, {found.shape} in {theirs}"
         if found.dtype is not tensor.dtype:
             yield (
@@ -228,8 +235,8 @@ def compare(reference: Checkpoint, other: Checkpoint) -> Iterator[str]:
         yield f"{printable(name)}: in {theirs}, missing in {mine}"
 
 
-def _locate(names: Iterable[str], checkpoint: Checkpoint) -> Source:
-    tensors = [checkpoint.tensors[name] for name in names]
+def _locate(reference: Mapping[str, Tensor], checkpoint: Checkpoint) -> Source:
+    tensors = [checkpoint.tensors[name] for name in reference]
     return Source(
         replace(checkpoint, tensors={}),
         np.array([tensor.part for tensor in tensors], np.int32),
@@ -238,6 +245,11 @@ def _locate(names: Iterable[str], checkpoint: Checkpoint) -> Source:
             index: tensor.strides
             for index, tensor in enumerate(tensors)
             if tensor.strides is not None
+        },
+        {
+            index: tensor.shape
+            for index, (tensor, like) in enumerate(zip(tensors, reference.values(), strict=True))
+            if tensor.shape != like.shape
         },
     )
 

@@ -21,6 +21,7 @@ from ckptavg.runs import Integers, runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from ckptavg.collect import Collection, Source
     from ckptavg.tensors import DType, Tensor
@@ -194,6 +195,7 @@ def make_plan(
     ints: str = "equal",
     norm_stats: str = "average",
     dtype: DType | None = None,
+    joined: AbstractSet[str] = frozenset(),
 ) -> Plan:
     """Decide what becomes of every tensor and in which order the output has them.
 
@@ -204,6 +206,7 @@ def make_plan(
         ints: `equal`, or `last` to take differing integer tensors from the last checkpoint.
         norm_stats: `average`, or `last` to take running statistics from the last checkpoint.
         dtype: of the floating tensors in the output; None for the inputs' own.
+        joined: names of the tensors that the last checkpoint has of all of them already.
 
     Raises:
         FormatError: the weights are quantised, so that code and scale do not average apart.
@@ -219,6 +222,10 @@ def make_plan(
     if roles is None:
         refuse_quantised(collection)
         roles = decide_roles(collection, used, ints=ints, norm_stats=norm_stats)
+        roles = [
+            "joined" if name in joined else role
+            for name, role in zip(collection.names, roles, strict=True)
+        ]
         if not collection.order_is_known and not (weights.uniform and "last" not in roles):
             raise SelectionError(
                 "only some of the checkpoints have a step, and the result depends on their order: "

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from ckptavg.collect import Collection, Source
     from ckptavg.tensors import Tensor
 
-Role = Literal["averaged", "last", "kept"]
-"""What becomes of a tensor: its mean, the last checkpoint's, or what all of them have."""
+Role = Literal["averaged", "last", "kept", "joined"]
+"""What becomes of a tensor: its mean, the last checkpoint's, what all of them have, or (factors of
+LoRA adapters) all of them side by side."""
 
 _NORM_STATISTICS = ("running_mean", "running_var")
 _WIDEST_CODE = 8  # bits

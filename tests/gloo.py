@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from tests.oracle import StateDict
 
 RANKS = 4
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the host's name may resolve to nothing
 SHAPES: dict[str, tuple[int, ...]] = {
     "grid": (8, 6),
     "uneven": (7, 5),
@@ -63,7 +64,7 @@ def save_all(folder: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.gloo", str(rank), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": _LOOPBACK},
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -71,7 +72,11 @@ def save_all(folder: Path) -> None:
         )
         for rank in range(RANKS)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
@@ -113,9 +118,14 @@ def main(rank: int, folder: Path) -> None:
     grid = DeviceMesh("cpu", [[0, 1], [2, 3]])
     if rank < 2:
         state = sharded(whole_state(2), two, Shard(0))
-        dcp.save({"model": state}, checkpoint_id=folder / "rows2", process_group=two.get_group())
+        save(
+            {"model": state, "step": 2},
+            checkpoint_id=folder / "rows2",
+            process_group=two.get_group(),
+        )
     if rank == 0:
-        dcp.save({"model": whole_state(1)}, checkpoint_id=folder / "rows1", no_dist=True)
+        state = {"model": whole_state(1), "step": 1}
+        save(state, checkpoint_id=folder / "rows1", no_dist=True)
     layouts: dict[str, tuple[DeviceMesh, tuple[Placement, ...]]] = {
         "rows4": (four, (Shard(0),)),
         "columns4": (four, (Shard(1),)),
@@ -126,20 +136,21 @@ def main(rank: int, folder: Path) -> None:
     }
     for number, (name, (mesh, placements)) in enumerate(layouts.items(), 3):
         state = sharded(whole_state(number), mesh, *placements)
-        dcp.save({"model": state, "step": number}, checkpoint_id=folder / name)
+        save({"model": state, "step": number}, checkpoint_id=folder / name)
     turned = {
         name: turn(tensor)
         for name, tensor in sharded(whole_state(9), four, Shard(0)).items()
         if tensor.dim() == 2
     }
-    dcp.save({"model": turned}, checkpoint_id=folder / "turned4")
+    save({"model": turned}, checkpoint_id=folder / "turned4")
     train(folder, four, rank)
     dist.destroy_process_group()
 
 
 def train(folder: Path, mesh: DeviceMesh, rank: int) -> None:
     """Two steps of FSDP2, each saved with the optimizer, and whole by rank 0."""
-    network = fully_shard(model(), mesh=mesh)
+    network = model()
+    fully_shard(network, mesh=mesh)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
     for step in (1, 2):
         network(torch.randn(4, 30)).square().mean().backward()
@@ -147,7 +158,7 @@ def train(folder: Path, mesh: DeviceMesh, rank: int) -> None:
         optimizer.zero_grad()
         weights, moments = get_state_dict(network, optimizer)
         state = {"model": weights, "optimizer": moments, "global_step": step, "rng": b"0" * 100}
-        dcp.save(state, checkpoint_id=folder / f"fsdp-{step}")
+        save(state, checkpoint_id=folder / f"fsdp-{step}")
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_model_state_dict(network, options=options)
         if rank == 0:

@@ -780,6 +780,49 @@ def test_lightning_s_weight_averaging_gives_the_current_weights(tmp_path):
     assert "state_dict" in opened.other_keys
 
 
+def test_fairseq_s_checkpoint_gives_its_model(tmp_path):
+    model, optimizer = trained()
+    configuration, omega = unimportable("DictConfig", _content={"lr": [0.1]}, _parent=None)
+    root = {
+        "args": argparse.Namespace(arch="transformer", lr=[0.05]),
+        "cfg": omega,
+        "model": model.state_dict(),
+        "criterion": {"weight": torch.ones(3)},
+        "optimizer_history": [
+            {"criterion_name": "CrossEntropyCriterion", "num_updates": 70, "lr_scheduler_state": {}}
+        ],
+        "task_state": {"vocabulary": {"counts": [1, 2]}},
+        "extra_state": {
+            "metrics": [("default", [{"priority": 10, "value": torch.tensor(2.0)}])],
+            "previous_training_time": 3.5,
+            "train_iterator": {"epoch": 4, "shuffle": True, "version": 2},
+            "val_loss": 2.5,
+        },
+        "last_optimizer_state": optimizer,
+    }
+    opened = open_checkpoint(save_and_forget(root, [configuration], tmp_path / "checkpoint4.pt"))
+    assert opened.key == "model"
+    assert opened.other_keys == ()
+    assert_same(opened, model.state_dict())
+
+
+def test_wenet_s_checkpoint_gives_its_model(tmp_path):
+    model, optimizer = trained()
+    root = {
+        "model": model.state_dict(),
+        "optimizer": optimizer,
+        "lr_scheduler": {"_step_count": 3},
+        "step": 700,
+        "epoch": 4,
+        "lrs": [0.05],
+        "loss_dict": {"loss": torch.tensor(2.0), "acc": torch.tensor(0.5)},
+    }
+    opened = open_checkpoint(save(root, tmp_path / "step_700.pt"))
+    assert opened.key == "model"
+    assert opened.step == ("step", 700)
+    assert_same(opened, model.state_dict())
+
+
 def test_two_models_are_an_error_that_lists_them_and_tells_of_key(tmp_path):
     state = small_model().state_dict()
     root = {"generator": state, "discriminator": scaled(state, 2), "epoch": 1}

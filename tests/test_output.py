@@ -24,7 +24,9 @@ def temporary(request, monkeypatch):
         monkeypatch.delattr(os, "O_TMPFILE", raising=False)
 
 
-def write(path: Path, *, force: bool = False, fsync: bool = True, layout: FileLayout = LAYOUT) -> None:
+def write(
+    path: Path, *, force: bool = False, fsync: bool = True, layout: FileLayout = LAYOUT
+) -> None:
     with OutputFile(path, layout, force=force, fsync=fsync) as sink:
         sink.write(4, memoryview(b"0123456789abcdef"))
         sink.commit()

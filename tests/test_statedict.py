@@ -244,6 +244,13 @@ def optimizer(rate):
         ({"optimizer": optimizer(float("nan"))}, {}),
         ({"optimizer": Placeholder("m.Optimizer", ())}, {}),
         ({3: optimizer(0.1), None: 1}, {}),
+        ({"global_steps": 7}, {}),
+        ({"module": STATE, "dp_world_size": 2, "global_steps": 7}, {"global_step": 7}),
+        (
+            {"module": STATE, "ds_version": "0.16.4", "global_steps": 7, "global_step": 14},
+            {"global_step": 14},
+        ),
+        ({"module": STATE, "ds_config": {}, "global_steps": TENSOR}, {}),
         ([], {}),
         (None, {}),
         (TENSOR, {}),

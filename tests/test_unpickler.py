@@ -27,10 +27,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptavg.errors import printable
+from ckptavg.errors import CkptAvgError, printable
 from ckptavg.formats.pickled import Placeholder, UnreadableTensor
 from ckptavg.formats.statedict import find_state_dicts, training_facts
-from ckptavg.formats.unpickler import PickleError, load
+from ckptavg.formats.unpickler import InertUnpickler, PickleError, load, run
 from tests.pickle_bombs import BOMBS, MEMORY, SECONDS, get, named, stack_global, stop, text
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -238,6 +238,43 @@ def test_what_a_list_refers_to_may_be_the_list_itself():
     cycle.append(cycle)
     found = built(pickle.dumps(cycle))
     assert found[0] is found
+
+
+# Of a stream
+
+
+def test_a_stream_is_left_where_the_pickle_ends():
+    values = [{"a": [1, 2]}, Settings(), "text" * 50_000, 3]
+    for protocol in PROTOCOLS:
+        stream = io.BytesIO(b"head" + b"".join(pickle.dumps(value, protocol) for value in values))
+        stream.seek(4)
+        for value in values:
+            found = run(InertUnpickler(stream))
+            assert found == value or isinstance(found, Placeholder)
+        assert stream.read() == b""
+
+
+def test_what_calls_may_copy_goes_by_the_pickle_and_not_by_what_follows_it():
+    bomb = BOMBS["laughing Size()"]
+    with pytest.raises(PickleError, match="multiply"):
+        run(InertUnpickler(io.BytesIO(bomb + bytes(100_000_000))))
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_pickle(monkeypatch):
+    def unreadable(_):
+        raise CkptAvgError("cannot read it")
+
+    machine = InertUnpickler(io.BytesIO(b"N."))
+    monkeypatch.setattr(machine, "_file_read", unreadable)
+    with pytest.raises(CkptAvgError, match="cannot read it"):
+        run(machine)
+
+
+def test_strings_of_python_2_are_text_whatever_bytes_they_have():
+    short = pickle.SHORT_BINSTRING
+    assert load(stop(short + b"\1a", 2)) == "a"
+    assert load(stop(short + b"\2\xc3\xa9", 2)) == "é"
+    assert load(stop(b"(" + short + b"\1\xff" + short + b"\1\xfet", 2)) == ("\\xff", "\\xfe")
 
 
 # What it never does: anything

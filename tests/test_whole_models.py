@@ -7,6 +7,7 @@ import collections
 import sys
 import time
 import types
+import zipfile
 from typing import Any
 
 import pytest
@@ -432,9 +433,7 @@ def test_a_strange_set_of_hidden_buffers_hides_none(hidden):
 
 
 def test_a_hidden_buffer_does_not_hide_a_parameter_of_its_name():
-    read = ModuleReader(None).state_dict(
-        module({"b": TENSOR}, {"c": TENSOR}, hidden={"b", "c"})
-    )
+    read = ModuleReader(None).state_dict(module({"b": TENSOR}, {"c": TENSOR}, hidden={"b", "c"}))
     assert list(read) == ["b"]
 
 
@@ -556,7 +555,11 @@ def test_a_pipeline_s_file_without_weights_has_no_state_dict(tmp_path):
 @pytest.mark.parametrize("compile_", ["script", "trace"])
 def test_a_torchscript_program_is_called_one(tmp_path, compile_):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2)).eval()
-    made = torch.jit.script(model) if compile_ == "script" else torch.jit.trace(model, torch.ones(1, 3))
+    made = (
+        torch.jit.script(model)
+        if compile_ == "script"
+        else torch.jit.trace(model, torch.ones(1, 3))
+    )
     torch.jit.save(made, tmp_path / "x.pt")
     message = refusal(tmp_path / "x.pt")
     assert "is a TorchScript program" in message
@@ -568,4 +571,20 @@ def test_an_exported_program_is_called_one(tmp_path):
     torch.export.save(exported, tmp_path / "x.pt2")
     message = refusal(tmp_path / "x.pt2")
     assert "is a torch.export program" in message
+    assert "state_dict()" in message
+
+
+def test_an_exported_program_of_torch_2_1_is_called_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as archive:
+        for name in ("serialized_exported_program.json", "serialized_state_dict.json", "version"):
+            archive.writestr(name, "{}")
+    assert "is a torch.export program" in refusal(tmp_path / "x.pt2")
+
+
+def test_a_compiled_package_is_called_one(tmp_path):
+    package = pytest.importorskip("torch.export.pt2_archive._package")
+    (tmp_path / "model.so").write_bytes(b"code")
+    package.package_pt2(tmp_path / "x.pt2", aoti_files={"model": [str(tmp_path / "model.so")]})
+    message = refusal(tmp_path / "x.pt2")
+    assert "is an AOTInductor package" in message
     assert "state_dict()" in message

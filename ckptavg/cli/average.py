@@ -31,6 +31,7 @@ _ROLES = {
     "averaged": "averaged",
     "last": "taken from the last checkpoint",
     "kept": "the same in all",
+    "joined": "LoRA factors side by side",
 }
 
 
@@ -83,6 +84,14 @@ _ROLES = {
     default="average",
     show_default=True,
     help="What becomes of running_mean and running_var.",
+)
+@click.option(
+    "--lora",
+    type=click.Choice(["separate", "exact"]),
+    default="separate",
+    show_default=True,
+    help="Average the factors A and B of LoRA adapters apart, or their products exactly: the "
+    "ranks then add up.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf in the inputs pass.")
 @click.option(

@@ -60,7 +60,8 @@ def bn_refresh(
     with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
         report = refresh_checkpoint(
             checkpoint, output, refresh,
-            key=key, in_place=in_place, container=container, force=force, fsync=not no_fsync, progress=progress,
+            key=key, in_place=in_place, container=container,
+            force=force, fsync=not no_fsync, progress=progress,
         )  # fmt: skip
     say_report(console, report)
     console.say(f"  wrote {output or checkpoint}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a piece sits in its tensor: index of its first element, and its dimensions."""
 
-_MOST_COMPARED = 5_000_000  # pairs of pieces of one tensor; 10,000 rows or a grid need far fewer
+_MOST_COMPARED = 2_000_000  # pairs of pieces of one tensor; a grid of 128 x 128 needs half of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,11 +151,11 @@ def _below(entries: Mapping[Any, object], prefix: str) -> dict[str, object]:
 def _describe(shards: Shards, values: Mapping[str, object]) -> tuple[dict[str, Tensor], Blocks]:
     """The tensors, and the part that they are in.
 
-    They lie there as the output has them: wide element types first. So the neighbours are the
-    same however many ranks there were, and are averaged in one run.
+    They lie there with wide element types first, as the output has them, and then by name: torch's
+    order changes with the ranks. So neighbours are the same in all, and averaged in one run.
     """
     leaves = {name: _readable(shards.path, name, value) for name, value in values.items()}
-    order = sorted(leaves, key=lambda name: -leaves[name].dtype.bits)
+    order = sorted(leaves, key=lambda name: (-leaves[name].dtype.bits, name))
     boxes = shards.boxes({leaf.storage.key: leaf for leaf in leaves.values()})
     pieces = {
         name: Pieces.of(leaves[name].dtype, leaves[name].shape, boxes[leaves[name].storage.key])
@@ -189,12 +189,12 @@ def _tensor(tensor: Pieces, offset: int, numbers: Mapping[int, int]) -> Tensor:
 def _facts(shards: Shards, tree: Mapping[Any, object]) -> dict[str, int | float]:
     """What is recorded at the top, or in torchtitan's `train_state`, of the training."""
     found: dict[str, object] = {}
-    for folder in (tree, *(tree.get(name) for name in _FACT_FOLDERS)):
+    for folder in (*(tree.get(name) for name in _FACT_FOLDERS), tree):
         if isinstance(folder, Mapping):
-            for name in STEP_FACTS:
+            for name in folder.keys() & set(STEP_FACTS):
                 with contextlib.suppress(FormatError):
-                    found.setdefault(name, shards.number(folder.get(name)))
-    return training_facts({name: value for name, value in found.items() if value is not None})
+                    found[name] = shards.number(folder[name])
+    return training_facts(found)
 
 
 def _lightning_facts(path: Path) -> dict[str, int | float]:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 Offsets = tuple[int, ...]
 
+# A small pickle can name one long list again and again: bound what is gone through.
+_MOST_PIECES = 5_000_000
+_LONGEST_PLACE = 100
+_MOST_DIMENSIONS = 64
+
 
 class Item(NamedTuple):
     """Where a piece of a tensor, or some other object, is: in one of the files.
@@ -73,13 +78,16 @@ class Metadata:
         if not all(isinstance(name, str) for name in self._entries):
             raise self._fault("has an entry without a name")
         self.names: tuple[str, ...] = tuple(self._entries)
+        self._pieces_left = _MOST_PIECES
 
     def place(self, name: str) -> tuple[str | int, ...]:
         """Where an entry was in the nested state dict; its name alone where nothing says it."""
         place = self._places.get(name, (name,))
-        if not isinstance(place, tuple) or not place:
-            raise self._fault("has no valid place in the state dict", name)
-        if not all(isinstance(key, str | int) for key in place):
+        if (
+            not isinstance(place, tuple)
+            or not 1 <= len(place) <= _LONGEST_PLACE
+            or not all(isinstance(key, str | int) for key in place)
+        ):
             raise self._fault("has no valid place in the state dict", name)
         return place
 
@@ -108,6 +116,9 @@ class Metadata:
         chunks = self._fields(self._entries[name], "TensorStorageMetadata", name).get("chunks")
         if not isinstance(chunks, list):
             raise self._fault("has no list of pieces", name)
+        self._pieces_left -= len(chunks)
+        if self._pieces_left < 0:
+            raise self._fault(f"has more than {_MOST_PIECES} pieces of tensors", name)
         regions: dict[Region, None] = {}
         for chunk in chunks:
             fields = self._fields(chunk, "ChunkStorageMetadata", name)
@@ -134,16 +145,16 @@ class Metadata:
     def _item(self, info: object, name: str) -> Item:
         fields = self._fields(info, "_StorageInfo", name)
         if fields.get("transform_descriptors"):
-            what = printable(fields["transform_descriptors"])
             raise FormatError(
-                f"is stored by way of {what}, which is not supported",
+                f"is stored {_names(fields['transform_descriptors'])}, which is not supported",
                 path=self.path,
                 tensor=name,
-                remedy="save it again without extensions",
+                remedy="save it again without extensions of torch.distributed.checkpoint",
             )
         file, offset, length = (fields.get(field) for field in _INFO)
         if not isinstance(file, str) or not _is_below(file):
-            raise self._fault(f"is said to be in {file!r}, outside the checkpoint", name)
+            where = f"in {file!r}" if isinstance(file, str) else "nowhere"
+            raise self._fault(f"is said to be {where}, outside the checkpoint", name)
         if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
             raise self._fault("has no valid place in its file", name)
         return Item(file, offset, length)
@@ -157,8 +168,10 @@ class Metadata:
 
     def _numbers(self, value: object, name: str) -> tuple[int, ...]:
         """A `torch.Size`: no negative numbers, none of more than 62 bits."""
-        if not isinstance(value, tuple) or not all(
-            type(number) is int and 0 <= number < 1 << 62 for number in value
+        if (
+            not isinstance(value, tuple)
+            or len(value) > _MOST_DIMENSIONS
+            or not all(type(number) is int and 0 <= number < 1 << 62 for number in value)
         ):
             raise self._fault("has no valid shape", name)
         return value
@@ -186,6 +199,13 @@ class Metadata:
 
 _CHUNK = ("offsets", "sizes")
 _INFO = ("relative_path", "offset", "length")
+
+
+def _names(descriptors: object) -> str:
+    """How extensions name themselves: compression, encryption."""
+    known = descriptors if isinstance(descriptors, list | tuple) else ()
+    names = [name for name in known[:_LONGEST_PLACE] if isinstance(name, str)]
+    return printable(f"by way of {', '.join(names) or 'an extension'}")
 
 
 def _is_below(name: str) -> bool:

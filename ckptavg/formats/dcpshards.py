@@ -121,10 +121,11 @@ class Shards:
         return self._object(entry.name) if isinstance(entry, OtherEntry) else None
 
     def _object(self, name: str) -> object:
-        """What was saved under a name that is no tensor's; None where it is too large."""
-        [item] = self._metadata.items({name}).get((name, None), [None])
-        if item is None or item.length > _LARGEST_OBJECT:
+        """What was saved under a name that is no tensor's; None where it is not one, or large."""
+        items = self._metadata.items({name}).get((name, None), [])
+        if len(items) != 1 or items[0].length > _LARGEST_OBJECT:
             return None
+        [item] = items
         file = self._open(item.file, name)
         _check(file, item, name)
         archive = Archive.read(Section(file, item.offset, item.length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ckptavg.checkpoint import without_wrappers
-from ckptavg.errors import OutputError, printable
+from ckptavg.errors import CkptAvgError, OutputError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.parts import ByteSource
 from ckptavg.paths import is_remote
@@ -179,7 +180,7 @@ def _lay_out_container(
     everywhere: list[tuple[Tensor, ...]] = [(place,) for place in places]
     for name in last.other_keys:
         if not _also_takes_the_average(last, name):
-            log.warning("%s in the container stays the last checkpoint's", printable(name))
+            _mention_other(last, name, places)
             continue
         twins = _as_named(open_checkpoint(last.path, key=name))
         everywhere = [
@@ -187,6 +188,20 @@ def _lay_out_container(
             for tensor, each in zip(tensors, everywhere, strict=True)
         ]
     return lay_out_container(path, tensors, everywhere, file, metadata)
+
+
+def _mention_other(last: Checkpoint, name: str, places: Sequence[Tensor]) -> None:
+    """Say what becomes of another state dict: torch saves what two of them share but once."""
+    with contextlib.suppress(CkptAvgError):
+        weights = {place.offset for place in places if place.count}
+        others = open_checkpoint(last.path, key=name).tensors.values()
+        if any(tensor.offset in weights for tensor in others if tensor.count):
+            log.warning(
+                "%s in the container shares tensors with the weights, so it has their average too",
+                printable(name),
+            )
+            return
+    log.warning("%s in the container stays the last checkpoint's", printable(name))
 
 
 def _also_takes_the_average(last: Checkpoint, other: str) -> bool:

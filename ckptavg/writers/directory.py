@@ -85,7 +85,7 @@ def lay_out_directory(
 
 def _own_shard_size(last: Checkpoint) -> int | None:
     """The size of the largest of the last checkpoint's shards, if it has several."""
-    sizes = [part.size for part in last.parts]
+    sizes = [part.size for part in last.parts if part.identity is not None]
     return max(sizes) if last.container == "huggingface" and len(sizes) > 1 else None
 
 

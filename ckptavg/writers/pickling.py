@@ -112,11 +112,15 @@ class _Plain:
         return data
 
     def _encode(self, value: object, depth: int) -> bytes:  # noqa: PLR0911 - a table
+        value = _spelled_out(value)
         match value:
             case str():
                 return _text(value)
-            case None | bool() | int() | float() | bytes():
-                return pickle.dumps(value, protocol=3)[2:-1]
+            case None | bool() | int() | float():
+                return _number(value)
+            case bytes():
+                # As protocol 2 has it: `torch.load` takes no opcode for bytes where it is careful.
+                return _call("_codecs", "encode", _text(value.decode("latin1")), _text("latin1"))
             case bytearray():
                 return _call("builtins", "bytearray", self.encode(bytes(value), depth))
             case set() | frozenset():
@@ -126,7 +130,9 @@ class _Plain:
                 return _global("torch", value.name)
             case PickledTensor() if value in self.tensors:
                 return self.tensors[value]
-            case Placeholder(origin="_io.BytesIO", state=(bytes() as content, int() as at, *_)):
+            case Placeholder(origin="_io.BytesIO", state=(content, int() as at, *_)) if isinstance(
+                content := _spelled_out(content), bytes
+            ):
                 # Transformer Engine has its `_extra_state` in these.
                 state = self.encode((content, at, None), depth)
                 return _call("_io", "BytesIO") + state + pickle.BUILD
@@ -146,6 +152,33 @@ class _Plain:
 
     def _joined(self, values: Iterable[object], depth: int) -> bytes:
         return b"".join(self.encode(value, depth) for value in values)
+
+
+def _spelled_out(value: object) -> object:
+    """Bytes that a pickle has as a call, since torch's protocol 2 has no bytes; others as they are.
+
+    Raises:
+        UnwritableError: the text in the call stands for no bytes.
+    """
+    match value:
+        case Placeholder(origin="_codecs.encode", arguments=(str() as text, "latin1")):
+            return _from_latin1(text)
+        case Placeholder(
+            origin="builtins.bytearray" | "__builtin__.bytearray", arguments=(content,)
+        ) if isinstance(content := _spelled_out(content), bytes):
+            return bytearray(content)
+        case Placeholder(origin="__builtin__.bytes", arguments=()):
+            return b""
+        case Placeholder(origin="builtins.bytearray" | "__builtin__.bytearray", arguments=()):
+            return bytearray()
+    return value
+
+
+def _from_latin1(text: str) -> bytes:
+    try:
+        return text.encode("latin1")
+    except UnicodeEncodeError as error:
+        raise UnwritableError from error
 
 
 def _call(module: str, name: str, *arguments: bytes) -> bytes:
@@ -174,8 +207,8 @@ def _text(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
 
 
-def _number(value: int) -> bytes:
-    """A whole number's or a bool's own pickle, without its head and its end."""
+def _number(value: float | None) -> bytes:
+    """A number's own pickle (a bool's, that of None), without its head and its end."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 

@@ -1,0 +1,278 @@
+"""LoRA adapters: the average of their products, against the products themselves in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import ckptavg
+from ckptavg.errors import (
+    CkptAvgError,
+    FormatError,
+    MismatchError,
+    OutputError,
+    SelectionError,
+    ValueRangeError,
+)
+
+WRAPPER = "base_model.model."
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+
+def save_adapter(folder: Path, tensors, **config) -> Path:
+    folder.mkdir(parents=True)
+    named = {WRAPPER + name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    safetensors.numpy.save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({**PLAIN, **config}))
+    return folder
+
+
+def random_factors(rank: int, seed: int, modules=("q", "layers.1.v"), dtype=np.float32):
+    made = np.random.default_rng(seed)
+    return {
+        f"{module}.lora_{factor}.weight": made.normal(size=shape).astype(dtype)
+        for module in modules
+        for factor, shape in (("A", (rank, 5)), ("B", (7, rank)))
+    }
+
+
+def product(tensors, module, scale):
+    a, b = (tensors[f"{module}.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
+    return scale * b @ a
+
+
+def load(folder: Path):
+    found = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {name.removeprefix(WRAPPER): value for name, value in found.items()}, config
+
+
+def scale_of(config, module):
+    alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
+    rank = config["rank_pattern"].get(module, config["r"])
+    return alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+
+def test_the_product_of_the_average_is_the_mean_of_the_products(tmp_path):
+    states = [random_factors(2, seed) for seed in range(3)]
+    for step, state in enumerate(states):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
+    summary = ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")
+    assert summary.roles == {"joined": 4}
+    found, config = load(tmp_path / "out")
+    for module in ("q", "layers.1.v"):
+        expected = np.mean([product(state, module, 4 / 2) for state in states], axis=0)
+        assert scale_of(config, module) == 1
+        assert config["r"] == found[f"{module}.lora_A.weight"].shape[0] == 6
+        np.testing.assert_allclose(product(found, module, 1.0), expected, rtol=0, atol=2e-6)
+
+
+def test_ranks_scales_and_weights_of_each_are_heeded(tmp_path):
+    kinds: list[tuple[int, float, dict[str, Any]]] = [
+        (2, 3.0, {"lora_alpha": 3}),
+        (4, 8 / math.sqrt(4), {"r": 4, "lora_alpha": 8, "use_rslora": True}),
+        (3, 5.0, {"r": 9, "rank_pattern": {"q": 3}, "alpha_pattern": {"q": 15}}),
+    ]
+    scales = [3 / 2, 8 / math.sqrt(4), 15 / 3]
+    states = [random_factors(rank, rank, modules=("q",)) for rank, _, _ in kinds]
+    for step, (state, (_, _, config)) in enumerate(zip(states, kinds, strict=True)):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state, **config)
+    weights = [1, 2, -0.5]
+    ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact", weights=weights)
+    found, config = load(tmp_path / "out")
+    terms = zip(weights, states, scales, strict=True)
+    expected = sum(weight * product(state, "q", scale) for weight, state, scale in terms) / 2.5
+    assert config["r"] == 9
+    assert config["use_rslora"] is False
+    assert scale_of(config, "q") == 1
+    np.testing.assert_allclose(product(found, "q", 1.0), expected, rtol=0, atol=5e-6)
+
+
+def test_modules_of_unlike_ranks_get_patterns_that_tell_them_apart(tmp_path):
+    for step in range(2):
+        state = random_factors(2, step, modules=("q", "deep.q", "x.deep.q"))
+        state |= random_factors(3, step, modules=("deep.q",))
+        config = {"rank_pattern": {"^deep.q": 3}}
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state, **config)
+    ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")
+    _, config = load(tmp_path / "out")
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"x.deep.q": 4, "deep.q": 6, "q": 4}
+    # The first pattern that fits the end of a name is PEFT's choice.
+    assert list(config["rank_pattern"]) == ["x.deep.q", "deep.q", "q"]
+
+
+def test_grouped_convolutions_keep_their_groups_together(tmp_path):
+    made = np.random.default_rng(0)
+    states = [
+        {
+            "c.lora_A.weight": made.normal(size=(rank, 3, 2, 2)).astype(np.float32),
+            "c.lora_B.weight": made.normal(size=(4, rank // 2, 1, 1)).astype(np.float32),
+        }
+        for rank in (2, 4)
+    ]
+    for step, state in enumerate(states):
+        rank = len(state["c.lora_A.weight"])
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state, r=rank, lora_alpha=rank)
+
+    def kernel(state):
+        """`[out, in, h, w]`, group by group."""
+        a, b = (state[f"c.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
+        halves = zip(np.split(a, 2), np.split(b[:, :, 0, 0], 2), strict=True)
+        return np.concatenate(
+            [np.einsum("or,rihw->oihw", b_half, a_half) for a_half, b_half in halves]
+        )
+
+    ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")
+    found, _ = load(tmp_path / "out")
+    expected = np.mean([kernel(state) for state in states], axis=0)
+    np.testing.assert_allclose(kernel(found), expected, rtol=0, atol=2e-6)
+
+
+def test_embeddings_biases_and_whole_modules(tmp_path):
+    made = np.random.default_rng(0)
+    shapes = {
+        "e.lora_embedding_A": (2, 9),
+        "e.lora_embedding_B": (4, 2),
+        "q.lora_A.weight": (2, 5),
+        "q.lora_B.weight": (7, 2),
+        "q.lora_B.bias": (7,),
+        "head.weight": (3, 4),
+    }
+    states = [
+        {name: made.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(2)
+    ]
+    for step, state in enumerate(states):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
+    summary = ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")
+    assert summary.roles == {"averaged": 1, "joined": 5}
+    found, _ = load(tmp_path / "out")
+
+    def mean(of):
+        return np.mean([of(state) for state in states], axis=0)
+
+    def table(state):
+        return state["e.lora_embedding_B"].astype(float) @ state["e.lora_embedding_A"].astype(float)
+
+    np.testing.assert_allclose(table(found), mean(lambda state: 2 * table(state)), atol=2e-6)
+    bias = mean(lambda state: 2.0 * state["q.lora_B.bias"])
+    np.testing.assert_allclose(found["q.lora_B.bias"], bias, atol=1e-6)
+    wide = [state["head.weight"].astype(np.float64) for state in states]
+    np.testing.assert_array_equal(
+        found["head.weight"], ((wide[0] + wide[1]) / 2).astype(np.float32)
+    )
+
+
+def test_the_same_ranks_by_chunks_smaller_than_a_factor(tmp_path, monkeypatch):
+    states = [random_factors(2, seed) for seed in range(3)]
+    for step, state in enumerate(states):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
+    ckptavg.average(tmp_path / "run", f"{tmp_path}/whole/", lora="exact")
+    monkeypatch.setattr("ckptavg.engine.CHUNK", 7)
+    ckptavg.average(tmp_path / "run", f"{tmp_path}/pieces/", lora="exact", threads=3)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "pieces" / name).read_bytes()
+
+
+def test_factors_apart_are_averaged_with_a_warning(tmp_path, caplog):
+    states = [random_factors(2, seed) for seed in range(2)]
+    for step, state in enumerate(states):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
+    ckptavg.average(tmp_path / "run", tmp_path / "out")
+    assert "--lora exact" in caplog.text
+    found, config = load(tmp_path / "out")
+    assert config == PLAIN
+    for name, value in found.items():
+        wide = sum(state[name].astype(np.float64) for state in states) / 2
+        np.testing.assert_array_equal(value, wide.astype(np.float32))
+
+
+REFUSED = [
+    ({"use_dora": True}, FormatError, "use_dora"),
+    ({"use_qalora": True}, FormatError, "use_qalora"),
+    ({"target_parameters": ["experts"]}, FormatError, "target_parameters"),
+    ({"peft_type": "IA3"}, FormatError, "of type IA3"),
+    ({"init_lora_weights": "pissa_niter_4"}, FormatError, "pissa_niter_4"),
+    ({"lora_alpha": None}, FormatError, "no lora_alpha"),
+]
+
+
+@pytest.mark.parametrize(("config", "error", "message"), REFUSED, ids=str)
+def test_what_is_no_plain_product_is_refused(tmp_path, config, error, message):
+    for step in range(2):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", random_factors(2, step), **config)
+    with pytest.raises(error, match=message) as caught:
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")
+    assert "adapter_config.json" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def refusal(tmp_path, states, output="out/", **options):
+    for step, state in enumerate(states):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
+    with pytest.raises(CkptAvgError) as caught:
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/{output}", lora="exact", **options)
+    assert not (tmp_path / output).exists()
+    return caught.value
+
+
+def test_magnitudes_are_named(tmp_path):
+    states = [
+        random_factors(2, step) | {"q.lora_magnitude_vector": np.ones(7, np.float32)}
+        for step in range(2)
+    ]
+    error = refusal(tmp_path, states)
+    assert "q.lora_magnitude_vector" in str(error)
+
+
+def test_a_factor_without_the_other_is_named(tmp_path):
+    states = [random_factors(2, step) for step in range(2)]
+    for state in states:
+        del state["q.lora_B.weight"]
+    assert "q: has no LoRA factor B" in str(refusal(tmp_path, states))
+
+
+def test_factors_of_other_widths_are_a_mismatch(tmp_path):
+    states = [random_factors(2, 0), random_factors(2, 1)]
+    states[1]["q.lora_A.weight"] = np.ones((2, 6), np.float32)
+    error = refusal(tmp_path, states)
+    assert isinstance(error, MismatchError)
+    assert "A (2, 6) and B (7, 2)" in str(error)
+
+
+def test_ranks_may_differ_only_if_products_are_averaged(tmp_path):
+    for step, rank in enumerate((2, 3)):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", random_factors(rank, step), r=rank)
+    with pytest.raises(MismatchError, match="shape"):
+        ckptavg.average(tmp_path / "run", tmp_path / "out")
+    ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+    assert load(tmp_path / "out")[1]["r"] == 5
+
+
+def test_a_nan_is_named_with_its_file(tmp_path):
+    states = [random_factors(2, step) for step in range(3)]
+    states[1]["q.lora_B.weight"][0, 0] = np.nan
+    error = refusal(tmp_path, states)
+    assert isinstance(error, ValueRangeError)
+    assert "checkpoint-1" in str(error)
+    ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact", allow_nonfinite=True)
+
+
+def test_a_single_file_cannot_say_what_the_ranks_are(tmp_path):
+    states = [random_factors(2, step) for step in range(2)]
+    assert isinstance(refusal(tmp_path, states, "out.safetensors"), OutputError)
+
+
+def test_weights_that_are_no_adapters_are_refused(tmp_path):
+    for step in range(2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        safetensors.numpy.save_file({"w": np.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(SelectionError, match=r"adapter_config\.json"):
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")

@@ -1,0 +1,268 @@
+"""Files behind URLs: ranges of the needed bytes, several at once, and errors in one line."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from safetensors.torch import load_file, save_file
+from upath import UPath
+
+import ckptavg
+from ckptavg.errors import CkptAvgError, OutputError, SelectionError
+from ckptavg.formats import open_checkpoint
+from ckptavg.parts import open_source
+from ckptavg.paths import as_path
+from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
+
+
+class Store:
+    """What is in the memory file system, and what is asked of it."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.ranges: list[tuple[str, int]] = []
+        self.most_in_flight = 0
+        self._in_flight = 0
+        self._lock = threading.Lock()
+
+    def upload(self, folder: Path) -> str:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                target = UPath(f"{self.root}/{path.relative_to(folder.parent).as_posix()}")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        return f"{self.root}/{folder.name}"
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(size for _, size in self.ranges)
+
+    def watch(self, monkeypatch, delay: float = 0.0) -> None:
+        original = MemoryFileSystem.cat_file
+
+        def cat_file(files, path, start=None, end=None, **options):
+            with self._lock:
+                self._in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self._in_flight)
+            time.sleep(delay)
+            try:
+                found = original(files, path, start=start, end=end, **options)
+            finally:
+                with self._lock:
+                    self._in_flight -= 1
+                    self.ranges.append((path, (end or 0) - (start or 0)))
+            assert start is not None
+            assert end is not None
+            return found
+
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+
+
+@pytest.fixture
+def store(request):
+    # The memory file system is one for the whole process.
+    root = f"memory://{request.node.name.replace('[', '-').replace(']', '')}"
+    yield Store(root)
+    files = fsspec.filesystem("memory")
+    if files.exists(root):
+        files.rm(root, recursive=True)
+
+
+def mean_of(states):
+    return {name: naive_mean([state[name] for state in states]) for name in states[0]}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_an_average_of_what_is_behind_a_url(tmp_path, store, kind):
+    states = random_state_dicts(3)
+    save_run(tmp_path / "run", states, kind)
+    url = store.upload(tmp_path / "run")
+    summary = ckptavg.average(url, tmp_path / "remote.safetensors")
+    local = ckptavg.average(tmp_path / "run", tmp_path / "local.safetensors")
+    assert (tmp_path / "remote.safetensors").read_bytes() == (
+        tmp_path / "local.safetensors"
+    ).read_bytes()
+    assert [source.name for source in summary.sources] == [source.name for source in local.sources]
+    assert summary.sources[0].path == f"{url}/step_0.{kind}"
+    found = load_file(tmp_path / "remote.safetensors")
+    assert same_bits(found["embed.weight"], mean_of(states)["embed.weight"])
+
+
+def test_named_checkpoints_here_and_there(tmp_path, store):
+    # Without a counter, which would be the last one's: nothing tells the order across folders.
+    states = [{"embed.weight": state["embed.weight"]} for state in random_state_dicts(3)]
+    paths = save_run(tmp_path / "run", states)
+    url = store.upload(tmp_path / "run")
+    inputs = [paths[0], f"{url}/step_1.safetensors", UPath(f"{url}/step_2.safetensors")]
+    ckptavg.average(inputs, tmp_path / "out.safetensors")  # type: ignore[arg-type]
+    found = load_file(tmp_path / "out.safetensors")
+    assert same_bits(found["embed.weight"], mean_of(states)["embed.weight"])
+
+
+def test_a_hugging_face_directory_comes_along(tmp_path, store):
+    for step, state in enumerate(random_state_dicts(2)):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text('{"a": 1}')
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    url = store.upload(tmp_path / "run")
+    summary = ckptavg.average(url, tmp_path / "out")
+    assert [source.step for source in summary.sources] == [("global_step", 0), ("global_step", 1)]
+    assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
+    ckptavg.average(tmp_path / "run", tmp_path / "local")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+
+def test_only_the_needed_bytes_are_read(tmp_path, store, monkeypatch):
+    states = [{"w": torch.randn(2000, 500)} for _ in range(3)]
+    for step, state in enumerate(states):
+        optimizer = {"state": {0: {name: torch.randn(2000, 500) for name in ("m", "v")}}}
+        (tmp_path / "run").mkdir(exist_ok=True)
+        torch.save(
+            {"model": state, "optimizer": optimizer, "step": step}, tmp_path / "run" / f"{step}.pt"
+        )
+    url = store.upload(tmp_path / "run")
+    store.watch(monkeypatch)
+    ckptavg.average(url, tmp_path / "out.safetensors")
+    model = sum(state["w"].nbytes for state in states)
+    assert model <= store.bytes_read <= 1.05 * model
+    assert max(size for _, size in store.ranges) <= 1 << 20
+
+
+def test_several_ranges_are_in_flight(tmp_path, store, monkeypatch):
+    save_run(tmp_path / "run", [{"w": torch.randn(3000, 1000)} for _ in range(2)])
+    url = store.upload(tmp_path / "run")
+    store.watch(monkeypatch, delay=0.02)
+    ckptavg.average(url, tmp_path / "out.safetensors")
+    assert 8 <= store.most_in_flight <= 16
+
+
+def test_threads_bound_what_is_in_flight(tmp_path, store, monkeypatch):
+    save_run(tmp_path / "run", [{"w": torch.randn(3000, 1000)} for _ in range(2)])
+    url = store.upload(tmp_path / "run")
+    store.watch(monkeypatch, delay=0.005)
+    ckptavg.average(url, tmp_path / "out.safetensors", threads=3)
+    assert store.most_in_flight == 3
+
+
+def test_copies_count_once(tmp_path, store):
+    states = random_state_dicts(2)
+    save_run(tmp_path / "run", states)
+    save_file(states[-1], tmp_path / "run" / "last.safetensors")
+    summary = ckptavg.average(store.upload(tmp_path / "run"), tmp_path / "out.safetensors")
+    assert [source.name for source in summary.sources] == [
+        "step_0.safetensors",
+        "step_1.safetensors",
+    ]
+
+
+def test_a_truncated_file_is_named(tmp_path, store):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    url = store.upload(tmp_path / "run")
+    path = UPath(f"{url}/step_1.safetensors")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CkptAvgError, match=r"memory://.*step_1\.safetensors: .*truncated"):
+        ckptavg.average(url, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_file_that_is_rewritten_meanwhile_is_named(tmp_path, store, monkeypatch):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    url = store.upload(tmp_path / "run")
+    original = MemoryFileSystem.cat_file
+
+    def rewrite(files, path, start=None, end=None, **options):
+        if end - start > 100_000:
+            target = UPath(f"{url}/step_1.safetensors")
+            content = original(files, target.path)
+            target.write_bytes(content)
+        return original(files, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", rewrite)
+    with pytest.raises(CkptAvgError, match=r"step_1\.safetensors: changed while it was being read"):
+        ckptavg.average(url, tmp_path / "out.safetensors", threads=1)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_failure_of_the_network_is_one_line(tmp_path, store, monkeypatch):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    url = store.upload(tmp_path / "run")
+    source = open_source(as_path(f"{url}/step_0.safetensors"))
+
+    def fail(*_, **__):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+    with pytest.raises(CkptAvgError, match=r"step_0\.safetensors: cannot read it: reset by peer"):
+        source.read(0, 8)
+
+
+def test_what_is_not_there(tmp_path, store):
+    (UPath(store.root) / "empty").mkdir(parents=True)
+    (UPath(store.root) / "empty" / "readme.txt").write_text("x")
+    with pytest.raises(SelectionError, match=r"memory://.*absent: does not exist"):
+        ckptavg.average(f"{store.root}/absent", tmp_path / "out.safetensors")
+    with pytest.raises(SelectionError, match="no checkpoint found in memory://"):
+        ckptavg.average(f"{store.root}/empty", tmp_path / "out.safetensors")
+
+
+def test_an_output_behind_a_url_is_refused(tmp_path, store):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    with pytest.raises(OutputError, match="on this machine only"):
+        ckptavg.average(tmp_path / "run", f"{store.root}/out.safetensors")
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/run", "zzz://x"])
+def test_an_unknown_scheme_is_one_line(tmp_path, url):
+    with pytest.raises(CkptAvgError, match=url):
+        ckptavg.average(url, tmp_path / "out.safetensors")
+
+
+def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
+    def absent(*_, **__):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("fsspec.filesystem", absent)
+    monkeypatch.setattr("fsspec.get_filesystem_class", absent)
+    monkeypatch.setattr("upath.registry.get_upath_class", absent)
+    monkeypatch.setattr("upath.core.get_upath_class", absent)
+    with pytest.raises(CkptAvgError, match=r"gcsfs.*pip install 'ckptavg\[gcs\]'"):
+        ckptavg.average("gs://bucket/run", tmp_path / "out.safetensors")
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    states = random_state_dicts(2)
+    save_run(tmp_path / "run", states)
+    assert as_path(f"file://{tmp_path}/run") == tmp_path / "run"
+
+
+def test_pieces_of_a_file(store):
+    path = UPath(f"{store.root}/x")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(range(100)))
+    source = open_source(as_path(str(path)))
+    assert source.read_many([(0, 2), (98, 2), (5, 0)]) == [b"\0\1", b"bc", b""]
+    assert source.read_many([]) == []
+    out = np.zeros(3, np.uint8)
+    source.start = 10
+    source.read_into(1, out.data)
+    assert out.tolist() == [11, 12, 13]
+    with pytest.raises(CkptAvgError, match="ends at byte 100, 5 bytes too early"):
+        source.read(85, 10)
+    with pytest.raises(CkptAvgError, match="too early"):
+        source.read_many([(85, 10)])
+
+
+def test_a_checkpoint_behind_a_url_is_described(tmp_path, store):
+    save_run(tmp_path / "run", random_state_dicts(1))
+    opened = open_checkpoint(as_path(store.upload(tmp_path / "run") + "/step_0.safetensors"))
+    assert opened.read("layer.bias").shape == (7,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, dcp, huggingface, is_checkpoint_directory
 from ckptavg.order import DIGITS, natural
-from ckptavg.paths import is_remote
+from ckptavg.paths import is_remote, reaching
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,19 +34,22 @@ def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
     found: dict[Path, bool] = {}
     passed: list[str] = []
     for path in inputs:
-        if path.is_dir():
-            inner = _inside(path, passed)
-            if not inner and is_checkpoint_directory(path):
-                found[path] = True
-            for checkpoint in inner:
-                found.setdefault(checkpoint, False)
-        elif not path.exists():
-            raise SelectionError("does not exist", path=path)
-        else:
-            found[path] = True
+        with reaching(path):
+            for checkpoint in _of(path, passed):
+                found[checkpoint] = found.get(checkpoint, False) or checkpoint == path
     if passed:
         log.info("left out: %s", ", ".join(map(printable, passed)))
     return list(found.items())
+
+
+def _of(path: Path, passed: list[str]) -> list[Path]:
+    """The checkpoints that an input stands for: itself, or those in it."""
+    if path.is_dir():
+        inner = _inside(path, passed)
+        return inner if inner or not is_checkpoint_directory(path) else [path]
+    if not path.exists():
+        raise SelectionError("does not exist", path=path)
+    return [path]
 
 
 def _inside(path: Path, passed: list[str]) -> list[Path]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from ckptavg.errors import CkptAvgError
+from ckptavg.errors import CkptAvgError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
@@ -41,6 +45,24 @@ def as_path(text: str | os.PathLike[str]) -> Path:
 def is_remote(path: object) -> bool:
     """Whether it is something like a path, behind a URL."""
     return not isinstance(path, str | bytes | os.PathLike) and hasattr(path, "fs")
+
+
+@contextlib.contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Say in one line what a file system behind a URL raises: each has exceptions of its own.
+
+    Raises:
+        CkptAvgError: it raised one.
+    """
+    try:
+        yield
+    except CkptAvgError:
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        what = printable(error) or type(error).__name__
+        raise CkptAvgError(f"cannot be reached: {what}", path=path) from error
 
 
 def absolute(path: Path) -> PurePosixPath | Path:

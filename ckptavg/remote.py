@@ -75,7 +75,8 @@ class RemoteFile(ByteSource):
         if not len(out):
             return
         with self._explained():
-            piece = self._files.cat_file(self._name, start, start + len(out))
+            # By name: not every file system has them in this order.
+            piece = self._files.cat_file(self._name, start=start, end=start + len(out))
         self._check(piece, start, start + len(out))
         out[:] = piece
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from ckptavg.errors import FormatError
 from ckptavg.formats import dcp, huggingface, safetensors, torchlegacy, torchzip
 from ckptavg.parts import open_source
+from ckptavg.paths import reaching
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,11 +49,12 @@ def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
         FormatError: it is damaged, or of no kind that is known here.
         SelectionError: it holds several state dicts and none of them is the plain one.
     """
-    head = b"" if path.is_dir() else _head(path)
-    found = _format_of(path, head)
-    if found is None:
-        raise FormatError(_unknown(path, head), path=path)
-    return found.open_checkpoint(path, key)
+    with reaching(path):
+        head = b"" if path.is_dir() else _head(path)
+        found = _format_of(path, head)
+        if found is None:
+            raise FormatError(_unknown(path, head), path=path)
+        return found.open_checkpoint(path, key)
 
 
 def is_checkpoint_directory(path: Path) -> bool:

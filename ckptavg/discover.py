@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.formats import SUFFIXES, dcp, huggingface, is_checkpoint_directory
+from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
 from ckptavg.order import DIGITS, natural
 from ckptavg.paths import is_remote, reaching
 
@@ -55,7 +55,7 @@ def _of(path: Path, passed: list[str]) -> list[Path]:
 def _inside(path: Path, passed: list[str]) -> list[Path]:
     """The checkpoints in a directory; none where it is one itself."""
     own = is_checkpoint_directory(path)
-    if own and dcp.matches(path, b""):
+    if own and not huggingface.matches(path, b""):
         return []
     entries = sorted(path.iterdir(), key=lambda entry: natural(entry.name))
     folders, files, rest = [], [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -740,3 +741,23 @@ def test_numpy_written_files_average_too(tmp_path):
     ckptavg.average(tmp_path, tmp_path / "out.safetensors")
     wanted = (arrays[0] + arrays[1] + arrays[2]) / 3
     assert np.array_equal(load_numpy(tmp_path / "out.safetensors")["w"], wanted)
+
+
+def test_optimizer_state_is_never_read(tmp_path, monkeypatch):
+    states = [{"w": torch.randn(1000, 500), "steps": torch.tensor(step)} for step in range(3)]
+    (tmp_path / "run").mkdir()
+    for step, state in enumerate(states):
+        optimizer = {"state": {0: {name: torch.randn(1000, 500) for name in ("m", "v")}}}
+        checkpoint = {"model": state, "optimizer": optimizer, "epoch": step}
+        torch.save(checkpoint, tmp_path / "run" / f"{step}.pt")
+    counted = []
+    original = os.preadv
+
+    def preadv(*arguments):
+        counted.append(original(*arguments))
+        return counted[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    model = sum(value.nbytes for state in states for value in state.values())
+    assert model <= sum(counted) <= 1.05 * model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ckptavg.errors import FormatError
-from ckptavg.formats import dcp, huggingface, safetensors, torchlegacy, torchzip
+from ckptavg.formats import dcp, deepspeed, huggingface, safetensors, torchlegacy, torchzip
 from ckptavg.parts import open_source
 from ckptavg.paths import reaching
 
@@ -34,7 +34,11 @@ class Format(Protocol):
         """Describe what it holds, from headers alone."""
 
 
-FORMATS = cast("tuple[Format, ...]", (dcp, huggingface, safetensors, torchzip, torchlegacy))
+FORMATS = cast(
+    "tuple[Format, ...]",
+    # Directories first, then files; of two that match, the first is taken.
+    (dcp, huggingface, deepspeed, safetensors, torchzip, torchlegacy),
+)
 SUFFIXES = tuple(dict.fromkeys(suffix for found in FORMATS for suffix in found.SUFFIXES))
 
 

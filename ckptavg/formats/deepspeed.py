@@ -1,18 +1,55 @@
-"""What DeepSpeed writes as `mp_rank_00_model_states.pt`, as far as it matters for the weights.
+"""Read the directories of DeepSpeed's engine: the weights are in `mp_rank_00_model_states.pt`.
 
-https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html. The weights are in `module`,
-and the real shapes of the parameters in `param_shapes`: a list of mappings, one for each group of
+https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html. There they are the `module`,
+with the real shapes of the parameters in `param_shapes`: a list of mappings, one for each group of
 the optimizer. ZeRO's stage 3 leaves each parameter empty there, and its pieces in other files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from ckptavg import formats
+from ckptavg.errors import FormatError
 from ckptavg.formats.pickled import PickledTensor
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.checkpoint import Checkpoint
+
+SUFFIXES = ()
+_ENDING = "_model_states.pt"
 _MARKS = ("ds_version", "ds_config", "dp_world_size")
+
+
+def matches(path: Path, head: bytes) -> bool:
+    """Whether it is a directory with the files that the engine writes."""
+    return not head and path.is_dir() and bool(_files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    files = [entry for entry in path.iterdir() if entry.name.endswith(_ENDING)]
+    return sorted(files, key=lambda entry: entry.name)
+
+
+def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+    """Describe the weights.
+
+    Raises:
+        FormatError: they are spread over several files, which DeepSpeed itself can put together.
+    """
+    files = _files(path)
+    opened = formats.open_checkpoint(files[0], key=key)
+    if len(files) > 1:
+        raise FormatError(
+            f"has the weights in {len(files)} pieces ({files[0].name}, ...)",
+            path=path,
+            remedy="put them together with the tools of the trainer that wrote them",
+        )
+    return replace(opened, path=path)
 
 
 def is_deepspeed(root: object) -> TypeGuard[Mapping[Any, object]]:

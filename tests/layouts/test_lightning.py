@@ -1,0 +1,204 @@
+"""Checkpoints of Lightning's Trainer: hyper-parameters, weight averaging, sharded directories."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import ckptavg
+from ckptavg.formats import open_checkpoint
+from tests.layouts.libraries import assert_mean, differ
+from tests.layouts.lightning_runs import Net, Schedule, batches, trainer
+from tests.test_cli import run
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "The 'train_dataloader' does not have many workers",
+        "Checkpoint directory .* exists and is not empty",
+        "`isinstance.treespec, LeafSpec.` is deprecated",
+        "You have overridden `transfer_batch_to_device`",
+    )
+]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, weights_only=False))
+
+
+def epochs(folder: Path) -> list[Path]:
+    """The checkpoints in order, without `last.ckpt`."""
+    paths = [path for path in folder.glob("epoch=*.ckpt") if "swa" not in path.name]
+    return sorted(paths, key=lambda path: int(path.stem.partition("step=")[2]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    trainer(folder).fit(Net(8, Schedule([0.1, 0.2])), batches())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def averaging(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in which Lightning keeps an average of its own."""
+    folder: Path = tmp_path_factory.mktemp("averaging")
+    torch.manual_seed(0)
+    trainer(folder, WeightAveraging()).fit(Net(8, Schedule([0.1])), batches())
+    return folder
+
+
+class TestTrainer:
+    def test_the_average_of_a_run_is_loaded(self, trained, tmp_path):
+        states = [load(path)["state_dict"] for path in epochs(trained)]
+        assert len(states) == 3
+        assert differ(states)
+        summary = ckptavg.average(trained, tmp_path / "out.safetensors")
+        assert [source.name for source in summary.sources] == [p.name for p in epochs(trained)]
+        result = load_file(tmp_path / "out.safetensors")
+        assert_mean(result, states)
+        Net(8).load_state_dict(result, strict=True)
+
+    def test_the_last_one_s_copy_counts_once(self, trained, tmp_path):
+        assert (trained / "last.ckpt").is_file()
+        result = run("average", trained, "-o", tmp_path / "out.pt", "--expect", 3)
+        assert "last.ckpt is the same checkpoint as epoch=2-step=9.ckpt" in result.stderr
+
+    def test_a_hyper_parameter_s_class_is_not_needed(self, trained, tmp_path, monkeypatch):
+        monkeypatch.delattr(sys.modules[Schedule.__module__], "Schedule")
+        with pytest.raises(AttributeError):
+            load(trained / "last.ckpt")
+        ckptavg.average(trained, tmp_path / "out.ckpt", container="last")
+
+
+class TestContainer:
+    @pytest.fixture
+    def out(self, trained, tmp_path):
+        out = tmp_path / "swa.ckpt"
+        run("average", trained, "-o", out, "--container", "last")
+        return out
+
+    def test_is_loaded_with_the_mean_and_the_hyper_parameters(self, trained, out):
+        model = Net.load_from_checkpoint(out, weights_only=False)
+        assert_mean(model.state_dict(), [load(path)["state_dict"] for path in epochs(trained)])
+        assert model.hparams.width == 8
+        assert model.hparams.schedule.rates == [0.1, 0.2]
+
+    def test_keeps_all_else_of_the_last_one(self, trained, out):
+        last, result = load(epochs(trained)[-1]), load(out)
+        assert result.keys() == last.keys()
+        for name in ("epoch", "global_step", "pytorch-lightning_version", "callbacks", "loops"):
+            assert result[name] == last[name]
+        [before], [after] = last["optimizer_states"], result["optimizer_states"]
+        assert after["param_groups"] == before["param_groups"]
+        for number, moments in before["state"].items():
+            for name, value in moments.items():
+                assert torch.equal(after["state"][number][name], value)
+
+    def test_the_training_goes_on_from_it(self, out, tmp_path):
+        made = trainer(tmp_path / "more", epochs=5)
+        made.fit(Net(8), batches(), ckpt_path=out, weights_only=False)
+        assert made.current_epoch == 5
+        assert made.global_step == 15
+        more = epochs(tmp_path / "more")
+        assert [path.name for path in more] == ["epoch=3-step=12.ckpt", "epoch=4-step=15.ckpt"]
+
+    def test_the_training_begins_with_the_mean(self, trained, out, tmp_path):
+        """No epoch is left to train: what is saved is what was loaded."""
+        made = trainer(tmp_path / "more", epochs=3)
+        model = Net(8)
+        made.fit(model, batches(), ckpt_path=out, weights_only=False)
+        assert_mean(model.state_dict(), [load(path)["state_dict"] for path in epochs(trained)])
+
+
+class TestWeightAveraging:
+    def test_its_files_give_the_weights_and_not_its_average(self, averaging, tmp_path):
+        saved = [load(path) for path in epochs(averaging)]
+        states = [
+            {name: value for name, value in root["current_model_state"].items()} for root in saved
+        ]
+        assert differ(states)
+        assert differ([saved[-1]["state_dict"], states[-1]])
+        ckptavg.average(averaging, tmp_path / "out.safetensors")
+        assert_mean(load_file(tmp_path / "out.safetensors"), states)
+
+    def test_its_average_is_taken_by_its_key(self, averaging, tmp_path):
+        ckptavg.average(averaging, tmp_path / "out.pt", key="state_dict")
+        states = [load(path)["state_dict"] for path in epochs(averaging)]
+        assert_mean(torch.load(tmp_path / "out.pt"), states)
+
+    def test_the_container_has_the_mean_in_both_so_that_it_is_loaded(self, averaging, tmp_path):
+        out = tmp_path / "swa.ckpt"
+        result = run("average", averaging, "-o", out, "--container", "last")
+        assert "stays" not in result.stderr
+        saved = [load(path) for path in epochs(averaging)]
+        states = [root["current_model_state"] for root in saved]
+        found = load(out)
+        assert_mean(found["current_model_state"], states)
+        assert_mean(found["state_dict"], states)
+        assert_mean(Net.load_from_checkpoint(out, weights_only=False).state_dict(), states)
+        assert found["averaging_state"].keys() == saved[-1]["averaging_state"].keys()
+
+    def test_the_training_goes_on_from_it_with_the_callback(self, averaging, tmp_path):
+        out = tmp_path / "swa.ckpt"
+        ckptavg.average(averaging, out, container="last")
+        made = trainer(tmp_path / "more", WeightAveraging(), epochs=4)
+        made.fit(Net(8), batches(), ckpt_path=out, weights_only=False)
+        assert made.global_step == 12
+
+
+class TestShardedDirectories:
+    """`ModelParallelStrategy`, which like FSDP saves with torch.distributed.checkpoint."""
+
+    @pytest.fixture(scope="class")
+    def sharded(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("sharded")
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.layouts.lightning_runs", folder],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    @pytest.fixture(scope="class")
+    def whole(self, sharded, tmp_path_factory):
+        """Their state dicts as torch joins them."""
+        folder = tmp_path_factory.mktemp("whole")
+        states = []
+        for path in epochs(sharded):
+            dcp_to_torch_save(path, folder / "whole.pt")
+            states.append(load(folder / "whole.pt")["state_dict"])
+        return states
+
+    def test_are_averaged(self, sharded, whole, tmp_path):
+        assert (epochs(sharded)[0] / "meta.pt").is_file()
+        assert len(list(epochs(sharded)[0].glob("*.distcp"))) == 2
+        assert differ(whole)
+        ckptavg.average(epochs(sharded), tmp_path / "out.safetensors")
+        result = load_file(tmp_path / "out.safetensors")
+        assert_mean(result, whole)
+        Net().load_state_dict(result, strict=True)
+
+    def test_of_a_run_are_found_in_order(self, sharded, tmp_path):
+        summary = ckptavg.average(sharded, tmp_path / "out.safetensors", dry_run=True)
+        names = [source.name for source in summary.sources]
+        assert names == [path.name for path in epochs(sharded)]
+
+    def test_tell_their_step(self, sharded):
+        found = [open_checkpoint(path).step for path in epochs(sharded)]
+        assert found == [("global_step", step) for step in (3, 6, 9)]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import sys
 import tomllib
+from importlib import util
 from pathlib import Path
 
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import ckptavg
+from ckptavg import discover, formats
 from ckptavg.cli import cli
+from ckptavg.errors import FormatError
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,9 +31,61 @@ def test_every_command_is_in_the_readme():
     assert all(f"ckptavg {name}" in readme for name in cli.commands)
 
 
-def test_the_readme_names_no_extra_that_is_not_there():
+def test_every_option_of_a_layout_is_in_the_page_on_formats():
+    page = (ROOT / "docs" / "formats.md").read_text()
+    for option in ("--container last", "--max-shard-size", "--lora exact", "--key"):
+        assert option in page
+
+
+def test_the_readme_names_the_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     readme = (ROOT / "README.md").read_text()
-    assert {"demo", "test", "dev"} == set(project["optional-dependencies"])
-    assert ".[demo]" in readme
-    assert ".[test]" in readme
+    extras = set(project["optional-dependencies"])
+    assert extras == {"demo", "s3", "gcs", "test", "layouts", "timm", "dev"}
+    for extra in ("demo", "test", "s3", "gcs", "layouts", "timm"):
+        assert f"[{extra}]" in readme
+
+
+@pytest.fixture
+def npz(tmp_path, monkeypatch):
+    """The format of `docs/adding-a-format.md`, added as it says there."""
+    page = (ROOT / "docs" / "adding-a-format.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) < 60
+    path = tmp_path / "npz.py"
+    path.write_text(code)
+    spec = util.spec_from_file_location("npz", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "npz", module)
+    spec.loader.exec_module(module)
+    position = formats.FORMATS.index(formats.torchzip)  # type: ignore[arg-type]
+    before, after = formats.FORMATS[:position], formats.FORMATS[position:]
+    monkeypatch.setattr(formats, "FORMATS", (*before, module, *after))
+    monkeypatch.setattr(discover, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
+    return module
+
+
+def test_the_format_that_the_documentation_adds_works(tmp_path, npz):
+    made = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"w": (300, 40), "b": (3,), "s": (), "e": (0, 2)}
+    states = [
+        {name: made.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(3)
+    ]
+    (tmp_path / "run").mkdir()
+    for step, state in enumerate(states):
+        np.savez(tmp_path / "run" / f"step_{step}.npz", **state)  # type: ignore[arg-type]
+    ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    for name in shapes:
+        first, second, third = (state[name].astype(np.float64) for state in states)
+        expected = ((first + second + third) / 3).astype(np.float32)
+        np.testing.assert_array_equal(found[name], expected)
+
+
+def test_and_refuses_what_it_cannot_read(tmp_path, npz):
+    np.savez_compressed(tmp_path / "x.npz", w=np.ones(3))
+    with pytest.raises(FormatError, match=r"x\.npz: w: is compressed"):
+        formats.open_checkpoint(tmp_path / "x.npz")

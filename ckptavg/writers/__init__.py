@@ -195,6 +195,8 @@ def _mention_other(last: Checkpoint, name: str, places: Sequence[Tensor]) -> Non
     with contextlib.suppress(CkptAvgError):
         weights = {place.offset for place in places if place.count}
         others = open_checkpoint(last.path, key=name).tensors.values()
+        if not any(tensor.dtype.averaged for tensor in others):
+            return  # counters, as in Lightning's `averaging_state`
         if any(tensor.offset in weights for tensor in others if tensor.count):
             log.warning(
                 "%s in the container shares tensors with the weights, so it has their average too",

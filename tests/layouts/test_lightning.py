@@ -26,7 +26,7 @@ pytestmark = [
         "The 'train_dataloader' does not have many workers",
         "Checkpoint directory .* exists and is not empty",
         "`isinstance.treespec, LeafSpec.` is deprecated",
-        "You have overridden `transfer_batch_to_device`",
+        "The dirpath has changed from",
     )
 ]
 
@@ -56,6 +56,34 @@ def averaging(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     trainer(folder, WeightAveraging()).fit(Net(8, Schedule([0.1])), batches())
     return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a model spread over two processes."""
+    folder: Path = tmp_path_factory.mktemp("sharded")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.layouts.lightning_runs", folder],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Its state dicts as torch joins them."""
+    folder: Path = tmp_path_factory.mktemp("whole")
+    states = []
+    for path in epochs(sharded):
+        dcp_to_torch_save(path, folder / "whole.pt")
+        states.append(load(folder / "whole.pt")["state_dict"])
+    return states
 
 
 class TestTrainer:
@@ -124,9 +152,7 @@ class TestContainer:
 class TestWeightAveraging:
     def test_its_files_give_the_weights_and_not_its_average(self, averaging, tmp_path):
         saved = [load(path) for path in epochs(averaging)]
-        states = [
-            {name: value for name, value in root["current_model_state"].items()} for root in saved
-        ]
+        states = [root["current_model_state"] for root in saved]
         assert differ(states)
         assert differ([saved[-1]["state_dict"], states[-1]])
         ckptavg.average(averaging, tmp_path / "out.safetensors")
@@ -140,7 +166,7 @@ class TestWeightAveraging:
     def test_the_container_has_the_mean_in_both_so_that_it_is_loaded(self, averaging, tmp_path):
         out = tmp_path / "swa.ckpt"
         result = run("average", averaging, "-o", out, "--container", "last")
-        assert "stays" not in result.stderr
+        assert "warning" not in result.stderr
         saved = [load(path) for path in epochs(averaging)]
         states = [root["current_model_state"] for root in saved]
         found = load(out)
@@ -160,31 +186,6 @@ class TestWeightAveraging:
 class TestShardedDirectories:
     """`ModelParallelStrategy`, which like FSDP saves with torch.distributed.checkpoint."""
 
-    @pytest.fixture(scope="class")
-    def sharded(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("sharded")
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.layouts.lightning_runs", folder],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        return folder
-
-    @pytest.fixture(scope="class")
-    def whole(self, sharded, tmp_path_factory):
-        """Their state dicts as torch joins them."""
-        folder = tmp_path_factory.mktemp("whole")
-        states = []
-        for path in epochs(sharded):
-            dcp_to_torch_save(path, folder / "whole.pt")
-            states.append(load(folder / "whole.pt")["state_dict"])
-        return states
-
     def test_are_averaged(self, sharded, whole, tmp_path):
         assert (epochs(sharded)[0] / "meta.pt").is_file()
         assert len(list(epochs(sharded)[0].glob("*.distcp"))) == 2
@@ -201,4 +202,4 @@ class TestShardedDirectories:
 
     def test_tell_their_step(self, sharded):
         found = [open_checkpoint(path).step for path in epochs(sharded)]
-        assert found == [("global_step", step) for step in (3, 6, 9)]
+        assert found == [("global_step", step) for step in (2, 4, 6)]

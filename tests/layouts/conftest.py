@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
-INSTALLED = importlib.util.find_spec("transformers") is not None
+LIBRARIES = ("accelerate", "lightning", "moto", "peft", "s3fs", "torchcontrib", "transformers")
+INSTALLED = all(map(importlib.util.find_spec, LIBRARIES))
 collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 
 os.environ |= {

@@ -25,7 +25,11 @@ class Schedule:
 class Net(lightning.LightningModule):
     """A norm layer, an optimizer with state, and a hyper-parameter of an unknown class."""
 
-    def __init__(self, width: int = 8, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        width: int = 8,
+        schedule: Schedule | None = None,  # noqa: ARG002 - a hyper-parameter
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.layers = nn.Sequential(
@@ -50,7 +54,8 @@ class ShardedNet(Net):
 
 def batches() -> Any:
     made = torch.Generator().manual_seed(0)
-    return torch.utils.data.DataLoader(torch.randn(12, 8, generator=made), batch_size=4)
+    rows: Any = torch.randn(12, 8, generator=made)
+    return torch.utils.data.DataLoader(rows, batch_size=4)
 
 
 def trainer(folder: Path, *callbacks: Any, epochs: int = 3, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-INSTALLED = importlib.util.find_spec("timm") is not None
+INSTALLED = all(map(importlib.util.find_spec, ("timm", "torchvision")))
 collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}

@@ -8,15 +8,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckptavg.averaging import average as average
+    from ckptavg.averaging import average_many as average_many
     from ckptavg.errors import CkptAvgError as CkptAvgError
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
+    from ckptavg.selection import Selection as Selection
 
 __version__ = "0.1.0"
-__all__ = ["CkptAvgError", "__version__", "average", "refresh_norm"]
+__all__ = [
+    "CkptAvgError",
+    "Selection",
+    "__version__",
+    "average",
+    "average_many",
+    "refresh_norm",
+]
 
 _HOMES = {
     "average": "ckptavg.averaging",
+    "average_many": "ckptavg.averaging",
     "refresh_norm": "ckptavg.norm.refresh",
+    "Selection": "ckptavg.selection",
     "CkptAvgError": "ckptavg.errors",
 }
 

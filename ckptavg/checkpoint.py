@@ -10,12 +10,15 @@ import numpy as np
 
 from ckptavg.parts import Memory, Part
 from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
+from ckptavg.training import TrainingRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 PROVENANCE = "ckptavg"
+# What torch.compile and Lightning's strategies put before all names.
+_WRAPPERS = ("_orig_mod.", "_forward_module.")
 STEP_FACTS = ("global_step", "step", "epoch")
 
 
@@ -31,6 +34,7 @@ class Checkpoint:
         metadata: its own string metadata, the provenance of ours among it.
         digest: SHA-256 of what describes the tensors (header or pickle), in hex.
         facts: what it says of the training: `global_step`, `step`, `epoch`, `learning_rate`.
+        training: what else it says of that: the schedule, metrics.
         key: which of its state dicts `tensors` is; empty where it is the whole file.
         other_keys: the other state dicts in the file.
         other_content: whether the file holds more than that state dict (an optimizer, say).
@@ -47,6 +51,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     digest: str
     facts: Mapping[str, int | float] = field(default_factory=dict)
+    training: TrainingRecord = field(default_factory=TrainingRecord)
     key: str = ""
     other_keys: tuple[str, ...] = ()
     other_content: bool = False
@@ -150,8 +155,10 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         others = [name for name in names if name != f"{taken}n_averaged"]
         if others and all(name.startswith(f"{taken}module.") for name in others):
             names, taken = others, f"{taken}module."
-        elif all(name.startswith(f"{taken}_orig_mod.") for name in names):
-            taken = f"{taken}_orig_mod."
+        elif inner := next(
+            (one for one in _WRAPPERS if all(name.startswith(taken + one) for name in names)), None
+        ):
+            taken += inner
         else:
             break
     if not taken:
@@ -169,7 +176,12 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
     }
     metadata = {key: value for key, value in checkpoint.metadata.items() if key not in aliases}
     metadata |= {a.removeprefix(prefix): kept.removeprefix(prefix) for a, kept in aliases.items()}
-    return (
-        replace(checkpoint, tensors=tensors, module_versions=versions, metadata=metadata),
-        prefix,
+    entries = {name.removeprefix(prefix): value for name, value in checkpoint.other_entries.items()}
+    unwrapped = replace(
+        checkpoint,
+        tensors=tensors,
+        module_versions=versions,
+        metadata=metadata,
+        other_entries=entries,
     )
+    return unwrapped, prefix

@@ -1,145 +1,118 @@
-"""Which checkpoints go into an average: find them, open them, hold them against each other.
-
-Checkpoints are opened one at a time and reduced to where their tensors are, in the order of the
-first one's: twenty checkpoints of 100,000 tensors fit into memory that way.
-"""
+"""Which checkpoints go into an average: find them, open them, hold them against each other."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
 
 from ckptavg.checkpoint import Checkpoint, without_wrappers
 from ckptavg.compare import Contents
-from ckptavg.discover import find, hint
+from ckptavg.discover import find
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import open_checkpoint
-from ckptavg.lora import is_factor
 from ckptavg.order import DIGITS, in_order, labels, natural
-from ckptavg.tensors import Tensor
+from ckptavg.sources import Collection, Source, compare, locate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 log = logging.getLogger("ckptavg")
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A checkpoint reduced to where its tensors are, in the order of the reference's tensors.
+@dataclass(frozen=True)
+class LeftOut:
+    """What was found and is no candidate.
 
     Attributes:
-        checkpoint: what else it is; its `tensors` are left out.
-        parts: the part that each tensor is in, `[num_tensors]`.
-        offsets: where in its part it begins, in bytes, `[num_tensors]`.
-        strides: of those tensors that are not contiguous, by index.
-        shapes: of those tensors that have another shape than the reference's, by index: factors
-            of LoRA adapters, whose ranks may differ.
+        path: the checkpoint.
+        reason: why not.
     """
 
-    checkpoint: Checkpoint
-    parts: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    strides: Mapping[int, tuple[int, ...]]
-    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint's path."""
-        return self.checkpoint.path
-
-    def tensor(self, index: int, like: Tensor) -> Tensor:
-        """The tensor at an index, which is like the reference's."""
-        return Tensor(
-            like.dtype,
-            self.shapes.get(index, like.shape),
-            int(self.parts[index]),
-            int(self.offsets[index]),
-            self.strides.get(index),
-        )
-
-    def same_place(self, one: int, other: int) -> bool:
-        """Whether two tensors of one dtype and shape have the same bytes."""
-        return (
-            self.parts[one] == self.parts[other]
-            and self.offsets[one] == self.offsets[other]
-            and self.strides.get(one) == self.strides.get(other)
-        )
+    path: Path
+    reason: str
 
 
 @dataclass(frozen=True)
-class Collection:
-    """Checkpoints of one model, in the order of training.
+class Survey:
+    """All the checkpoints there are to choose from.
 
     Attributes:
-        tensors: name to description, as the reference (the first one opened) has them.
-        sources: one for each checkpoint.
+        sources: in the order of training; copies of one checkpoint count once.
+        left_out: copies, and averages made earlier.
         order_is_known: whether the order comes from steps, or is but that of the names.
         files: all files that were opened, those of copies included.
+        references: of each model among them the first checkpoint; a run has but one.
+        models: which of the models each source is of.
     """
 
-    tensors: Mapping[str, Tensor]
     sources: tuple[Source, ...]
+    left_out: tuple[LeftOut, ...]
     order_is_known: bool
-    files: tuple[Path, ...] = ()
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The tensors' names, in the order of the arrays."""
-        return tuple(self.tensors)
-
-    @cached_property
-    def described(self) -> tuple[Tensor, ...]:
-        """The tensors' descriptions, in the order of the arrays."""
-        return tuple(self.tensors.values())
-
-    @staticmethod
-    def of_one(checkpoint: Checkpoint) -> Collection:
-        """A single checkpoint, names as they are."""
-        return Collection(
-            checkpoint.tensors, (_locate(checkpoint.tensors, checkpoint),), order_is_known=True
-        )
+    files: tuple[Path, ...]
+    references: tuple[Checkpoint, ...]
+    models: dict[Source, int]
 
     def labels(self) -> tuple[str, ...]:
         """The sources' paths below the folder that they have in common."""
         return labels([source.path for source in self.sources])
 
+    def collection(self, chosen: Sequence[Source]) -> Collection:
+        """The chosen checkpoints, in the order of training.
 
-def collect(
+        Raises:
+            MismatchError: they differ in names, shapes or dtypes.
+        """
+        models = [self.models[source] for source in chosen]
+        if len(set(models)) > 1:
+            first = replace(self.references[models[0]], path=chosen[0].path)
+            others = (
+                replace(self.references[model], path=source.path)
+                for model, source in zip(models, chosen, strict=True)
+                if model != models[0]
+            )
+            differences = [line for other in others for line in compare(first, other)]
+            raise MismatchError("the checkpoints are not of one model:", differences)
+        _mention_what_is_left([source.checkpoint for source in chosen])
+        tensors = self.references[models[0]].tensors
+        return Collection(tensors, tuple(chosen), self.order_is_known, self.files)
+
+
+def survey(
     inputs: Sequence[Path],
     *,
     key: str | None = None,
     keep_prefix: bool = False,
-    expect: int | None = None,
     any_rank: bool = False,
-) -> Collection:
+    wanted: Callable[[str], str | None] | None = None,
+) -> Survey:
     """Find, open, compare and order the checkpoints.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
         key: which state dict to take where a file holds several.
         keep_prefix: leave a wrapper's prefix on the names.
-        expect: how many checkpoints there must be.
         any_rank: let the ranks of LoRA factors differ.
+        wanted: given a label, why the checkpoint is not even opened; None if it is.
 
     Raises:
-        SelectionError: there are none, or not as many as expected.
+        SelectionError: there are none.
         FormatError: one of them is damaged or of an unknown kind.
-        MismatchError: they differ in names, shapes or dtypes.
     """
     gathered = _Gathered(any_rank=any_rank)
     taken_off: dict[str, int] = defaultdict(int)
-    for path, named in find(inputs):
+    found = find(inputs)
+    names = labels([path for path, _ in found]) if found else ()
+    for (path, named), name in zip(found, names, strict=True):
+        if wanted is not None and (reason := wanted(name)) is not None:
+            gathered.left_out.append(LeftOut(path, reason))
+            continue
         opened = _open(path, key, named=named)
         if opened is None:
             log.info("%s is an average made earlier: left out", printable(path.name))
+            gathered.left_out.append(LeftOut(path, "an average made earlier"))
             continue
         checkpoint, prefix = without_wrappers(opened, keep_prefix=keep_prefix)
         if prefix:
@@ -147,7 +120,26 @@ def collect(
         gathered.add(checkpoint)
     for prefix, count in taken_off.items():
         log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
-    return gathered.finish(inputs, expect)
+    return gathered.finish(inputs)
+
+
+def collect(
+    inputs: Sequence[Path], *, key: str | None = None, keep_prefix: bool = False
+) -> Collection:
+    """All the checkpoints that there are, without a choice.
+
+    Args:
+        inputs: directories of checkpoints, and checkpoints.
+        key: which state dict to take where a file holds several.
+        keep_prefix: leave a wrapper's prefix on the names.
+
+    Raises:
+        SelectionError: there are none.
+        FormatError: one of them is damaged or of an unknown kind.
+        MismatchError: they differ in names, shapes or dtypes.
+    """
+    found = survey(inputs, key=key, keep_prefix=keep_prefix)
+    return found.collection(found.sources)
 
 
 def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
@@ -169,39 +161,46 @@ class _Gathered:
 
     def __init__(self, *, any_rank: bool) -> None:
         self._any_rank = any_rank
-        self.reference: Checkpoint | None = None
-        self.sources: list[Source] = []
-        self.differences: list[str] = []
+        self._references: list[Checkpoint] = []
+        self._sources: list[list[Source]] = []
+        self.left_out: list[LeftOut] = []
 
     def add(self, checkpoint: Checkpoint) -> None:
-        if self.reference is None:
-            self.reference = checkpoint
-        elif checkpoint.tensors is self.reference.tensors:
-            first = self.sources[0]
-            self.sources.append(replace(first, checkpoint=replace(checkpoint, tensors={})))
-            return
-        elif differences := list(compare(self.reference, checkpoint, any_rank=self._any_rank)):
-            self.differences += differences
-            return
-        self.sources.append(_locate(self.reference.tensors, checkpoint))
+        """Put it with those of the same model."""
+        for reference, sources in zip(self._references, self._sources, strict=True):
+            if checkpoint.tensors is reference.tensors:
+                alike = replace(sources[0], checkpoint=replace(checkpoint, tensors={}))
+                sources.append(alike)
+                return
+            if next(compare(reference, checkpoint, any_rank=self._any_rank), None) is None:
+                sources.append(locate(reference.tensors, checkpoint))
+                return
+        self._references.append(checkpoint)
+        self._sources.append([locate(checkpoint.tensors, checkpoint)])
 
-    def finish(self, inputs: Sequence[Path], expect: int | None) -> Collection:
-        if self.differences:
-            raise MismatchError("the checkpoints are not of one model:", self.differences)
-        if self.reference is None:
+    def finish(self, inputs: Sequence[Path]) -> Survey:
+        """Count copies once, and bring the rest into order."""
+        if not self._sources:
             where = ", ".join(printable(path) for path in inputs) or "no input"
-            raise SelectionError(
-                f"no checkpoint found in {where}",
-                remedy=hint(inputs),
-            )
-        tensors = self.reference.tensors
-        sources, known = in_order(_without_duplicates(tensors, self.sources))
-        if expect is not None and len(sources) != expect:
-            found = ", ".join(map(printable, labels([source.path for source in sources])))
-            raise SelectionError(f"expected {expect} checkpoints, found {len(sources)}: {found}")
-        _mention_what_is_left([source.checkpoint for source in sources])
-        files = tuple(part.path for source in self.sources for part in source.checkpoint.parts)
-        return Collection(tensors, tuple(sources), known, files)
+            what = f" but {self.left_out[0].reason}" if self.left_out else ""
+            raise SelectionError(f"no checkpoint found in {where}{what}")
+        files = tuple(
+            part.path
+            for sources in self._sources
+            for source in sources
+            for part in source.checkpoint.parts
+        )
+        models: dict[Source, int] = {}
+        for model, (reference, sources) in enumerate(
+            zip(self._references, self._sources, strict=True)
+        ):
+            distinct, copies = _without_duplicates(reference, sources)
+            models |= dict.fromkeys(distinct, model)
+            self.left_out += copies
+        ordered, known = in_order(list(models))
+        return Survey(
+            tuple(ordered), tuple(self.left_out), known, files, tuple(self._references), models
+        )
 
 
 def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
@@ -217,44 +216,9 @@ def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
         log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))
 
 
-def compare(reference: Checkpoint, other: Checkpoint, *, any_rank: bool = False) -> Iterator[str]:
-    """Every difference of names, shapes and dtypes, a line each."""
-    mine, theirs = printable(reference.path), printable(other.path)
-    for name, tensor in reference.tensors.items():
-        found = other.tensors.get(name)
-        if found is None:
-            yield f"{printable(name)}: in {mine}, missing in {theirs}"
-            continue
-        if found.shape != tensor.shape and not (any_rank and is_factor(name)):
-            yield f"{printable(name)}: shape {tensor.shape} in {mine}, {found.shape} in {theirs}"
-        if found.dtype is not tensor.dtype:
-            yield (
-                f"{printable(name)}: {tensor.dtype.name} in {mine}, {found.dtype.name} in {theirs}"
-            )
-    for name in sorted(other.tensors.keys() - reference.tensors.keys()):
-        yield f"{printable(name)}: in {theirs}, missing in {mine}"
-
-
-def _locate(reference: Mapping[str, Tensor], checkpoint: Checkpoint) -> Source:
-    tensors = [checkpoint.tensors[name] for name in reference]
-    return Source(
-        replace(checkpoint, tensors={}),
-        np.array([tensor.part for tensor in tensors], np.int32),
-        np.array([tensor.offset for tensor in tensors], np.int64),
-        {
-            index: tensor.strides
-            for index, tensor in enumerate(tensors)
-            if tensor.strides is not None
-        },
-        {
-            index: tensor.shape
-            for index, (tensor, like) in enumerate(zip(tensors, reference.values(), strict=True))
-            if tensor.shape != like.shape
-        },
-    )
-
-
-def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) -> list[Source]:
+def _without_duplicates(
+    reference: Checkpoint, sources: list[Source]
+) -> tuple[list[Source], list[LeftOut]]:
     """Hard links, symlinks and copies of one checkpoint count once.
 
     A copy has the same recorded step and the same bytes in every tensor. Of several names the one
@@ -269,9 +233,10 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
         ),
     )
     own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
-    content = Contents(tuple(tensors.values()))
+    content = Contents(tuple(reference.tensors.values()))
     by_file: dict[object, Source] = {}
     by_step: defaultdict[object, list[Source]] = defaultdict(list)
+    copies: list[LeftOut] = []
     for source in by_name:
         files = tuple(part.identity for part in source.checkpoint.parts)
         alike = by_step[source.checkpoint.step]
@@ -282,9 +247,7 @@ def _without_duplicates(tensors: Mapping[str, Tensor], sources: list[Source]) ->
             by_file[files] = source
             alike.append(source)
         else:
-            log.info(
-                "%s is the same checkpoint as %s: counted once",
-                printable(own[source]),
-                printable(own[twin]),
-            )
-    return list(by_file.values())
+            names = printable(own[source]), printable(own[twin])
+            log.info("%s is the same checkpoint as %s: counted once", *names)
+            copies.append(LeftOut(source.path, f"the same checkpoint as {names[1]}"))
+    return list(by_file.values()), copies

@@ -14,7 +14,7 @@ from ckptavg.tensors import bytes_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ckptavg.collect import Source
+    from ckptavg.sources import Source
     from ckptavg.tensors import Tensor
 
 _PIECE = 1 << 20

@@ -7,8 +7,8 @@ import re
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
-from ckptavg.order import DIGITS, natural
+from ckptavg.formats import SUFFIXES, is_checkpoint_directory
+from ckptavg.order import natural
 from ckptavg.paths import is_remote, reaching
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ log = logging.getLogger("ckptavg")
 _NOT_WEIGHTS = re.compile(
     r"(optim(izer)?|(lr_)?scheduler|rng_state|random_states|training_args|(grad_)?scaler|sampler)"
     r"([_-][A-Za-z_-]*\d+)?(\.(pt|pth|bin))?|.*_optim_states\.pt"
+)
+# Checkpoints by their names: in a directory with weights of its own only these are further ones.
+_NUMBERED = re.compile(
+    r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
 )
 _DEEPEST_HINT = 3
 
@@ -44,40 +48,55 @@ def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
 
 def _of(path: Path, passed: list[str]) -> list[Path]:
     """The checkpoints that an input stands for: itself, or those in it."""
-    if path.is_dir():
-        inner = _inside(path, passed)
-        return inner if inner or not is_checkpoint_directory(path) else [path]
-    if not path.exists():
-        raise SelectionError("does not exist", path=path)
-    return [path]
+    if not path.is_dir():
+        if not path.exists():
+            raise SelectionError("does not exist", path=path)
+        return [path]
+    inner = _inside(path, passed)
+    if not inner and not is_checkpoint_directory(path):
+        raise SelectionError(f"no checkpoint found in {printable(path)}", remedy=_hint(path))
+    return inner or [path]
 
 
 def _inside(path: Path, passed: list[str]) -> list[Path]:
-    """The checkpoints in a directory; none where it is one itself."""
-    own = is_checkpoint_directory(path)
-    if own and not huggingface.matches(path, b""):
-        return []
+    """The checkpoints in a directory; none where it is one itself.
+
+    A directory with weights of its own is one, unless it has numbered checkpoints as well: then it
+    is what a Trainer leaves, and its own weights are what those led to.
+    """
     entries = sorted(path.iterdir(), key=lambda entry: natural(entry.name))
-    folders, files, rest = [], [], []
-    for entry in entries:
-        mine = own and huggingface.is_own(entry.name)
-        if entry.name.startswith(".") or (mine and entry.is_dir()):
-            continue
-        if _NOT_WEIGHTS.fullmatch(entry.name):
-            rest.append(entry.name)
-        elif is_checkpoint_directory(entry):
-            folders.append(entry)
-        elif looks_like_checkpoint(entry):
-            files.append(entry)
-    others = [entry for entry in files if not huggingface.is_own(entry.name)]
-    if own and not folders and not any(DIGITS.search(entry.name) for entry in others):
-        return []
-    if own and folders:
-        # The model that a Trainer leaves at the end beside the checkpoints that led to it.
-        rest += [entry.name for entry in files if huggingface.is_own(entry.name)]
-        files = others
+    rest = [entry.name for entry in entries if _NOT_WEIGHTS.fullmatch(entry.name)]
+    found = [entry for entry in entries if _is_checkpoint(entry)]
+    if is_checkpoint_directory(path):
+        own = found
+        found = [entry for entry in found if _is_further(entry, path)]
+        if not found:
+            return []
+        rest += [entry.name for entry in own if entry not in found]
     passed += rest
-    return sorted([*folders, *files], key=lambda entry: natural(entry.name))
+    return found
+
+
+def _is_checkpoint(entry: Path) -> bool:
+    if entry.name.startswith(".") or _NOT_WEIGHTS.fullmatch(entry.name):
+        return False
+    try:
+        return is_checkpoint_directory(entry) or looks_like_checkpoint(entry)
+    except PermissionError:
+        log.info("%s cannot be looked into: left out", printable(entry.name))
+        return False
+
+
+def _is_further(entry: Path, path: Path) -> bool:
+    """Whether what is in a checkpoint's directory is one beside it, and no part of it."""
+    if not _NUMBERED.fullmatch(entry.name):
+        return False
+    # DeepSpeed's `global_step500/` in `checkpoint-500/` is.
+    return not (entry.name.startswith("global_step") and _has_trainer_state(path))
+
+
+def _has_trainer_state(path: Path) -> bool:
+    return (path / "trainer_state.json").is_file() or (path / "random_states_0.pkl").is_file()
 
 
 def looks_like_checkpoint(path: Path) -> bool:
@@ -90,12 +109,11 @@ def looks_like_checkpoint(path: Path) -> bool:
     )
 
 
-def hint(inputs: Iterable[Path]) -> str:
+def _hint(path: Path) -> str:
     """Where checkpoints might be, for whoever named a directory without any."""
-    for path in inputs:
-        folder = next(_folders_with_checkpoints(path, _DEEPEST_HINT), None)
-        if folder is not None:
-            return f"there are checkpoints in {printable(folder)}"
+    folder = next(_folders_with_checkpoints(path, _DEEPEST_HINT), None)
+    if folder is not None:
+        return f"there are checkpoints in {printable(folder)}"
     return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.collect import Collection, Source
     from ckptavg.parts import Part
+    from ckptavg.sources import Collection, Source
     from ckptavg.tensors import AnyArray, Tensor
     from ckptavg.weights import Weights
 

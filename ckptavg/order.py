@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from ckptavg.collect import Source
+    from ckptavg.sources import Source
 
 DIGITS = re.compile(r"(\d+)")
 

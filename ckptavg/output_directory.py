@@ -50,8 +50,7 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
     present = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if present and not force:
         raise OutputError("exists already", path=path, remedy="--force replaces it")
-    known = {name.partition("/")[0] for name in names}
-    strangers = [name for name in present if name not in known and not huggingface.is_own(name)]
+    strangers = _strangers(path, names) if present else []
     if strangers:
         shown = ", ".join(map(printable, strangers[:_SHOWN]))
         more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
@@ -61,6 +60,18 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
             remedy="remove that, or choose another output",
         )
     check_parent(path)
+
+
+def _strangers(path: Path, names: Collection[str]) -> list[str]:
+    """What is in a directory and would not be in the new one, but for the weights themselves."""
+    known = {*names, *(huggingface.weight_files(path) if huggingface.matches(path, b"") else ())}
+    strangers = []
+    for entry in sorted(path.rglob("*")):
+        name = entry.relative_to(path).as_posix()
+        folder_is_kept = entry.is_dir() and any(one.startswith(f"{name}/") for one in names)
+        if name not in known and not folder_is_kept:
+            strangers.append(name)
+    return strangers
 
 
 class OutputDirectory:
@@ -119,7 +130,8 @@ class OutputDirectory:
             for file in self._files:
                 file.commit()
             if self._fsync:
-                _sync(self._folder)
+                for folder in {(self._folder / name).parent for name in self._layout.files}:
+                    _sync(folder)
             self._publish()
             if self._fsync:
                 with contextlib.suppress(OSError):
@@ -143,7 +155,7 @@ class OutputDirectory:
         self.path.rename(aside)
         try:
             self._folder.rename(self.path)
-        except OSError:
+        except BaseException:  # a signal, too
             aside.rename(self.path)
             raise
         aside.rename(self._folder)  # which goes away

@@ -12,6 +12,9 @@ from ckptavg.errors import CkptAvgError, printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+PathLike = str | os.PathLike[str]
+"""A path on this machine, or a URL."""
+
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 

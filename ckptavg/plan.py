@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.engine import BadValueError, Input, Job
 from ckptavg.errors import SelectionError, ValueRangeError, printable
+from ckptavg.jobs import BadValueError, Input, Job, Share
 from ckptavg.layout import Layout, OutputTensor
 from ckptavg.roles import Role, decide_roles, refuse_quantised
 from ckptavg.runs import Integers, runs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
-    from ckptavg.collect import Collection, Source
+    from ckptavg.sources import Collection, Source
     from ckptavg.tensors import DType, Tensor
     from ckptavg.weights import Weights
 
@@ -58,33 +58,56 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Column:
+    """The weights of one output.
+
+    Attributes:
+        weights: one for each of the checkpoints that are read, 0 for those that it leaves out.
+        divisor: of their weighted sum.
+    """
+
+    weights: tuple[float, ...]
+    divisor: float
+
+    @cached_property
+    def last(self) -> int:
+        """Which of the checkpoints is the last that it has a part of."""
+        return max(index for index, weight in enumerate(self.weights) if weight != 0)
+
+    @cached_property
+    def count(self) -> int:
+        """How many checkpoints it is made of."""
+        return sum(weight != 0 for weight in self.weights)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to be written, and out of what.
 
     Attributes:
         collection: the checkpoints.
-        used: those with a weight other than 0, the only ones that are read.
-        weights: one for each of `used`.
-        divisor: of their weighted sum.
-        tensors: in the order of the output, tied ones but once.
+        used: those with a weight other than 0 in some output, the only ones that are read.
+        columns: for each output, the weights of `used`.
+        tensors: in the order of the outputs, tied ones but once.
     """
 
     collection: Collection
     used: tuple[Source, ...]
-    weights: tuple[float, ...]
-    divisor: float
+    columns: tuple[Column, ...]
     tensors: tuple[Planned, ...]
 
     @property
     def outputs(self) -> tuple[OutputTensor, ...]:
-        """What is written, in order."""
+        """What is written into each output, in order."""
         return tuple(planned.output for planned in self.tensors)
 
-    @property
-    def places_in_last(self) -> tuple[Tensor, ...]:
-        """Where each of them stands in the last checkpoint."""
-        last = self.used[-1]
-        return tuple(last.tensor(planned.index, planned.tensor) for planned in self.tensors)
+    def last(self, output: int = 0) -> Source:
+        """The last of the checkpoints that an output is made of."""
+        return self.used[self.columns[output].last]
+
+    def places(self, source: Source) -> tuple[Tensor, ...]:
+        """Where each of the tensors stands in a checkpoint."""
+        return tuple(source.tensor(planned.index, planned.tensor) for planned in self.tensors)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -93,7 +116,7 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of the inputs that go into the output."""
+        """Bytes of the inputs that go into the outputs."""
         return sum(
             planned.tensor.nbytes * (len(self.used) if planned.role == "averaged" else 1)
             for planned in self.tensors
@@ -106,69 +129,85 @@ class Plan:
 
     @property
     def largest_strided(self) -> int:
-        """Bytes of the largest tensor that has to be held in memory whole."""
+        """Bytes of the largest tensor that has to be held in memory whole, for each output."""
         sizes = (one.output.nbytes for one in self.tensors if one.index in self.strided)
-        return max(sizes, default=0)
+        return max(sizes, default=0) * len(self.columns)
 
-    def jobs(self, layout: Layout) -> Iterator[Job]:
-        """The jobs in the order of the output; neighbours in every file are joined into one."""
+    def jobs(self, layouts: Sequence[Layout]) -> Iterator[Job]:
+        """The jobs in the order of the outputs; neighbours in every file are joined into one."""
         order = np.array([planned.index for planned in self.tensors], np.int64)
         nbytes = np.array([planned.tensor.nbytes for planned in self.tensors], np.int64)
         distinct = {id(source.offsets): source for source in self.used}.values()
         places = [(source.parts[order], source.offsets[order]) for source in distinct]
-        for first, last in runs(nbytes, places, self._keys(layout)):
+        for first, last in runs(nbytes, places, self._keys(layouts)):
             itemsize = self.tensors[first].tensor.dtype.itemsize
             count = int(nbytes[first:last].sum()) // itemsize
             if count:
-                yield self._job(first, count, layout)
-        for copied in layout.copies:
-            yield Job.copy_of(copied)
+                yield from self._jobs(first, count, layouts)
+        for output, layout in enumerate(layouts):
+            for copied in layout.copies:
+                yield Job.copy_of(copied, output)
 
-    def _keys(self, layout: Layout) -> Iterator[Integers]:
+    def _keys(self, layouts: Sequence[Layout]) -> Iterator[Integers]:
         """What must not change along a run, beside the inputs' places."""
         written = np.array([planned.output.nbytes for planned in self.tensors], np.int64)
-        targets = np.array([targets[0] if targets else -1 for targets in layout.targets], np.int64)
-        yield targets - (np.cumsum(written) - written)
-        # Tied and strided tensors go alone: a number of their own.
-        alone = [
-            position
-            if planned.index in self.strided or len(targets) > 1 or position in layout.scattered
-            else -1
-            for position, (planned, targets) in enumerate(
-                zip(self.tensors, layout.targets, strict=True)
-            )
-        ]
-        yield np.array(alone, np.int64)
+        # Strided tensors go alone: a number of their own.
+        numbers = np.arange(len(self.tensors))
+        strided = [planned.index in self.strided for planned in self.tensors]
+        yield np.where(np.array(strided, bool), numbers, -1)
+        for layout in layouts:
+            targets = [each[0] if each else -1 for each in layout.targets]
+            yield np.array(targets, np.int64) - (np.cumsum(written) - written)
+            # So do those with several places, as tied ones have.
+            alone = [
+                len(each) > 1 or position in layout.scattered
+                for position, each in enumerate(layout.targets)
+            ]
+            yield np.where(np.array(alone, bool), numbers, -1)
         traits = [
             (one.tensor.dtype, one.output.dtype, one.role, one.is_variance) for one in self.tensors
         ]
-        numbers = {trait: number for number, trait in enumerate(dict.fromkeys(traits))}
-        yield np.array([numbers[trait] for trait in traits], np.int64)
+        known = {trait: number for number, trait in enumerate(dict.fromkeys(traits))}
+        yield np.array([known[trait] for trait in traits], np.int64)
 
-    def _job(self, position: int, count: int, layout: Layout) -> Job:
+    def _jobs(self, position: int, count: int, layouts: Sequence[Layout]) -> Iterator[Job]:
+        """One job for all outputs, or one for each checkpoint that some of them copy."""
         planned = self.tensors[position]
-        averaged = planned.role == "averaged"
-        sources = self.used if averaged else self.used[-1:]
-        weights = self.weights if averaged else (1.0,)
-        inputs = tuple(
-            Input(
-                source.checkpoint.parts[source.parts[planned.index]],
-                source.tensor(planned.index, planned.tensor),
-                weight,
+        everything = range(len(self.columns))
+        if planned.role == "averaged":
+            by_sources = {tuple(range(len(self.used))): list(everything)}
+        elif planned.role == "kept":
+            by_sources = {(len(self.used) - 1,): list(everything)}
+        else:
+            by_sources = {}
+            for output in everything:
+                by_sources.setdefault((self.columns[output].last,), []).append(output)
+        for sources, outputs in by_sources.items():
+            yield Job(
+                inputs=tuple(self._input(self.used[index], planned) for index in sources),
+                count=count,
+                copy=planned.copied,
+                dtype=planned.output.dtype,
+                shares=tuple(self._share(position, output, layouts[output]) for output in outputs),
+                number=position,
             )
-            for source, weight in zip(sources, weights, strict=True)
-        )
-        return Job(
-            inputs=inputs,
-            count=count,
-            copy=planned.copied,
-            divisor=self.divisor if averaged else 1.0,
-            dtype=planned.output.dtype,
+
+    @staticmethod
+    def _input(source: Source, planned: Planned) -> Input:
+        part = source.checkpoint.parts[source.parts[planned.index]]
+        return Input(part, source.tensor(planned.index, planned.tensor))
+
+    def _share(self, position: int, output: int, layout: Layout) -> Share:
+        planned, column = self.tensors[position], self.columns[output]
+        averaged = planned.role == "averaged"
+        return Share(
+            weights=column.weights if averaged else (1.0,),
+            divisor=column.divisor if averaged else 1.0,
             targets=layout.targets[position],
-            number=position,
-            nonnegative=planned.is_variance and min(self.weights) < 0,
-            one_of_several=len(inputs) < len(self.used),
+            output=output,
             scattered=layout.scattered.get(position, ()),
+            nonnegative=planned.is_variance and min(column.weights) < 0,
+            one_of_several=not averaged and column.count > 1,
         )
 
     def name_of(self, error: BadValueError) -> ValueRangeError:
@@ -189,7 +228,7 @@ class Plan:
 
 def make_plan(
     collection: Collection,
-    weights: Weights,
+    columns: Sequence[Weights],
     *,
     roles: Sequence[Role] | None = None,
     ints: str = "equal",
@@ -197,15 +236,15 @@ def make_plan(
     dtype: DType | None = None,
     joined: AbstractSet[str] = frozenset(),
 ) -> Plan:
-    """Decide what becomes of every tensor and in which order the output has them.
+    """Decide what becomes of every tensor and in which order the outputs have them.
 
     Args:
         collection: the checkpoints.
-        weights: one for each of them.
+        columns: for each output, one weight for each of them.
         roles: one for each tensor, where they are decided already.
         ints: `equal`, or `last` to take differing integer tensors from the last checkpoint.
         norm_stats: `average`, or `last` to take running statistics from the last checkpoint.
-        dtype: of the floating tensors in the output; None for the inputs' own.
+        dtype: of the floating tensors in the outputs; None for the inputs' own.
         joined: names of the tensors that the last checkpoint has of all of them already.
 
     Raises:
@@ -213,12 +252,12 @@ def make_plan(
         MismatchError: an integer tensor differs between checkpoints.
         SelectionError: the result depends on the order of the checkpoints, which is unknown.
     """
-    pairs = [
-        (source, value)
-        for source, value in zip(collection.sources, weights.values, strict=True)
-        if value != 0
+    indices = [
+        index
+        for index in range(len(collection.sources))
+        if any(column.values[index] != 0 for column in columns)
     ]
-    used = tuple(source for source, _ in pairs)
+    used = tuple(collection.sources[index] for index in indices)
     if roles is None:
         refuse_quantised(collection)
         roles = decide_roles(collection, used, ints=ints, norm_stats=norm_stats)
@@ -226,7 +265,8 @@ def make_plan(
             "joined" if name in joined else role
             for name, role in zip(collection.names, roles, strict=True)
         ]
-        if not collection.order_is_known and not (weights.uniform and "last" not in roles):
+        order_matters = "last" in roles or not all(column.uniform for column in columns)
+        if order_matters and not collection.order_is_known:
             raise SelectionError(
                 "only some of the checkpoints have a step, and the result depends on their order: "
                 + ", ".join(map(printable, collection.labels())),
@@ -235,8 +275,10 @@ def make_plan(
     return Plan(
         collection,
         used,
-        tuple(value for _, value in pairs),
-        weights.divisor,
+        tuple(
+            Column(tuple(column.values[index] for index in indices), column.divisor)
+            for column in columns
+        ),
         tuple(_planned(collection, used, roles, dtype)),
     )
 

@@ -63,7 +63,7 @@ class RemoteFile(ByteSource):
             return []
         with self._explained():
             pieces: list[bytes] = self._files.cat_ranges(
-                [self._name] * len(spans), *map(list, zip(*spans, strict=True))
+                [self._name] * len(spans), *map(list, zip(*spans, strict=True)), on_error="raise"
             )
         for (start, end), piece in zip(spans, pieces, strict=True):
             self._check(piece, start, end)

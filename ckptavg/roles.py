@@ -11,7 +11,7 @@ from ckptavg.errors import FormatError, MismatchError, printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptavg.collect import Collection, Source
+    from ckptavg.sources import Collection, Source
     from ckptavg.tensors import Tensor
 
 Role = Literal["averaged", "last", "kept", "joined"]
@@ -29,6 +29,11 @@ _QUANTISED = re.compile(
 def is_norm_statistic(name: str) -> bool:
     """Whether a tensor is a norm layer's running statistic, by its name."""
     return name.rpartition(".")[2] in _NORM_STATISTICS
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether a tensor is a module's own state, whose bytes mean nothing here (fp8 recipes)."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def refuse_quantised(collection: Collection) -> None:
@@ -74,13 +79,17 @@ def decide_roles(
     tensors = collection.described
     roles: list[Role] = [
         "last"
-        if norm_stats == "last" and is_norm_statistic(name)
+        if (norm_stats == "last" and is_norm_statistic(name)) or is_extra_state(name)
         else "averaged"
         if tensor.dtype.averaged
         else "kept"
         for name, tensor in collection.tensors.items()
     ]
-    whole = [index for index, tensor in enumerate(tensors) if not tensor.dtype.averaged]
+    whole = [
+        index
+        for index, (tensor, role) in enumerate(zip(tensors, roles, strict=True))
+        if not tensor.dtype.averaged and role != "last"
+    ]
     problems: dict[int, str] = {}
     for source in used[1:]:
         for index in differing(tensors, whole, used[0], source):

@@ -1,15 +1,34 @@
-"""Weights of an average: a number for each checkpoint, and what their sum is divided by."""
+"""Weights of an average: a number for each checkpoint, and what their sum is divided by.
+
+A scheme is a pure function of the number of checkpoints, their steps or their names: it never sees
+a tensor. `docs/schemes.md` says which is for what.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import SelectionError
+from ckptavg.errors import SelectionError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+KNOWN = (
+    "uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear, decay:cosine, decay:1-sqrt, "
+    "a number for each checkpoint (0.2,0.3,0.5), or PATH=NUMBER,..."
+)
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda place: 1 - place,
+    "cosine": lambda place: (1 + math.cos(math.pi * place)) / 2,
+    "1-sqrt": lambda place: 1 - math.sqrt(place),
+}
+# Of the constant profile, exponent 0: a longer one would give the oldest most.
+_MOST_SIGMA_REL = 12**-0.5
 
 
 @dataclass(frozen=True)
@@ -31,27 +50,450 @@ class Weights:
         """Whether the order of the checkpoints does not matter."""
         return len(set(self.values)) <= 1
 
+    @property
+    def emulated_decay(self) -> tuple[float, ...]:
+        """The learning-rate decay that averaging emulates: `w_j = c_j + ... + c_k`.
 
-def uniform(count: int) -> Weights:
+        The average of a constant-rate run is what the run would be, had the updates between
+        checkpoints j-1 and j been scaled by `w_j`, if the gradients were the same (WSM, Tian et al.
+        2025, arXiv 2507.17634).
+
+        Returns:
+            `w_0, ..., w_k`, `[num_checkpoints]`, from the shares `c_i = values[i] / divisor`.
+            `w_0` is the factor of the first checkpoint: 1 where the weights are normalised.
+        """
+        values = self.values
+        return tuple(math.fsum(values[place:]) / self.divisor for place in range(len(values)))
+
+
+def uniform(count: int, *, normalize: bool = True) -> Weights:
     """The mean: `(x_1 + ... + x_K) / K` (Izmailov et al. 2018, equation in Algorithm 1)."""
-    return Weights("uniform", (1.0,) * count, float(count))
+    return Weights("uniform", (1.0,) * count, float(count) if normalize else 1.0)
 
 
-def explicit(values: Sequence[float], count: int) -> Weights:
-    """Any column of numbers, normalised to sum 1. Negative ones are allowed.
+def linear(count: int, *, normalize: bool = True) -> Weights:
+    """Weight i for checkpoint i: `c_i = i / (1 + ... + K)`.
+
+    The WMA of PMA (Li et al. 2025, arXiv 2505.12082).
+    """
+    values = tuple(float(number) for number in range(1, count + 1))
+    return Weights("linear", values, math.fsum(values) if normalize else 1.0)
+
+
+def ema(count: int, decay: float) -> Weights:
+    """An exponential moving average of the checkpoints.
+
+    `avg_1 = x_1`, `avg_i = d * avg_(i-1) + (1 - d) * x_i`, as
+    `torch.optim.swa_utils.get_ema_multi_avg_fn` has it. Written out: `c_1 = d^(K-1)` and
+    `c_i = (1 - d) * d^(K-i)`, which sum to 1.
 
     Raises:
-        SelectionError: not one finite number for each checkpoint, or they sum to zero.
+        SelectionError: the decay is not in [0, 1].
+    """
+    check_ema(decay)
+    values = [(1 - decay) * decay ** (count - number) for number in range(1, count + 1)]
+    values[0] = decay ** (count - 1)
+    return _summing_to_one(f"ema:{_short(decay)}", values)
+
+
+def check_ema(decay: float) -> None:
+    """Refuse a decay that torch would refuse.
+
+    Raises:
+        SelectionError: it is not in [0, 1].
+    """
+    if not 0 <= decay <= 1:
+        raise SelectionError(f"the decay of ema is from 0 to 1, not {_short(decay)}")
+
+
+def power(steps: Sequence[float], sigma_rel: float) -> Weights:
+    """The power-function EMA (Karras et al. 2024, arXiv 2312.02696), over raw checkpoints.
+
+    Its profile is `p(t) ~ t^g` for t in [0, t_K] (equation 121 with t_K for its time). Checkpoint k
+    stands for the steps since the one before: `c_k ~ t_k^(g+1) - t_(k-1)^(g+1)`. The first stands
+    for as many as the second, `t_0 = t_1 - (t_2 - t_1)` but 0 at least: from 0 on it would take the
+    share of the whole run before it.
+
+    Args:
+        steps: of training, in any unit that counts from its start, `[num_checkpoints]`.
+        sigma_rel: standard deviation of the profile, relative to the length of the training.
+
+    Raises:
+        SelectionError: sigma_rel is not in (0, 12^-0.5), or the steps are not positive, finite and
+            increasing.
+    """
+    exponent = power_exponent(sigma_rel) + 1
+    times = _increasing(steps)
+    before = max(0.0, times[0] - (times[1] - times[0])) if len(times) > 1 else 0.0
+    # Relative to the last: powers of steps themselves overflow.
+    powers = [(time / times[-1]) ** exponent for time in (before, *times)]
+    total = 1 - powers[0]
+    values = [(later - earlier) / total for earlier, later in pairwise(powers)]
+    return _summing_to_one(f"power:{_short(sigma_rel)}", values)
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """The exponent g of the profile `t^g` that has this relative standard deviation.
+
+    The largest real root of `sigma_rel = (g+1)^(1/2) (g+2)^(-1) (g+3)^(-1/2)` (Karras et al. 2024,
+    equation 123; their algorithm 2 solves it as a cubic). It falls with g where g > 0, so the root
+    there is halved upon.
+
+    Raises:
+        SelectionError: sigma_rel is not in (0, 12^-0.5), where g > 0.
+    """
+    if not 0 < sigma_rel < _MOST_SIGMA_REL:
+        raise SelectionError(
+            f"the sigma_rel of power is above 0 and below {_MOST_SIGMA_REL:.4f}, "
+            f"not {_short(sigma_rel)}",
+            remedy="uniform averages all alike" if sigma_rel >= _MOST_SIGMA_REL else None,
+        )
+    low, high = 0.0, 1 / sigma_rel
+    while low < (middle := (low + high) / 2) < high:
+        narrower = math.sqrt((middle + 1) / (middle + 3)) / (middle + 2) < sigma_rel
+        low, high = (low, middle) if narrower else (middle, high)
+    return high
+
+
+def _increasing(steps: Sequence[float]) -> list[float]:
+    """The steps as numbers.
+
+    Raises:
+        SelectionError: they are not positive, finite and strictly increasing.
+    """
+    times = [_total([step]) for step in steps]  # an integer of a file may exceed all floats
+    if not all(0 < time < math.inf for time in times):
+        found = next(time for time in times if not 0 < time < math.inf)
+        raise SelectionError(
+            f"power needs steps that count from 1, not a checkpoint at step {found:g}",
+            remedy="leave that checkpoint out, or take ema:DECAY",
+        )
+    for earlier, later in pairwise(times):
+        if earlier >= later:
+            raise SelectionError(
+                f"power needs steps that increase, not {later:g} after {earlier:g}",
+                remedy="leave one of the two out, or take ema:DECAY",
+            )
+    return times
+
+
+def decay(count: int, shape: str) -> Weights:
+    """Emulate a decay of the learning rate (WSM, Tian et al. 2025, arXiv 2507.17634).
+
+    With `w_j` the decay at `j / (k + 1)`, for checkpoints 0 to k: `c_0 = 1 - w_1`,
+    `c_j = w_j - w_(j+1)`, `c_k = w_k`. They sum to 1. The decay begins at the first checkpoint and
+    would reach 0 one interval after the last.
+
+    Args:
+        count: number of checkpoints, k + 1.
+        shape: `linear` for `w(s) = 1 - s`, which makes all weights equal; `cosine` for
+            `(1 + cos(pi s)) / 2`; `1-sqrt` for `1 - sqrt(s)`.
+
+    Raises:
+        SelectionError: there is no such shape.
+    """
+    check_shape(shape)
+    name = f"decay:{shape}"
+    if shape == "linear":
+        # The differences are all 1 / (k + 1), but for rounding: as a mean they have none.
+        return Weights(name, (1.0,) * count, float(count))
+    remaining = [_DECAYS[shape](place / count) for place in range(count + 1)]
+    return _summing_to_one(name, [now - later for now, later in pairwise(remaining)])
+
+
+def check_shape(shape: str) -> None:
+    """Refuse a decay that has no equation here.
+
+    Raises:
+        SelectionError: there is no such shape.
+    """
+    if shape not in _DECAYS:
+        raise SelectionError(f"decay is one of {', '.join(_DECAYS)}, not {shape!r}")
+
+
+def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> Weights:
+    """Any column of numbers, normalised to sum 1 or taken as they are. Negative ones are allowed.
+
+    Raises:
+        SelectionError: not one finite number for each checkpoint, or they sum to zero and should be
+            normalised.
     """
     try:
         numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SelectionError(f"weights must be numbers: {error}") from error
-    total = math.fsum(numbers)
     if len(numbers) != count:
         raise SelectionError(f"{len(numbers)} weights for {count} checkpoints")
-    if not all(math.isfinite(number) for number in numbers) or not math.isfinite(total):
+    return _own("explicit", numbers, normalize=normalize)
+
+
+def by_path(
+    pairs: Sequence[tuple[str, float]], names: Sequence[str], *, normalize: bool = True
+) -> Weights:
+    """A number for each checkpoint that is named, and 0 for the others, which are not read.
+
+    Args:
+        pairs: paths and their weights. A path names the checkpoint whose path it is, else the one
+            whose path ends with it: `a.pt` names `run/a.pt`, but not `run/data.pt`.
+        names: paths of the checkpoints, `[num_checkpoints]`.
+        normalize: have them sum to 1.
+
+    Raises:
+        SelectionError: a path names no checkpoint, or several, or one that has a weight already; or
+            a weight is not finite, or they sum to zero and should be normalised.
+    """
+    found: dict[int, float] = {}
+    for path, value in pairs:
+        place = _named(path, names)
+        if place in found:
+            raise SelectionError(f"{printable(names[place])} has two weights")
+        found[place] = float(value)
+    values = tuple(found.get(place, 0.0) for place in range(len(names)))
+    return _own("by-path", values, normalize=normalize)
+
+
+def _named(path: str, names: Sequence[str]) -> int:
+    """The place of the one checkpoint that a path names.
+
+    Raises:
+        SelectionError: it names none, or several.
+    """
+    wanted = _parts(path)
+    parts = [_parts(name) for name in names]
+    exact = [place for place, own in enumerate(parts) if own == wanted]
+    found = exact or [place for place, own in enumerate(parts) if own[-len(wanted) :] == wanted]
+    if len(found) == 1:
+        return found[0]
+    some = [names[place] for place in found] or names
+    listed = printable(", ".join(some))
+    if found:
+        raise SelectionError(
+            f"the weight of {printable(path)} fits {len(found)} checkpoints: {listed}",
+            remedy="name the folder too",
+            choices=some,
+        )
+    raise SelectionError(
+        f"the weight of {printable(path)} fits none of the checkpoints: {listed}", choices=some
+    )
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _own(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Weights:
+    """The user's own numbers, checked.
+
+    Raises:
+        SelectionError: they are not finite, or sum to zero and should be normalised.
+    """
+    size = _total([abs(number) for number in numbers])
+    if not math.isfinite(size):
         raise SelectionError("weights must be finite numbers")
-    if total == 0:
-        raise SelectionError("weights sum to zero, so there is nothing to divide by")
-    return Weights("explicit", numbers, total)
+    if not normalize:
+        return Weights(scheme, numbers, 1.0)
+    total = _total(numbers)
+    # 0.1, 0.2 and -0.3 sum to 2.8e-17, which is their rounding and no weight.
+    if abs(total) <= len(numbers) * sys.float_info.epsilon * size:
+        raise SelectionError(
+            "weights sum to zero, so there is nothing to divide by",
+            remedy="--no-normalize takes them as they are",
+        )
+    return Weights(scheme, numbers, total)
+
+
+def _total(numbers: Sequence[float]) -> float:
+    """Their exact sum, rounded once, or infinity where it is too large."""
+    try:
+        return math.fsum(numbers)
+    except OverflowError:
+        return math.inf
+
+
+def _summing_to_one(scheme: str, values: Sequence[float]) -> Weights:
+    """Weights that sum to 1 by their equation: the divisor takes off the rounding."""
+    return Weights(scheme, tuple(values), math.fsum(values))
+
+
+def _short(number: float) -> str:
+    """A number as one would type it: 1 and not 1.0."""
+    return repr(float(number)).removesuffix(".0")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What makes weights, once the checkpoints are known.
+
+    Attributes:
+        name: for the provenance: as it was asked for, such as `ema:0.9`; `explicit` and `by-path`
+            for numbers of one's own, which stand beside the sources there.
+        label: for the name of a file: `ema0.9`, `decay-cosine`.
+        make: of the steps, the names and whether to normalise.
+        needs_steps: the checkpoints must have steps.
+        needs_order: it depends on the order of the checkpoints.
+    """
+
+    name: str
+    label: str
+    make: Callable[[Sequence[float], Sequence[str], bool], Weights] = field(
+        repr=False, compare=False
+    )
+    needs_steps: bool = False
+    needs_order: bool = True
+
+    def weights(
+        self, steps: Sequence[float] | None, names: Sequence[str], *, normalize: bool = True
+    ) -> Weights:
+        """The weights of these checkpoints.
+
+        Args:
+            steps: of training, in order, `[num_checkpoints]`; None where they are not known.
+            names: paths of the checkpoints, `[num_checkpoints]`.
+            normalize: False takes the weights without a division. Those of `ema`, `power` and
+                `decay` sum to 1 as they are.
+
+        Raises:
+            SelectionError: the scheme does not fit these checkpoints.
+        """
+        if self.needs_steps and (steps is None or len(steps) != len(names)):
+            raise SelectionError(
+                f"{self.name} needs the training step of each checkpoint, and not all have one",
+                remedy="ema:DECAY needs their order alone",
+            )
+        return self.make(() if steps is None else steps, names, normalize)
+
+
+def parse(text: str) -> tuple[Scheme, ...]:
+    """What the option `--weights` says.
+
+    `uniform`, `linear`, `ema:0.9`, `power:0.1`, `decay:cosine`, or several of them with commas
+    between; or numbers, which are one scheme together (`0.2,0.3,0.5`); or `a.pt=1,b.pt=2`, which is
+    one as well. What follows the last `=` is the number: `epoch=3.ckpt=0.5` is a path and 0.5.
+
+    Raises:
+        SelectionError: it says none of these, a mixture, or a scheme twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [_number(part) for part in parts]
+    if all(number is not None for number in numbers):
+        return (_explicit_scheme([number for number in numbers if number is not None]),)
+    if all("=" in part for part in parts):
+        return (_by_path_scheme([_pair(part) for part in parts]),)
+    if any("=" in part for part in parts) or any(number is not None for number in numbers):
+        raise SelectionError(
+            f"weights {text!r} mix schemes, numbers and paths", remedy=f"they are {KNOWN}"
+        )
+    schemes = tuple(_named_scheme(part) for part in parts)
+    [(scheme, times)] = Counter(schemes).most_common(1)
+    if times > 1:
+        raise SelectionError(f"weights {text!r} have {scheme.name} twice")
+    return schemes
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _pair(text: str) -> tuple[str, float]:
+    """A path and its weight.
+
+    Raises:
+        SelectionError: one of the two is missing, or the weight is not finite.
+    """
+    path, _, weight = text.rpartition("=")
+    number = _number(weight)
+    if number is None or not math.isfinite(number) or not _parts(path):
+        raise SelectionError(f"the weight of a path is PATH=NUMBER, not {text!r}")
+    return path, number
+
+
+def _explicit_scheme(numbers: Sequence[float]) -> Scheme:
+    """One's own numbers.
+
+    Raises:
+        SelectionError: they are not finite.
+    """
+    explicit(numbers, len(numbers), normalize=False)
+    return Scheme(
+        "explicit",
+        "explicit",
+        lambda _, names, normalize: explicit(numbers, len(names), normalize=normalize),
+        needs_order=len(set(numbers)) > 1,
+    )
+
+
+def _by_path_scheme(pairs: Sequence[tuple[str, float]]) -> Scheme:
+    return Scheme(
+        "by-path",
+        "by-path",
+        lambda _, names, normalize: by_path(pairs, names, normalize=normalize),
+        needs_order=False,
+    )
+
+
+def _named_scheme(text: str) -> Scheme:
+    """A scheme that has a name.
+
+    Raises:
+        SelectionError: there is no such scheme, or it does not take this argument.
+    """
+    name, colon, argument = text.partition(":")
+    makers = {"ema": _ema_scheme, "power": _power_scheme, "decay": _decay_scheme}
+    if name in makers and argument:
+        return makers[name](argument)
+    if name == "uniform" and not colon:
+        return Scheme(
+            name,
+            name,
+            lambda _, names, normalize: uniform(len(names), normalize=normalize),
+            needs_order=False,
+        )
+    if name == "linear" and not colon:
+        return Scheme(
+            name, name, lambda _, names, normalize: linear(len(names), normalize=normalize)
+        )
+    raise SelectionError(f"unknown weights {text!r}", remedy=f"they are {KNOWN}")
+
+
+def _ema_scheme(argument: str) -> Scheme:
+    rate = _argument("ema:DECAY", argument)
+    check_ema(rate)
+    return Scheme(
+        f"ema:{_short(rate)}", f"ema{_short(rate)}", lambda _, names, __: ema(len(names), rate)
+    )
+
+
+def _power_scheme(argument: str) -> Scheme:
+    width = _argument("power:SIGMA_REL", argument)
+    power_exponent(width)  # refuses what is out of range, before a checkpoint is opened
+    return Scheme(
+        f"power:{_short(width)}",
+        f"power{_short(width)}",
+        lambda steps, _, __: power(steps, width),
+        needs_steps=True,
+    )
+
+
+def _decay_scheme(shape: str) -> Scheme:
+    check_shape(shape)
+    return Scheme(
+        f"decay:{shape}",
+        f"decay-{shape}",
+        lambda _, names, __: decay(len(names), shape),
+        needs_order=shape != "linear",
+    )
+
+
+def _argument(form: str, text: str) -> float:
+    """The number after a scheme's colon.
+
+    Raises:
+        SelectionError: it is none.
+    """
+    number = _number(text)
+    if number is None:
+        raise SelectionError(f"weights {form} have a number, not {text!r}")
+    return number

@@ -7,20 +7,20 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.engine import BadValueError, execute
+from ckptavg.engine import execute
 from ckptavg.errors import OutputError
+from ckptavg.jobs import BadValueError
 from ckptavg.output import OutputFile, check_destination
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
 from ckptavg.paths import is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from ckptavg.collect import Collection
     from ckptavg.layout import Layout
     from ckptavg.plan import Plan
-    from ckptavg.weights import Weights
+    from ckptavg.summary import Variant
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written since the last call, and with those of the whole output."""
@@ -64,8 +64,7 @@ def check_output(path: Path, layout: Layout, *, force: bool) -> None:
 
 def write(
     plan: Plan,
-    layout: Layout,
-    output: Path,
+    outputs: Sequence[tuple[Path, Layout]],
     *,
     force: bool,
     fsync: bool,
@@ -73,19 +72,20 @@ def write(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Carry a plan out: the file is complete afterwards, or was never there.
+    """Carry a plan out: the outputs are complete afterwards, or were never there.
 
     Raises:
-        ValueRangeError: a value in an input is NaN or Inf, or one in the output would be.
-        OutputError: the output cannot be written.
+        ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
+        OutputError: an output cannot be written.
     """
-    total = sum(copied.size for copied in layout.copies) + sum(
-        tensor.nbytes * (len(targets) + len(layout.scattered.get(position, ())))
-        for position, (tensor, targets) in enumerate(zip(plan.outputs, layout.targets, strict=True))
-    )
+    layouts = [layout for _, layout in outputs]
+    total = sum(_bytes_made(plan, layout) for layout in layouts)
     written = 0
-    with _open(output, layout, force=force, fsync=fsync) as sink:
-        steps = execute(plan.jobs(layout), sink, threads, allow_nonfinite=allow_nonfinite)
+    with contextlib.ExitStack() as stack:
+        sinks = [_open(path, layout, force=force, fsync=fsync) for path, layout in outputs]
+        for sink in sinks:
+            stack.enter_context(sink)
+        steps = execute(plan.jobs(layouts), sinks, threads, allow_nonfinite=allow_nonfinite)
         with contextlib.closing(steps):
             try:
                 for done in steps:
@@ -98,8 +98,17 @@ def write(
             for part in source.checkpoint.parts:
                 part.check_unchanged()
         if written != total:
-            raise OutputError(f"only {written} of {total} bytes were made", path=output)
-        sink.commit()
+            raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
+        for sink in sinks:
+            sink.commit()
+
+
+def _bytes_made(plan: Plan, layout: Layout) -> int:
+    """What an output has of tensors and of what is copied into it."""
+    return sum(copied.size for copied in layout.copies) + sum(
+        tensor.nbytes * (len(targets) + len(layout.scattered.get(position, ())))
+        for position, (tensor, targets) in enumerate(zip(plan.outputs, layout.targets, strict=True))
+    )
 
 
 def _open(
@@ -115,8 +124,9 @@ def encode_provenance(entry: dict[str, Any]) -> str:
     return json.dumps(entry, separators=(",", ":"), sort_keys=True)
 
 
-def provenance_sources(collection: Collection, weights: Weights) -> list[dict[str, Any]]:
+def provenance_sources(variant: Variant) -> list[dict[str, Any]]:
     """What a file says of its sources: no absolute paths, no times."""
+    weights = variant.weights
     return [
         {
             "name": label,
@@ -124,7 +134,5 @@ def provenance_sources(collection: Collection, weights: Weights) -> list[dict[st
             "header_sha256": source.checkpoint.digest,
             "weight": value / weights.divisor,
         }
-        for label, source, value in zip(
-            collection.labels(), collection.sources, weights.values, strict=True
-        )
+        for label, source, value in zip(variant.names, variant.sources, weights.values, strict=True)
     ]

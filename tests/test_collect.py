@@ -228,9 +228,10 @@ class TestDiscovery:
 
     def test_any_other_count_than_expected_is_an_error(self, tmp_path):
         save_named(tmp_path, "1.pt", "2.pt")
-        assert len(collect([tmp_path], expect=2).sources) == 2
+        out = tmp_path / "out.safetensors"
         with pytest.raises(SelectionError, match=r"expected 3 checkpoints, found 2: 1\.pt, 2\.pt"):
-            collect([tmp_path], expect=3)
+            ckptavg.average(tmp_path, out, expect=3)
+        assert len(ckptavg.average(tmp_path, out, expect=2).sources) == 2
 
     def test_one_is_averaged_with_a_warning(self, tmp_path, caplog):
         save_named(tmp_path, "1.pt")
@@ -301,7 +302,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_named(tmp_path, monkeypatch, cha
             os.utime(paths[1], ns=(1, 1))
         return make_plan(*arguments, **options)
 
-    monkeypatch.setattr("ckptavg.averaging.make_plan", change_then_plan)
+    monkeypatch.setattr("ckptavg.averages.make_plan", change_then_plan)
     with pytest.raises(CkptAvgError, match=r"step_1\.safetensors: "):
         ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

@@ -366,12 +366,13 @@ def test_an_average_is_the_container_of_the_next(tmp_path):
     saved = train(tmp_path / "run")
     average(tmp_path / "run")
     last = tmp_path / "run" / "epoch_2.ckpt"
+    earlier = (tmp_path / "run.pt").rename(tmp_path / "run" / "epoch_3.ckpt")
     out = tmp_path / "again.pt"
-    ckptavg.average([last, tmp_path / "run.pt"], out, container="last")
-    assert open_checkpoint(out).provenance != open_checkpoint(tmp_path / "run.pt").provenance
+    ckptavg.average([last, earlier], out, container="last")
+    assert open_checkpoint(out).provenance != open_checkpoint(earlier).provenance
     records = digests(out)
     assert list(records).count("ckptavg") == 1
-    first = torch.load(tmp_path / "run.pt", weights_only=False)["state_dict"]
+    first = torch.load(earlier, weights_only=False)["state_dict"]
     result = torch.load(out, weights_only=False)
     assert_mean(result["state_dict"], [saved[-1]["state_dict"], first])
     assert result["epoch"] == 2

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckptavg
-from ckptavg.engine import CHUNK, Input, Job, execute
+from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError
+from ckptavg.jobs import CHUNK, Input, Job, Share
 from ckptavg.parts import Memory
 from ckptavg.runs import runs
 from ckptavg.tensors import BY_NAME, Tensor
@@ -38,7 +39,8 @@ def job(*columns: np.ndarray, targets: tuple[int, ...] = (0,)) -> Job:
         Input(Memory(Path("x"), bytearray(column.tobytes())), Tensor(FLOAT32, column.shape, 0, 0))
         for column in columns
     )
-    return Job(inputs, columns[0].size, False, float(len(columns)), FLOAT32, targets, 0)
+    share = Share((1.0,) * len(columns), float(len(columns)), targets)
+    return Job(inputs, columns[0].size, False, FLOAT32, (share,), 0)
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
@@ -46,7 +48,7 @@ def job(*columns: np.ndarray, targets: tuple[int, ...] = (0,)) -> Job:
 def test_every_element_is_made_whatever_the_chunks(count, threads):
     columns = [np.random.default_rng(seed).standard_normal(count, np.float32) for seed in (1, 2)]
     store = Store(8 * count)
-    done = sum(execute(iter([job(*columns, targets=(0, 4 * count))]), store, threads))
+    done = sum(execute(iter([job(*columns, targets=(0, 4 * count))]), [store], threads))
     wanted = ((columns[0].astype(float) + columns[1]) / 2).astype(np.float32)
     assert done == 8 * count
     assert store.data == wanted.tobytes() * 2
@@ -62,7 +64,7 @@ def test_no_thread_outlives_a_failure():
     column = np.ones(20 * CHUNK, np.float32)
     before = threading.active_count()
     with pytest.raises(CkptAvgError, match="broken"):
-        list(execute(iter([job(column)]), Broken(0), 3))
+        list(execute(iter([job(column)]), [Broken(0)], 3))
     assert threading.active_count() == before
 
 
@@ -74,7 +76,7 @@ def test_no_thread_outlives_an_interruption():
 
     column = np.ones(50 * CHUNK, np.float32)
     before = threading.active_count()
-    steps = execute(iter([job(column)]), Slow(column.nbytes), 2)
+    steps = execute(iter([job(column)]), [Slow(column.nbytes)], 2)
     next(steps)
     with pytest.raises(KeyboardInterrupt):
         steps.throw(KeyboardInterrupt)
@@ -94,7 +96,7 @@ def test_fewer_threads_than_asked_for_do_the_work(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     column = np.ones(3 * CHUNK, np.float32)
     store = Store(column.nbytes)
-    assert sum(execute(iter([job(column)]), store, 4)) == column.nbytes
+    assert sum(execute(iter([job(column)]), [store], 4)) == column.nbytes
     assert store.data == column.tobytes()
 
 

@@ -172,8 +172,9 @@ def test_the_file_with_it_is_a_sound_zip_and_the_same_each_time(tmp_path):
 
 def test_an_average_of_averages_keeps_it(tmp_path):
     saved = train(tmp_path / "run", {**PLAIN, **tensors(1)})
-    ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
-    ckptavg.average([tmp_path / "out.pt", tmp_path / "run" / "step_2.pt"], tmp_path / "again.pt")
+    earlier = tmp_path / "run" / "step_3.pt"
+    ckptavg.average(tmp_path / "run", earlier)
+    ckptavg.average([earlier, tmp_path / "run" / "step_2.pt"], tmp_path / "again.pt")
     kept = torch.load(tmp_path / "again.pt", weights_only=False)["1._extra_state"]
     assert same(kept, saved[-1]["1._extra_state"])
 

@@ -55,7 +55,7 @@ def test_a_directory_is_one_checkpoint(tmp_path):
 def test_beside_a_model_of_the_trainers_it_is_not_a_further_checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-5"
     save_engine(folder / "global_step5", {"w": torch.ones(2)})
-    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
     assert open_checkpoint(folder).read("w").tolist() == [1, 1]
     torch.save({"w": torch.full((2,), 2.0)}, folder / "pytorch_model.bin")
     assert open_checkpoint(folder).read("w").tolist() == [2, 2]

@@ -38,7 +38,8 @@ def test_constraints_pin_every_dependency():
     names = {name.split(">=")[0].split("[")[0].strip().lower().replace("_", "-") for name in wanted}
     pinned = {
         line.split("==")[0].lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        for constraints in ("constraints.txt", "constraints-timm.txt")
+        for line in (ROOT / constraints).read_text().splitlines()
         if "==" in line
     }
     assert names - {"ckptavg"} <= pinned

@@ -10,7 +10,7 @@ import pytest
 
 from ckptavg.errors import SelectionError
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
-from ckptavg.formats.statedict import choose, find_state_dicts, is_average, training_facts
+from ckptavg.formats.statedict import choose, find_state_dicts, is_average
 from ckptavg.tensors import BY_NAME
 
 PATH = Path("run.pt")
@@ -210,51 +210,3 @@ def test_these_are_names_of_averages(name):
 )
 def test_these_are_not(name):
     assert not is_average(name)
-
-
-# Facts
-
-
-def optimizer(rate):
-    return {"state": {}, "param_groups": [{"lr": rate, "betas": (0.9, 0.99)}, {"lr": 9.0}]}
-
-
-@pytest.mark.parametrize(
-    ("root", "facts"),
-    [
-        ({"epoch": 3, "global_step": 70, "step": 7}, {"epoch": 3, "global_step": 70, "step": 7}),
-        ({"epoch": 0}, {"epoch": 0}),
-        ({"epoch": True, "step": 3.0, "global_step": TENSOR}, {}),
-        ({"epoch": "3", "step": None, "global_step": Placeholder("numpy.int64", ())}, {}),
-        ({"epoch": 10**5_000, "step": -(10**5_000), "global_step": 2**63}, {}),
-        ({"optimizer": optimizer(0.1)}, {"learning_rate": 0.1}),
-        ({"optimizer": optimizer(1)}, {"learning_rate": 1.0}),
-        ({"optim": optimizer(0.1)}, {"learning_rate": 0.1}),
-        ({"model_optimizer_state": optimizer(0.1)}, {"learning_rate": 0.1}),
-        ({"optimizer_states": [optimizer(0.1), optimizer(0.2)]}, {"learning_rate": 0.1}),
-        ({"optimizer_states": []}, {}),
-        ({"optimizer": None, "optimizer_states": [optimizer(0.1)]}, {"learning_rate": 0.1}),
-        ({"optimizer": {"param_groups": []}}, {}),
-        ({"optimizer": {"param_groups": [{}]}}, {}),
-        ({"optimizer": {"param_groups": {"lr": 0.1}}}, {}),
-        ({"optimizer": optimizer(TENSOR)}, {}),
-        ({"optimizer": optimizer(True)}, {}),
-        ({"optimizer": optimizer(10**400)}, {}),
-        ({"optimizer": optimizer(float("inf"))}, {}),
-        ({"optimizer": optimizer(float("nan"))}, {}),
-        ({"optimizer": Placeholder("m.Optimizer", ())}, {}),
-        ({3: optimizer(0.1), None: 1}, {}),
-        ({"global_steps": 7}, {}),
-        ({"module": STATE, "dp_world_size": 2, "global_steps": 7}, {"global_step": 7}),
-        (
-            {"module": STATE, "ds_version": "0.16.4", "global_steps": 7, "global_step": 14},
-            {"global_step": 14},
-        ),
-        ({"module": STATE, "ds_config": {}, "global_steps": TENSOR}, {}),
-        ([], {}),
-        (None, {}),
-        (TENSOR, {}),
-    ],
-)
-def test_facts_are_plain_numbers_that_the_file_records(root, facts):
-    assert training_facts(root) == facts

@@ -19,12 +19,13 @@ from ckptavg.cli.common import (
     size,
 )
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
+from ckptavg.cli.selection_options import selection_options, take_selection
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.averaging import SourceSummary, Summary
+    from ckptavg.summary import SourceSummary, Summary
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {
@@ -44,6 +45,22 @@ _ROLES = {
     type=OutputType(),
     help="Where the average goes: .safetensors, or .pt .pth .bin .ckpt .tar for a torch file, or "
     "a directory (DIR/) as from_pretrained takes it.",
+)
+@selection_options
+@click.option(
+    "--weights",
+    default="uniform",
+    show_default=True,
+    metavar="SCHEME",
+    help="uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt; or a number for "
+    "each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,... Several schemes, or several --last, make "
+    "every combination from one read, in the directory OUTPUT.",
+)
+@click.option("--no-normalize", is_flag=True, help="Do not divide by the sum of the weights.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Fold the other inputs into the uniform average among them, made earlier.",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
 @click.option(
@@ -115,7 +132,9 @@ def average(
     as_json: bool,
     quiet: bool,
     no_fsync: bool,
+    no_normalize: bool,
     dry_run: bool,
+    weights: str,
     **options: Any,  # noqa: ANN401 - the options above, which the library checks
 ) -> None:
     """Average checkpoints into one.
@@ -130,8 +149,27 @@ def average(
         # numpy's BLAS is not used here, and starting its threads takes as long as importing it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.averaging import average as run
+    from ckptavg.averaging import average_many
+    from ckptavg.weights import parse
 
-    options |= {"fsync": not no_fsync, "dry_run": dry_run}
+    select, last = take_selection(options)
+    options |= {"fsync": not no_fsync, "dry_run": dry_run, "normalize": not no_normalize}
+    if len(last) > 1 or len(parse(weights)) > 1:
+        if refresh is not None:
+            raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
+        if options.pop("update"):
+            raise click.UsageError("--update makes one average: one --last and one of --weights")
+        with console.progress("averaging", "B") as progress:
+            summaries = average_many(
+                inputs, output, last=last, weights=weights, select=select, progress=progress,
+                **options,
+            )  # fmt: skip
+        for summary in summaries:
+            _say(console, summary, summary.output)
+        console.result({"averages": summaries})
+        return
+    select = dataclasses.replace(select, last=last[0] if last else None)
+    options |= {"weights": weights, "select": select}
     if refresh is None or dry_run:
         with console.progress("averaging", "B") as progress:
             summary = run(inputs, output, progress=progress, **options)
@@ -158,9 +196,11 @@ def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = F
     """The summary for people."""
     sources = summary.sources
     if not summary.written:
-        console.say_table([_source_row(source) for source in sources])
+        rows = zip(sources, summary.emulated_decay, strict=True)
+        console.say_table([_source_row(*row) for row in rows])
     verb = "averaged" if summary.written else "would average"
-    console.say(f"{verb} {plural(len(sources), 'checkpoint')}: {_span(summary)}")
+    scheme = "" if summary.scheme == "uniform" else f" ({summary.scheme})"
+    console.say(f"{verb} {plural(len(sources), 'checkpoint')}{scheme}: {_span(summary)}")
     roles = ", ".join(f"{count:,} {_ROLES[role]}" for role, count in summary.roles.items())
     console.say(f"  {plural(summary.tensors, 'tensor')}: {roles}")
     if not summary.written:
@@ -179,9 +219,10 @@ def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = F
         )
 
 
-def _source_row(source: SourceSummary) -> tuple[str, ...]:
+def _source_row(source: SourceSummary, decay: float) -> tuple[str, ...]:
     step = f"{source.step[0]} {source.step[1]}" if source.step else "no step recorded"
-    return printable(source.name), step, size(source.bytes), f"weight {source.weight:.4g}"
+    weight, emulated = f"weight {source.weight:.4g}", f"emulated decay {decay:.4g}"
+    return printable(source.name), step, size(source.bytes), weight, emulated
 
 
 def _span(summary: Summary) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ckptavg.cli.common import Console, OutputType, PathType, common_options
+from ckptavg.cli.common import Console, OutputType, PathType, SizeType, common_options
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Write the weights alone, or the whole torch file. In place it is always the whole.",
 )
+@click.option(
+    "--max-shard-size",
+    type=SizeType(),
+    metavar="SIZE",
+    help="Bytes of tensors in a file of a directory: 5GB, 500MB.  [default: the checkpoint's own]",
+)
 @click.option("--key", help="State dict to take where the file holds several.")
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
 @refresh_options
@@ -43,6 +49,7 @@ def bn_refresh(
     force: bool,
     in_place: bool,
     container: Literal["weights", "last"],
+    max_shard_size: int | None,
     key: str | None,
     no_fsync: bool,
     **options: Any,  # noqa: ANN401 - the refresh's options
@@ -61,6 +68,7 @@ def bn_refresh(
         report = refresh_checkpoint(
             checkpoint, output, refresh,
             key=key, in_place=in_place, container=container,
+            max_shard_size=max_shard_size,
             force=force, fsync=not no_fsync, progress=progress,
         )  # fmt: skip
     say_report(console, report)

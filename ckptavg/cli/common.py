@@ -227,6 +227,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     """A dataclass, or a dict of them, as what JSON knows."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return value

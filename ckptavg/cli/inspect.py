@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptavg.cli.common import Console, PathType, common_options, plural, size
+from ckptavg.cli.selection_options import selection_options, take_selection
 from ckptavg.errors import CkptAvgError
 
 if TYPE_CHECKING:
@@ -19,13 +21,25 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=PathType(), metavar="PATH...")
 @click.option("--key", help="State dict to look at where a file holds several.")
+@selection_options
 @common_options
-def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: bool) -> None:
+def inspect(
+    paths: tuple[Path, ...],
+    *,
+    key: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,  # noqa: ANN401 - the rules, which the library checks
+) -> None:
     """Say what checkpoints hold: from headers alone, running nothing.
 
-    PATH is a checkpoint, or a directory of them.
+    PATH is a checkpoint, or a directory of them. With rules such as --last or --lr-minima it says
+    which ones `average` would take, and why the others not.
     """
     console = Console(as_json=as_json, quiet=quiet)
+    if any(options.values()):
+        _say_choice(console, paths, key, options)
+        return
     from ckptavg.discover import find
     from ckptavg.inspection import describe
 
@@ -49,6 +63,63 @@ def inspect(paths: tuple[Path, ...], *, key: str | None, as_json: bool, quiet: b
         click.echo(f"ckptavg: error: {failure}", err=True)
     if failures:
         raise failures[-1]
+
+
+def _say_choice(
+    console: Console, paths: Sequence[Path], key: str | None, options: dict[str, Any]
+) -> None:
+    """Which checkpoints the rules take, and why the others not."""
+    from ckptavg.collect import survey
+    from ckptavg.selection import select
+
+    rules, last = take_selection(options)
+    found = survey(paths, key=key, wanted=rules.unwanted)
+    verdicts = select(found, replace(rules, last=max(last, default=None)))
+    rows = [
+        {
+            "path": str(verdict.source.path),
+            "step": verdict.step,
+            "rate": verdict.source.checkpoint.training.learning_rate
+            if verdict.rate is None
+            else verdict.rate,
+            "metric": verdict.metric,
+            "bytes": verdict.source.checkpoint.size,
+            "taken": verdict.taken,
+            "reason": verdict.reason,
+        }
+        for verdict in verdicts
+    ]
+    rows += [
+        {
+            "path": str(one.path),
+            "step": None,
+            "rate": None,
+            "metric": None,
+            "bytes": None,
+            "taken": False,
+            "reason": one.reason,
+        }
+        for one in found.left_out
+    ]
+    header = ("path", "step", "rate", rules.metric or "metric", "bytes", "taken", "why not")
+    console.say_table([header, *(_choice_row(row) for row in rows)])
+    taken = sum(verdict.taken for verdict in verdicts)
+    console.say(f"{taken} of {plural(len(rows), 'checkpoint')} taken")
+    console.result({"checkpoints": rows})
+
+
+def _choice_row(row: dict[str, Any]) -> tuple[str, ...]:
+    from ckptavg.errors import printable
+
+    return (
+        printable(row["path"]),
+        "-" if row["step"] is None else f"{row['step']:,}",
+        "-" if row["rate"] is None else f"{row['rate']:.4g}",
+        "-" if row["metric"] is None else f"{row['metric']:.4g}",
+        "-" if row["bytes"] is None else size(row["bytes"]),
+        "yes" if row["taken"] else "no",
+        printable(row["reason"]),
+    )
 
 
 def _say_one(console: Console, one: Description) -> None:

@@ -7,12 +7,16 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckptavg.averaging import Summary, average
+from ckptavg.averaging import average
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats import open_checkpoint
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.loading import load_weights
+
+if TYPE_CHECKING:
+    from ckptavg.summary import Summary
 
 try:
     from ckptavg.demo import train

@@ -20,11 +20,13 @@ from ckptavg.formats.blocks import Blocks, Pieces
 from ckptavg.formats.dcpmetadata import Metadata
 from ckptavg.formats.dcpshards import Shards
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
-from ckptavg.formats.statedict import choose, find_state_dicts, is_training, training_facts
-from ckptavg.formats.torchpickle import is_tensor
+from ckptavg.formats.recorded import training_facts, training_record
+from ckptavg.formats.statedict import choose, find_state_dicts, is_training
+from ckptavg.formats.torchpickle import is_tensor, scalars
 from ckptavg.formats.torchzip import Archive
 from ckptavg.parts import open_source
 from ckptavg.tensors import Tensor
+from ckptavg.training import TrainingRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +63,7 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     others = {name: value for name, value in found[taken].items() if name not in values}
     shards = Shards(path, metadata)
     tensors, blocks = _describe(shards, values)
-    facts = _lightning_facts(path) | _facts(shards, tree)
+    facts, training = _lightning(path)
     return Checkpoint(
         path=path,
         container="dcp",
@@ -69,7 +71,8 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         tensors=tensors,
         metadata={},
         digest=hashlib.sha256(pickled).hexdigest(),
-        facts=facts,
+        facts=facts | _facts(shards, tree),
+        training=training,
         key=taken,
         other_keys=tuple(name for name in found if name != taken),
         other_content=len(values) + len(others) < len(metadata.names),
@@ -197,10 +200,17 @@ def _facts(shards: Shards, tree: Mapping[Any, object]) -> dict[str, int | float]
     return training_facts(found)
 
 
-def _lightning_facts(path: Path) -> dict[str, int | float]:
+def _lightning(path: Path) -> tuple[dict[str, int | float], TrainingRecord]:
     """What Lightning records in a file beside the shards."""
     meta = path / _LIGHTNING_META
     if not meta.is_file():
-        return {}
+        return {}, TrainingRecord()
     archive = Archive.read(open_source(meta))
-    return training_facts(archive.unpickle(archive.content("data.pkl")))
+    root = archive.unpickle(archive.content("data.pkl"))
+    record = training_record(
+        root,
+        path.name,
+        lambda wanted: scalars(archive.file, wanted, archive.storages),
+        whole=False,
+    )
+    return training_facts(root), record

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ckptavg.checkpoint import Checkpoint
 
 SUFFIXES = ()
-_ENDING = "_model_states.pt"
+_ENDING = "model_states.pt"
+# Where accelerate and Lightning have the engine write, in checkpoints of their own.
+_INNER = ("pytorch_model", "checkpoint")
 _MARKS = ("ds_version", "ds_config", "dp_world_size")
 
 
@@ -31,7 +33,11 @@ def matches(path: Path, head: bytes) -> bool:
 
 
 def _files(path: Path) -> list[Path]:
-    files = [entry for entry in path.iterdir() if entry.name.endswith(_ENDING)]
+    entries = list(path.iterdir())
+    inner = [entry for entry in entries if entry.name in _INNER and entry.is_dir()]
+    if len(inner) == 1:
+        entries += inner[0].iterdir()
+    files = [entry for entry in entries if entry.name.endswith(_ENDING)]
     return sorted(files, key=lambda entry: entry.name)
 
 

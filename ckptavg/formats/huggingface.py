@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg import formats
 from ckptavg.errors import FormatError, printable
+from ckptavg.formats.recorded import trainer_record
+from ckptavg.formats.torchzip import Archive
 from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.tensors import Tensor
+    from ckptavg.training import TrainingRecord
 
 log = logging.getLogger("ckptavg")
 
@@ -43,9 +46,10 @@ _WEIGHTS = (
 )
 # Weights in a directory of their own: accelerate's sharded FSDP, DeepSpeed's engine.
 _FOLDERS = re.compile(r"pytorch_model_fsdp_\d+|global_step\d+")
-_OWN = re.compile(
-    rf"({'|'.join(_STEMS)}|adapter_model)(_\d+)?(-\d+-of-\d+)?\.(safetensors|bin)({INDEX})?"
-)
+_SHARD = re.compile(rf"({'|'.join(_STEMS)})-\d+-of-\d+\.(safetensors|bin)")
+# Beside a folder's own checkpoint stand these: a bare `global_step100/` among others is a
+# checkpoint itself, and what holds it is but a directory of checkpoints.
+_BESIDE_FOLDERS = {"trainer_state.json", "random_states_0.pkl"}
 _LARGEST_JSON = 256 << 20
 
 
@@ -54,23 +58,30 @@ def matches(path: Path, head: bytes) -> bool:
     return not head and path.is_dir() and _weights(path) is not None
 
 
-def is_own(name: str) -> bool:
-    """Whether an entry of such a directory belongs to its own weights, by its name."""
-    return bool(_OWN.fullmatch(name) or _FOLDERS.fullmatch(name))
-
-
 def _weights(path: Path) -> str | None:
-    """The file or folder of its weights."""
+    """The file or folder of its weights, or a shard of those that have no index."""
     names = {entry.name for entry in path.iterdir()}
     for name in _WEIGHTS:
         if name in names:
             return name
-    folders = (name for name in sorted(names) if _FOLDERS.fullmatch(name))
-    # Beside a folder's own checkpoint stand the Trainer's files: a bare `global_step100/` among
-    # others is a checkpoint itself, and what holds it is but a directory of checkpoints.
-    if not names & {"trainer_state.json", "random_states_0.pkl", "config.json"}:
-        return None
-    return next((name for name in folders if formats.is_checkpoint_directory(path / name)), None)
+    if names & _BESIDE_FOLDERS:
+        folders = [name for name in sorted(names) if _FOLDERS.fullmatch(name)]
+        if len(folders) == 1 and formats.is_checkpoint_directory(path / folders[0]):
+            return folders[0]
+    return next((name for name in sorted(names) if _SHARD.fullmatch(name)), None)
+
+
+def weight_files(path: Path) -> frozenset[str]:
+    """The names of the files that its weights are read from, all of them in the directory itself.
+
+    Raises:
+        FormatError: the index is damaged.
+    """
+    name = _weights(path)
+    if name is None or (path / name).is_dir():
+        return frozenset()
+    shards = _weight_map(path / name).values() if name.endswith(INDEX) else ()
+    return frozenset((name, *(shard for shard in shards if "/" not in shard)))
 
 
 def stem(path: Path) -> str:
@@ -86,15 +97,21 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         FormatError: the index or a shard is damaged, missing, or does not fit the other.
     """
     name = _weights(path) or ""
+    if _SHARD.fullmatch(name):
+        raise FormatError(
+            "has shards and no index of them: was the saving interrupted?", path=path / name
+        )
     if name.endswith(INDEX):
         opened = _join(path, _open_shards(path, name, key))
     else:
         opened = formats.open_checkpoint(path / name, key=key)
+    facts, training = _trainer(path)
     return replace(
         opened,
         path=path,
         container="huggingface",
-        facts={**opened.facts, **_trainer_facts(path)},
+        facts={**opened.facts, **facts},
+        training=training or opened.training,
     )
 
 
@@ -201,10 +218,30 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _trainer_facts(path: Path) -> dict[str, int | float]:
-    """What the Trainer records beside the weights."""
-    file = path / "trainer_state.json"
+def _trainer(path: Path) -> tuple[dict[str, int | float], TrainingRecord | None]:
+    """What the Trainer records beside the weights; the scheduler file has the rate."""
+    state = path / "trainer_state.json"
+    if not state.is_file():
+        return {}, None
+    said = read_json(state)
+    record = trainer_record(said, _scheduler(path))
+    facts: dict[str, int | float] = {}
+    step = said.get("global_step")
+    if type(step) is int and step >= 0:
+        facts["global_step"] = step
+    if record.learning_rate is not None:
+        facts["learning_rate"] = record.learning_rate
+    return facts, record
+
+
+def _scheduler(path: Path) -> object:
+    """What the scheduler's file describes; None where there is none that can be read."""
+    file = path / "scheduler.pt"
     if not file.is_file():
-        return {}
-    step = read_json(file).get("global_step")
-    return {"global_step": step} if type(step) is int and step >= 0 else {}
+        return None
+    try:
+        archive = Archive.read(open_source(file))
+        return archive.unpickle(archive.content("data.pkl"))
+    except FormatError as error:
+        log.info("%s: its learning rate is not known", error)
+        return None

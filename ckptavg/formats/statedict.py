@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from ckptavg.checkpoint import STEP_FACTS
 from ckptavg.errors import FormatError, SelectionError, printable
 from ckptavg.formats.deepspeed import is_deepspeed, is_partitioned
 from ckptavg.formats.modules import ModuleReader, is_module
@@ -28,7 +26,6 @@ _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler",
 _NO_WEIGHTS = ("frozen_param_fragments",)
 _DEEPEST = 2
 _MOST = 1_000
-_LARGEST_COUNT = 1 << 63
 
 
 def find_state_dicts(root: object, path: Path | None = None) -> StateDicts:
@@ -200,34 +197,3 @@ def is_average(key: str) -> bool:
 
 def _listing(found: StateDicts) -> str:
     return ", ".join(printable(name) or "the whole file" for name in found)
-
-
-def training_facts(root: object) -> dict[str, int | float]:
-    """What the file records of its place in the training: step, epoch, learning rate."""
-    if not isinstance(root, Mapping):
-        return {}
-    said = {name: root.get(name) for name in STEP_FACTS}
-    if is_deepspeed(root) and said["global_step"] is None:
-        said["global_step"] = root.get("global_steps")
-    facts: dict[str, int | float] = {name: n for name, n in said.items() if _is_count(n)}
-    rate = _learning_rate(root)
-    if rate is not None:
-        facts["learning_rate"] = rate
-    return facts
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return type(value) is int and abs(value) < _LARGEST_COUNT
-
-
-def _learning_rate(root: Mapping[Any, object]) -> float | None:
-    """The first parameter group's rate, as any torch optimizer's state dict has it."""
-    for name, value in root.items():
-        if not isinstance(name, str) or "optim" not in name.lower():
-            continue
-        match value[0] if isinstance(value, list) and value else value:
-            case {"param_groups": [{"lr": float() as rate}, *_]} if math.isfinite(rate):
-                return rate
-            case {"param_groups": [{"lr": int() as rate}, *_]} if _is_count(rate):
-                return float(rate)
-    return None

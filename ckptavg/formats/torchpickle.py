@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ckptavg.checkpoint import Checkpoint, span_elements
 from ckptavg.errors import FormatError, printable
+from ckptavg.formats.modules import is_module
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
+from ckptavg.formats.recorded import training_facts, training_record
 from ckptavg.formats.shapes import is_possible
-from ckptavg.formats.statedict import check_kind, choose, find_state_dicts, training_facts
+from ckptavg.formats.statedict import check_kind, choose, find_state_dicts
 from ckptavg.tensors import Tensor, is_contiguous
 
 if TYPE_CHECKING:
@@ -64,9 +68,12 @@ def describe(
         metadata=metadata,
         digest=digest,
         facts=training_facts(root),
+        training=training_record(
+            root, file.path.name, lambda wanted: scalars(file, wanted, places), whole=not taken
+        ),
         key=taken,
         other_keys=tuple(name for name in found if name != taken),
-        other_content=bool(taken),
+        other_content=bool(taken) or is_module(root),
         other_entries=others,
         inner_tensors={inner[label]: tensor for label, tensor in inner_located.items()},
         module_versions=_module_versions(entries),
@@ -118,6 +125,27 @@ def locate(path: Path, values: Mapping[str, object], places: Places) -> dict[str
         }
     )
     return {name: _locate(path, name, value, found) for name, value in values.items()}
+
+
+def scalars(
+    file: ByteSource, values: Mapping[str, PickledTensor], places: Places
+) -> dict[str, float]:
+    """The values of tensors of one element each, as far as they can be read.
+
+    Args:
+        file: what they are in.
+        values: name to pickled tensor, of shape `()`.
+        places: where the storages are.
+    """
+    try:
+        located = locate(file.path, values, places)
+        spans = [(tensor.offset, tensor.nbytes) for tensor in located.values()]
+        found = zip(located.items(), file.read_many(spans), strict=True)
+    except FormatError:
+        return {}  # they are no part of the model
+    return {
+        name: float(np.frombuffer(data, tensor.dtype.numpy)[0]) for (name, tensor), data in found
+    }
 
 
 def _locate(path: Path, name: str, value: object, places: Mapping[str, tuple[int, int]]) -> Tensor:

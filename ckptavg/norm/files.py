@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -22,20 +23,22 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ckptavg import __version__
-from ckptavg.averaging import Summary, average, default_threads
+from ckptavg.averages import default_threads
+from ckptavg.averaging import average
 from ckptavg.checkpoint import PROVENANCE, Checkpoint
-from ckptavg.collect import Collection
 from ckptavg.errors import OutputError, RefreshError, printable
 from ckptavg.factories import load_object
-from ckptavg.formats import open_checkpoint
+from ckptavg.formats import huggingface, open_checkpoint
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import make_batches, make_model, seed_everything
 from ckptavg.norm.refresh import norm_layers, refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.output import check_vacant
 from ckptavg.paths import is_remote
-from ckptavg.plan import make_plan
+from ckptavg.plan import Plan, make_plan
 from ckptavg.roles import is_norm_statistic
+from ckptavg.sources import Collection
+from ckptavg.summary import Summary, Variant
 from ckptavg.weights import uniform
 from ckptavg.writers import Destination, destination, lay_out
 from ckptavg.writing import (
@@ -48,11 +51,23 @@ from ckptavg.writing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from ckptavg.layout import Layout
     from ckptavg.tensors import AnyArray, DType
 
 log = logging.getLogger("ckptavg")
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Say nothing of what will be said again when it is done."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +103,7 @@ def refresh_checkpoint(
     key: str | None = None,
     in_place: bool = False,
     container: Literal["weights", "last"] = "weights",
+    max_shard_size: int | None = None,
     force: bool = False,
     fsync: bool = True,
     progress: Any = None,  # noqa: ANN401 - refresh_norm's
@@ -103,6 +119,7 @@ def refresh_checkpoint(
         in_place: let a file that is not ours be replaced.
         container: `last` writes the whole torch file with the new statistics in it, `weights` the
             state dict alone. In place it is always the whole.
+        max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
         progress: hears of each batch.
@@ -115,8 +132,10 @@ def refresh_checkpoint(
     replaces = output is None or _is_same(Path(output), path)
     if replaces:
         _check_in_place(checkpoint, allowed=in_place, named=output is not None)
-    target = _destination(checkpoint, output, container=container, replaces=replaces)
-    check_vacant(target.path, force=force or replaces)
+    target = _destination(
+        checkpoint, output, container=container, max_shard_size=max_shard_size, replaces=replaces
+    )
+    _check(checkpoint, target, force=force or replaces, replaces=replaces)
     if target.kind in ("safetensors", "torch") and checkpoint.other_content:
         log.info("only the state dict is written, not what else %s holds", path.name)
     seed_everything(options.seed)
@@ -146,12 +165,30 @@ def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> No
         raise OutputError(
             what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
         )
-    if checkpoint.container == "dcp":
+    if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
         raise OutputError(
-            "is a DCP directory, which is not written in place",
+            "is a directory without weights in safetensors files, and not written in place",
             path=checkpoint.path,
             remedy="write another output with -o",
         )
+
+
+def _has_plain_weights(checkpoint: Checkpoint) -> bool:
+    """Whether a directory's weights are what would be written into it."""
+    names = (
+        huggingface.weight_files(checkpoint.path) if checkpoint.container == "huggingface" else ()
+    )
+    return bool(names) and all(".safetensors" in name for name in names)
+
+
+def _check(checkpoint: Checkpoint, target: Destination, *, force: bool, replaces: bool) -> None:
+    """Find out before the model is run whether the output can be put there."""
+    check_vacant(target.path, force=force)
+    if not replaces:
+        refuse_own_input(target.path, [part.path for part in checkpoint.parts])
+    with quietly():
+        _, layout = _lay_out(checkpoint, checkpoint, target, checkpoint.provenance or {})
+    check_output(target.path, layout, force=force)
 
 
 def _is_same(output: Path, path: Path) -> bool:
@@ -159,7 +196,12 @@ def _is_same(output: Path, path: Path) -> bool:
 
 
 def _destination(
-    checkpoint: Checkpoint, output: str | os.PathLike[str] | None, *, container: str, replaces: bool
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str] | None,
+    *,
+    container: str,
+    max_shard_size: int | None,
+    replaces: bool,
 ) -> Destination:
     """Where the result goes, and as what: in place nothing of a training checkpoint is lost.
 
@@ -169,7 +211,9 @@ def _destination(
     holds_more = checkpoint.other_content or bool(checkpoint.other_entries)
     if replaces and checkpoint.container == "torch" and holds_more:
         container = "last"
-    target = destination(output or checkpoint.path, checkpoint, container=container)
+    target = destination(
+        output or checkpoint.path, checkpoint, container=container, max_shard_size=max_shard_size
+    )
     kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
     if replaces and target.kind not in ("container", kinds.get(checkpoint.container)):
         raise OutputError(
@@ -223,7 +267,7 @@ def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dic
     """The checkpoint's provenance, brought up to date."""
     entry = checkpoint.provenance or {
         "scheme": "none",
-        "sources": provenance_sources(Collection.of_one(checkpoint), uniform(1)),
+        "sources": provenance_sources(_alone(checkpoint)),
     }
     state: dict[str, Any] = {"state": "none"}
     if any(map(is_norm_statistic, checkpoint.tensors)):
@@ -239,6 +283,24 @@ def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dic
     return {**entry, "version": __version__, "norm_stats": state}
 
 
+def _alone(checkpoint: Checkpoint) -> Variant:
+    source = Collection.of_one(checkpoint).sources[0]
+    return Variant("", (source,), (checkpoint.path.name,), uniform(1))
+
+
+def _lay_out(
+    original: Checkpoint, refreshed: Checkpoint, target: Destination, entry: dict[str, Any]
+) -> tuple[Plan, Layout]:
+    """The output with that provenance."""
+    collection = Collection.of_one(refreshed)
+    metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
+    plan = make_plan(collection, [uniform(1)], roles=["kept"] * len(collection.names))
+    places = [original.tensors[one.names[0]] for one in plan.outputs]
+    return plan, lay_out(
+        target, plan.outputs, metadata, original, places=places, mirrored=original.is_average
+    )
+
+
 def _write(
     original: Checkpoint,
     refreshed: Checkpoint,
@@ -249,13 +311,10 @@ def _write(
     fsync: bool,
 ) -> None:
     """Write the refreshed checkpoint with that provenance."""
-    collection = Collection.of_one(refreshed)
-    metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
-    plan = make_plan(collection, uniform(1), roles=["kept"] * len(collection.names))
-    places = [original.tensors[one.names[0]] for one in plan.outputs]
-    layout = lay_out(target, plan.outputs, metadata, original, places=places)
+    plan, layout = _lay_out(original, refreshed, target, entry)
     check_output(target.path, layout, force=force)
-    write(plan, layout, target.path, force=force, fsync=fsync, threads=default_threads(plan.used))
+    threads = default_threads(plan.used)
+    write(plan, [(target.path, layout)], force=force, fsync=fsync, threads=threads)
 
 
 def average_and_refresh(
@@ -265,6 +324,7 @@ def average_and_refresh(
     *,
     key: str | None = None,
     container: Literal["weights", "last"] = "weights",
+    max_shard_size: int | None = None,
     refresh_progress: Any = None,  # noqa: ANN401 - refresh_norm's
     progress: Progress | None = None,
     force: bool = False,
@@ -281,6 +341,7 @@ def average_and_refresh(
         options: the model, the loader and how to run them.
         key: as in `average`.
         container: as in `average`.
+        max_shard_size: as in `average`.
         refresh_progress: hears of each batch.
         progress: hears of the bytes averaged.
         force: replace an existing output.
@@ -298,13 +359,14 @@ def average_and_refresh(
         if not os.fspath(output).endswith(os.sep) and not target.is_dir():
             average_path = average_path.rstrip(os.sep)
         summary = average(
-            inputs, average_path, key=key, container=container, progress=progress, fsync=False,
-            **others,
+            inputs, average_path, key=key, container=container, max_shard_size=max_shard_size,
+            progress=progress, fsync=False, **others,
         )  # fmt: skip
         refuse_own_input(target, [Path(source.path) for source in summary.sources])
         report = refresh_checkpoint(
             Path(average_path), output, options, key=key if container == "last" else None,
-            container=container, force=force, fsync=fsync, progress=refresh_progress,
+            container=container, max_shard_size=max_shard_size, force=force, fsync=fsync,
+            progress=refresh_progress,
         )  # fmt: skip
     return _of_both(summary, target, report), report
 

@@ -124,6 +124,7 @@ def lay_out(
     *,
     places: Sequence[Tensor] = (),
     replaced: Mapping[str, bytes] | None = None,
+    mirrored: bool = False,
 ) -> Layout:
     """Lay out an output.
 
@@ -134,12 +135,14 @@ def lay_out(
         last: the last checkpoint, for what else comes along.
         places: where each of the tensors stands in the last checkpoint's file.
         replaced: files of a directory that are not to be as the last checkpoint has them.
+        mirrored: write the weights in a container of Lightning's WeightAveraging in the place of
+            its own average as well, which is what it loads.
 
     Raises:
         OutputError: the kind of file cannot hold them.
     """
     if target.kind == "container":
-        return _lay_out_container(target.path, tensors, metadata, last, places)
+        return _lay_out_container(target.path, tensors, metadata, last, places, mirrored=mirrored)
     entries = _writable(last) if target.kind == "torch" else {}
     if left := [name for name in last.other_entries if name not in entries]:
         log.info("left out what is no tensor: %s", ", ".join(map(printable, left)))
@@ -173,13 +176,15 @@ def _lay_out_container(
     metadata: Mapping[str, str],
     last: Checkpoint,
     places: Sequence[Tensor],
+    *,
+    mirrored: bool,
 ) -> Layout:
     file = last.parts[0]
     if not isinstance(file, ByteSource):
         raise OutputError("its bytes are in no file", path=last.path)
     everywhere: list[tuple[Tensor, ...]] = [(place,) for place in places]
     for name in last.other_keys:
-        if not _also_takes_the_average(last, name):
+        if not (mirrored and (last.key, name) == ("current_model_state", "state_dict")):
             _mention_other(last, name, places)
             continue
         twins = _as_named(open_checkpoint(last.path, key=name))
@@ -204,11 +209,6 @@ def _mention_other(last: Checkpoint, name: str, places: Sequence[Tensor]) -> Non
             )
             return
     log.warning("%s in the container stays the last checkpoint's", printable(name))
-
-
-def _also_takes_the_average(last: Checkpoint, other: str) -> bool:
-    """Lightning's WeightAveraging keeps the weights beside its own average, which it loads."""
-    return (last.key, other) == ("current_model_state", "state_dict")
 
 
 def _as_named(twin: Checkpoint) -> dict[str, Tensor]:

@@ -1,0 +1,332 @@
+"""The averages that are made of a run's checkpoints in one read."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from ckptavg import __version__
+from ckptavg.checkpoint import PROVENANCE
+from ckptavg.collect import survey
+from ckptavg.errors import OutputError, SelectionError, printable
+from ckptavg.formats.huggingface import read_json
+from ckptavg.layout import OutputTensor
+from ckptavg.lora import is_factor, is_lora, join
+from ckptavg.lora_config import CONFIG
+from ckptavg.order import labels
+from ckptavg.parts import any_remote
+from ckptavg.paths import as_path, is_remote
+from ckptavg.plan import Plan, make_plan
+from ckptavg.roles import is_norm_statistic
+from ckptavg.selection import Selection, chosen, select
+from ckptavg.summary import Summary, Variant, summarise
+from ckptavg.tensors import BY_NAME
+from ckptavg.update import find_base, fold, folded_sources
+from ckptavg.writers import Destination, destination, lay_out
+from ckptavg.writers.directory import to_json
+from ckptavg.writing import (
+    check_output,
+    encode_provenance,
+    provenance_sources,
+    refuse_own_input,
+    write,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.layout import Layout
+    from ckptavg.paths import PathLike
+    from ckptavg.sources import Collection, Source
+    from ckptavg.weights import Scheme, Weights
+    from ckptavg.writing import Progress
+
+log = logging.getLogger("ckptavg")
+
+# The most that stay within 64 MB.
+_MOST_THREADS = 4
+_REMOTE_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The keywords of `average`, checked."""
+
+    select: Selection | None = None
+    normalize: bool = True
+    update: bool = False
+    key: str | None = None
+    keep_prefix: bool = False
+    drop_aliases: bool = False
+    dtype: str | None = None
+    ints: str = "equal"
+    norm_stats: str = "average"
+    lora: str = "separate"
+    allow_nonfinite: bool = False
+    expect: int | None = None
+    force: bool = False
+    fsync: bool = True
+    container: str = "weights"
+    max_shard_size: int | None = None
+    threads: int | None = None
+    dry_run: bool = False
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no option has.
+
+        Raises:
+            SelectionError: the first of them.
+        """
+        if self.dtype is not None and (
+            self.dtype not in BY_NAME or BY_NAME[self.dtype].kind != "float"
+        ):
+            raise SelectionError(f"unknown floating dtype {self.dtype!r}")
+        for option, known in (
+            ("ints", ("equal", "last")),
+            ("norm_stats", ("average", "last")),
+            ("container", ("weights", "last")),
+            ("lora", ("separate", "exact")),
+        ):
+            if (value := getattr(self, option)) not in known:
+                raise SelectionError(f"{option} is {known[0]!r} or {known[1]!r}, not {value!r}")
+        if self.threads is not None and self.threads < 1:
+            raise SelectionError(f"at least 1 thread is needed, not {self.threads}")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise SelectionError(f"a shard has at least 1 byte, not {self.max_shard_size}")
+        if self.container == "last" and self.dtype is not None:
+            raise SelectionError(
+                "the last checkpoint's container keeps its dtypes: leave dtype out"
+            )
+        if self.container == "last" and self.max_shard_size is not None:
+            raise SelectionError("the last checkpoint's container is one file: no shards")
+
+    @property
+    def exact(self) -> bool:
+        """Whether products of LoRA factors are averaged."""
+        return self.lora == "exact"
+
+
+class Averages:
+    """The checkpoints of a run, and what is made of them."""
+
+    def __init__(self, inputs: PathLike | Iterable[PathLike], options: Options) -> None:
+        self._options, self._select = options, options.select or Selection()
+        one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
+        paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if one else inputs)]
+        found = survey(
+            paths, key=options.key, keep_prefix=options.keep_prefix, any_rank=options.exact,
+            wanted=self._select.unwanted,
+        )  # fmt: skip
+        if options.update and options.exact:
+            raise SelectionError("LoRA adapters are not folded into an average")
+        self._base = find_base(found) if options.update else None
+        self._found = found if self._base is None else self._base.others
+
+    def variants(self, last: Sequence[int | None], schemes: Sequence[Scheme]) -> list[Variant]:
+        """Every combination of how many are taken and how they are weighted."""
+        variants = []
+        for count in last:
+            taken = chosen(select(self._found, dataclasses.replace(self._select, last=count)))
+            sources = tuple(verdict.source for verdict in taken)
+            names = labels([source.path for source in sources])
+            expected = self._options.expect
+            if expected is not None and len(names) != expected:
+                found = ", ".join(map(printable, names))
+                raise SelectionError(
+                    f"expected {expected} checkpoints, found {len(names)}: {found}"
+                )
+            steps = [verdict.done for verdict in taken if verdict.done is not None]
+            for scheme in schemes:
+                weights = scheme.weights(
+                    steps if len(steps) == len(names) else None,
+                    [str(source.path) for source in sources],
+                    normalize=self._options.normalize,
+                )
+                if not any(weights.values):
+                    raise SelectionError("all weights are zero, so there is nothing to average")
+                label = scheme.label if count is None else f"last{count}-{scheme.label}"
+                variants.append(Variant(label, sources, names, weights))
+        return variants if self._base is None else [fold(self._base, variants[0])]
+
+    def file_name(self, variant: Variant) -> str:
+        """The name of one of several outputs: directories make directories."""
+        directories = variant.last.checkpoint.container in ("huggingface", "dcp")
+        suffix = ".pt" if self._options.container == "last" else ".safetensors"
+        return f"{variant.label}/" if directories else variant.label + suffix
+
+    def make(
+        self, variants: Sequence[Variant], output_of: Callable[[Variant], PathLike]
+    ) -> tuple[Summary, ...]:
+        """Make all of them from one read."""
+        options = self._options
+        taken = {source for variant in variants for source in variant.sources}
+        ordered = (*((self._base.source,) if self._base else ()), *self._found.sources)
+        collection = self._found.collection([source for source in ordered if source in taken])
+        targets = [
+            destination(
+                output_of(variant), variant.last.checkpoint, container=options.container,
+                max_shard_size=options.max_shard_size,
+            )
+            for variant in variants
+        ]  # fmt: skip
+        if len(collection.sources) == 1:
+            name = printable(collection.labels()[0])
+            log.warning("only one checkpoint: the output is a copy of %s", name)
+        collection, replaced = self._join(collection, variants[0].weights, targets[0])
+        plan = make_plan(
+            collection,
+            [_over(collection, variant) for variant in variants],
+            ints=options.ints,
+            norm_stats=options.norm_stats,
+            dtype=BY_NAME[options.dtype] if options.dtype else None,
+            joined=frozenset(filter(is_factor, collection.names) if options.exact else ()),
+        )
+        if self._base is not None:
+            self._base.check(plan)
+        for number, target in enumerate(targets):
+            _check_order(collection, target, plan.last(number).checkpoint)
+        layouts = [
+            self._layout(plan, number, variant, target, replaced)
+            for number, (variant, target) in enumerate(zip(variants, targets, strict=True))
+        ]
+        for target, layout in zip(targets, layouts, strict=True):
+            self._check(target, layout)
+        threads = options.threads or default_threads(plan.used)
+        if not options.dry_run:
+            write(
+                plan,
+                [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)],
+                force=options.force, fsync=options.fsync, threads=threads,
+                allow_nonfinite=options.allow_nonfinite, progress=options.progress,
+            )  # fmt: skip
+        return tuple(
+            summarise(
+                plan, variant, layout, target.path,
+                norm_stats=_norm_state(plan), written=not options.dry_run, threads=threads,
+            )
+            for variant, layout, target in zip(variants, layouts, targets, strict=True)
+        )  # fmt: skip
+
+    def _join(
+        self, collection: Collection, weights: Weights, target: Destination
+    ) -> tuple[Collection, dict[str, bytes]]:
+        """Let LoRA factors stand side by side, if that is asked for."""
+        if not self._options.exact:
+            if len(collection.sources) > 1 and is_lora(collection.names):
+                log.warning(
+                    "averaging the factors A and B of LoRA adapters apart is not averaging their "
+                    "products; --lora exact does"
+                )
+            return collection, {}
+        if target.kind != "directory":
+            raise OutputError(
+                "the ranks add up, and a file of weights alone does not say so",
+                path=target.path,
+                remedy="let the output be a directory: end its name with a slash",
+            )
+        joined, config = join(collection, weights, allow_nonfinite=self._options.allow_nonfinite)
+        return joined, {CONFIG: config}
+
+    def _check(self, target: Destination, layout: Layout) -> None:
+        """Find out before the work starts whether an output can be put there."""
+        own = self._base.files if self._base is not None and self._options.force else frozenset()
+        try:
+            inputs = [path for path in self._found.files if path not in own]
+            refuse_own_input(target.path, inputs)
+            check_output(target.path, layout, force=self._options.force)
+        except OutputError as error:
+            if not self._options.dry_run:
+                raise
+            log.warning("it would fail: %s", error)
+
+    def _layout(
+        self,
+        plan: Plan,
+        number: int,
+        variant: Variant,
+        target: Destination,
+        replaced: dict[str, bytes],
+    ) -> Layout:
+        """An output's layout with its provenance in it."""
+        source = plan.last(number)
+        last = source.checkpoint
+        metadata = {"format": "pt"} | dict(last.metadata)
+        outputs = plan.outputs
+        if self._options.drop_aliases and target.kind in ("safetensors", "directory"):
+            metadata |= {alias: one.names[0] for one in outputs for alias in one.names[1:]}
+            outputs = tuple(
+                OutputTensor(one.names[:1], one.dtype, one.shape, one.nbytes) for one in outputs
+            )
+        sources = provenance_sources(variant)
+        rules = self._select.as_dict()
+        metadata[PROVENANCE] = encode_provenance(
+            {
+                "version": __version__,
+                "scheme": variant.weights.scheme,
+                "sources": sources if self._base is None else folded_sources(self._base, sources),
+                "roles": plan.counts,
+                **({"key": last.key} if last.key else {}),
+                **({"selection": rules} if rules else {}),
+                "norm_stats": {"state": _norm_state(plan)},
+            }
+        )
+        if self._options.dtype is not None and target.kind == "directory":
+            replaced = _with_dtype(last.path, self._options.dtype) | replaced
+        return lay_out(
+            target, outputs, metadata, last, places=plan.places(source), replaced=replaced,
+            mirrored=len(variant.sources) > 1,
+        )  # fmt: skip
+
+
+def _check_order(collection: Collection, target: Destination, last: Checkpoint) -> None:
+    """Refuse what comes along from the last checkpoint, if it is not known which that is.
+
+    Raises:
+        SelectionError: it does, and is not.
+    """
+    along = target.kind == "container" or (target.kind == "torch" and last.other_entries)
+    if along and not collection.order_is_known:
+        raise SelectionError(
+            "only some of the checkpoints have a step, and the output takes along what the last "
+            "of them has: " + ", ".join(map(printable, collection.labels())),
+            remedy="put the step into every name",
+        )
+
+
+def _over(collection: Collection, variant: Variant) -> Weights:
+    """A variant's weights over all the checkpoints that are read, 0 for those it leaves out."""
+    own = dict(zip((s.path for s in variant.sources), variant.weights.values, strict=True))
+    values = tuple(own.get(source.path, 0.0) for source in collection.sources)
+    return dataclasses.replace(variant.weights, values=values)
+
+
+def _with_dtype(folder: Path, dtype: str) -> dict[str, bytes]:
+    """The configuration with the new dtype, in which `from_pretrained` loads the weights."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    stale = {name: dtype for name in config if name in ("dtype", "torch_dtype")}
+    return {path.name: to_json({**config, **stale})} if stale else {}
+
+
+def _norm_state(plan: Plan) -> str:
+    return "stale" if any(is_norm_statistic(name) for name in plan.collection.names) else "none"
+
+
+def default_threads(sources: Iterable[Source] = ()) -> int:
+    """The processors that this process may use, if they are not too many.
+
+    Bytes that come over a network are waited for: then it is many, whatever the processors.
+    """
+    if any(any_remote(source.checkpoint.parts) for source in sources):
+        return _REMOTE_THREADS
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    return min(os.cpu_count() or 1, _MOST_THREADS)

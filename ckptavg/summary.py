@@ -1,0 +1,137 @@
+"""What an average is made of, for people and for machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.layout import Layout
+    from ckptavg.plan import Plan
+    from ckptavg.sources import Source
+    from ckptavg.weights import Weights
+
+# Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.
+_BASE_MEMORY = 38 << 20
+_THREAD_MEMORY = 5 << 20
+_TENSOR_MEMORY = 1500
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """A checkpoint of the average.
+
+    Attributes:
+        name: its path below the folder that all of them have in common.
+        path: its path.
+        bytes: size of its files.
+        digest: SHA-256 of what describes its tensors, in hex.
+        weight: its share: of the sum of the weights, where these are normalised.
+        step: what it records of its place in the training, such as `("global_step", 500)`.
+    """
+
+    name: str
+    path: str
+    bytes: int
+    digest: str
+    weight: float
+    step: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an average is made of, or would be.
+
+    Attributes:
+        output: the file or directory.
+        written: whether it was written (False after a dry run).
+        scheme: of the weights.
+        sources: the checkpoints, in order of training.
+        emulated_decay: the decay of the learning rate that the weights emulate: for each source
+            the share of those from it on.
+        tensors: number of tensors in the output, tied ones once.
+        roles: how many of them were `averaged`, are the `last` checkpoint's, or were `kept`.
+        norm_stats: `none` where the model has no running statistics; else `stale`.
+        bytes_read: bytes of tensors that are read, for all outputs that are made at once.
+        bytes_written: bytes of the output.
+        memory: bytes of memory at the peak, an estimate.
+    """
+
+    output: str
+    written: bool
+    scheme: str
+    sources: tuple[SourceSummary, ...]
+    emulated_decay: tuple[float, ...]
+    tensors: int
+    roles: dict[str, int]
+    norm_stats: str
+    bytes_read: int
+    bytes_written: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the averages that are made from one read.
+
+    Attributes:
+        label: what tells it from the others.
+        sources: the checkpoints that are its own, in order of training.
+        names: their labels.
+        weights: one for each of them.
+    """
+
+    label: str
+    sources: tuple[Source, ...]
+    names: tuple[str, ...]
+    weights: Weights
+
+    @property
+    def last(self) -> Source:
+        """The last one with a weight."""
+        pairs = zip(self.sources, self.weights.values, strict=True)
+        return [source for source, value in pairs if value != 0][-1]
+
+
+def summarise(
+    plan: Plan,
+    variant: Variant,
+    layout: Layout,
+    output: Path,
+    *,
+    norm_stats: str,
+    written: bool,
+    threads: int,
+) -> Summary:
+    """Put together what is to be said of one output."""
+    weights = variant.weights
+    return Summary(
+        output=str(output),
+        written=written,
+        scheme=weights.scheme,
+        sources=tuple(
+            SourceSummary(
+                name,
+                str(source.path),
+                source.checkpoint.size,
+                source.checkpoint.digest,
+                value / weights.divisor,
+                source.checkpoint.step,
+            )
+            for name, source, value in zip(
+                variant.names, variant.sources, weights.values, strict=True
+            )
+        ),
+        emulated_decay=weights.emulated_decay,
+        tensors=len(plan.outputs),
+        roles=plan.counts,
+        norm_stats=norm_stats,
+        bytes_read=plan.bytes_to_read,
+        bytes_written=layout.size,
+        memory=_BASE_MEMORY
+        + threads * _THREAD_MEMORY
+        + len(plan.collection.names) * _TENSOR_MEMORY
+        + plan.largest_strided,
+    )

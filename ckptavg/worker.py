@@ -1,0 +1,239 @@
+"""What a thread does with a chunk: read each input, add it to the sums, divide, round, write."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded
+from ckptavg.checkpoint import read_span, read_view
+from ckptavg.jobs import CHUNK, BadValueError
+from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Sequence
+
+    from ckptavg.jobs import Input, Job, Share
+
+    Read = Callable[["Input"], AnyArray]
+
+_WHOLE_AT_ONCE = 8 << 20
+"""Bytes from which only one strided tensor at a time is held in memory."""
+
+
+class Sink(Protocol):
+    """What takes an output's bytes, from several threads at once."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` (bytes) at `offset`."""
+
+
+class Worker:
+    """One thread's buffers, used again for every chunk.
+
+    Args:
+        sinks: one for each output.
+        whole: held while a large strided tensor is in memory.
+        allow_nonfinite: let NaN and Inf of the inputs pass.
+    """
+
+    def __init__(
+        self, sinks: Sequence[Sink], whole: threading.Lock, *, allow_nonfinite: bool
+    ) -> None:
+        self._sinks, self._whole, self._allow = sinks, whole, allow_nonfinite
+        self._raw: AnyArray = np.empty(0, np.uint8)
+        self._wide: AnyArray = np.empty(0, np.uint8)
+        self._totals: AnyArray = np.empty(0, np.uint8)
+
+    def do(self, job: Job, start: int, count: int) -> int:
+        """Do a chunk of a job; returns the bytes written."""
+        if job.strided:
+            large = job.dtype.nbytes(count) > _WHOLE_AT_ONCE
+            with self._whole if large else contextlib.nullcontext():
+                return self._do_strided(job)
+        itemsize = job.inputs[0].tensor.dtype.itemsize
+        self._raw = _grown(self._raw, count * itemsize)
+
+        def read(entry: Input) -> AnyArray:
+            values = _buffer(self._raw, count, entry.tensor.dtype.numpy)
+            entry.part.read_into(entry.tensor.offset + start * itemsize, bytes_of(values))
+            return values
+
+        if job.copy:
+            values = read(job.inputs[0])
+            return sum(self._write(job, share, start, values) for share in job.shares)
+        totals = self._sums(job, count)
+        chunk = _Chunk(job, read, start, self._allow)
+        chunk.accumulate(totals, _buffer(self._wide, count, totals[0].dtype))
+        return sum(
+            self._write(job, share, start, chunk.finish(share, total))
+            for share, total in zip(job.shares, totals, strict=True)
+        )
+
+    def _sums(self, job: Job, count: int) -> list[AnyArray]:
+        """Room for a sum for each output, and for the inputs in its dtype if there are several."""
+        dtype = accumulator_dtype(job.dtype)
+        shares = len(job.shares)
+        self._totals = _grown(self._totals, shares * count * dtype.itemsize)
+        if shares > 1:
+            self._wide = _grown(self._wide, count * dtype.itemsize)
+        whole = _buffer(self._totals, shares * count, dtype)
+        return [whole[number * count : (number + 1) * count] for number in range(shares)]
+
+    def _write(self, job: Job, share: Share, start: int, values: AnyArray) -> int:
+        data = bytes_of(values)
+        sink = self._sinks[share.output]
+        for target in share.targets:
+            sink.write(target + start * job.dtype.itemsize, data)
+        for place in share.scattered:
+            span, view = read_span(place.part, place.tensor)
+            view[...] = values.reshape(view.shape)
+            sink.write(place.tensor.offset, span.data)
+        return len(data) * (len(share.targets) + len(share.scattered))
+
+    def _do_strided(self, job: Job) -> int:
+        """A tensor that is not contiguous everywhere: slabs across its widest stride.
+
+        The slabs are contiguous, or nearly so, in the (first) input; the results are held whole.
+        """
+        like = job.inputs[0].tensor
+        if job.copy:
+            values = np.ascontiguousarray(read_view(job.inputs[0].part, like))
+            return sum(self._write(job, share, 0, values) for share in job.shares)
+        outs = [np.empty(like.shape, job.dtype.numpy) for _ in job.shares]
+        axis = _widest(like)
+        rows = max(1, CHUNK * like.shape[axis] // job.count)
+        if any(_widest(entry.tensor) != axis for entry in job.inputs):
+            # Slabs along one's widest stride cut across all of another's span: one slab, then.
+            rows = like.shape[axis]
+        for first in range(0, like.shape[axis], rows):
+            place = (slice(None),) * axis + (slice(first, first + rows),)
+
+            def read(entry: Input, first: int = first) -> AnyArray:
+                return read_view(entry.part, _slab(entry.tensor, axis, first, first + rows))
+
+            dtype = accumulator_dtype(job.dtype)
+            totals = [np.empty(outs[0][place].shape, dtype) for _ in outs]
+            chunk = _Chunk(job, read, None, self._allow)
+            chunk.accumulate(totals, np.empty(totals[0].shape if len(outs) > 1 else 0, dtype))
+            for share, total, out in zip(job.shares, totals, outs, strict=True):
+                out[place] = chunk.finish(share, total)
+        return sum(
+            self._write(job, share, 0, out) for share, out in zip(job.shares, outs, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of a job.
+
+    Attributes:
+        job: the job.
+        read: gives an input's values in the chunk.
+        start: its first element; None within a strided tensor.
+        allow: let NaN and Inf of the inputs pass.
+    """
+
+    job: Job
+    read: Read
+    start: int | None
+    allow: bool
+
+    def accumulate(self, totals: Sequence[AnyArray], wide: AnyArray) -> None:
+        """Read each input once, and add it to the sums that it is a part of.
+
+        Args:
+            totals: where the sum for each output is held.
+            wide: room for an input's values in the dtype of the sums, if there are several.
+        """
+        begun = [False] * len(totals)
+        for number, entry in enumerate(self.job.inputs):
+            takers = [at for at, share in enumerate(self.job.shares) if share.weights[number] != 0]
+            if not takers:
+                continue
+            values = self.read(entry)
+            if len(takers) > 1:
+                np.copyto(wide, values, casting="same_kind")
+                values = wide
+            for at in takers:
+                weight = self.job.shares[at].weights[number]
+                accumulate(totals[at], values, weight, first=not begun[at])
+                begun[at] = True
+
+    def finish(self, share: Share, total: AnyArray) -> AnyArray:
+        """Divide a sum, round it and check it."""
+        if share.divisor != 1:
+            np.divide(total, share.divisor, out=total)
+        values = rounded(total, self.job.dtype)
+        odd = nonfinite(values, self.job.dtype)
+        if odd.any():
+            values = np.array(values)
+            values[odd] = self._settle(share, odd, values[odd])
+        if share.nonnegative and (values < 0).any():
+            element = self._element(values < 0, 0)
+            raise BadValueError("the weights make this variance negative", self.job, element)
+        return values
+
+    def _settle(self, share: Share, odd: AnyArray, values: AnyArray) -> AnyArray:
+        """What stands where the output is NaN or Inf, from what the inputs hold there.
+
+        The same NaN or Inf in every input (a mask of -inf) stays as it is.
+        """
+        job = self.job
+        used = [
+            entry for entry, weight in zip(job.inputs, share.weights, strict=True) if weight != 0
+        ]
+        first = np.array(self.read(used[0])[odd])
+        same = np.full(len(first), not share.one_of_several)
+        culprit = np.where(np.isfinite(first), -1, 0)
+        for number, entry in enumerate(used[1:], 1):
+            other = self.read(entry)[odd]
+            same &= (other == first) | (np.isnan(other) & np.isnan(first))
+            culprit = np.where((culprit < 0) & ~np.isfinite(other), number, culprit)
+        kept = rounded(first.astype(accumulator_dtype(job.dtype)), job.dtype)
+        misfit = (culprit < 0) | (same & np.isinf(first) & np.isnan(kept))
+        wrong = misfit if self.allow else misfit | ~same
+        if wrong.any():
+            position = int(np.flatnonzero(wrong)[0])
+            element = self._element(odd, position)
+            if misfit[position]:
+                raise BadValueError(f"the average does not fit {job.dtype.name}", job, element)
+            entry = used[culprit[position]]
+            raise BadValueError(f"is {self.read(entry)[odd][position]}", job, element, entry.part)
+        return np.where(same, kept, values)
+
+    def _element(self, where: AnyArray, position: int) -> int | None:
+        """Which element of the job the n-th marked one is."""
+        return None if self.start is None else self.start + int(np.flatnonzero(where)[position])
+
+
+def _grown(buffer: AnyArray, size: int) -> AnyArray:
+    return buffer if buffer.nbytes >= size else np.empty(size, np.uint8)
+
+
+def _buffer(held: AnyArray, count: int, dtype: np.dtype[Any]) -> AnyArray:
+    """The beginning of a buffer as so many values; none where it has no room."""
+    return held[: count * dtype.itemsize].view(dtype)
+
+
+def _widest(tensor: Tensor) -> int:
+    """The axis along which neighbours are farthest apart in the file."""
+    strides = _strides(tensor)
+    return max(range(len(strides)), key=lambda axis: (tensor.shape[axis] > 1, strides[axis]))
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
+
+
+def _slab(tensor: Tensor, axis: int, first: int, last: int) -> Tensor:
+    """The part of a tensor from `first` to `last` along an axis."""
+    strides = _strides(tensor)
+    size = min(last, tensor.shape[axis]) - first
+    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+    offset = tensor.offset + first * strides[axis] * tensor.dtype.itemsize
+    return Tensor(tensor.dtype, shape, tensor.part, offset, strides)

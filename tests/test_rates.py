@@ -1,0 +1,486 @@
+"""The rates that checkpoints were made with, and their minima, in loops with torch's schedulers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from ckptavg.checkpoint import Checkpoint
+from ckptavg.errors import SelectionError
+from ckptavg.formats import open_checkpoint
+from ckptavg.rates import minima, turning_points, used_rates
+from ckptavg.training import TrainingRecord
+
+UPDATES = 3  # of an epoch
+EPOCHS = 15
+
+Make = Callable[[torch.optim.Optimizer, int], Any]
+"""Makes a scheduler whose unit is an epoch, or (where 3 is given) an update of them."""
+
+
+def warm_restarts(optimizer: torch.optim.Optimizer, unit: int, factor: int = 1) -> Any:
+    return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3 * unit, factor, eta_min=0.001)
+
+
+def cyclic(
+    optimizer: torch.optim.Optimizer, unit: int, up: int = 2, down: int = 2, mode: str = "triangular"
+) -> Any:
+    # Of 4 updates, each third one, a checkpoint's, takes 4 checkpoints to come to the same point.
+    del unit
+    return lr_scheduler.CyclicLR(
+        optimizer, 0.01, 0.1, up, down, mode=mode, gamma=0.95, cycle_momentum=False
+    )
+
+
+def warmed_up(optimizer: torch.optim.Optimizer, unit: int) -> Any:
+    parts = [
+        lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2 * unit),
+        lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4 * unit, eta_min=0.001),
+    ]
+    return lr_scheduler.SequentialLR(optimizer, parts, [2 * unit])
+
+
+SCHEDULES: dict[str, Make] = {
+    "restarts": warm_restarts,
+    "growing restarts": lambda optimizer, unit: warm_restarts(optimizer, unit, 2),
+    "triangular": cyclic,
+    "lopsided": lambda optimizer, unit: cyclic(optimizer, unit, 1, 3),
+    "triangular2": lambda optimizer, unit: cyclic(optimizer, unit, mode="triangular2"),
+    "exp_range": lambda optimizer, unit: cyclic(optimizer, unit, mode="exp_range"),
+    "after a warm-up": warmed_up,
+}
+
+
+class Run(NamedTuple):
+    """A training.
+
+    Attributes:
+        checkpoints: as opened, one for each epoch.
+        used: the rate of the last update before each.
+        lowest: whether that rate was lower than those of the updates (or epochs) around it.
+    """
+
+    checkpoints: list[Checkpoint]
+    used: list[float]
+    lowest: list[bool]
+
+    def only(self, indices: Sequence[int]) -> Run:
+        """The same training of which only some checkpoints are left."""
+        return Run(*([column[index] for index in indices] for column in self))
+
+    @property
+    def names(self) -> list[str]:
+        return [checkpoint.path.name for checkpoint in self.checkpoints]
+
+
+def train(
+    folder: Path,
+    make: Make,
+    *,
+    every_update: bool = False,
+    after: bool = True,
+    first: int = 0,
+    steps: bool = True,
+    epochs: int = EPOCHS,
+) -> Run:
+    """A loop that saves each epoch, before the scheduler's step or after it.
+
+    Args:
+        folder: where to save.
+        make: makes the scheduler.
+        every_update: whether the scheduler steps with each update, rather than each epoch.
+        after: whether to save after that.
+        first: the number of the first epoch.
+        steps: whether to record `global_step`.
+        epochs: how many to train.
+    """
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = make(optimizer, UPDATES if every_update else 1)
+    per_unit: list[float] = []
+    used, unit_of, paths = [], [], []
+
+    def save(epoch: int) -> None:
+        root: dict[str, Any] = {
+            "epoch": epoch + first,
+            "state_dict": {"weight": weight.detach().clone()},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        if steps:
+            root["global_step"] = (epoch + 1) * UPDATES
+        paths.append(folder / f"epoch_{epoch + first}.pt")
+        torch.save(root, paths[-1])
+
+    for epoch in range(epochs + 1):
+        for update in range(UPDATES):
+            rate = float(optimizer.param_groups[0]["lr"])
+            if every_update or update == 0:
+                per_unit.append(rate)
+            weight.grad = torch.ones(2)
+            optimizer.step()
+            last = update == UPDATES - 1 and epoch < epochs  # one more epoch shows what follows
+            if last:
+                used.append(rate)
+                unit_of.append(len(per_unit) - 1)
+                if not after:
+                    save(epoch)
+            if every_update or update == UPDATES - 1:
+                scheduler.step()
+            if last and after:
+                save(epoch)
+    lowest = [0 < u and per_unit[u - 1] > per_unit[u] < per_unit[u + 1] for u in unit_of]
+    return Run([open_checkpoint(path) for path in paths], used, lowest)
+
+
+def chosen(run: Run) -> list[bool]:
+    records = run.checkpoints
+    return minima(used_rates(records, names=run.names), turning_points(records))
+
+
+def expected(run: Run) -> list[bool]:
+    """The lowest, and a last one on its way down."""
+    found = list(run.lowest)
+    found[-1] = found[-1] or run.used[-1] < run.used[-2]
+    return found
+
+
+@pytest.mark.parametrize("kept", ["all", "ends"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("every_update", [False, True], ids=["epochs", "updates"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_those_made_with_the_lowest_rates_are_chosen(
+    tmp_path, caplog, name, every_update, after, first, kept
+):
+    run = train(tmp_path, SCHEDULES[name], every_update=every_update, after=after, first=first)
+    if kept == "ends":
+        run = run.only([index for index, lowest in enumerate(run.lowest) if lowest])
+    assert sum(run.lowest) >= 2
+    caplog.set_level(logging.WARNING)
+    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+    assert chosen(run) == expected(run)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_epoch_0_tells_from_what_epochs_are_counted(tmp_path, after):
+    run = train(tmp_path, warm_restarts, after=after, steps=False)
+    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+    assert chosen(run) == expected(run)
+
+
+@pytest.mark.parametrize(("after", "first"), [(False, 1), (True, 0)])
+def test_a_scheduler_ahead_or_behind_tells_it_too(tmp_path, after, first):
+    run = train(tmp_path, warm_restarts, after=after, first=first, steps=False).only(range(4, 12))
+    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+
+
+@pytest.mark.parametrize(("after", "first"), [(False, 0), (True, 1)])
+def test_where_nothing_tells_it_the_recorded_rate_is_taken_with_a_warning(
+    tmp_path, caplog, after, first
+):
+    run = train(tmp_path, warm_restarts, after=after, first=first, steps=False).only(range(4, 12))
+    recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
+    caplog.set_level(logging.WARNING)
+    assert used_rates(run.checkpoints, names=run.names) == recorded
+    assert (recorded == pytest.approx(run.used)) == (not after)
+    [message] = caplog.messages
+    assert "cannot be told" in message
+    assert run.names[0] in message
+    assert "and 3 more" in message
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("known", ["", "lightning", "timm"])
+def test_lightning_and_timm_are_known_to_count_from_0(tmp_path, caplog, known, first):
+    """Of a loop that counts from 1 this would be wrong: so the trainer's mark is what counts."""
+    run = train(tmp_path, warm_restarts, after=bool(first), first=first, steps=False)
+    run = run.only(range(4, 12))
+    extra = {"": {}, "lightning": {"pytorch-lightning_version": "2.6"}}.get(
+        known, {"arch": "resnet", "version": 2}
+    )
+    records = []
+    for checkpoint in run.checkpoints:
+        torch.save(torch.load(checkpoint.path) | extra, checkpoint.path)
+        records.append(open_checkpoint(checkpoint.path))
+    caplog.set_level(logging.WARNING)
+    recorded = [checkpoint.facts["learning_rate"] for checkpoint in records]
+    assert used_rates(records, names=run.names) == recorded
+    assert bool(caplog.messages) == (not known)
+
+
+MONOTONE: dict[str, Make] = {
+    "cosine": lambda o, u: lr_scheduler.CosineAnnealingLR(o, 20 * u, 0.002),
+    "steps": lambda o, u: lr_scheduler.StepLR(o, 4 * u),
+    "milestones": lambda o, u: lr_scheduler.MultiStepLR(o, [2 * u, 5 * u, 5 * u]),
+    "exponential": lambda o, _: lr_scheduler.ExponentialLR(o, 0.9),
+    "linear": lambda o, u: lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=9 * u),
+    "constant": lambda o, u: lr_scheduler.ConstantLR(o, 0.2, total_iters=6 * u),
+    "polynomial": lambda o, u: lr_scheduler.PolynomialLR(o, 17 * u, 2.0),
+}
+
+
+@pytest.mark.parametrize("every_update", [False, True], ids=["epochs", "updates"])
+@pytest.mark.parametrize("name", MONOTONE)
+def test_the_rate_of_any_class_with_a_formula_is_computed(tmp_path, caplog, name, every_update):
+    run = train(tmp_path, MONOTONE[name], every_update=every_update).only(range(0, EPOCHS, 2))
+    caplog.set_level(logging.INFO)
+    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+    assert not caplog.messages
+
+
+def lambdas(optimizer: torch.optim.Optimizer, unit: int) -> Any:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.7 * (step / unit % 3) / 3)
+
+
+def test_the_checkpoint_before_has_the_rate_of_a_schedule_without_a_formula(tmp_path, caplog):
+    run = train(tmp_path, lambdas, after=True)
+    caplog.set_level(logging.INFO)
+    rates = used_rates(run.checkpoints, names=run.names)
+    assert rates[1:] == pytest.approx(run.used[1:])
+    [message] = caplog.messages
+    assert "is the next one" in message
+    assert "epoch_0.pt" in message
+    assert "epoch_1.pt" not in message
+    assert chosen(run)[1:] == expected(run)[1:]
+
+
+def test_without_the_checkpoint_before_the_recorded_rate_stands_with_a_notice(tmp_path, caplog):
+    run = train(tmp_path, lambdas, after=True).only(range(0, EPOCHS, 2))
+    caplog.set_level(logging.INFO)
+    recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
+    assert used_rates(run.checkpoints, names=run.names) == recorded
+    [message] = caplog.messages
+    assert "is the next one" in message
+
+
+def test_a_formula_that_does_not_give_the_recorded_rate_is_not_used(tmp_path, caplog):
+    class Squared(lr_scheduler.CosineAnnealingWarmRestarts):
+        def get_lr(self) -> Any:
+            return [rate * rate for rate in super().get_lr()]
+
+    run = train(tmp_path, lambda o, unit: Squared(o, 3 * unit)).only(range(0, EPOCHS, 2))
+    caplog.set_level(logging.INFO)
+    recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
+    assert used_rates(run.checkpoints, names=run.names) == recorded
+    assert any("is the next one" in message for message in caplog.messages)
+
+
+def test_fractional_steps_within_epochs_count_as_saved_before(tmp_path):
+    """`scheduler.step(epoch + i / iters)` after each update, as torch's documentation has it."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3)
+    checkpoints = []
+    for epoch in range(9):
+        for update in range(8):
+            weight.grad = torch.ones(2)
+            optimizer.step()
+            scheduler.step(epoch + update / 8)
+        root = {
+            "epoch": epoch,
+            "model": {"weight": weight.detach()},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        torch.save(root, tmp_path / f"{epoch}.pt")
+        checkpoints.append(open_checkpoint(tmp_path / f"{epoch}.pt"))
+    rates = used_rates(checkpoints, names=[checkpoint.path.name for checkpoint in checkpoints])
+    taken = [index for index, low in enumerate(minima(rates, turning_points(checkpoints))) if low]
+    assert taken == [2, 5, 8]
+
+
+# Records without files
+
+
+class Saved(NamedTuple):
+    """What is recorded, without a file."""
+
+    facts: dict[str, int | float]
+    training: TrainingRecord
+
+
+def saved(rate: float | None, scheduler: Any = None, logged: float | None = None, **facts: Any) -> Saved:
+    return Saved(facts, TrainingRecord(learning_rate=rate, scheduler=scheduler, logged_rate=logged))
+
+
+def rates_of(records: Sequence[Saved]) -> list[float]:
+    return used_rates(records, names=[f"c{index}" for index in range(len(records))])
+
+
+def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
+    caplog.set_level(logging.INFO)
+    assert rates_of([saved(0.3, epoch=1), saved(0.1, epoch=2), saved(0.2, epoch=3)]) == [
+        0.3,
+        0.1,
+        0.2,
+    ]
+    assert not caplog.messages
+
+
+def test_the_state_of_another_optimizer_s_scheduler_says_nothing():
+    scheduler = {"last_epoch": 2, "_last_lr": [0.7], "base_lrs": [0.7], "gamma": 0.5}
+    assert rates_of([saved(0.3, scheduler, epoch=1)]) == [0.3]
+
+
+def test_the_rate_that_was_logged_at_the_step_is_the_one_used():
+    records = [
+        saved(1.0 - 0.1 * n, {"last_epoch": 10 * n}, 0.95 - 0.1 * n, global_step=10 * n)
+        for n in range(1, 5)
+    ]
+    assert rates_of(records) == pytest.approx([0.85, 0.75, 0.65, 0.55])
+
+
+def test_older_trainers_logged_the_next_rate_and_the_used_one_a_step_before(caplog):
+    records = [
+        saved(1.0 - 0.1 * n, {"last_epoch": 10 * n}, 1.0 - 0.1 * n, global_step=10 * n)
+        for n in range(1, 5)
+    ]
+    caplog.set_level(logging.INFO)
+    assert rates_of(records) == pytest.approx([0.9, 0.8, 0.7, 0.6])
+    assert "is the next one" in caplog.messages[0]
+    caplog.clear()
+    with_log = [
+        Saved(record.facts, dataclasses.replace(record.training, logged_before=0.5 + n))
+        for n, record in enumerate(records)
+    ]
+    assert rates_of(with_log) == [0.5, 1.5, 2.5, 3.5]
+    assert not caplog.messages
+
+
+def test_a_constant_rate_that_was_logged_raises_no_doubt(caplog):
+    caplog.set_level(logging.INFO)
+    records = [saved(0.1, {"last_epoch": n}, 0.1, global_step=n) for n in (10, 20, 30)]
+    assert rates_of(records) == [0.1, 0.1, 0.1]
+    assert minima(rates_of(records)) == [True] * 3
+    assert not caplog.messages
+
+
+def test_a_run_without_any_rate_is_an_error_that_names_the_alternatives():
+    with pytest.raises(SelectionError) as caught:
+        rates_of([saved(None, epoch=1), saved(None, epoch=2)])
+    message = str(caught.value)
+    assert message.startswith("none of the checkpoints records a learning rate; ")
+    for option in ("--cycle", "--steps", "--every"):
+        assert option in message
+
+
+def test_checkpoints_without_a_rate_are_named():
+    records = [saved(0.1), saved(None), saved(0.2), *[saved(None)] * 7]
+    with pytest.raises(SelectionError, match=r"c1, c3, c4, c5, c6 and 3 more record no learning"):
+        rates_of(records)
+
+
+# Minima
+
+
+@pytest.mark.parametrize(
+    ("rates", "taken"),
+    [
+        ([], ""),
+        ([0.1], "x"),
+        ([0.1, 0.1, 0.1], "xxx"),
+        ([3, 1, 2], ".x."),
+        ([3, 1, 1, 1, 2], ".xxx."),
+        ([1, 2, 3], "..."),
+        ([1, 1, 3], "..."),
+        ([1, 3, 1, 3, 1, 3], "..x.x."),
+        ([3, 2, 1], "..x"),
+        ([3, 2, 2, 1, 4, 3], "...x.x"),
+        ([3, 3, 1, 1], "..xx"),
+        ([3, 1, 3, 0.5, 3, 2], ".x.x.x"),
+        ([0.1, 0.05, 0.05 + 1e-9, 0.1], ".xx."),
+        ([0.1, 1e-18, 0.0, 0.1], ".xx."),
+        ([1e-9, 1e-10, 2e-10], ".x."),
+        ([1, 3, 2, 2.5, 2, 3], "..x.x."),
+    ],
+)
+def test_minima_are_lower_than_both_neighbours(rates, taken):
+    assert minima(rates) == [mark == "x" for mark in taken]
+
+
+def naive_minima(rates: Sequence[float]) -> list[bool]:
+    """Walk both ways over equal rates from each point; the first is none unless all are equal."""
+    found = []
+    for index, rate in enumerate(rates):
+        near_left = next((o for o in reversed(rates[:index]) if o != rate), None)
+        near_right = next((o for o in rates[index + 1 :] if o != rate), None)
+        found.append(
+            (near_left is None and near_right is None)
+            or (near_left is not None and near_left > rate and (near_right or 9.0) > rate)
+        )
+    return found
+
+
+def test_minima_of_all_short_sequences_are_those_of_a_naive_search():
+    for length in range(1, 7):
+        for rates in itertools.product((0.1, 0.2, 0.3), repeat=length):
+            assert minima(rates) == naive_minima(rates), rates
+
+
+def test_a_slow_descent_is_not_flat():
+    rates = [1.0 - 4e-7 * index for index in range(100)]
+    assert sum(minima(rates)) < 5
+    assert minima(rates)[-1]
+
+
+def test_a_last_one_on_its_way_down_is_said(caplog):
+    caplog.set_level(logging.INFO)
+    assert minima([3, 2, 1]) == [False, False, True]
+    assert "still falling" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "turns"),
+    [([3, 1, 2], ()), ([3, 1, 1], ()), ([1, 1], ()), ([1], ()), ([3, 2, 1], (False, False, True))],
+)
+def test_nothing_is_said_where_it_is_none(caplog, rates, turns):
+    caplog.set_level(logging.INFO)
+    minima(rates, turns)
+    assert not caplog.messages
+
+
+# Hostile values
+
+RESTARTS = {
+    "T_0": 3, "T_i": 3, "T_mult": 1, "eta_min": 0.0, "T_cur": 0,
+    "base_lrs": [0.1], "last_epoch": 3, "_last_lr": [0.1],
+}  # fmt: skip
+CYCLIC = {
+    "max_lrs": [0.1], "total_size": 4.0, "step_ratio": 0.5, "mode": "triangular2", "gamma": 1.0,
+    "base_lrs": [0.01], "last_epoch": 2, "_last_lr": [0.1],
+}  # fmt: skip
+STEPS = {"milestones": {2: 1}, "gamma": 0.1, "base_lrs": [1.0], "last_epoch": 2, "_last_lr": [0.1]}
+NESTED: dict[str, Any] = {"_milestones": [2], "last_epoch": 3, "_schedulers": [STEPS, RESTARTS]}
+STRANGE = [
+    None, "x", [], {}, 0, -1, 1, 2**62, 1e308, -1e308, math.nan, math.inf, [None], ["x"], [[]],
+    {"a": 1}, True, [2**62], [math.nan],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [RESTARTS, CYCLIC, STEPS, NESTED])
+def test_strange_states_of_schedulers_do_no_harm(state):
+    started = time.process_time()
+    for key, value in itertools.product(state, STRANGE):
+        records = [saved(0.1, state | {key: value}, epoch=n, global_step=n) for n in (2, 3, 4)]
+        rates = rates_of(records)
+        assert all(math.isfinite(rate) for rate in rates)
+        minima(rates, turning_points(records))
+    assert time.process_time() - started < 5
+
+
+def test_a_scheduler_within_itself_has_an_end():
+    loop: dict[str, Any] = dict(NESTED)
+    loop["_schedulers"] = [loop, loop]
+    assert rates_of([saved(0.1, loop, epoch=3)]) == [0.1]

@@ -22,8 +22,23 @@ def accumulator_dtype(dtype: DType) -> np.dtype[Any]:
     return np.dtype(np.complex128 if dtype.kind == "complex" else np.float64)
 
 
-def accumulate(total: AnyArray, values: AnyArray, weight: float, *, first: bool) -> None:
-    """Add `weight * values` to `total` (float64 or complex128), or begin it with them."""
+def accumulate(
+    total: AnyArray,
+    values: AnyArray,
+    weight: float,
+    *,
+    first: bool,
+    product: AnyArray | None = None,
+) -> None:
+    """Add `weight * values` to `total` (float64 or complex128), or begin it with them.
+
+    Args:
+        total: the sum.
+        values: of the same shape.
+        weight: of the values.
+        first: begin the sum.
+        product: room for `weight * values`, like `total`; None to make some.
+    """
     if weight == 1:
         if first:
             np.copyto(total, values, casting="same_kind")
@@ -32,7 +47,7 @@ def accumulate(total: AnyArray, values: AnyArray, weight: float, *, first: bool)
     elif first:
         np.multiply(values, weight, out=total, dtype=total.dtype)
     else:
-        np.add(total, np.multiply(values, weight, dtype=total.dtype), out=total)
+        np.add(total, np.multiply(values, weight, out=product, dtype=total.dtype), out=total)
 
 
 def rounded(total: AnyArray, dtype: DType) -> AnyArray:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 from ckptavg import __version__
 from ckptavg.checkpoint import PROVENANCE
 from ckptavg.collect import survey
-from ckptavg.errors import OutputError, SelectionError, printable
+from ckptavg.errors import MismatchError, OutputError, SelectionError, printable
 from ckptavg.formats.huggingface import read_json
 from ckptavg.layout import OutputTensor
 from ckptavg.lora import is_factor, is_lora, join
-from ckptavg.lora_config import CONFIG
+from ckptavg.lora_config import CONFIG, scales_beside
 from ckptavg.order import labels
 from ckptavg.parts import any_remote
 from ckptavg.paths import as_path, is_remote
@@ -219,10 +219,7 @@ class Averages:
         """Let LoRA factors stand side by side, if that is asked for."""
         if not self._options.exact:
             if len(collection.sources) > 1 and is_lora(collection.names):
-                log.warning(
-                    "averaging the factors A and B of LoRA adapters apart is not averaging their "
-                    "products; --lora exact does"
-                )
+                _check_scales(collection)
             return collection, {}
         if target.kind != "directory":
             raise OutputError(
@@ -282,6 +279,30 @@ class Averages:
             target, outputs, metadata, last, places=plan.places(source), replaced=replaced,
             mirrored=len(variant.sources) > 1,
         )  # fmt: skip
+
+
+def _check_scales(collection: Collection) -> None:
+    """Warn of what averaging LoRA factors apart means, and refuse it under unlike scales.
+
+    Raises:
+        MismatchError: the adapters' configurations scale their products differently.
+    """
+    first, *others = collection.sources
+    differences = [
+        f"{printable(first.path)} and {printable(other.path)}"
+        for other in others
+        if scales_beside(other.path) != scales_beside(first.path)
+    ]
+    if differences:
+        raise MismatchError(
+            "LoRA adapters of unlike rank or alpha, whose factors do not average apart "
+            "(--lora exact averages their products):",
+            differences,
+        )
+    log.warning(
+        "averaging the factors A and B of LoRA adapters apart is not averaging their products; "
+        "--lora exact does"
+    )
 
 
 def _check_order(collection: Collection, target: Destination, last: Checkpoint) -> None:

@@ -12,6 +12,8 @@ from ckptavg.compare import Contents
 from ckptavg.discover import find
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import open_checkpoint
+from ckptavg.lora import is_lora
+from ckptavg.lora_config import scales_beside
 from ckptavg.order import DIGITS, in_order, labels, natural
 from ckptavg.sources import Collection, Source, compare, locate
 
@@ -237,9 +239,12 @@ def _without_duplicates(
     by_file: dict[object, Source] = {}
     by_step: defaultdict[object, list[Source]] = defaultdict(list)
     copies: list[LeftOut] = []
+    lora = is_lora(tuple(reference.tensors))
     for source in by_name:
         files = tuple(part.identity for part in source.checkpoint.parts)
-        alike = by_step[source.checkpoint.step]
+        # Equal factors under another alpha are another adapter.
+        scales = scales_beside(source.path) if lora else ()
+        alike = by_step[source.checkpoint.step, scales]
         twin = by_file.get(files) or next(
             (other for other in alike if content.same(other, source)), None
         )

@@ -65,7 +65,7 @@ def _inside(path: Path, passed: list[str]) -> list[Path]:
     is what a Trainer leaves, and its own weights are what those led to.
     """
     entries = sorted(path.iterdir(), key=lambda entry: natural(entry.name))
-    rest = [entry.name for entry in entries if _NOT_WEIGHTS.fullmatch(entry.name)]
+    rest = [entry.name for entry in entries if is_no_checkpoint(entry.name)]
     found = [entry for entry in entries if _is_checkpoint(entry)]
     if is_checkpoint_directory(path):
         own = found
@@ -78,7 +78,7 @@ def _inside(path: Path, passed: list[str]) -> list[Path]:
 
 
 def _is_checkpoint(entry: Path) -> bool:
-    if entry.name.startswith(".") or _NOT_WEIGHTS.fullmatch(entry.name):
+    if entry.name.startswith(".") or is_no_checkpoint(entry.name):
         return False
     try:
         return is_checkpoint_directory(entry) or looks_like_checkpoint(entry)
@@ -99,12 +99,17 @@ def _has_trainer_state(path: Path) -> bool:
     return (path / "trainer_state.json").is_file() or (path / "random_states_0.pkl").is_file()
 
 
+def is_no_checkpoint(name: str) -> bool:
+    """Whether a file or folder is what trainers leave beside checkpoints, by its name."""
+    return _NOT_WEIGHTS.fullmatch(name) is not None
+
+
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a file in a directory is a checkpoint by its name."""
     return (
         path.suffix in SUFFIXES
         and not path.name.startswith(".")
-        and not _NOT_WEIGHTS.fullmatch(path.name)
+        and not is_no_checkpoint(path.name)
         and not path.is_dir()
     )
 

@@ -73,6 +73,14 @@ class Config:
                 "(path_initial_model_for_weight_conversion)",
             )
 
+    @property
+    def scales(self) -> tuple[object, ...]:
+        """What decides how the factors of this adapter multiply."""
+        return tuple(
+            repr(self.content.get(name))
+            for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        )
+
     def scale(self, module: str, rank: int) -> float:
         """What a module's product is multiplied by.
 
@@ -109,3 +117,15 @@ def joined_config(last: Mapping[str, Any], ranks: Mapping[str, int]) -> bytes:
         "alpha_pattern": pattern,
     }
     return (json.dumps({**last, **changed}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def scales_beside(path: Path) -> tuple[object, ...]:
+    """What the configuration in an adapter's directory says of its scales; nothing without one.
+
+    Raises:
+        FormatError: it is no valid JSON.
+    """
+    file = path / CONFIG
+    if not path.is_dir() or not file.is_file():
+        return ()
+    return Config(file, read_json(file)).scales

@@ -29,7 +29,7 @@ _HIGH = frozenset(
 )
 # Words that turn a metric round, or make something else of it: `neg_mean_squared_error`.
 _TURNED = frozenset(("neg", "negative", "minus", "inv", "inverse", "scale", "weight", "delta"))
-_CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_CAMEL = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*")
 # Whole or not at all: of `0.93x` nothing is taken.
 _NUMBER = r"[-+]?(?>\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
 # Without a sign between, a whole number may belong to the metric's name: `acc1_76.5`.
@@ -52,11 +52,10 @@ def mode_of(name: str) -> Mode | None:
 
 
 def _words(name: str) -> set[str]:
-    """`valTop1_acc5` has `val`, `top1` or `top`, `acc5` or `acc`."""
-    words = {piece.lower() for piece in _CAMEL.findall(name)}
-    for piece in re.split(r"[\W_]+", name.lower()):
-        words |= {piece, piece.rstrip("0123456789")}
-    return words
+    """`valTop1_acc5` has `val`, `top1` and `top`, `acc5` and `acc`."""
+    pieces = [*re.split(r"[\W_]+", name), *_CAMEL.findall(name)]
+    words = {piece.lower() for piece in pieces}
+    return words | {word.rstrip("0123456789") for word in words}
 
 
 def from_name(file_name: str, metric: str) -> float | None:

@@ -211,7 +211,7 @@ def _point(
     before = seen.get(position - 1, None if form is None else form(position - 1))
     if before is None:
         return _Point(recorded, doubt=_NEXT)
-    return _Point(before, position - 1, form)
+    return _Point(before, position, form)
 
 
 def _logs_used(records: Sequence[Record]) -> bool:

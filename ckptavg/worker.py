@@ -25,6 +25,10 @@ _WHOLE_AT_ONCE = 8 << 20
 """Bytes from which only one strided tensor at a time is held in memory."""
 
 
+_WIDEST = 16
+"""Bytes of an element of complex128."""
+
+
 class Sink(Protocol):
     """What takes an output's bytes, from several threads at once."""
 
@@ -46,7 +50,7 @@ class Worker:
     ) -> None:
         self._sinks, self._whole, self._allow = sinks, whole, allow_nonfinite
         self._raw: AnyArray = np.empty(0, np.uint8)
-        self._wide: AnyArray = np.empty(0, np.uint8)
+        self._rooms: AnyArray = np.empty(0, np.uint8)
         self._totals: AnyArray = np.empty(0, np.uint8)
 
     def do(self, job: Job, start: int, count: int) -> int:
@@ -68,19 +72,22 @@ class Worker:
             return sum(self._write(job, share, start, values) for share in job.shares)
         totals = self._sums(job, count)
         chunk = _Chunk(job, read, start, self._allow)
-        chunk.accumulate(totals, _buffer(self._wide, count, totals[0].dtype))
+        rooms = _buffer(self._rooms, 2 * count, totals[0].dtype)
+        chunk.accumulate(totals, rooms[:count], rooms[count:])
         return sum(
             self._write(job, share, start, chunk.finish(share, total))
             for share, total in zip(job.shares, totals, strict=True)
         )
 
     def _sums(self, job: Job, count: int) -> list[AnyArray]:
-        """Room for a sum for each output, and for the inputs in its dtype if there are several."""
+        """A sum for each output; and room for an input in its dtype, and for that with a weight."""
         dtype = accumulator_dtype(job.dtype)
         shares = len(job.shares)
         self._totals = _grown(self._totals, shares * count * dtype.itemsize)
-        if shares > 1:
-            self._wide = _grown(self._wide, count * dtype.itemsize)
+        if any(weight not in (0, 1) for share in job.shares for weight in share.weights):
+            self._rooms = _grown(self._rooms, 2 * count * dtype.itemsize)
+        elif shares > 1:
+            self._rooms = _grown(self._rooms, count * dtype.itemsize)
         whole = _buffer(self._totals, shares * count, dtype)
         return [whole[number * count : (number + 1) * count] for number in range(shares)]
 
@@ -119,7 +126,7 @@ class Worker:
             dtype = accumulator_dtype(job.dtype)
             totals = [np.empty(outs[0][place].shape, dtype) for _ in outs]
             chunk = _Chunk(job, read, None, self._allow)
-            chunk.accumulate(totals, np.empty(totals[0].shape if len(outs) > 1 else 0, dtype))
+            chunk.accumulate(totals, np.empty(totals[0].shape if len(outs) > 1 else 0, dtype), None)
             for share, total, out in zip(job.shares, totals, outs, strict=True):
                 out[place] = chunk.finish(share, total)
         return sum(
@@ -143,12 +150,15 @@ class _Chunk:
     start: int | None
     allow: bool
 
-    def accumulate(self, totals: Sequence[AnyArray], wide: AnyArray) -> None:
+    def accumulate(
+        self, totals: Sequence[AnyArray], wide: AnyArray, product: AnyArray | None
+    ) -> None:
         """Read each input once, and add it to the sums that it is a part of.
 
         Args:
             totals: where the sum for each output is held.
             wide: room for an input's values in the dtype of the sums, if there are several.
+            product: room for these with a weight.
         """
         begun = [False] * len(totals)
         for number, entry in enumerate(self.job.inputs):
@@ -161,7 +171,7 @@ class _Chunk:
                 values = wide
             for at in takers:
                 weight = self.job.shares[at].weights[number]
-                accumulate(totals[at], values, weight, first=not begun[at])
+                accumulate(totals[at], values, weight, first=not begun[at], product=product)
                 begun[at] = True
 
     def finish(self, share: Share, total: AnyArray) -> AnyArray:
@@ -212,7 +222,8 @@ class _Chunk:
 
 
 def _grown(buffer: AnyArray, size: int) -> AnyArray:
-    return buffer if buffer.nbytes >= size else np.empty(size, np.uint8)
+    """A buffer of at least so many bytes, and a whole number of elements of every dtype."""
+    return buffer if buffer.nbytes >= size else np.empty(-(-size // _WIDEST) * _WIDEST, np.uint8)
 
 
 def _buffer(held: AnyArray, count: int, dtype: np.dtype[Any]) -> AnyArray:

@@ -33,7 +33,11 @@ def warm_restarts(optimizer: torch.optim.Optimizer, unit: int, factor: int = 1) 
 
 
 def cyclic(
-    optimizer: torch.optim.Optimizer, unit: int, up: int = 2, down: int = 2, mode: str = "triangular"
+    optimizer: torch.optim.Optimizer,
+    unit: int,
+    up: int = 2,
+    down: int = 2,
+    mode: str = "triangular",
 ) -> Any:
     # Of 4 updates, each third one, a checkpoint's, takes 4 checkpoints to come to the same point.
     del unit
@@ -139,7 +143,7 @@ def train(
                 scheduler.step()
             if last and after:
                 save(epoch)
-    lowest = [0 < u and per_unit[u - 1] > per_unit[u] < per_unit[u + 1] for u in unit_of]
+    lowest = [u > 0 and per_unit[u - 1] > per_unit[u] < per_unit[u + 1] for u in unit_of]
     return Run([open_checkpoint(path) for path in paths], used, lowest)
 
 
@@ -155,16 +159,16 @@ def expected(run: Run) -> list[bool]:
     return found
 
 
-@pytest.mark.parametrize("kept", ["all", "ends"])
+@pytest.mark.parametrize("only_ends", [False, True], ids=["all", "ends"])
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("every_update", [False, True], ids=["epochs", "updates"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_those_made_with_the_lowest_rates_are_chosen(
-    tmp_path, caplog, name, every_update, after, first, kept
+    tmp_path, caplog, name, *, every_update, after, first, only_ends
 ):
     run = train(tmp_path, SCHEDULES[name], every_update=every_update, after=after, first=first)
-    if kept == "ends":
+    if only_ends:
         run = run.only([index for index, lowest in enumerate(run.lowest) if lowest])
     assert sum(run.lowest) >= 2
     caplog.set_level(logging.WARNING)
@@ -311,7 +315,9 @@ class Saved(NamedTuple):
     training: TrainingRecord
 
 
-def saved(rate: float | None, scheduler: Any = None, logged: float | None = None, **facts: Any) -> Saved:
+def saved(
+    rate: float | None, scheduler: Any = None, logged: float | None = None, **facts: Any
+) -> Saved:
     return Saved(facts, TrainingRecord(learning_rate=rate, scheduler=scheduler, logged_rate=logged))
 
 

@@ -14,7 +14,9 @@ from ckptavg import __version__
 from ckptavg.cli.average import average
 from ckptavg.cli.bn_refresh import bn_refresh
 from ckptavg.cli.demo import demo
+from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
+from ckptavg.cli.soup import soup
 from ckptavg.errors import CkptAvgError, UserCodeError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def cli() -> None:
     """
 
 
-for _command in (average, bn_refresh, inspect, demo):
+for _command in (average, bn_refresh, evaluate, soup, inspect, demo):
     cli.add_command(_command)
 
 

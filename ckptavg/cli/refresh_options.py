@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from ckptavg.norm.refresh import RefreshReport
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Any], Any]
 
 
-def _spec(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+def check_spec(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> str | None:
+    """Refuse what names no object."""
     if value is not None and (":" not in value.strip(":")):
         raise click.BadParameter(
             f"{value!r} is not of the form package.module:attr or file.py:attr"
@@ -26,85 +30,92 @@ def _spec(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return value
 
 
+OPTIONS: dict[str, Option] = {
+    "model": click.option(
+        "--model",
+        callback=check_spec,
+        metavar="SPEC",
+        help="The model, or a callable that makes it: package.module:attr or file.py:attr.",
+    ),
+    "loader": click.option(
+        "--loader",
+        callback=check_spec,
+        metavar="SPEC",
+        help="An iterable of training batches, or a callable that makes it.",
+    ),
+    "model-arg": click.option(
+        "--model-arg",
+        "model_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="For the model.",
+    ),
+    "loader-arg": click.option(
+        "--loader-arg",
+        "loader_args",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="For the loader.",
+    ),
+    "forward": click.option(
+        "--forward",
+        callback=check_spec,
+        metavar="SPEC",
+        help="Function that is called with model and batch.  [default: model(batch), or "
+        "model(batch[0]) of a list or tuple]",
+    ),
+    "estimator": click.option(
+        "--estimator",
+        type=click.Choice(["paper", "torch", "exact"]),
+        default="paper",
+        show_default=True,
+        help="How the batches' statistics become one.",
+    ),
+    "memory-format": click.option(
+        "--memory-format",
+        type=click.Choice(["auto", "channels_last", "contiguous"]),
+        default="auto",
+        show_default=True,
+        help="Of images; auto is channels_last for convolutional models.",
+    ),
+    "train-mode": click.option(
+        "--train-mode",
+        type=click.Choice(["norm", "full"]),
+        default="norm",
+        show_default=True,
+        help="What is in training mode during the pass: the norm layers, or all.",
+    ),
+    "max-samples": click.option(
+        "--max-samples",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Stop with the batch that reaches N examples.",
+    ),
+    "max-batches": click.option(
+        "--max-batches", type=click.IntRange(1), metavar="N", help="Stop after N batches."
+    ),
+    "device": click.option(
+        "--device", help="Where the model runs.  [default: a GPU if there is one]"
+    ),
+    "seed": click.option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Of the random numbers that the loader shuffles with.",
+    ),
+}
+"""How a model is made, fed and refreshed, by the options' long names."""
+
+
 def refresh_options(command: Command) -> Command:
     """Model, loader, and how the pass is done."""
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                callback=_spec,
-                metavar="SPEC",
-                help="The model, or a callable that makes it: package.module:attr or file.py:attr.",
-            ),
-            click.option(
-                "--loader",
-                callback=_spec,
-                metavar="SPEC",
-                help="An iterable of training batches, or a callable that makes it.",
-            ),
-            click.option(
-                "--model-arg",
-                "model_args",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="For the model.",
-            ),
-            click.option(
-                "--loader-arg",
-                "loader_args",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="For the loader.",
-            ),
-            click.option(
-                "--forward",
-                callback=_spec,
-                metavar="SPEC",
-                help="Function that is called with model and batch.  [default: model(batch), or "
-                "model(batch[0]) of a list or tuple]",
-            ),
-            click.option(
-                "--estimator",
-                type=click.Choice(["paper", "torch", "exact"]),
-                default="paper",
-                show_default=True,
-                help="How the batches' statistics become one.",
-            ),
-            click.option(
-                "--memory-format",
-                type=click.Choice(["auto", "channels_last", "contiguous"]),
-                default="auto",
-                show_default=True,
-                help="Of images; auto is channels_last for convolutional models.",
-            ),
-            click.option(
-                "--train-mode",
-                type=click.Choice(["norm", "full"]),
-                default="norm",
-                show_default=True,
-                help="What is in training mode during the pass: the norm layers, or all.",
-            ),
-            click.option(
-                "--max-samples",
-                type=click.IntRange(1),
-                metavar="N",
-                help="Stop with the batch that reaches N examples.",
-            ),
-            click.option(
-                "--max-batches", type=click.IntRange(1), metavar="N", help="Stop after N batches."
-            ),
-            click.option(
-                "--device", help="Where the model runs.  [default: a GPU if there is one]"
-            ),
-            click.option(
-                "--seed",
-                type=click.IntRange(0),
-                default=0,
-                show_default=True,
-                help="Of the random numbers that the loader shuffles with.",
-            ),
-        )
-    ):
+    return add(command, OPTIONS.values())
+
+
+def add(command: Command, options: Iterable[Option]) -> Command:
+    """Give a command options, in this order."""
+    for option in reversed(tuple(options)):
         command = option(command)
     return command
 
@@ -132,14 +143,14 @@ def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshO
     return RefreshOptions(
         model=model,
         loader=loader,
-        model_args=_keywords(taken.pop("model_args")),
-        loader_args=_keywords(taken.pop("loader_args")),
+        model_args=keywords(taken.pop("model_args")),
+        loader_args=keywords(taken.pop("loader_args")),
         others=others,
         **taken,
     )
 
 
-def _keywords(pairs: Iterable[str]) -> dict[str, Any]:
+def keywords(pairs: Iterable[str]) -> dict[str, Any]:
     """`KEY=VALUE`, the value a Python literal where it is one."""
     found = {}
     for pair in pairs:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import OutputError
+from ckptavg.discover import is_no_checkpoint
+from ckptavg.errors import OutputError, printable
 from ckptavg.formats import huggingface
 from ckptavg.layout import Copy, FileLayout, Layout
 from ckptavg.parts import open_source
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.layout import OutputTensor
 
+log = logging.getLogger("ckptavg")
+
 # State of the training, other weights, and logs: what `from_pretrained` has no use for.
 _NOT_ALONG = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|tar|pkl|msgpack|h5|onnx|gguf|distcp|lock|tmp)"
     r"|.*\.index\.json|trainer_state\.json|zero_to_fp32\.py|latest|events\.out\..*"
 )
 _FOLDERS_ALONG = ("additional_chat_templates",)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = "adapter_model"
 
 
@@ -73,6 +78,7 @@ def lay_out_directory(
         files[f"{stem}.safetensors{huggingface.INDEX}"] = _of_bytes(index)
     files |= {name: _of_bytes(data) for name, data in (replaced or {}).items()}
     along = {name: file for name, file in _companions(last) if name not in files}
+    _mention_what_stays(last, {*files, *along})
     copies = []
     base = sum(file.size for file in files.values())
     for name, file in along.items():
@@ -81,6 +87,31 @@ def lay_out_directory(
         copies.append(Copy(source, 0, source.size, base))
         base += source.size
     return Layout(files, tuple(targets), tuple(copies))
+
+
+def _mention_what_stays(last: Checkpoint, brought: set[str]) -> None:
+    """Warn of weights beside those that were averaged, which the output will lack."""
+    if last.container != "huggingface":
+        log.warning(
+            "%s has no configuration that could come along: the directory has weights alone",
+            printable(last.path.name),
+        )
+        return
+    own = huggingface.weight_files(last.path)
+    left = [
+        entry.name
+        for entry in sorted(last.path.iterdir(), key=lambda entry: entry.name)
+        if entry.name not in own | brought
+        and (entry.suffix in _WEIGHTS or (entry.is_dir() and _holds_weights(entry)))
+        and not is_no_checkpoint(entry.name)
+    ]
+    if left:
+        shown = ", ".join(map(printable, left))
+        log.warning("not averaged and not brought along, though it has weights: %s", shown)
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(entry.suffix in _WEIGHTS for entry in folder.iterdir())
 
 
 def _own_shard_size(last: Checkpoint) -> int | None:

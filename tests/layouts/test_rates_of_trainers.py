@@ -52,7 +52,7 @@ class Used(transformers.TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.rates: dict[int, float] = {}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+    def on_pre_optimizer_step(self, _: Any, state: Any, __: Any, **known: Any) -> None:
         self.rates[state.global_step + 1] = known["optimizer"].param_groups[0]["lr"]
 
 
@@ -86,12 +86,13 @@ class Hugging:
         self.used = [used.rates[int(path.name[11:])] for path in paths]
 
 
-class TestHuggingFace:
-    @pytest.fixture(scope="class")
-    def logged(self, tmp_path_factory: pytest.TempPathFactory) -> Hugging:
-        folder: Path = tmp_path_factory.mktemp("logged")
-        return Hugging(folder, eval_strategy="steps", eval_steps=8)
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Hugging:
+    folder: Path = tmp_path_factory.mktemp("logged")
+    return Hugging(folder, eval_strategy="steps", eval_steps=8)
 
+
+class TestHuggingFace:
     def test_the_logged_rate_is_the_one_used_and_the_recorded_one_the_next(self, logged, caplog):
         caplog.set_level(logging.INFO)
         assert rates_of(logged.checkpoints) == pytest.approx(logged.used)
@@ -122,7 +123,7 @@ class TestHuggingFace:
 
     @pytest.mark.parametrize("logging_steps", [1, 4])
     def test_what_older_trainers_logged_is_known_to_be_the_next_rate(
-        self, logged, tmp_path, caplog, logging_steps
+        self, logged, caplog, logging_steps
     ):
         """As transformers before 4.51 wrote it: the rate after the scheduler's step."""
         records = []

@@ -1,0 +1,431 @@
+"""Evaluate checkpoints: one model, which becomes each of them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    from ckptavg.errors import CkptAvgError
+
+    raise CkptAvgError(
+        "evaluating runs the model, and torch is not installed", remedy="pip install torch"
+    ) from error
+from torch.nn.functional import cross_entropy
+from torch.nn.parameter import is_lazy
+
+from ckptavg.collect import survey
+from ckptavg.errors import CkptAvgError, printable
+from ckptavg.factories import load_object, user_code
+from ckptavg.formats import open_checkpoint
+from ckptavg.metrics import best, mode_of
+from ckptavg.norm.batches import default_forward, leading_size, moved
+from ckptavg.norm.loading import load_weights
+from ckptavg.norm.making import make_batches, make_model, seed_everything
+from ckptavg.norm.refresh import _device_of, _limited, refresh_norm
+from ckptavg.norm.statistics import in_float64
+from ckptavg.selection import Selection, chosen
+from ckptavg.selection import select as choose
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.refresh import Forward
+
+log = logging.getLogger("ckptavg")
+
+BUILT_IN = ("loss", "accuracy")
+_IGNORED = -100  # torch's own mark of targets that do not count
+_OTHER_KEYS = ("checkpoint", "path", "step")
+
+Progress = Callable[[int, int | None], None]
+"""Called with the evaluations done since the last call, and with how many there will be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How to evaluate checkpoints.
+
+    Attributes:
+        model: spec of the model, or of a callable that returns it.
+        loader: spec of an iterable of held-out batches, or of a callable that returns it.
+        metric: `loss`, `accuracy`, or spec of a function that is called with the model and the
+            batches and returns a number, or several by name; None for loss and accuracy.
+        model_args: keywords for the model.
+        loader_args: keywords for the loader.
+        forward: spec of a function that is called with model and batch.
+        max_samples: stop with the batch that reaches so many examples.
+        max_batches: stop after so many batches.
+        device: where it runs; None for a GPU if there is one.
+        seed: of the random numbers that model and loader draw, the same for each checkpoint.
+        refresh: how the norm statistics are refreshed beforehand; None to leave them alone.
+    """
+
+    model: str
+    loader: str
+    metric: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    loader_args: Mapping[str, Any] = field(default_factory=dict)
+    forward: str | None = None
+    max_samples: int | None = None
+    max_batches: int | None = None
+    device: str | None = None
+    seed: int = 0
+    refresh: RefreshOptions | None = None
+
+    @property
+    def metric_name(self) -> str:
+        """What the metric is called: a function's own name, and `loss` where none is given."""
+        return (self.metric or "loss").rpartition(":")[2].rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out for a checkpoint.
+
+    Attributes:
+        checkpoint: its path below the folder that all of them have in common.
+        path: its path.
+        step: its place in the training, where that is known.
+        metrics: name to value; NaN and infinities as they are.
+    """
+
+    checkpoint: str
+    path: str
+    step: int | None
+    metrics: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--metrics FILE` reads it, the metrics beside the name."""
+        where = {"checkpoint": self.checkpoint, "path": self.path, "step": self.step}
+        return where | dict(self.metrics)
+
+
+def evaluate(
+    inputs: Sequence[Path],
+    options: EvaluationOptions,
+    *,
+    select: Selection | None = None,
+    key: str | None = None,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """Evaluate checkpoints on all of the loader's batches, in the order of training.
+
+    Args:
+        inputs: directories of checkpoints, and checkpoints.
+        options: the model, the loader, the metric.
+        select: which of the checkpoints to take; None for all.
+        key: which state dict to take where a file holds several.
+        progress: hears of each checkpoint.
+
+    Raises:
+        CkptAvgError: a checkpoint does not fit the model, or there is nothing to evaluate.
+        UserCodeError: the model, the loader or a function of the user's raised.
+    """
+    rules = select or Selection()
+    with said_once():
+        taken = chosen(choose(survey(inputs, key=key, wanted=rules.unwanted), rules))
+        evaluator = Evaluator(options)
+        found = []
+        for verdict in taken:
+            path = verdict.source.path
+            metrics = evaluator(open_checkpoint(path, key=key))
+            found.append(Evaluation(verdict.name, str(path), verdict.step, metrics))
+            if progress is not None:
+                progress(1, len(taken))
+    return found
+
+
+def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """The best for each metric of which it is certain whether it should be low or high."""
+    found = {}
+    for name in dict.fromkeys(name for one in evaluations for name in one.metrics):
+        mode = mode_of(name)
+        values = [one.metrics.get(name) for one in evaluations]
+        if mode is not None and (indices := best(values, 1, mode)):
+            found[name] = evaluations[indices[0]]
+    return found
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Of notices that come with every checkpoint or trial, let the first through."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in said
+        said.add(text)
+        return new
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
+class Evaluator:
+    """One model, which becomes each checkpoint in turn; what comes out does not depend on the last.
+
+    Weights and buffers come from the checkpoint each time, buffers that no checkpoint has are put
+    back, the loader is made anew, and the random numbers start again.
+    """
+
+    def __init__(self, options: EvaluationOptions) -> None:
+        self._options = options
+        # What a module draws while it is imported is drawn only once: not after the seed.
+        load_object(options.model)
+        seed_everything(options.seed)
+        self._model = make_model(options.model, options.model_args, options.device)
+        self._random = _Random()
+        self._passing = _passing_buffers(self._model)
+        self._forward: Forward | None = load_object(options.forward) if options.forward else None
+        self._measure = _measure_of(options.metric, self._forward or default_forward)
+        self._loaders: dict[str, object] = {}
+
+    def __call__(self, checkpoint: Checkpoint) -> dict[str, float]:
+        """The metrics of a checkpoint, by name.
+
+        Raises:
+            MismatchError: it does not fit the model.
+            CkptAvgError: there is nothing to evaluate, or no metric comes out.
+            UserCodeError: the user's code raised.
+        """
+        options, refresh = self._options, self._options.refresh
+        # Models may do more on a change of mode, such as to merge weights: that has to be undone.
+        with user_code("the model's train()"):
+            self._model.train()
+        for module, name, values in self._passing:
+            module._buffers[name] = values.clone()  # noqa: SLF001
+        load_weights(self._model, checkpoint)
+        if refresh is not None:
+            batches = self._batches(refresh.loader, refresh.loader_args)
+            refresh_norm(self._model, batches, forward=self._forward, **refresh.others)
+        with user_code("the model's eval()"):
+            self._model.eval()
+        held_out = _Batches(
+            self._batches(options.loader, options.loader_args), _device_of(self._model),
+            max_samples=options.max_samples, max_batches=options.max_batches,
+        )  # fmt: skip
+        # Not inference mode: what a model makes in it cannot be loaded into again.
+        with torch.no_grad():
+            return self._measure(self._model, held_out)
+
+    def one(self, checkpoint: Checkpoint) -> float:
+        """The metric of a checkpoint, of which there is but one.
+
+        Raises:
+            CkptAvgError: there are several, or what else a call raises.
+        """
+        metrics = self(checkpoint)
+        if len(metrics) != 1:
+            raise CkptAvgError(
+                f"{self._options.metric} returned {len(metrics)} metrics, and one is needed",
+                remedy="let it return a number",
+            )
+        return next(iter(metrics.values()))
+
+    def _batches(self, spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
+        """The loader, made anew with the same random numbers.
+
+        Raises:
+            CkptAvgError: it is what the last checkpoint has used up.
+        """
+        self._random.restore()
+        made = make_batches(spec, arguments)
+        if isinstance(made, Iterator) and self._loaders.get(spec) is made:
+            raise CkptAvgError(
+                f"{spec} can be gone through only once, and is needed for each checkpoint",
+                remedy="name a callable that makes it anew",
+            )
+        self._loaders[spec] = made
+        return made
+
+
+class _Random:
+    """The state of the generators that `seed_everything` seeds."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        """Go back to it."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def _passing_buffers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:
+    """Copies of the buffers that are in no state dict: a forward pass may change them."""
+    return [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # noqa: SLF001
+        if name in module._non_persistent_buffers_set  # noqa: SLF001
+        and buffer is not None
+        and not is_lazy(buffer)
+    ]
+
+
+class _Batches:
+    """A loader's batches on the model's device, up to a limit."""
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        device: torch.device,
+        *,
+        max_samples: int | None,
+        max_batches: int | None,
+    ) -> None:
+        self._batches, self._device = batches, device
+        self._max_samples, self._max_batches = max_samples, max_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        drawn = 0
+        for batch in _limited(self._batches, self._max_batches):
+            with user_code("moving a batch"):
+                here = moved(batch, self._device, {})
+            yield here
+            drawn += leading_size(here)
+            if self._max_samples is not None and drawn >= self._max_samples:
+                return
+
+
+Measure = Callable[[torch.nn.Module, "_Batches"], dict[str, float]]
+
+
+def _measure_of(metric: str | None, forward: Forward) -> Measure:
+    """What computes the metrics.
+
+    Raises:
+        CkptAvgError: the metric is no function.
+    """
+    if metric is None or metric in BUILT_IN:
+        names = BUILT_IN if metric is None else (metric,)
+
+        def measure(model: torch.nn.Module, batches: _Batches) -> dict[str, float]:
+            found = classification(model, batches, forward)
+            return {name: found[name] for name in names}
+
+        return measure
+    own = load_object(metric)
+    if not callable(own):
+        raise CkptAvgError(f"{metric} is a {type(own).__name__}, not a function")
+    own_name = EvaluationOptions(model="", loader="", metric=metric).metric_name
+
+    def call(model: torch.nn.Module, batches: _Batches) -> dict[str, float]:
+        with user_code(metric):
+            returned = own(model, batches)
+        named = dict(returned) if isinstance(returned, Mapping) else {own_name: returned}
+        return {_name(metric, name): _number(metric, value) for name, value in named.items()}
+
+    return call
+
+
+def _name(metric: str, name: object) -> str:
+    if not isinstance(name, str) or not name or name in _OTHER_KEYS:
+        raise CkptAvgError(f"{metric} returned a metric with the name {printable(repr(name))}")
+    return name
+
+
+def _number(metric: str, value: Any) -> float:  # noqa: ANN401 - what the user's function returns
+    """A number of Python's, numpy's or torch's.
+
+    Raises:
+        CkptAvgError: it is something else.
+    """
+    shape = tuple(getattr(value, "shape", ()))
+    if not shape and not isinstance(value, str | bytes):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    what = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
+    raise CkptAvgError(f"{metric} returned {what}, not a number or a dict of numbers")
+
+
+def classification(
+    model: torch.nn.Module, batches: Iterable[Any], forward: Forward
+) -> dict[str, float]:
+    """Mean cross-entropy, and the share of targets that the largest output names.
+
+    Every target counts alike, whatever batch it is in; those of -100 do not count, as in torch.
+
+    Args:
+        model: in eval mode.
+        batches: each begins with inputs and targets; these are classes, `[batch, ...]`.
+        forward: called with model and batch, returns `[batch, classes, ...]`.
+
+    Returns:
+        `loss` in nats, and `accuracy` from 0 to 1. Both are NaN if an output is.
+
+    Raises:
+        CkptAvgError: outputs and targets are none of a classification, or there are none.
+    """
+    loss, right, count = 0.0, 0.0, 0
+    for batch in batches:
+        with user_code("the forward pass"):
+            outputs = forward(model, batch)
+        outputs, targets = _checked(outputs, batch)
+        counted = targets != _IGNORED
+        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
+        losses = cross_entropy(wide, targets, reduction="none", ignore_index=_IGNORED)
+        hits = (wide.argmax(1) == targets).float()
+        hits[wide.isnan().any(1)] = math.nan
+        loss += float(in_float64(losses[counted]).sum())
+        right += float(in_float64(hits[counted]).sum())
+        count += int(counted.sum())
+    if not count:
+        raise CkptAvgError(
+            "the loader gave no examples to evaluate with",
+            remedy="if it was used up before, name a callable that makes it anew",
+        )
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def _checked(outputs: object, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+    """The outputs and the targets, which are found to fit each other.
+
+    Raises:
+        CkptAvgError: they do not.
+    """
+    remedy = "compute another metric with --metric FILE.py:FUNCTION"
+    targets = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if not isinstance(targets, torch.Tensor):
+        raise CkptAvgError("the loader's batches are not (inputs, targets)", remedy=remedy)
+    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
+        what = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise CkptAvgError(
+            f"the model gave {what}, not one tensor with a score for each class",
+            remedy="say how it is called with --forward FILE.py:FUNCTION",
+        )
+    shapes = f"targets are {tuple(targets.shape)} and outputs {tuple(outputs.shape)}"
+    fit = outputs.dim() > 1 and (outputs.shape[:1] + outputs.shape[2:]) == targets.shape
+    if not fit or targets.is_floating_point() or targets.is_complex():
+        raise CkptAvgError(
+            f"{shapes}, not [batch, ...] classes and [batch, classes, ...]", remedy=remedy
+        )
+    targets = targets.long()
+    classes = outputs.shape[1]
+    if bool(((targets != _IGNORED) & ((targets < 0) | (targets >= classes))).any()):
+        low, high = int(targets.min()), int(targets.max())
+        raise CkptAvgError(
+            f"targets are from {low} to {high}, and the model has {classes} classes", remedy=remedy
+        )
+    return outputs, targets

@@ -22,39 +22,26 @@ stands, with a notice.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.schedules import close, schedule, value_at
+from ckptavg.units import steps_taken, units_done
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from ckptavg.schedules import Form
     from ckptavg.training import TrainingRecord
+    from ckptavg.units import Record
 
 log = logging.getLogger("ckptavg")
 
-# What counts the units, and whether it may count them from 0.
-_COUNTERS = (("global_step", False), ("step", True), ("epoch", True))
 _ALTERNATIVES = "choose by --cycle, --steps or --every instead"
 _MOST_NAMED = 5
-
-
-class Record(Protocol):
-    """What is asked of a checkpoint."""
-
-    @property
-    def facts(self) -> Mapping[str, int | float]:
-        """`global_step`, `step`, `epoch`, as recorded."""
-
-    @property
-    def training(self) -> TrainingRecord:
-        """Its rate and its scheduler."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +159,13 @@ def _tell_doubts(names: Sequence[str], points: Sequence[_Point]) -> None:
 
 def _points(records: Sequence[Record]) -> list[_Point | None]:
     """Each checkpoint in the schedule; None where it records no rate."""
-    done = _units_done(records)
+    done = units_done(records)
     logs_used = _logs_used(records)
     seen: dict[int, float] = {}
     points = []
     for record, count in zip(records, done, strict=True):
         points.append(_point(record.training, count, seen, logs_used=logs_used))
-        position, rate = _position(record), record.training.learning_rate
+        position, rate = steps_taken(record.training.scheduler), record.training.learning_rate
         if position is not None and rate is not None:
             seen[position] = rate
     return points
@@ -200,7 +187,7 @@ def _point(
     if logged is not None or recorded is None:
         known = recorded if logged is None else logged
         return None if known is None else _Point(known)
-    position = _steps(training.scheduler)
+    position = steps_taken(training.scheduler)
     if not position or not _is_set_by_scheduler(training):
         return _Point(recorded)
     if done is None:
@@ -211,7 +198,7 @@ def _point(
     before = seen.get(position - 1, None if form is None else form(position - 1))
     if before is None:
         return _Point(recorded, doubt=_NEXT)
-    return _Point(before, position, form)
+    return _Point(before, position - 1, form)
 
 
 def _logs_used(records: Sequence[Record]) -> bool:
@@ -223,7 +210,7 @@ def _logs_used(records: Sequence[Record]) -> bool:
     pairs = [
         (record.training.logged_rate, record.training.learning_rate)
         for record in records
-        if record.training.logged_rate is not None and _steps(record.training.scheduler)
+        if record.training.logged_rate is not None and steps_taken(record.training.scheduler)
     ]
     highest = max((abs(rate) for _, rate in pairs if rate is not None), default=0.0)
     same = all(rate is not None and close(rate, logged or 0.0, highest) for logged, rate in pairs)
@@ -237,77 +224,6 @@ def _is_set_by_scheduler(training: TrainingRecord) -> bool:
         case {"_last_lr": [float() | int() as rate, *_]}:
             return close(rate, recorded, recorded)
     return True
-
-
-def _position(record: Record) -> int | None:
-    return _steps(record.training.scheduler)
-
-
-def _steps(scheduler: Mapping[str, Any] | None) -> int | None:
-    """How often a scheduler has stepped."""
-    steps = (scheduler or {}).get("last_epoch")
-    return steps if type(steps) is int and steps >= 0 else None
-
-
-def _units_done(records: Sequence[Record]) -> list[int | None]:
-    """How many of the units that its scheduler counts were done, for each checkpoint."""
-    for fact, may_begin_at_zero in _COUNTERS:
-        counts = [record.facts.get(fact) for record in records]
-        ahead = {
-            position - count
-            for record, count in zip(records, counts, strict=True)
-            if (position := _position(record)) is not None and count is not None
-        }
-        complete = all(
-            count is not None or _position(record) is None
-            for record, count in zip(records, counts, strict=True)
-        )
-        if not ahead or not complete or not ahead <= {-1, 0, 1} or ahead >= {-1, 1}:
-            continue
-        first = _first_unit(records, fact, ahead) if may_begin_at_zero else 1
-        if first is None:
-            return [None] * len(records)
-        if (first == 1 and 1 not in ahead) or (first == 0 and -1 not in ahead):
-            return [None if count is None else int(count) + 1 - first for count in counts]
-    return [None] * len(records)
-
-
-def _first_unit(records: Sequence[Record], fact: str, ahead: set[int | float]) -> int | None:
-    """Whether units are counted from 0 or from 1; None where nothing tells it.
-
-    Args:
-        records: the checkpoints.
-        fact: what counts the units.
-        ahead: by how much the scheduler is ahead of that, over all checkpoints.
-    """
-    if 1 in ahead:
-        return 0
-    if -1 in ahead:
-        return 1
-    if fact != "epoch":
-        return None
-    if any(record.training.epochs_from_zero for record in records):
-        return 0
-    proportional = _first_epoch(records)
-    if proportional is None and any(record.facts.get("epoch") == 0 for record in records):
-        return 0
-    return proportional
-
-
-def _first_epoch(records: Sequence[Record]) -> int | None:
-    """The first epoch's number, if updates are in proportion to epochs counted from there."""
-    pairs = {
-        (int(record.facts["global_step"]), int(record.facts["epoch"]))
-        for record in records
-        if {"global_step", "epoch"} <= record.facts.keys()
-    }
-    if len({epoch for _, epoch in pairs}) < 2 or not any(step for step, _ in pairs):  # noqa: PLR2004
-        return None
-    for first in (0, 1):
-        done = [(step, epoch + 1 - first) for step, epoch in pairs]
-        if all(a * d == c * b for (a, b), (c, d) in itertools.pairwise(done)):
-            return first
-    return None
 
 
 def _turns(point: _Point) -> bool:

@@ -191,14 +191,18 @@ WANTED = {"a.pt": 0.5, "run/b, c.pt": -1e-3}
 
 
 def test_csv_with_a_header(tmp_path):
-    rows = [["checkpoint", "acc", "loss"], ["a.pt", 0.9, 0.5], ["run/b, c.pt", 0.8, -1e-3]]
+    rows: list[list[Any]] = [
+        ["checkpoint", "acc", "loss"],
+        ["a.pt", 0.9, 0.5],
+        ["run/b, c.pt", 0.8, -1e-3],
+    ]
     path = by_csv(tmp_path / "m.csv", rows)
     assert read_metrics(path, "loss") == WANTED
     assert read_metrics(path, "acc") == {"a.pt": 0.9, "run/b, c.pt": 0.8}
 
 
 def test_csv_of_two_columns_needs_no_header(tmp_path):
-    rows = [[name, value] for name, value in WANTED.items()]
+    rows: list[list[Any]] = [[name, value] for name, value in WANTED.items()]
     assert read_metrics(by_csv(tmp_path / "m.csv", rows), "whatever") == WANTED
     rows = [["name", "loss"], *rows]
     assert read_metrics(by_csv(tmp_path / "m.csv", rows), "loss") == WANTED

@@ -37,7 +37,7 @@ def cyclic(
     unit: int,
     up: int = 2,
     down: int = 2,
-    mode: str = "triangular",
+    mode: Any = "triangular",
 ) -> Any:
     # Of 4 updates, each third one, a checkpoint's, takes 4 checkpoints to come to the same point.
     del unit
@@ -80,7 +80,11 @@ class Run(NamedTuple):
 
     def only(self, indices: Sequence[int]) -> Run:
         """The same training of which only some checkpoints are left."""
-        return Run(*([column[index] for index in indices] for column in self))
+        return Run(
+            [self.checkpoints[index] for index in indices],
+            [self.used[index] for index in indices],
+            [self.lowest[index] for index in indices],
+        )
 
     @property
     def names(self) -> list[str]:
@@ -175,6 +179,17 @@ def test_those_made_with_the_lowest_rates_are_chosen(
     assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
     assert chosen(run) == expected(run)
     assert not caplog.messages
+
+
+def test_the_weights_before_the_training_are_no_sign_of_epochs_from_0(tmp_path):
+    run = train(tmp_path, warm_restarts, first=1)
+    root = torch.load(run.checkpoints[0].path)
+    root["scheduler"] |= {"last_epoch": 0, "_last_lr": [0.1]}
+    root["optimizer"]["param_groups"][0]["lr"] = 0.1
+    torch.save(root | {"epoch": 0, "global_step": 0}, tmp_path / "epoch_0.pt")
+    records = [open_checkpoint(tmp_path / "epoch_0.pt"), *run.checkpoints]
+    rates = used_rates(records, names=["epoch_0.pt", *run.names])
+    assert rates == pytest.approx([0.1, *run.used])
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -469,7 +484,7 @@ CYCLIC = {
 }  # fmt: skip
 STEPS = {"milestones": {2: 1}, "gamma": 0.1, "base_lrs": [1.0], "last_epoch": 2, "_last_lr": [0.1]}
 NESTED: dict[str, Any] = {"_milestones": [2], "last_epoch": 3, "_schedulers": [STEPS, RESTARTS]}
-STRANGE = [
+STRANGE: list[Any] = [
     None, "x", [], {}, 0, -1, 1, 2**62, 1e308, -1e308, math.nan, math.inf, [None], ["x"], [[]],
     {"a": 1}, True, [2**62], [math.nan],
 ]  # fmt: skip

@@ -127,7 +127,29 @@ def test_cycles_and_shared_mappings_are_searched_once():
 def test_a_state_dict_that_holds_itself_is_looked_at_once():
     state: dict[str, object] = {"w": TENSOR}
     state["self"] = state
-    assert found_in(state) == set()
+    assert found_in(state) == {""}
+
+
+def test_tensors_at_the_top_are_weights_unless_trainers_put_those_elsewhere():
+    assert found_in({"w": TENSOR, "ema": STATE}) == {"", "ema"}
+    assert found_in({"w": TENSOR, "model": STATE}) == {"model"}
+    assert found_in({"w": TENSOR, "optimizer": {"m": TENSOR}}) == {""}
+    assert found_in({"rng_state": TENSOR, "net": STATE}) == {"net"}
+
+
+def test_numbers_are_no_weights():
+    counter = PickledTensor(TENSOR.storage, TENSOR.dtype, 0, (), ())
+    assert found_in({"w": TENSOR, "train_state": {"step": counter}}) == {""}
+    assert found_in({"best": counter, "a": {"b": STATE, "c": STATE}}) == {"a.b", "a.c"}
+    assert found_in({"step": counter}) == {""}
+
+
+def test_a_key_counts_whatever_its_name_says():
+    root = {"optimized_model": STATE, "model": STATE}
+    assert set(find_state_dicts(root)) == {"model"}
+    assert set(find_state_dicts(root, key="optimized_model")) == {"model", "optimized_model"}
+    assert set(find_state_dicts({"a": {"sched": STATE}}, key="a.sched")) == {"a.sched"}
+    assert find_state_dicts({"a": {"sched": STATE}}, key="a.b.c") == {}
 
 
 @pytest.mark.parametrize("inside", [{}, {"last": TENSOR}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,8 +20,6 @@ from ckptavg.cli.refresh_options import say_report
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ckptavg.norm.soup import Soup, SoupStep
 
 
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--metrics",
-    type=PathType(),
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
     metavar="FILE",
     help="CSV or JSON with the candidates' own metrics, such as `evaluate --json` prints: then "
     "only averages are evaluated, and the first candidate.",

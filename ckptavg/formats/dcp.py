@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from ckptavg.formats.dcpmetadata import Metadata
 from ckptavg.formats.dcpshards import Shards
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 from ckptavg.formats.recorded import training_facts, training_record
-from ckptavg.formats.statedict import choose, find_state_dicts, is_training
+from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.torchpickle import is_tensor, scalars
 from ckptavg.formats.torchzip import Archive
 from ckptavg.parts import open_source
@@ -39,6 +40,13 @@ _METADATA = ".metadata"
 _LIGHTNING_META = "meta.pt"
 _FACT_FOLDERS = ("train_state",)
 _CHAINED = re.compile(r"chained_\d+\.")  # Megatron's optimizers, where they are several
+# Exact words: a model may have a `scaler` or a `down_sampler`.
+_STATE_OF_TRAINING = re.compile(
+    r"(optim|optims|optimizer|optimizers|opt|lr_scheduler|lr_schedulers|scheduler|schedulers"
+    r"|rng|rng_state|rng_states|random_states)(_\d+)?"
+)
+
+log = logging.getLogger("ckptavg")
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -109,12 +117,13 @@ def _state_dicts(
     Where names are flat, a key is what they begin with. Where the optimizer's stand flat beside
     the model's, and nothing says how they were nested, that is `model` if all begin with it.
     """
-    kept = {name: value for name, value in tree.items() if not _says_training(name)}
-    if any(is_tensor(value) for value in kept.values()):
-        # torchtitan has the weights' names beside a `train_state` of counters.
-        kept = {name: value for name, value in kept.items() if not _is_counters(value)}
-    found = find_state_dicts(kept)
+    kept = {name: value for name, value in tree.items() if not _is_state_of_training(name)}
+    if any(map(is_tensor, tree.values())) and not any(map(is_tensor, kept.values())):
+        kept = {**tree}
+    if left := [str(name) for name in tree if name not in kept and is_tensor(tree[name])]:
+        log.info("left out %d tensors of the training's state, such as %s", len(left), left[0])
     key = key.removesuffix(".") if key else key
+    found = find_state_dicts(kept, metadata.path, key)
     tensors = [name for name, value in kept.items() if is_tensor(value)]
     if key is None and "" in found and _is_flat(metadata, tree, kept):
         key = "model" if all(name.startswith("model.") for name in tensors) else None
@@ -123,18 +132,10 @@ def _state_dicts(
     return found, key
 
 
-def _says_training(name: object) -> bool:
-    """Whether a name at the top, or its first word, says optimizer or the like."""
+def _is_state_of_training(name: object) -> bool:
+    """Whether a name at the top, or its first word where names are flat, is the optimizer's."""
     first, _, _ = _CHAINED.sub("", str(name)).partition(".")
-    return is_training(first)
-
-
-def _is_counters(value: object) -> bool:
-    """Whether it is a folder with numbers and no weights."""
-    if not isinstance(value, dict):
-        return False
-    tensors = [inner for inner in value.values() if is_tensor(inner)]
-    return bool(tensors) and all(getattr(tensor, "shape", None) == () for tensor in tensors)
+    return _STATE_OF_TRAINING.fullmatch(first.lower()) is not None
 
 
 def _is_flat(metadata: Metadata, tree: Mapping[Any, object], kept: Mapping[Any, object]) -> bool:

@@ -28,14 +28,16 @@ _DEEPEST = 2
 _MOST = 1_000
 
 
-def find_state_dicts(root: object, path: Path | None = None) -> StateDicts:
-    """Every state dict in what a file holds, by its dotted path (empty for the whole file).
+def find_state_dicts(root: object, path: Path | None = None, key: str | None = None) -> StateDicts:
+    """Every state dict in what a file holds, by its dotted path (empty for the top).
 
-    A whole model counts as the state dict that it would give.
+    A whole model counts as the state dict that it would give. Tensors at the top, with state dicts
+    beside them, are one of their own.
 
     Args:
         root: what the file holds.
         path: the file, for messages.
+        key: the one that is wanted, which counts whatever its name says.
 
     Raises:
         FormatError: a whole model in it has no end, or what no model has.
@@ -49,7 +51,21 @@ def find_state_dicts(root: object, path: Path | None = None) -> StateDicts:
     if finder.is_state_dict(root):
         return {"": root}
     finder.search(root, "", _DEEPEST)
-    return finder.found
+    found = {**finder.at_the_top(root), **finder.found}
+    if key and key not in found:
+        found |= finder.named(root, key)
+    distinct = {id(value): value for value in found.values()}
+    counters = {number: _is_counters(value) for number, value in distinct.items()}
+    weights = {name: value for name, value in found.items() if not counters[id(value)]}
+    return weights or found
+
+
+def _is_counters(value: Mapping[Any, object]) -> bool:
+    """Whether its tensors are numbers all of them: what trainers count."""
+    tensors = [
+        item for item in value.values() if isinstance(item, PickledTensor | UnreadableTensor)
+    ]
+    return bool(tensors) and all(getattr(item, "shape", None) == () for item in tensors)
 
 
 class _Finder:
@@ -60,6 +76,8 @@ class _Finder:
         self.modules = ModuleReader(path)
         self._verdicts: dict[int, bool] = {}
         self._with_tensors: dict[int, bool] = {}
+        self._tensors_below: dict[tuple[int, int], bool] = {}
+        self._kept: list[object] = []
         self._barren: set[tuple[int, int]] = set()
 
     def is_state_dict(self, value: Mapping[Any, object]) -> bool:
@@ -69,13 +87,53 @@ class _Finder:
             verdict = self._verdicts[id(value)] = (
                 self._holds_tensors(value)
                 and all(isinstance(name, str) for name in value)
-                and not any(
-                    is_module(item) or self._holds_tensors(item)
-                    for name, item in value.items()
-                    if not name.endswith("_extra_state")
-                )
+                and not any(self._holds_state_dict(name, item) for name, item in value.items())
             )
         return verdict
+
+    def _holds_state_dict(self, name: str, item: object) -> bool:
+        """Whether an entry of a mapping is no part of a state dict, but has tensors of its own."""
+        if name.endswith("_extra_state"):
+            return False
+        return is_module(item) or self._holds_below(item, _DEEPEST)
+
+    def _holds_below(self, value: object, depth: int) -> bool:
+        """Whether there are tensors in it, or so many levels down."""
+        if not isinstance(value, Mapping):
+            return False
+        if self._holds_tensors(value):
+            return True
+        known = self._tensors_below.get((id(value), depth))
+        if known is None:
+            known = self._tensors_below[id(value), depth] = depth > 0 and any(
+                self._holds_below(item, depth - 1) for item in value.values()
+            )
+        return known
+
+    def at_the_top(self, root: Mapping[Any, object]) -> StateDicts:
+        """The tensors that stand at the top beside state dicts, as weights of their own.
+
+        They are none if they are but numbers, or if weights stand where trainers put them.
+        """
+        if any(name in _PLAIN for name in self.found) or not all(
+            isinstance(name, str) for name in root
+        ):
+            return {}
+        own = {
+            name: item
+            for name, item in root.items()
+            if not (is_training(name) or self._holds_state_dict(name, item))
+        }
+        self._kept.append(own)  # while its identity stands for it
+        return {} if not self._holds_tensors(own) or _is_counters(own) else {"": own}
+
+    def named(self, root: Mapping[Any, object], key: str) -> StateDicts:
+        """What stands at a dotted path, whatever its name says."""
+        node: object = root
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        value = self.modules.state_dict(node) if is_module(node) else node
+        return {key: value} if isinstance(value, Mapping) and self.is_state_dict(value) else {}
 
     def _holds_tensors(self, value: object) -> bool:
         if not isinstance(value, Mapping):
@@ -184,7 +242,7 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
         raise SelectionError(
             f"several state dicts in it: {_listing(found)}",
             path=path,
-            remedy="take one with --key",
+            remedy="take one with --key" + (" ('' is the top)" if "" in found else ""),
             choices=tuple(found),
         )
     return known[0]
@@ -196,4 +254,5 @@ def is_average(key: str) -> bool:
 
 
 def _listing(found: StateDicts) -> str:
-    return ", ".join(printable(name) or "the whole file" for name in found)
+    top = "the tensors at the top" if len(found) > 1 else "the whole file"
+    return ", ".join(printable(name) or top for name in found)

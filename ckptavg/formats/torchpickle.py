@@ -51,7 +51,7 @@ def describe(
         FormatError: a tensor has no plain strided bytes, or lies outside its storage.
         SelectionError: which state dict is wanted is unclear.
     """
-    found = find_state_dicts(root, file.path)
+    found = find_state_dicts(root, file.path, key)
     check_kind(file.path, root, found)
     taken = choose(file.path, found, key)
     entries = found[taken]

@@ -46,7 +46,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "ckptavg"]
 
 
-class Used(transformers.TrainerCallback):  # type: ignore[misc]
+class Used(transformers.TrainerCallback):
     """Writes down the rate that each update is made with."""
 
     def __init__(self) -> None:

@@ -209,9 +209,9 @@ def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
-            "took the state dict %r; there is also %s, to be taken with --key",
-            printable(last.key),
-            ", ".join(map(printable, last.other_keys)),
+            "took %s; there is also %s, to be taken with --key",
+            f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
+            ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
         )
     keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in checkpoints})
     if len(keys) > 1:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.formats import SUFFIXES, is_checkpoint_directory
+from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
 from ckptavg.order import natural
 from ckptavg.paths import is_remote, reaching
 
@@ -68,13 +68,18 @@ def _inside(path: Path, passed: list[str]) -> list[Path]:
     rest = [entry.name for entry in entries if is_no_checkpoint(entry.name)]
     found = [entry for entry in entries if _is_checkpoint(entry)]
     if is_checkpoint_directory(path):
-        own = found
-        found = [entry for entry in found if _is_further(entry, path)]
-        if not found:
-            return []
-        rest += [entry.name for entry in own if entry not in found]
+        others, found = found, [entry for entry in found if _is_further(entry, path)]
+        mine = frozenset() if found else _weight_files(path)
+        rest += [entry.name for entry in others if entry not in found and entry.name not in mine]
     passed += rest
     return found
+
+
+def _weight_files(path: Path) -> frozenset[str]:
+    """What a directory's own weights are, where these are files in it."""
+    if huggingface.matches(path, b""):
+        return huggingface.weight_files(path)
+    return frozenset(entry.name for entry in path.iterdir())
 
 
 def _is_checkpoint(entry: Path) -> bool:

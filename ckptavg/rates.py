@@ -204,7 +204,7 @@ def _point(
 def _logs_used(records: Sequence[Record]) -> bool:
     """Whether what the trainer logged is the rate used; older Trainers logged the next one.
 
-    transformers before 4.51 did (issue 35942). Then it is always the one that the scheduler's
+    transformers did until the spring of 2025 (its issue 35942). Then it is the one that the scheduler's
     file has.
     """
     pairs = [

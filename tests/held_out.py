@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.oracle import StateDict, naive_mean, save_run
 
-TRAIN = '''
+TRAIN = """
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -104,7 +104,7 @@ def constant_score(model, batches):
 
 
 once = iter(batches())
-'''
+"""
 
 
 @contextlib.contextmanager

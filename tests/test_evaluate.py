@@ -30,7 +30,7 @@ def train(tmp_path, monkeypatch):
         yield module
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def states(train):
     return save_trained(train, Path("run"))
 
@@ -68,7 +68,7 @@ class TestValues:
             assert one == pytest.approx(expected, rel=1e-6)
         assert len({one["loss"] for one in found}) == len(states)
 
-    def test_do_not_depend_on_how_the_data_are_batched(self, states):
+    def test_do_not_depend_on_how_the_data_are_batched(self):
         whole = metrics(loader_args={"size": 83})
         ragged = metrics(loader_args={"size": 41})  # 41, 41 and 1
         assert [one["accuracy"] for one in ragged] == [one["accuracy"] for one in whole]
@@ -77,9 +77,8 @@ class TestValues:
 
     def test_of_dense_outputs_count_every_target_but_those_to_be_ignored(self, train):
         model = train.Dense()
-        Path("run").mkdir()
-        torch.save(model.state_dict(), "run/step_1.pt")
-        [found] = metrics(model="train.py:Dense", loader="train.py:dense")
+        torch.save(model.state_dict(), "dense.pt")
+        [found] = metrics("dense.pt", model="train.py:Dense", loader="train.py:dense")
         images, classes = (torch.cat(list(part)) for part in zip(*train.dense(), strict=True))
         with torch.no_grad():
             outputs = model(images)
@@ -88,12 +87,12 @@ class TestValues:
         hits = (outputs.argmax(1) == classes)[counted].double().mean()
         assert found["accuracy"] == pytest.approx(float(hits), abs=1e-12)
 
-    def test_of_one_metric_are_of_that_alone(self, states):
+    def test_of_one_metric_are_of_that_alone(self):
         both = metrics()
         for name in ("loss", "accuracy"):
             assert metrics(metric=name) == [{name: one[name]} for one in both]
 
-    def test_of_nan_outputs_are_nan(self, train, states):
+    def test_of_nan_outputs_are_nan(self, states):
         states[1]["head.bias"][2] = torch.nan
         save_run(Path("run"), states, "pt")
         found = metrics()
@@ -124,7 +123,7 @@ class TestValues:
         ]
         assert [one["right"] for one in found] == pytest.approx(expected)
 
-    def test_of_a_function_may_be_several(self, states):
+    def test_of_a_function_may_be_several(self):
         Path("own.py").write_text(
             "import numpy as np, torch\n"
             "def both(model, batches):\n"
@@ -136,7 +135,7 @@ class TestValues:
 
 
 class TestEachCheckpoint:
-    def test_comes_out_as_if_it_were_alone(self, train, states):
+    def test_comes_out_as_if_it_were_alone(self, states):
         """Whatever came before: norm statistics, buffers in no file, shuffled data, dropout."""
         Path("own.py").write_text(
             "def all_of_it(model, batches):\n"
@@ -147,7 +146,9 @@ class TestEachCheckpoint:
             "    return {'noise': noise, 'seen': before, 'bn': float(model.bn.running_var.sum())}\n"
         )
         made = options(
-            loader="train.py:shuffled", metric="own.py:all_of_it", refresh=refresh(estimator="exact")
+            loader="train.py:shuffled",
+            metric="own.py:all_of_it",
+            refresh=refresh(estimator="exact"),
         )
         together = metrics("run", made)
         alone = [metrics(f"run/step_{step}.pt", made)[0] for step in range(len(states))]
@@ -155,11 +156,11 @@ class TestEachCheckpoint:
         assert [one["seen"] for one in together] == [5.0] * len(states)  # of the refresh
         assert len({one["noise"] for one in together}) == len(states)
 
-    def test_is_loaded_into_the_one_model_that_is_made(self, train, states):
+    def test_is_loaded_into_the_one_model_that_is_made(self, train):
         metrics()
         assert len(train.MADE) == 1
 
-    def test_is_evaluated_in_the_order_of_training_and_named(self, train, states):
+    def test_is_evaluated_in_the_order_of_training_and_named(self):
         paths = [Path("run/step_3.pt"), Path("run/step_0.pt")]
         found = evaluate(paths, options(metric="loss"))
         assert [(one.checkpoint, one.path, one.step) for one in found] == [
@@ -167,12 +168,12 @@ class TestEachCheckpoint:
             ("step_3.pt", "run/step_3.pt", 3),
         ]
 
-    def test_is_chosen_by_the_rules(self, states):
+    def test_is_chosen_by_the_rules(self):
         found = evaluate([Path("run")], options(), select=Selection(last=3, every=2))
         assert [one.checkpoint for one in found] == ["step_2.pt", "step_4.pt"]
 
     def test_may_have_a_prefix_and_be_an_average_or_one_of_several_state_dicts(
-        self, train, states, caplog
+        self, states, caplog
     ):
         save_file({f"module.{name}": v for name, v in states[0].items()}, "a_0.safetensors")
         torch.save({"ema": states[1], "model": states[0]}, "a_1.pt")
@@ -184,13 +185,13 @@ class TestEachCheckpoint:
         assert found[0].metrics == expected[1]
         assert len(metrics("swa.safetensors")) == 1
 
-    def test_says_the_same_notice_once(self, train, states, caplog):
+    def test_says_the_same_notice_once(self, states, caplog):
         save_run(Path("ddp"), [{f"net.{n}": v for n, v in s.items()} for s in states], "pt")
         caplog.set_level(logging.INFO, "ckptavg")
         assert metrics("ddp") == metrics("run")
         assert sum("matched the model's names" in text for text in caplog.messages) == 1
 
-    def test_hears_of_progress(self, states):
+    def test_hears_of_progress(self):
         heard: list[tuple[int, int | None]] = []
         evaluate([Path("run")], options(), progress=lambda done, all_: heard.append((done, all_)))
         assert heard == [(1, 5)] * 5
@@ -207,7 +208,7 @@ class TestRefresh:
             assert found == pytest.approx(expected, rel=1e-5)
         assert metrics("run", made) != metrics("run")
 
-    def test_leaves_the_files_alone(self, states):
+    def test_leaves_the_files_alone(self):
         before = Path("run/step_0.pt").read_bytes()
         metrics("run", options(refresh=refresh()))
         assert Path("run/step_0.pt").read_bytes() == before
@@ -248,12 +249,12 @@ class TestRefusals:
             ("x = 3", "gives no batches"),
         ],
     )
-    def test_of_a_loader_say_what_is_wrong_with_it(self, text, message, states):
+    def test_of_a_loader_say_what_is_wrong_with_it(self, text, message):
         Path("own.py").write_text(f"from train import batches\n{text}\n")
         with pytest.raises(CkptAvgError, match=message):
             metrics(loader="own.py:x")
 
-    def test_of_a_loader_that_is_used_up(self, states):
+    def test_of_a_loader_that_is_used_up(self):
         with pytest.raises(CkptAvgError, match="can be gone through only once"):
             metrics(loader="train.py:once")
 
@@ -268,16 +269,16 @@ class TestRefusals:
             ("return {3: 1.0}", "with the name 3"),
         ],
     )
-    def test_of_what_a_function_returns(self, body, message, states):
+    def test_of_what_a_function_returns(self, body, message):
         Path("own.py").write_text(f"import torch\ndef fn(model, batches):\n    {body}\n")
         with pytest.raises(CkptAvgError, match=message):
             metrics(metric="own.py:fn")
 
-    def test_of_a_metric_that_is_no_function(self, states):
+    def test_of_a_metric_that_is_no_function(self):
         with pytest.raises(CkptAvgError, match="is a list, not a function"):
             metrics(metric="train.py:MADE")
 
-    def test_of_another_model_list_the_differences(self, states):
+    def test_of_another_model_list_the_differences(self):
         with pytest.raises(MismatchError, match=r"head\.weight: shape \(4, 72\) in the model"):
             metrics(model="train.py:Linear")
 
@@ -287,20 +288,20 @@ class TestRefusals:
         with pytest.raises(MismatchError, match=r"bn\.running_var: in the model, missing in"):
             metrics("run/step_0.pt")
 
-    def test_of_a_model_that_gives_no_scores(self, states):
+    def test_of_a_model_that_gives_no_scores(self):
         Path("own.py").write_text("def forward(model, batch):\n    return [model(batch[0])]\n")
         with pytest.raises(CkptAvgError, match="the model gave list, not one tensor"):
             metrics(forward="own.py:forward")
 
-    def test_of_a_choice_without_any(self, states):
+    def test_of_a_choice_without_any(self):
         with pytest.raises(SelectionError, match="none of 5 checkpoints is left"):
             evaluate([Path("run")], options(), select=Selection(start=99))
 
     @pytest.mark.parametrize("where", ["metric", "forward", "loader"])
-    def test_of_the_users_own_are_told_from_ours(self, where, states):
+    def test_of_the_users_own_are_told_from_ours(self, where):
         Path("own.py").write_text("def fails(*_):\n    raise ZeroDivisionError('mine')\n")
         with pytest.raises(UserCodeError, match="raised ZeroDivisionError: mine") as caught:
-            metrics(**{where: "own.py:fails"})
+            metrics(made=options(**{where: "own.py:fails"}))
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -322,7 +323,7 @@ COMMON = ("--model", "train.py:Net", "--loader", "train.py:batches", "--device",
 
 
 class TestCommand:
-    def test_prints_an_aligned_table_that_marks_the_best(self, states):
+    def test_prints_an_aligned_table_that_marks_the_best(self):
         result = run("evaluate", "run", *COMMON)
         found = metrics()
         best = min(range(5), key=lambda i: found[i]["loss"])
@@ -334,7 +335,7 @@ class TestCommand:
             assert line.split()[:2] == [f"step_{i}.pt", str(i)]
         assert lines[6:] == ["* the best"]
 
-    def test_makes_the_json_that_best_takes(self, train, states):
+    def test_makes_the_json_that_best_takes(self, states):
         states[2]["head.bias"][0] = torch.nan
         save_run(Path("run"), states, "pt")
         result = run("evaluate", "run", *COMMON, "--json")
@@ -363,12 +364,12 @@ class TestCommand:
         line = run("evaluate", "run/step_0.pt", *COMMON).stdout.splitlines()[1]
         assert line.split() == ["step_0.pt", "0", "nan", "nan"]
 
-    def test_keeps_what_the_users_code_prints_off_its_json(self, states, capfd):
+    def test_keeps_what_the_users_code_prints_off_its_json(self):
         Path("own.py").write_text("def fn(model, batches):\n    print('noise')\n    return 1\n")
         result = run("evaluate", "run", *COMMON, "--metric", "own.py:fn", "--json")
         assert json.loads(result.stdout)["evaluations"][0]["fn"] == 1.0
 
-    def test_takes_the_rules_and_every_option(self, train, states):
+    def test_takes_the_rules_and_every_option(self, train):
         result = run(
             *("evaluate", "run", "--model", "train.py:Net", "--model-arg", "drop=0.5"),
             *("--loader", "train.py:batches", "--loader-arg", "size=20", "--max-samples", 50),
@@ -394,10 +395,10 @@ class TestCommand:
             ((*COMMON, "--best", "2"), "No such option"),
         ],
     )
-    def test_refuses_wrong_usage(self, arguments, message, states):
+    def test_refuses_wrong_usage(self, arguments, message):
         assert message in run("evaluate", "run", *arguments, code=2).output
 
-    def test_is_silent_when_quiet(self, states):
+    def test_is_silent_when_quiet(self):
         assert run("evaluate", "run", *COMMON, "-q").output == ""
 
 

@@ -32,7 +32,7 @@ def train(tmp_path, monkeypatch):
         yield module
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def states(train):
     return save_trained(train, Path("run"), count=6)
 
@@ -142,11 +142,11 @@ class TestRecipe:
         )
         assert kept(made(mode="max")) == expected
 
-    def test_makes_one_model(self, train, states):
+    def test_makes_one_model(self, train):
         made()
         assert len(train.MADE) == 1
 
-    def test_chooses_among_what_the_rules_leave(self, states):
+    def test_chooses_among_what_the_rules_leave(self):
         found = made("train.py:constant_score", mode="max", select=Selection(last=4, every=2))
         assert kept(found) == [3, 5]
 
@@ -173,7 +173,7 @@ class TestNaN:
         assert math.isnan(last.soup)
         assert math.isnan(found.uniform)
 
-    def test_of_a_soup_alone_leaves_the_candidate_out(self, states):
+    def test_of_a_soup_alone_leaves_the_candidate_out(self):
         Path("own.py").write_text(
             "calls = []\n"
             "def score(model, batches):\n"
@@ -192,7 +192,7 @@ class TestNaN:
         assert not OUT.exists()
         assert no_litter()
 
-    def test_in_the_weights_of_a_member_is_an_error(self, train, states):
+    def test_in_the_weights_of_a_member_is_an_error(self, states):
         """A function may not see it, but the average would have it."""
         states[0]["conv.bias"][0] = torch.nan
         save_run(Path("run"), states, "pt")
@@ -203,7 +203,7 @@ class TestNaN:
 
 
 class TestMetricsFile:
-    def test_spares_the_evaluations_of_the_candidates(self, states):
+    def test_spares_the_evaluations_of_the_candidates(self):
         Path("own.py").write_text(
             "from train import CALLS, right\n"
             "def accuracy(model, batches):\n"
@@ -226,7 +226,7 @@ class TestMetricsFile:
         assert len(CALLS) == 1 + 5 + 1
         assert (found.steps, found.value) == (plain.steps, plain.value)
 
-    def test_decides_the_order(self, states):
+    def test_decides_the_order(self):
         Path("values.csv").write_text(
             "name,loss\n" + "".join(f"step_{place}.pt,{place}\n" for place in range(5))
         )
@@ -247,7 +247,7 @@ class TestMetricsFile:
         assert found.steps[0].alone == 0.99
         assert found.steps[0].soup == own
 
-    def test_without_any_of_them_is_an_error(self, states):
+    def test_without_any_of_them_is_an_error(self):
         Path("values.json").write_text('{"other.pt": 1.0}')
         with pytest.raises(SelectionError, match="none of the checkpoints has the metric loss"):
             made(metrics=Path("values.json"))
@@ -281,7 +281,7 @@ class TestRefresh:
         assert found.summary.bytes_written == OUT.stat().st_size
         assert no_litter()
 
-    def test_makes_the_very_file_that_was_evaluated(self, states):
+    def test_makes_the_very_file_that_was_evaluated(self):
         """Shuffled data: the refresh of the output draws them as that of the trial did."""
         refresh = RefreshOptions(model="train.py:Net", loader="train.py:shuffled", device="cpu")
         found = soup([Path("run")], OUT, options(refresh=refresh))
@@ -297,7 +297,7 @@ class TestRefresh:
 
 
 class TestOutput:
-    def test_says_what_it_is_made_of(self, states):
+    def test_says_what_it_is_made_of(self):
         found = made()
         entry = open_checkpoint(OUT).provenance
         assert entry is not None
@@ -325,9 +325,7 @@ class TestOutput:
             ("run/step_2.pt", "is itself one of the checkpoints"),
         ],
     )
-    def test_that_cannot_be_is_found_out_before_anything_is_evaluated(
-        self, output, message, train, states
-    ):
+    def test_that_cannot_be_is_found_out_before_anything_is_evaluated(self, output, message, train):
         before = Path("run/step_2.pt").read_bytes()
         with pytest.raises(OutputError, match=message):
             made(output=output, force=True)
@@ -335,20 +333,23 @@ class TestOutput:
         assert Path("run/step_2.pt").read_bytes() == before
         assert no_litter()
 
-    def test_in_the_directory_of_the_checkpoints_is_no_candidate_the_next_time(self, states):
+    def test_in_the_directory_of_the_checkpoints_is_no_candidate_the_next_time(self):
         first = made(output=Path("run/soup.safetensors"))
         again = made(output=Path("run/soup.safetensors"), force=True)
         assert first.steps == again.steps
-        assert sorted(os.listdir("run")) == ["soup.safetensors", *(f"step_{i}.pt" for i in range(6))]
+        assert sorted(os.listdir("run")) == [
+            "soup.safetensors",
+            *(f"step_{i}.pt" for i in range(6)),
+        ]
 
-    def test_is_the_same_every_time(self, states):
+    def test_is_the_same_every_time(self):
         made()
         first = OUT.read_bytes()
         made(force=True)
         assert OUT.read_bytes() == first
 
     @pytest.mark.parametrize("error", ["ZeroDivisionError", "KeyboardInterrupt"])
-    def test_is_not_there_after_a_failure_and_nor_is_anything_else(self, error, states):
+    def test_is_not_there_after_a_failure_and_nor_is_anything_else(self, error):
         Path("own.py").write_text(
             "import os\n"
             "calls, seen = [], []\n"
@@ -370,14 +371,16 @@ class TestOutput:
 
 
 class TestRefusals:
-    def test_of_a_metric_whose_mode_is_not_certain(self, train, states):
-        with pytest.raises(SelectionError, match="whether right should be low or high .*--mode"):
+    def test_of_a_metric_whose_mode_is_not_certain(self, train):
+        with pytest.raises(SelectionError, match=r"whether right should be low or high .*--mode"):
             made("train.py:right")
         assert train.MADE == []
 
-    def test_of_several_metrics(self, states):
+    def test_of_several_metrics(self):
         Path("own.py").write_text("def loss(*_):\n    return {'a': 1.0, 'b': 2.0}\n")
-        with pytest.raises(CkptAvgError, match="own.py:loss returned 2 metrics, and one is needed"):
+        with pytest.raises(
+            CkptAvgError, match=r"own\.py:loss returned 2 metrics, and one is needed"
+        ):
             made("own.py:loss")
 
     def test_of_checkpoints_of_two_models_come_before_anything_is_evaluated(self, train, states):
@@ -386,7 +389,7 @@ class TestRefusals:
             made()
         assert train.MADE == []
 
-    def test_of_an_empty_loader(self, states):
+    def test_of_an_empty_loader(self):
         Path("own.py").write_text("empty = []\n")
         with pytest.raises(CkptAvgError, match="gave no examples"):
             soup([Path("run")], OUT, options(loader="own.py:empty"))
@@ -398,7 +401,7 @@ COMMON = ("--model", "train.py:Net", "--loader", "train.py:batches", "--device",
 
 
 class TestCommand:
-    def test_prints_a_table_of_the_steps_and_the_uniform_average(self, states):
+    def test_prints_a_table_of_the_steps_and_the_uniform_average(self):
         lines = run("soup", "run", "-o", OUT, *COMMON, "--metric", "loss").stdout.splitlines()
         found = made(output=Path("other.safetensors"))
         assert lines[0].split("  ")[0] == "checkpoint"
@@ -435,13 +438,23 @@ class TestCommand:
         assert document["summary"]["scheme"] == "greedy soup"
         assert document["refresh"] is None
 
-    def test_takes_the_rules_and_every_option(self, states):
+    def test_takes_the_rules_and_every_option(self):
         Path("values.json").write_text(
             run("evaluate", "run", *COMMON, "--json", "--metric", "accuracy").stdout
         )
         OUT.write_text("old")
         result = run(
-            *("soup", "run", "-o", OUT, *COMMON, "--metric", "accuracy", "--metrics", "values.json"),
+            *(
+                "soup",
+                "run",
+                "-o",
+                OUT,
+                *COMMON,
+                "--metric",
+                "accuracy",
+                "--metrics",
+                "values.json",
+            ),
             *("--mode", "max", "--force", "--no-fsync", "-j", 1, "--seed", 1, "--last", 3),
             *("--refresh-loader", "train.py:training", "--estimator", "exact"),
         )
@@ -459,6 +472,6 @@ class TestCommand:
             ((*COMMON, "--metric", "loss", "--metrics", "none.csv"), 2, "does not exist"),
         ],
     )
-    def test_refuses_wrong_usage(self, arguments, code, message, states):
+    def test_refuses_wrong_usage(self, arguments, code, message):
         assert message in run("soup", "run", "-o", OUT, *arguments, code=code).output
         assert not OUT.exists()

@@ -50,8 +50,12 @@ log = logging.getLogger("ckptavg")
 
 
 def matches(path: Path, head: bytes) -> bool:
-    """Whether it is a directory with DCP's metadata."""
-    return not head and (path / _METADATA).is_file()
+    """Whether it is a directory with DCP's metadata, or with its shards."""
+    return not head and path.is_dir() and any(map(_is_own, path.iterdir()))
+
+
+def _is_own(entry: Path) -> bool:
+    return entry.name == _METADATA or entry.suffix == ".distcp"
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:

@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# User and password, and the query, in an address: what may be secret.
+_USER = re.compile(r"(://)[^/@\s]*@")
+_QUERY = re.compile(r"(://[^?\s]*)\?\S*")
 _LONGEST_NAME = 300
 
 
 def printable(name: object) -> str:
-    """A name from a file, made safe for one line of a terminal: no control codes, not endless."""
-    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(name))
+    """A name, made safe for one line of a terminal: no control codes, no passwords, not endless."""
+    text = _QUERY.sub(r"\1", _USER.sub(r"\1", str(name)))
+    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
 
 

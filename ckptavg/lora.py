@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ckptavg.arithmetic import accumulator_dtype, rounded
 from ckptavg.checkpoint import read_view
 from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
 from ckptavg.lora_config import Config, joined_config
@@ -46,8 +47,14 @@ def is_lora(names: Sequence[str]) -> bool:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor is a LoRA factor, whose rank may differ between checkpoints."""
+    """Whether a tensor is a LoRA factor, or its bias."""
     return _FACTOR.fullmatch(name) is not None
+
+
+def has_rank(name: str) -> bool:
+    """Whether a tensor is a LoRA factor whose rank may differ between checkpoints."""
+    found = _parse(name)
+    return found is not None and found[1] != "bias"
 
 
 def _parse(name: str) -> tuple[str, Factor] | None:
@@ -95,20 +102,23 @@ class _Factor:
 
     def make(self) -> AnyArray:
         """The factor as an array `[*shape]`, rounded once."""
-        dtype = self.output.dtype.numpy
         if self.kind == "A":
             blocks = [
                 np.split(read_view(part, tensor), self.groups) for part, tensor, _ in self.inputs
             ]
             return np.concatenate([block for group in zip(*blocks, strict=True) for block in group])
+        exact = accumulator_dtype(self.output.dtype)
         wide = [
-            read_view(part, tensor).astype(np.float64) * scale
-            for part, tensor, scale in self.inputs
+            read_view(part, tensor).astype(exact) * scale for part, tensor, scale in self.inputs
         ]
         joined = sum(wide[1:], wide[0]) if self.kind == "bias" else np.concatenate(wide, axis=1)
-        if self.output.dtype.bits < 32:  # noqa: PLR2004 - as everywhere, by way of float32
-            joined = joined.astype(np.float32)
-        return joined.astype(dtype)
+        with np.errstate(over="ignore"):
+            values = rounded(joined, self.output.dtype)
+        if not np.isfinite(values[np.isfinite(joined)]).all():
+            raise ValueRangeError(
+                f"the average does not fit {self.output.dtype.name}", tensor=self.name
+            )
+        return values
 
 
 class Joined:
@@ -260,9 +270,9 @@ class _Module:
             for factor, index in indices.items()
         }
         self._module, self._used = module, used
+        self._groups = self._find_groups()
         self._ranks = [tensor.shape[0] for _, tensor in self._tensors["A"]]
         self.rank = sum(self._ranks)
-        self._groups = self._find_groups()
         self._scales = [
             share * config.scale(module, rank)
             for (_, share), config, rank in zip(used, configs, self._ranks, strict=True)

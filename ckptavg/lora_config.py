@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 
+_LARGEST_ALPHA = 1e9
+_LONGEST_PATTERN = 500
+# A repeated group, or many repetitions: what makes a match take exponential time, or nearly so.
+_ENDLESS = re.compile(r"\)[*+{?]|(?:[*+}].*){4}", re.DOTALL)
+
 _WRAPPER = "base_model.model."
 # What makes an adapter something else than B @ A, or its base weights depend on the rank.
 _OTHER_KINDS = (
@@ -67,7 +72,7 @@ class Config:
             )
         if isinstance(start, str) and start.lower().startswith(_RANK_DEPENDENT):
             raise FormatError(
-                f"was begun with {start}, which changes the base weights by the rank",
+                f"was begun with {printable(start)}, which changes the base weights by the rank",
                 path=self.path,
                 remedy="convert the adapters to plain LoRA when they are saved "
                 "(path_initial_model_for_weight_conversion)",
@@ -91,14 +96,34 @@ class Config:
         name = module.removeprefix(_WRAPPER)
         alpha = self.content.get("lora_alpha")
         patterns = self.content.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise FormatError("its alpha_pattern is no mapping", path=self.path)
         for pattern, value in patterns.items():
-            # As PEFT matches them.
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if self._fits(pattern, name):
                 alpha = value
                 break
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        number = float("nan")
+        if isinstance(alpha, int | float) and abs(alpha) <= _LARGEST_ALPHA:
+            number = float(alpha)
+        if not math.isfinite(number):
             raise FormatError(f"has no lora_alpha for {printable(name)}", path=self.path)
-        return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
+        return number / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
+
+    def _fits(self, pattern: str, name: str) -> bool:
+        """Whether a pattern is meant for a module, as PEFT matches it.
+
+        It comes from a file: one that could take for ever is not tried.
+        """
+        if len(pattern) > _LONGEST_PATTERN or _ENDLESS.search(pattern):
+            raise FormatError(
+                f"its alpha_pattern {printable(pattern)!r} is too intricate", path=self.path
+            )
+        try:
+            return re.match(rf"(.*\.)?({pattern})$", name) is not None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FormatError(
+                f"its alpha_pattern {printable(pattern)!r} is no pattern", path=self.path
+            ) from error
 
 
 def joined_config(last: Mapping[str, Any], ranks: Mapping[str, int]) -> bytes:
@@ -116,7 +141,7 @@ def joined_config(last: Mapping[str, Any], ranks: Mapping[str, int]) -> bytes:
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
-    return (json.dumps({**last, **changed}, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps({**last, **changed}, indent=2) + "\n").encode()
 
 
 def scales_beside(path: Path) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.checkpoint import STEP_FACTS
 from ckptavg.formats import SUFFIXES
-from ckptavg.paths import absolute
+from ckptavg.paths import absolute, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -68,7 +68,18 @@ def natural(text: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def labels(paths: Sequence[Path]) -> tuple[str, ...]:
-    """What tells the paths apart: each below the folder that they have in common."""
+    """What tells the paths apart: each below the folder that its kind have in common.
+
+    Those on this machine and those behind URLs have none in common.
+    """
+    common: dict[bool, str] = {}
     whole = [absolute(path) for path in paths]
-    common = os.path.commonpath([path.parent for path in whole])
-    return tuple(path.relative_to(common).as_posix() for path in whole)
+    for remote in (False, True):
+        parents = [
+            one.parent for one, p in zip(whole, paths, strict=True) if is_remote(p) is remote
+        ]
+        common[remote] = os.path.commonpath(parents) if parents else ""
+    return tuple(
+        one.relative_to(common[is_remote(path)]).as_posix()
+        for one, path in zip(whole, paths, strict=True)
+    )

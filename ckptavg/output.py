@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ckptavg.errors import OutputError
+from ckptavg.errors import OutputError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,9 +63,9 @@ def check_parent(path: Path) -> None:
         OutputError: there is no such directory, or it is not to be written to.
     """
     if not path.parent.is_dir():
-        raise OutputError(f"there is no directory {path.parent}", path=path)
+        raise OutputError(f"there is no directory {printable(path.parent)}", path=path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError("its directory is not to be written to", path=path)
+        raise OutputError(f"{printable(path.parent)} is not to be written to", path=path)
 
 
 class OutputFile:

@@ -55,10 +55,16 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
         shown = ", ".join(map(printable, strangers[:_SHOWN]))
         more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
         raise OutputError(
-            f"holds what the output would not bring ({shown}{more}) and --force would remove",
+            f"holds what the output would not bring ({shown}{more}), and would be replaced",
             path=path,
-            remedy="remove that, or choose another output",
+            remedy="choose another output with -o",
         )
+    if path.is_dir() and os.path.ismount(path):
+        raise OutputError(
+            "is a mount point, which cannot be replaced", path=path, remedy="name a directory in it"
+        )
+    if present and not os.access(path, os.W_OK | os.X_OK):
+        raise OutputError("is not to be written to", path=path, remedy="choose another output")
     check_parent(path)
 
 
@@ -142,6 +148,9 @@ class OutputDirectory:
             self._folder.rename(self.path)  # over an empty directory, and over no other
             return
         self._folder.chmod(stat.S_IMODE(self.path.stat().st_mode))
+        for name in self._layout.files:
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / name).chmod(stat.S_IMODE((self.path / name).stat().st_mode))
         try:
             exchange(self._folder, self.path)
         except OSError as error:
@@ -175,7 +184,12 @@ class OutputDirectory:
                     path=self.path,
                     remedy="--force replaces it",
                 ) from error
-            raise OutputError(f"cannot write it: {error.strerror}", path=self.path) from error
+            many = error.errno == errno.EMFILE
+            raise OutputError(
+                f"cannot write it: {error.strerror}",
+                path=self.path,
+                remedy="a larger --max-shard-size makes fewer files" if many else None,
+            ) from error
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,8 +34,9 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     from upath import UPath  # noqa: PLC0415 - fsspec takes longer than all else
 
     try:
-        path = UPath(spelled)
-        _ = path.fs  # the file system's package is looked for only now
+        with warnings.catch_warnings(action="ignore"):  # of schemes that it does not know well
+            path = UPath(spelled)
+            _ = path.fs  # the file system's package is looked for only now
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         remedy = f"pip install 'ckptavg[{extra}]'" if extra else None
@@ -71,7 +73,9 @@ def reaching(path: Path) -> Iterator[None]:
 def absolute(path: Path) -> PurePosixPath | Path:
     """The whole path, links in it left as they are; of a URL what stands behind the scheme."""
     if is_remote(path):
-        return PurePosixPath("/", str(path).partition("://")[2].lstrip("/"))
+        address = str(path).partition("://")[2].partition("?")[0].lstrip("/")
+        host, slash, rest = address.partition("/")
+        return PurePosixPath("/", host.rpartition("@")[2] + slash + rest)
     return Path(os.path.abspath(path))  # noqa: PTH100 - links stay links
 
 

@@ -204,8 +204,8 @@ def _point(
 def _logs_used(records: Sequence[Record]) -> bool:
     """Whether what the trainer logged is the rate used; older Trainers logged the next one.
 
-    transformers did until the spring of 2025 (its issue 35942). Then it is the one that the scheduler's
-    file has.
+    transformers did until the spring of 2025 (its issue 35942). Then it is the one in the
+    scheduler's file.
     """
     pairs = [
         (record.training.logged_rate, record.training.learning_rate)

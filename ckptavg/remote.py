@@ -81,6 +81,12 @@ class RemoteFile(ByteSource):
         out[:] = piece
 
     def _check(self, piece: bytes, start: int, end: int) -> None:
+        if len(piece) > end - start:
+            raise CkptAvgError(
+                "is sent whole when a piece of it is asked for",
+                path=self.path,
+                remedy="download it, or serve it with a server that knows ranges",
+            )
         if len(piece) != end - start:
             raise self._truncated(start + len(piece), end - start - len(piece))
 

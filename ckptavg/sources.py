@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptavg.errors import printable
-from ckptavg.lora import is_factor
+from ckptavg.lora import has_rank
 from ckptavg.order import labels
 from ckptavg.tensors import Tensor
 
@@ -114,7 +114,7 @@ def compare(reference: Checkpoint, other: Checkpoint, *, any_rank: bool = False)
         if found is None:
             yield f"{printable(name)}: in {mine}, missing in {theirs}"
             continue
-        if found.shape != tensor.shape and not (any_rank and is_factor(name)):
+        if found.shape != tensor.shape and not (any_rank and has_rank(name)):
             yield f"{printable(name)}: shape {tensor.shape} in {mine}, {found.shape} in {theirs}"
         if found.dtype is not tensor.dtype:
             yield (

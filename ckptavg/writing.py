@@ -40,7 +40,8 @@ def refuse_own_input(output: Path, files: Iterable[Path]) -> None:
     for path in files:
         if is_remote(path):
             continue
-        if within and (path.parent.resolve() / path.name).is_relative_to(within):
+        places = (path.parent.resolve() / path.name, path.resolve())
+        if within and any(place.is_relative_to(within) for place in places):
             raise OutputError(
                 "is the directory of the checkpoints", path=output, remedy="choose another output"
             )

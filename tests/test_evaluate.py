@@ -156,6 +156,24 @@ class TestEachCheckpoint:
         assert [one["seen"] for one in together] == [5.0] * len(states)  # of the refresh
         assert len({one["noise"] for one in together}) == len(states)
 
+    def test_is_merged_anew_by_a_model_that_merges_weights_for_eval_mode(self, train, states):
+        """As LoRA layers do, which remember that they have."""
+        Path("own.py").write_text(
+            "from train import Net\n"
+            "class Merging(Net):\n"
+            "    merged = False\n"
+            "    def train(self, mode=True):\n"
+            "        if mode == self.merged:\n"
+            "            self.head.bias.data += -1 if mode else 1\n"
+            "            self.head.bias.data[0] += -5 if mode else 5\n"
+            "        self.merged = not mode\n"
+            "        return super().train(mode)\n"
+        )
+        found = metrics(model="own.py:Merging")
+        for state, one in zip(states, found, strict=True):
+            state["head.bias"][0] += 5
+            assert one == pytest.approx(naive_metrics(train.Net(), state, train.batches()), 1e-5)
+
     def test_is_loaded_into_the_one_model_that_is_made(self, train):
         metrics()
         assert len(train.MADE) == 1

@@ -113,9 +113,10 @@ class TestRecipe:
         assert {step.kept for step in found.steps} == {True, False}
         assert (found.metric, found.mode, found.value) == ("loss", "min", best)
 
-    def test_keeps_ties(self, states):
+    @pytest.mark.parametrize("mode", ["min", "max"])
+    def test_keeps_ties(self, mode, states):
         """It does not get worse."""
-        found = made("train.py:constant_score", mode="max")
+        found = made("train.py:constant_score", mode=mode)
         assert kept(found) == list(range(6))
         assert (found.value, found.uniform) == (1.0, 1.0)
         assert found.steps[0].checkpoint == "step_5.pt"  # of equals the later one
@@ -283,8 +284,9 @@ class TestRefresh:
 
     def test_makes_the_very_file_that_was_evaluated(self):
         """Shuffled data: the refresh of the output draws them as that of the trial did."""
-        refresh = RefreshOptions(model="train.py:Net", loader="train.py:shuffled", device="cpu")
-        found = soup([Path("run")], OUT, options(refresh=refresh))
+        Path("own.py").write_text("import torch\ntorch.rand(3)\nfrom train import Net\n")
+        refresh = RefreshOptions(model="own.py:Net", loader="train.py:shuffled", device="cpu")
+        found = soup([Path("run")], OUT, options(model="own.py:Net", refresh=refresh))
         [again] = evaluate([OUT], options())
         assert again.metrics == {"loss": found.value}
 
@@ -462,6 +464,14 @@ class TestCommand:
         assert len(lines) == 9
         assert "of 3 checkpoints: accuracy" in lines[4]
         assert lines[6].startswith("refreshed 1 norm layer with 5 batches")
+
+    def test_takes_the_mode_and_the_metrics_that_are_given(self):
+        Path("values.json").write_text(json.dumps({f"step_{i}.pt": i + 100 for i in range(6)}))
+        given = ("--metric", "train.py:constant_score", "--metrics", "values.json")
+        result = run("soup", "run", "-o", OUT, *COMMON, *given, "--mode", "min", "--json")
+        document = json.loads(result.stdout)
+        assert document["mode"] == "min"
+        assert [step["alone"] for step in document["steps"]] == [100, 101, 102, 103, 104, 105]
 
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),

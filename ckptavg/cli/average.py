@@ -209,7 +209,7 @@ def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = F
             f"{output}, with about {size(summary.memory)} of memory"
         )
         return
-    console.say(f"  wrote {output} ({size(summary.bytes_written)})")
+    console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
     if summary.norm_stats == "stale" and not refreshed:
         name = shlex.quote(str(output))
         console.say(

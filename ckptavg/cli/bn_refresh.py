@@ -8,6 +8,7 @@ import click
 
 from ckptavg.cli.common import Console, OutputType, PathType, SizeType, common_options
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
+from ckptavg.errors import printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,5 +73,5 @@ def bn_refresh(
             force=force, fsync=not no_fsync, progress=progress,
         )  # fmt: skip
     say_report(console, report)
-    console.say(f"  wrote {output or checkpoint}")
+    console.say(f"  wrote {printable(output or checkpoint)}")
     console.result(report)

@@ -134,6 +134,9 @@ class PathType(OutputType):
         return as_path(super().convert(value, param, ctx))
 
 
+_LARGEST_SIZE = 1 << 63
+
+
 class SizeType(click.ParamType[int]):
     """A number of bytes: `5GB`, `500 MB`, `2GiB`, `1000`."""
 
@@ -145,7 +148,10 @@ class SizeType(click.ParamType[int]):
         if found is None:
             self.fail(f"{value!r} is no size such as 5GB", param, ctx)
         number, unit, binary = found.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+        count = float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " ")
+        if not 1 <= count < _LARGEST_SIZE:
+            self.fail(f"{value!r} is no possible size", param, ctx)
+        return int(count)
 
 
 class Console:

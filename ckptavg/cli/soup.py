@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -65,6 +65,8 @@ def soup(
     *,
     output: str,
     metric: str | None,
+    mode: Literal["min", "max"] | None,
+    metrics: Path | None,
     as_json: bool,
     quiet: bool,
     no_fsync: bool,
@@ -86,7 +88,8 @@ def soup(
     with console.others_to_stderr(), console.progress("evaluating", "average") as progress:
         made = run(
             inputs, output, evaluation,
-            select=rules, fsync=not no_fsync, progress=progress, **options,
+            mode=mode, metrics=metrics, select=rules, fsync=not no_fsync, progress=progress,
+            **options,
         )  # fmt: skip
     _say(console, made, output)
     console.result(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.pickled import Storage
     from ckptavg.parts import ByteSource
+
+# Expanded tensors repeat their bytes, and have to be held in memory whole.
+_LARGEST_REPEATED, _MOST_REPEATED = 1 << 28, 16
 
 Places = Callable[[Mapping[str, str]], Mapping[str, tuple[int, int]]]
 """Where storages begin in the file, and their bytes; missing ones are left out.
@@ -88,17 +92,12 @@ def _inner(entries: Mapping[str, object]) -> Iterator[tuple[str, PickledTensor]]
         waiting = [entry]
         while waiting:
             value = waiting.pop()
-            if isinstance(value, PickledTensor) and _is_plain(value) and value not in found:
+            if isinstance(value, PickledTensor) and value.is_sound and value not in found:
                 found.add(value)
                 yield name, value
             elif isinstance(value, dict | list | tuple) and id(value) not in seen:
                 seen.add(id(value))
                 waiting += value.values() if isinstance(value, dict) else value
-
-
-def _is_plain(value: PickledTensor) -> bool:
-    """Whether it can be hashed: a pickle can put anything into a shape."""
-    return all(type(number) is int for number in (value.offset, *value.shape, *value.strides))
 
 
 def is_tensor(value: object) -> bool:
@@ -164,6 +163,9 @@ def _locate(path: Path, name: str, value: object, places: Mapping[str, tuple[int
     if (value.offset + span_elements(value.shape, value.strides)) * itemsize > size:
         raise FormatError(f"reaches beyond its storage of {size} bytes", path=path, tensor=name)
     strides = None if is_contiguous(value.shape, value.strides) else value.strides
+    nbytes = math.prod(value.shape) * itemsize
+    if strides is not None and nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
+        raise FormatError(f"repeats {size} bytes to {nbytes}", path=path, tensor=name)
     shape = value.shape
     if value.dtype.kind == "packed":
         if strides is not None or not shape:

@@ -128,7 +128,9 @@ class Archive:
         for entry, user in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                 raise self._fault(
-                    entry, user, "is compressed or encrypted, as torch never writes it"
+                    entry,
+                    user,
+                    "is compressed or encrypted, as torch never writes it (load it and save it again)",
                 )
             if not 0 <= entry.header_offset <= self.file.size - _LOCAL_HEADER:
                 raise self._fault(entry, user, "is not where the zip's directory says")

@@ -351,18 +351,23 @@ def average_and_refresh(
     Raises:
         CkptAvgError: what either of them raises.
     """
-    target = Path(output)
+    target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
     check_vacant(target, force=force)
     with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=target.parent) as folder:
         # With the slash that makes a directory of it, if there is one.
         average_path = os.path.join(folder, target.name, "")  # noqa: PTH118
         if not os.fspath(output).endswith(os.sep) and not target.is_dir():
             average_path = average_path.rstrip(os.sep)
-        summary = average(
-            inputs, average_path, key=key, container=container, max_shard_size=max_shard_size,
-            progress=progress, fsync=False, **others,
-        )  # fmt: skip
-        refuse_own_input(target, [Path(source.path) for source in summary.sources])
+        try:
+            summary = average(
+                inputs, average_path, key=key, container=container, max_shard_size=max_shard_size,
+                progress=progress, fsync=False, **others,
+            )  # fmt: skip
+        except OutputError as error:
+            error.path = target
+            raise
+        sources = [Path(source.path) for source in summary.sources]
+        refuse_own_input(target, [file for path in sources for file in (path, *path.rglob("*"))])
         report = refresh_checkpoint(
             Path(average_path), output, options, key=key if container == "last" else None,
             container=container, max_shard_size=max_shard_size, force=force, fsync=fsync,

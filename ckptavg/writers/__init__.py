@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import os
@@ -13,8 +14,8 @@ from ckptavg.checkpoint import without_wrappers
 from ckptavg.errors import CkptAvgError, OutputError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.parts import ByteSource
-from ckptavg.paths import is_remote
-from ckptavg.writers.container import lay_out_container
+from ckptavg.paths import as_path, is_remote
+from ckptavg.writers.container import lay_out_container, span_bytes
 from ckptavg.writers.directory import lay_out_directory
 from ckptavg.writers.pickling import is_writable
 from ckptavg.writers.safetensors import lay_out_safetensors
@@ -92,13 +93,17 @@ def destination(
 
 
 def _local(output: str | os.PathLike[str]) -> Path:
+    if not is_remote(output) and os.fspath(output).startswith("file://"):
+        output = as_path(output)
     if is_remote(output) or "://" in os.fspath(output):
         raise OutputError(
             "outputs are written on this machine only",
             path=str(output),
             remedy="write a file here and copy it there",
         )
-    return Path(output)
+    path = Path(output)
+    # `.` and `..` are no names that something could be put beside.
+    return path if path.name not in ("", "..") else Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _for_container(path: Path, last: Checkpoint) -> Path:
@@ -198,17 +203,28 @@ def _lay_out_container(
 def _mention_other(last: Checkpoint, name: str, places: Sequence[Tensor]) -> None:
     """Say what becomes of another state dict: torch saves what two of them share but once."""
     with contextlib.suppress(CkptAvgError):
-        weights = {place.offset for place in places if place.count}
+        weights = sorted(_span(place) for place in places if place.count)
         others = open_checkpoint(last.path, key=name).tensors.values()
         if not any(tensor.dtype.averaged for tensor in others):
             return  # counters, as in Lightning's `averaging_state`
-        if any(tensor.offset in weights for tensor in others if tensor.count):
+        if any(_overlaps(weights, *_span(tensor)) for tensor in others if tensor.count):
             log.warning(
                 "%s in the container shares tensors with the weights, so it has their average too",
                 printable(name),
             )
             return
     log.warning("%s in the container stays the last checkpoint's", printable(name))
+
+
+def _span(place: Tensor) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end in its file."""
+    return place.offset, place.offset + span_bytes(place)
+
+
+def _overlaps(spans: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether something lies in one of the spans, which are sorted and apart."""
+    before = bisect.bisect_left(spans, (end, 0)) - 1
+    return before >= 0 and spans[before][1] > start
 
 
 def _as_named(twin: Checkpoint) -> dict[str, Tensor]:

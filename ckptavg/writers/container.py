@@ -79,7 +79,7 @@ def _spans(
     A scattered tensor's span counts whole: what lies between its elements is written with it.
     """
     spans = sorted(
-        (place.offset, place.offset + _span_bytes(place), tensor.names[0])
+        (place.offset, place.offset + span_bytes(place), tensor.names[0])
         for tensor, each in zip(tensors, places, strict=True)
         for place in each
         if place.count
@@ -96,7 +96,8 @@ def _spans(
     return [(start, end) for start, end, _ in spans]
 
 
-def _span_bytes(place: Tensor) -> int:
+def span_bytes(place: Tensor) -> int:
+    """Bytes from a tensor's first element to its last one."""
     if place.strides is None:
         return place.nbytes
     return span_elements(place.shape, place.strides) * place.dtype.itemsize

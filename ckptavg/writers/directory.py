@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.discover import is_no_checkpoint
-from ckptavg.errors import OutputError, printable
+from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
 from ckptavg.layout import Copy, FileLayout, Layout
 from ckptavg.parts import open_source
@@ -153,7 +153,7 @@ def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
 
 def to_json(value: Mapping[str, Any]) -> bytes:
     """A configuration file as these libraries write it."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _of_bytes(data: bytes) -> FileLayout:
@@ -169,5 +169,9 @@ def _companions(last: Checkpoint) -> Iterator[tuple[str, Path]]:
             for inner in sorted(entry.iterdir(), key=lambda inner: inner.name):
                 if inner.is_file():
                     yield f"{entry.name}/{inner.name}", inner
-        elif entry.is_file() and not _NOT_ALONG.fullmatch(entry.name):
+        elif _NOT_ALONG.fullmatch(entry.name):
+            continue
+        elif entry.is_file():
             yield entry.name, entry
+        elif not entry.is_dir():
+            raise FormatError("is no regular file, or a link to nothing", path=entry)

@@ -128,7 +128,7 @@ class _Plain:
                 return _call("builtins", type(value).__name__, members)
             case DType():
                 return _global("torch", value.name)
-            case PickledTensor() if value in self.tensors:
+            case PickledTensor() if value.is_sound and value in self.tensors:
                 return self.tensors[value]
             case Placeholder(origin="_io.BytesIO", state=(content, int() as at, *_)) if isinstance(
                 content := _spelled_out(content), bytes

@@ -125,7 +125,7 @@ class TestHuggingFace:
     def test_what_older_trainers_logged_is_known_to_be_the_next_rate(
         self, logged, caplog, logging_steps
     ):
-        """As transformers wrote it until the spring of 2025: the rate after the scheduler's step."""
+        """As transformers wrote it until 2025: the rate after the scheduler's step."""
         records = []
         rates = dict(enumerate(cosine_with_restarts(24)))
         for checkpoint in logged.checkpoints:

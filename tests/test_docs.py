@@ -60,7 +60,7 @@ def npz(tmp_path, monkeypatch):
     module = util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "npz", module)
     spec.loader.exec_module(module)
-    position = formats.FORMATS.index(formats.torchzip)  # type: ignore[arg-type]
+    position = formats.FORMATS.index(formats.torchzip)
     before, after = formats.FORMATS[:position], formats.FORMATS[position:]
     monkeypatch.setattr(formats, "FORMATS", (*before, module, *after))
     monkeypatch.setattr(discover, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))

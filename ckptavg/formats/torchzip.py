@@ -130,7 +130,7 @@ class Archive:
                 raise self._fault(
                     entry,
                     user,
-                    "is compressed or encrypted, as torch never writes it (load it and save it again)",
+                    "is compressed or encrypted, as torch never writes it: load and save it anew",
                 )
             if not 0 <= entry.header_offset <= self.file.size - _LOCAL_HEADER:
                 raise self._fault(entry, user, "is not where the zip's directory says")

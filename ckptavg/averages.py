@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.layout import Layout
     from ckptavg.paths import PathLike
+    from ckptavg.schemes import Scheme
     from ckptavg.sources import Collection, Source
-    from ckptavg.weights import Scheme, Weights
+    from ckptavg.weights import Weights
     from ckptavg.writing import Progress
 
 log = logging.getLogger("ckptavg")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.averages import Averages, Options
 from ckptavg.errors import OutputError, SelectionError
-from ckptavg.weights import Scheme, Weights, explicit, parse
+from ckptavg.schemes import Scheme, parse
+from ckptavg.weights import Weights, explicit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

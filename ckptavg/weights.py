@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,6 @@ from ckptavg.errors import SelectionError, printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-KNOWN = (
-    "uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear, decay:cosine, decay:1-sqrt, "
-    "a number for each checkpoint (0.2,0.3,0.5), or PATH=NUMBER,..."
-)
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda place: 1 - place,
     "cosine": lambda place: (1 + math.cos(math.pi * place)) / 2,
@@ -93,7 +88,7 @@ def ema(count: int, decay: float) -> Weights:
     check_ema(decay)
     values = [(1 - decay) * decay ** (count - number) for number in range(1, count + 1)]
     values[0] = decay ** (count - 1)
-    return _summing_to_one(f"ema:{_short(decay)}", values)
+    return _summing_to_one(f"ema:{short(decay)}", values)
 
 
 def check_ema(decay: float) -> None:
@@ -103,7 +98,7 @@ def check_ema(decay: float) -> None:
         SelectionError: it is not in [0, 1].
     """
     if not 0 <= decay <= 1:
-        raise SelectionError(f"the decay of ema is from 0 to 1, not {_short(decay)}")
+        raise SelectionError(f"the decay of ema is from 0 to 1, not {short(decay)}")
 
 
 def power(steps: Sequence[float], sigma_rel: float) -> Weights:
@@ -129,7 +124,7 @@ def power(steps: Sequence[float], sigma_rel: float) -> Weights:
     powers = [(time / times[-1]) ** exponent for time in (before, *times)]
     total = 1 - powers[0]
     values = [(later - earlier) / total for earlier, later in pairwise(powers)]
-    return _summing_to_one(f"power:{_short(sigma_rel)}", values)
+    return _summing_to_one(f"power:{short(sigma_rel)}", values)
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -145,7 +140,7 @@ def power_exponent(sigma_rel: float) -> float:
     if not 0 < sigma_rel < _MOST_SIGMA_REL:
         raise SelectionError(
             f"the sigma_rel of power is above 0 and below {_MOST_SIGMA_REL:.4f}, "
-            f"not {_short(sigma_rel)}",
+            f"not {short(sigma_rel)}",
             remedy="uniform averages all alike" if sigma_rel >= _MOST_SIGMA_REL else None,
         )
     low, high = 0.0, 1 / sigma_rel
@@ -258,8 +253,8 @@ def _named(path: str, names: Sequence[str]) -> int:
     Raises:
         SelectionError: it names none, or several.
     """
-    wanted = _parts(path)
-    parts = [_parts(name) for name in names]
+    wanted = path_parts(path)
+    parts = [path_parts(name) for name in names]
     exact = [place for place, own in enumerate(parts) if own == wanted]
     found = exact or [place for place, own in enumerate(parts) if own[-len(wanted) :] == wanted]
     if len(found) == 1:
@@ -277,7 +272,8 @@ def _named(path: str, names: Sequence[str]) -> int:
     )
 
 
-def _parts(path: str) -> list[str]:
+def path_parts(path: str) -> list[str]:
+    """A path's names, without what says nothing."""
     return [part for part in path.split("/") if part not in ("", ".")]
 
 
@@ -315,185 +311,6 @@ def _summing_to_one(scheme: str, values: Sequence[float]) -> Weights:
     return Weights(scheme, tuple(values), math.fsum(values))
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """A number as one would type it: 1 and not 1.0."""
     return repr(float(number)).removesuffix(".0")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What makes weights, once the checkpoints are known.
-
-    Attributes:
-        name: for the provenance: as it was asked for, such as `ema:0.9`; `explicit` and `by-path`
-            for numbers of one's own, which stand beside the sources there.
-        label: for the name of a file: `ema0.9`, `decay-cosine`.
-        make: of the steps, the names and whether to normalise.
-        needs_steps: the checkpoints must have steps.
-        needs_order: it depends on the order of the checkpoints.
-    """
-
-    name: str
-    label: str
-    make: Callable[[Sequence[float], Sequence[str], bool], Weights] = field(
-        repr=False, compare=False
-    )
-    needs_steps: bool = False
-    needs_order: bool = True
-
-    def weights(
-        self, steps: Sequence[float] | None, names: Sequence[str], *, normalize: bool = True
-    ) -> Weights:
-        """The weights of these checkpoints.
-
-        Args:
-            steps: of training, in order, `[num_checkpoints]`; None where they are not known.
-            names: paths of the checkpoints, `[num_checkpoints]`.
-            normalize: False takes the weights without a division. Those of `ema`, `power` and
-                `decay` sum to 1 as they are.
-
-        Raises:
-            SelectionError: the scheme does not fit these checkpoints.
-        """
-        if self.needs_steps and (steps is None or len(steps) != len(names)):
-            raise SelectionError(
-                f"{self.name} needs the training step of each checkpoint, and not all have one",
-                remedy="ema:DECAY needs their order alone",
-            )
-        return self.make(() if steps is None else steps, names, normalize)
-
-
-def parse(text: str) -> tuple[Scheme, ...]:
-    """What the option `--weights` says.
-
-    `uniform`, `linear`, `ema:0.9`, `power:0.1`, `decay:cosine`, or several of them with commas
-    between; or numbers, which are one scheme together (`0.2,0.3,0.5`); or `a.pt=1,b.pt=2`, which is
-    one as well. What follows the last `=` is the number: `epoch=3.ckpt=0.5` is a path and 0.5.
-
-    Raises:
-        SelectionError: it says none of these, a mixture, or a scheme twice.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    numbers = [_number(part) for part in parts]
-    if all(number is not None for number in numbers):
-        return (_explicit_scheme([number for number in numbers if number is not None]),)
-    if all("=" in part for part in parts):
-        return (_by_path_scheme([_pair(part) for part in parts]),)
-    if any("=" in part for part in parts) or any(number is not None for number in numbers):
-        raise SelectionError(
-            f"weights {text!r} mix schemes, numbers and paths", remedy=f"they are {KNOWN}"
-        )
-    schemes = tuple(_named_scheme(part) for part in parts)
-    [(scheme, times)] = Counter(schemes).most_common(1)
-    if times > 1:
-        raise SelectionError(f"weights {text!r} have {scheme.name} twice")
-    return schemes
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _pair(text: str) -> tuple[str, float]:
-    """A path and its weight.
-
-    Raises:
-        SelectionError: one of the two is missing, or the weight is not finite.
-    """
-    path, _, weight = text.rpartition("=")
-    number = _number(weight)
-    if number is None or not math.isfinite(number) or not _parts(path):
-        raise SelectionError(f"the weight of a path is PATH=NUMBER, not {text!r}")
-    return path, number
-
-
-def _explicit_scheme(numbers: Sequence[float]) -> Scheme:
-    """One's own numbers.
-
-    Raises:
-        SelectionError: they are not finite.
-    """
-    explicit(numbers, len(numbers), normalize=False)
-    return Scheme(
-        "explicit",
-        "explicit",
-        lambda _, names, normalize: explicit(numbers, len(names), normalize=normalize),
-        needs_order=len(set(numbers)) > 1,
-    )
-
-
-def _by_path_scheme(pairs: Sequence[tuple[str, float]]) -> Scheme:
-    return Scheme(
-        "by-path",
-        "by-path",
-        lambda _, names, normalize: by_path(pairs, names, normalize=normalize),
-        needs_order=False,
-    )
-
-
-def _named_scheme(text: str) -> Scheme:
-    """A scheme that has a name.
-
-    Raises:
-        SelectionError: there is no such scheme, or it does not take this argument.
-    """
-    name, colon, argument = text.partition(":")
-    makers = {"ema": _ema_scheme, "power": _power_scheme, "decay": _decay_scheme}
-    if name in makers and argument:
-        return makers[name](argument)
-    if name == "uniform" and not colon:
-        return Scheme(
-            name,
-            name,
-            lambda _, names, normalize: uniform(len(names), normalize=normalize),
-            needs_order=False,
-        )
-    if name == "linear" and not colon:
-        return Scheme(
-            name, name, lambda _, names, normalize: linear(len(names), normalize=normalize)
-        )
-    raise SelectionError(f"unknown weights {text!r}", remedy=f"they are {KNOWN}")
-
-
-def _ema_scheme(argument: str) -> Scheme:
-    rate = _argument("ema:DECAY", argument)
-    check_ema(rate)
-    return Scheme(
-        f"ema:{_short(rate)}", f"ema{_short(rate)}", lambda _, names, __: ema(len(names), rate)
-    )
-
-
-def _power_scheme(argument: str) -> Scheme:
-    width = _argument("power:SIGMA_REL", argument)
-    power_exponent(width)  # refuses what is out of range, before a checkpoint is opened
-    return Scheme(
-        f"power:{_short(width)}",
-        f"power{_short(width)}",
-        lambda steps, _, __: power(steps, width),
-        needs_steps=True,
-    )
-
-
-def _decay_scheme(shape: str) -> Scheme:
-    check_shape(shape)
-    return Scheme(
-        f"decay:{shape}",
-        f"decay-{shape}",
-        lambda _, names, __: decay(len(names), shape),
-        needs_order=shape != "linear",
-    )
-
-
-def _argument(form: str, text: str) -> float:
-    """The number after a scheme's colon.
-
-    Raises:
-        SelectionError: it is none.
-    """
-    number = _number(text)
-    if number is None:
-        raise SelectionError(f"weights {form} have a number, not {text!r}")
-    return number

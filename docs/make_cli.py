@@ -39,7 +39,8 @@ expect = 5
 ```
 
 `model` and `loader` in the common table are for `bn-refresh`; `average` refreshes as well only
-where its own table or its command line has them. Nothing beside a checkpoint is ever read as
+where its own table or its command line has them, and `evaluate` and `soup` take the model and not
+the loader, which is that of the training. Nothing beside a checkpoint is ever read as
 configuration.
 """
 

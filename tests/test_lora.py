@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+from safetensors import safe_open
 
 import ckptavg
 from ckptavg.errors import (
@@ -276,3 +278,172 @@ def test_weights_that_are_no_adapters_are_refused(tmp_path):
         safetensors.numpy.save_file({"w": np.ones(2)}, folder / "model.safetensors")
     with pytest.raises(SelectionError, match=r"adapter_config\.json"):
         ckptavg.average(tmp_path / "run", f"{tmp_path}/out/", lora="exact")
+
+
+def two_adapters(tmp_path, configs, states=None):
+    """Adapters of the same shapes under two configurations."""
+    states = states or [random_factors(2, seed, modules=("q",)) for seed in range(2)]
+    for step, (state, config) in enumerate(zip(states, configs, strict=True)):
+        save_adapter(tmp_path / "run" / f"checkpoint-{step}", state, **config)
+    return states
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lora_alpha": 8},
+        {"r": 4},
+        {"use_rslora": True},
+        {"rank_pattern": {"q": 3}},
+        {"alpha_pattern": {"q": 16}},
+    ],
+    ids=str,
+)
+def test_factors_of_unlike_scales_are_not_averaged_apart(tmp_path, config):
+    two_adapters(tmp_path, [{}, config])
+    with pytest.raises(MismatchError, match=r"unlike rank or alpha.*--lora exact") as caught:
+        ckptavg.average(tmp_path / "run", tmp_path / "out")
+    assert caught.value.differences == (
+        f"{tmp_path}/run/checkpoint-0 and {tmp_path}/run/checkpoint-1",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_factors_under_another_alpha_are_another_adapter(tmp_path):
+    state = random_factors(2, 0, modules=("q",))
+    two_adapters(tmp_path, [{"lora_alpha": 4}, {"lora_alpha": 8}], [state, state])
+    summary = ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+    assert len(summary.sources) == 2
+    found, config = load(tmp_path / "out")
+    expected = product(state, "q", (4 / 2 + 8 / 2) / 2)
+    np.testing.assert_allclose(
+        product(found, "q", scale_of(config, "q")), expected, rtol=0, atol=5e-6
+    )
+
+
+def test_equal_factors_under_one_alpha_are_one_adapter(tmp_path):
+    state = random_factors(2, 0, modules=("q",))
+    two_adapters(tmp_path, [{}, {}], [state, state])
+    assert len(ckptavg.average(tmp_path / "run", tmp_path / "out").sources) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"alpha_pattern": ["q"]}, "alpha_pattern is no mapping"),
+        ({"alpha_pattern": "q"}, "alpha_pattern is no mapping"),
+        ({"alpha_pattern": {"(": 4}}, r"'\(' is no pattern"),
+        ({"alpha_pattern": {"q{99999999999}": 4}}, "is no pattern"),
+        ({"alpha_pattern": {"(" * 400 + ")" * 400: 4}}, "is too intricate"),
+        ({"alpha_pattern": {"(a+)+c": 4}}, r"'\(a\+\)\+c' is too intricate"),
+        ({"alpha_pattern": {"a*a*a*a*a*c": 4}}, "is too intricate"),
+        ({"alpha_pattern": {"\x1b[31m(": 4}}, r"'\\x1b\[31m\(' is no pattern"),
+        ({"alpha_pattern": {".*": "4"}}, "no lora_alpha"),
+        ({"alpha_pattern": {".*": 10**400}}, "no lora_alpha"),
+        ({"lora_alpha": 10**400}, "no lora_alpha"),
+        ({"lora_alpha": -(10**400)}, "no lora_alpha"),
+        ({"lora_alpha": float("inf")}, "no lora_alpha"),
+        ({"lora_alpha": float("nan")}, "no lora_alpha"),
+        ({"lora_alpha": "4"}, "no lora_alpha"),
+        ({"lora_alpha": [4]}, "no lora_alpha"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_scale_that_makes_no_sense_is_one_line(tmp_path, config, message):
+    # Backtracking over such a name takes many seconds, and matches nothing.
+    states = [random_factors(2, seed, modules=("a" * 28,)) for seed in range(2)]
+    two_adapters(tmp_path, [config, config], states)
+    with pytest.raises(FormatError, match=message) as caught:
+        ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+    assert str(caught.value).startswith(f"{tmp_path}/run/checkpoint-0/adapter_config.json: ")
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_an_integer_of_too_many_digits_is_one_line(tmp_path):
+    two_adapters(tmp_path, [{}, {}])
+    path = tmp_path / "run" / "checkpoint-1" / "adapter_config.json"
+    path.write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": ' + "9" * 5000 + "}")
+    for lora in ("exact", "separate"):
+        with pytest.raises(FormatError, match=r"adapter_config\.json: is no valid JSON"):
+            ckptavg.average(tmp_path / "run", tmp_path / "out", lora=lora)  # type: ignore[arg-type]
+
+
+def test_control_codes_in_a_configuration_are_not_shown(tmp_path):
+    config = {"init_lora_weights": "pissa\x1b[31m\n"}
+    two_adapters(tmp_path, [config, config])
+    with pytest.raises(FormatError, match=r"was begun with pissa\\x1b\[31m\\n, which"):
+        ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+
+
+def test_biases_of_other_widths_are_a_mismatch(tmp_path):
+    states = [
+        random_factors(2, step) | {"q.lora_B.bias": np.ones(7 - step, np.float32)}
+        for step in range(2)
+    ]
+    error = refusal(tmp_path, states)
+    assert isinstance(error, MismatchError)
+    assert "q.lora_B.bias: shape (7,)" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((), ()), ((5,), (7,)), ((2, 5), (7,)), ((0, 5), (7, 0)), ((3, 5), (7, 2))],
+    ids=["scalars", "vectors", "a vector", "rank 0", "unlike ranks"],
+)
+def test_factors_that_make_no_product_are_a_mismatch(tmp_path, a, b):
+    made = np.random.default_rng(0)
+    states = [
+        {
+            f"q.lora_{factor}.weight": np.asarray(made.normal(size=shape), np.float32)
+            for factor, shape in (("A", a), ("B", b))
+        }
+        for _ in range(2)
+    ]
+    error = refusal(tmp_path, states)
+    assert isinstance(error, MismatchError)
+    assert f"q: A {a} and B {b}" in str(error)
+
+
+def test_complex_factors_are_not_cut_to_their_real_parts(tmp_path):
+    made = np.random.default_rng(0)
+    shapes = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (7, 2)}
+    states = []
+    for step in range(2):
+        folder = save_adapter(tmp_path / "run" / f"checkpoint-{step}", {})
+        states.append(
+            {
+                name: (made.normal(size=shape) + 1j * made.normal(size=shape)).astype(np.complex64)
+                for name, shape in shapes.items()
+            }
+        )
+        named = {WRAPPER + name: torch.from_numpy(value) for name, value in states[-1].items()}
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(named, folder / "adapter_model.bin")
+    ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+        a, b = (
+            file.get_tensor(f"{WRAPPER}q.lora_{factor}.weight").numpy().astype(np.complex128)
+            for factor in "AB"
+        )
+    expected = np.mean(
+        [
+            2 * state["q.lora_B.weight"].astype(np.complex128) @ state["q.lora_A.weight"]
+            for state in states
+        ],
+        axis=0,
+    )
+    np.testing.assert_allclose(b @ a, expected, rtol=0, atol=5e-6)
+
+
+def test_an_overflow_is_the_average_s_and_not_an_input_s(tmp_path):
+    states = [random_factors(2, step, modules=("q",), dtype=np.float16) for step in range(2)]
+    for state in states:
+        state["q.lora_B.weight"][0, 0] = 60_000
+    two_adapters(tmp_path, [{"lora_alpha": 16}] * 2, states)
+    with pytest.raises(ValueRangeError) as caught:
+        ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+    assert str(caught.value) == (
+        f"{WRAPPER}q.lora_B.weight: the average does not fit float16"
+    )
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckptavg import weights as schemes
 from ckptavg.errors import SelectionError
-from ckptavg.weights import Weights, by_path, decay, ema, explicit, linear, parse, power, uniform
+from ckptavg.schemes import Scheme, parse
+from ckptavg.weights import Weights, by_path, decay, ema, explicit, linear, power, uniform
 
 PAGE = Path(__file__).parent.parent / "docs" / "schemes.md"
 NAMES = ("run/a.pt", "run/b.pt", "run/c.pt")
@@ -37,7 +38,7 @@ def shares(made: Weights) -> list[float]:
     return [value / made.divisor for value in made.values]
 
 
-def only(text: str) -> schemes.Scheme:
+def only(text: str) -> Scheme:
     [scheme] = parse(text)
     return scheme
 

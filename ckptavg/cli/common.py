@@ -19,8 +19,13 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# These make `average` refresh as well, so a table that all commands share cannot ask for it.
-_NOT_SHARED_WITH_AVERAGE = {"model", "loader"}
+# What a table that all commands share cannot mean: a model and a loader make `average` refresh as
+# well, and the loader of the training is not the one to evaluate with.
+_NOT_SHARED = {
+    "average": {"model", "loader"},
+    "evaluate": {"loader"},
+    "soup": {"loader"},
+}
 
 
 def common_options(command: Command) -> Command:
@@ -64,9 +69,7 @@ def _load_defaults(context: click.Context, _: click.Parameter, path: Path | None
                     defaults[known[key][inner]] = _as_default(command, inner, setting)
         elif not any(key in options for options in known.values()):
             raise click.UsageError(f"configuration: no command has an option {key!r}")
-        elif key in known.get(own, {}) and not (
-            own == "average" and key in _NOT_SHARED_WITH_AVERAGE
-        ):
+        elif key in known.get(own, {}) and key not in _NOT_SHARED.get(own, ()):
             defaults.setdefault(known[own][key], _as_default(command, key, value))
     context.default_map = {**(context.default_map or {}), **defaults}
 

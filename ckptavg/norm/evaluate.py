@@ -30,7 +30,7 @@ from ckptavg.norm.batches import default_forward, leading_size, moved
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import make_batches, make_model, seed_everything
 from ckptavg.norm.measures import measure_of, name_of
-from ckptavg.norm.refresh import _device_of, _limited, refresh_norm
+from ckptavg.norm.refresh import device_of, limited, refresh_norm
 from ckptavg.selection import Selection, chosen
 from ckptavg.selection import select as choose
 
@@ -211,7 +211,7 @@ class Evaluator:
         with user_code("the model's eval()"):
             self._model.eval()
         held_out = _Batches(
-            self._batches(options.loader, options.loader_args), _device_of(self._model),
+            self._batches(options.loader, options.loader_args), device_of(self._model),
             max_samples=options.max_samples, max_batches=options.max_batches,
         )  # fmt: skip
         # Not inference mode: what a model makes in it cannot be loaded into again.
@@ -294,7 +294,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         drawn = 0
-        for batch in _limited(self._batches, self._max_batches):
+        for batch in limited(self._batches, self._max_batches):
             with user_code("moving a batch"):
                 here = moved(batch, self._device, {})
             yield here

@@ -373,10 +373,10 @@ def average_and_refresh(
             container=container, max_shard_size=max_shard_size, force=force, fsync=fsync,
             progress=refresh_progress,
         )  # fmt: skip
-    return _of_both(summary, target, report), report
+    return of_both(summary, target, report), report
 
 
-def _of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
+def of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
     """The average's summary, made to speak of the file that the refresh has written."""
     state = "refreshed" if report.layers else summary.norm_stats
     size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())

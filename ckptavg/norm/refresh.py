@@ -80,7 +80,7 @@ def refresh_norm(
         return RefreshReport(estimator, 0, 0, 0, (), ())
     _refuse_lazy(layers)
     found = _Found({name: make_estimator(estimator) for name in layers})
-    place = torch.device(device) if device is not None else _device_of(model)
+    place = torch.device(device) if device is not None else device_of(model)
     layout = _memory_formats(model, memory_format)
     total = _length(batches, max_batches)
     setup = observed(
@@ -91,7 +91,7 @@ def refresh_norm(
         formats=layout,
     )
     with torch.no_grad(), setup as staged:
-        for batch in _limited(batches, max_batches):
+        for batch in limited(batches, max_batches):
             with user_code("moving a batch"):
                 here = moved(batch, place, layout)
             staged.clear()
@@ -190,7 +190,7 @@ def norm_layers(model: torch.nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def _limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
+def limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
     """The batches, with the loader's exceptions told from ours."""
     with user_code("the loader"):
         iterator = iter(batches)
@@ -211,7 +211,8 @@ def _length(batches: Iterable[Any], most: int | None) -> int | None:
     return known if most is None else min(known, most)
 
 
-def _device_of(model: torch.nn.Module) -> torch.device:
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model is, by its first tensor."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")

@@ -22,12 +22,13 @@ from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.metrics import mode_of
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
-from ckptavg.norm.files import RefreshOptions, _of_both, refresh_checkpoint
+from ckptavg.norm.files import RefreshOptions, of_both, refresh_checkpoint
 from ckptavg.output import check_vacant
+from ckptavg.schemes import parse
 from ckptavg.selection import Selection, Verdict, chosen
 from ckptavg.selection import select as choose
 from ckptavg.summary import Summary, Variant
-from ckptavg.weights import Weights, parse
+from ckptavg.weights import Weights
 from ckptavg.writing import refuse_own_input
 
 if TYPE_CHECKING:
@@ -314,4 +315,4 @@ def _write(
     report = refresh_checkpoint(
         Path(stale), output, refresh, force=options.force, fsync=options.fsync
     )
-    return _of_both(summary, Path(output), report), report
+    return of_both(summary, Path(output), report), report

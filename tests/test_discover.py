@@ -1,0 +1,184 @@
+"""What in a directory is a checkpoint, and what only stands beside some."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptavg
+from ckptavg.discover import find, is_no_checkpoint
+from ckptavg.errors import FormatError, SelectionError
+from ckptavg.formats import open_checkpoint
+from tests.test_cli import run
+from tests.test_formats_dcp import save as save_dcp
+from tests.test_formats_deepspeed import save_engine
+
+
+def save(path: Path, value: float = 1.0) -> Path:
+    """A file of weights, in folders that are made for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"w": torch.full((2,), value)}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def found(folder: Path) -> list[str]:
+    """What a directory stands for: paths below it, `.` for itself."""
+    return [path.relative_to(folder).as_posix() for path, _ in find([folder])]
+
+
+class TestDirectory:
+    def test_of_a_trainer_stands_for_its_numbered_checkpoints(self, tmp_path):
+        save(tmp_path / "model.safetensors")
+        for step in (500, 1000):
+            save(tmp_path / f"checkpoint-{step}" / "model.safetensors", float(step))
+        assert found(tmp_path) == ["checkpoint-500", "checkpoint-1000"]
+        result = run("average", tmp_path, "-o", tmp_path / "out.safetensors")
+        assert "left out: model.safetensors\n" in result.stderr
+
+    def test_with_other_weights_beside_its_own_stays_itself(self, tmp_path):
+        folder = save(tmp_path / "x" / "model.safetensors").parent
+        for name in (
+            "ref/adapter_model.safetensors",
+            "2_Dense/model.safetensors",
+            "ema_0.999.pt",
+            "model.fp16.safetensors",
+        ):
+            save(folder / name)
+        assert find([folder]) == [(folder, True)]
+
+    def test_with_shards_does_not_leave_them_out(self, tmp_path):
+        folder = tmp_path / "x"
+        ckptavg.average([save(tmp_path / "a.pt")], f"{folder}/", max_shard_size=1)
+        names = {"w": torch.ones(2), "v": torch.ones(2)}
+        torch.save(names, tmp_path / "b.pt")
+        ckptavg.average([tmp_path / "b.pt"], f"{folder}/", max_shard_size=8, force=True)
+        assert len(list(folder.glob("model-*.safetensors"))) == 2
+        result = run("average", folder, "-o", tmp_path / "out.safetensors")
+        assert "left out" not in result.stderr
+
+    def test_without_checkpoints_is_an_error_that_says_where_some_are(self, tmp_path):
+        save(tmp_path / "a" / "b" / "c" / "step_1.safetensors")
+        with pytest.raises(SelectionError, match="no checkpoint found") as caught:
+            find([tmp_path])
+        assert str(caught.value).endswith(f"; there are checkpoints in {tmp_path}/a/b/c")
+
+    def test_with_checkpoints_further_down_is_told_what_is_looked_for(self, tmp_path):
+        save(tmp_path / "a" / "b" / "c" / "d" / "step_1.safetensors")
+        with pytest.raises(SelectionError, match=r"; files ending with .*\.safetensors"):
+            find([tmp_path])
+
+    def test_that_is_not_there_is_an_error(self, tmp_path):
+        with pytest.raises(SelectionError, match="absent: does not exist"):
+            find([tmp_path / "absent"])
+
+
+class TestEntries:
+    def test_are_in_natural_order(self, tmp_path):
+        for step in (10, 9, 100, 2):
+            save(tmp_path / f"step_{step}.safetensors")
+        assert found(tmp_path) == [f"step_{step}.safetensors" for step in (2, 9, 10, 100)]
+
+    def test_that_are_hidden_are_none(self, tmp_path):
+        save(tmp_path / "step_1.safetensors")
+        save(tmp_path / ".step_2.safetensors")
+        save(tmp_path / ".cache" / "model.safetensors")
+        assert found(tmp_path) == ["step_1.safetensors"]
+
+    def test_named_twice_count_once_as_named(self, tmp_path):
+        path = save(tmp_path / "step_1.safetensors")
+        assert find([tmp_path, path]) == [(path, True)]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
+    def test_that_cannot_be_looked_into_are_left_out(self, tmp_path):
+        save(tmp_path / "step_1.safetensors")
+        locked = save(tmp_path / "step_2" / "model.safetensors").parent
+        locked.chmod(0)
+        try:
+            assert found(tmp_path) == ["step_1.safetensors"]
+        finally:
+            locked.chmod(0o700)
+
+    def test_that_cannot_be_looked_into_are_named(self, tmp_path, monkeypatch):
+        save(tmp_path / "run" / "step_1.safetensors")
+        save(tmp_path / "run" / "step_2" / "model.safetensors")
+        iterdir = Path.iterdir
+
+        def refusing(path: Path) -> object:
+            if path.name == "step_2":
+                raise PermissionError(13, "Permission denied", str(path))
+            return iterdir(path)
+
+        monkeypatch.setattr(Path, "iterdir", refusing)
+        result = run("average", tmp_path / "run", "-o", tmp_path / "out.safetensors")
+        assert "step_2 cannot be looked into: left out" in result.stderr
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "optimizer.pt", "optimizer.bin", "optimizer_1.bin", "optim.pt", "optimizer_0",
+            "scheduler.pt", "lr_scheduler.pt", "scaler.pt", "grad_scaler.pt", "sampler_1.bin",
+            "rng_state.pth", "rng_state_7.pth", "training_args.bin",
+            "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        ],
+    )  # fmt: skip
+    def test_that_trainers_leave_beside_checkpoints_are_none(self, name):
+        assert is_no_checkpoint(name)
+
+    @pytest.mark.parametrize(
+        "name", ["optimus.pt", "optimized_model.pt", "scaler_model.pt", "sampler.safetensors", "x"]
+    )
+    def test_with_names_like_theirs_are(self, name):
+        assert not is_no_checkpoint(name)
+
+
+class TestFolders:
+    def test_of_deepspeed_in_a_trainer_s_checkpoint_are_no_further_one(self, tmp_path):
+        folder = save(tmp_path / "checkpoint-5" / "model.safetensors").parent
+        save_engine(folder / "global_step5", {"w": torch.ones(2)})
+        (folder / "trainer_state.json").write_text("{}")
+        assert find([folder]) == [(folder, True)]
+
+    def test_of_deepspeed_beside_a_configuration_are_the_checkpoints(self, tmp_path):
+        for step in (10, 5):
+            save_engine(tmp_path / f"global_step{step}", {"w": torch.ones(2)}, step=step)
+        (tmp_path / "config.json").write_text("{}")
+        assert found(tmp_path) == ["global_step5", "global_step10"]
+
+    def test_of_a_sharded_optimizer_are_none(self, tmp_path):
+        save_dcp({"state": {"w": torch.ones(2)}}, tmp_path / "optimizer_0")
+        save(tmp_path / "step_1.safetensors")
+        assert found(tmp_path) == ["step_1.safetensors"]
+
+    @pytest.mark.parametrize("beside", ["trainer_state.json", "random_states_0.pkl"])
+    def test_of_a_sharded_model_are_read_in_its_checkpoint(self, tmp_path, beside):
+        folder = tmp_path / "checkpoint-7"
+        save_dcp({"model": {"w": torch.full((2,), 7.0)}}, folder / "pytorch_model_fsdp_0")
+        save_dcp({"optimizer": {"w": torch.zeros(2)}}, folder / "optimizer_0")
+        (folder / beside).write_text('{"global_step": 7}')
+        assert find([folder]) == [(folder, True)]
+        opened = open_checkpoint(folder)
+        assert opened.read("w").tolist() == [7, 7]
+        assert opened.path == folder
+
+
+class TestInterruptedSaving:
+    def test_of_shards_is_an_error(self, tmp_path):
+        for step in (1, 2):
+            save(tmp_path / f"checkpoint-{step}" / "model-00001-of-00002.safetensors")
+        with pytest.raises(FormatError, match=r"no index of them: was the saving interrupted\?"):
+            ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+
+    def test_of_a_distributed_checkpoint_is_an_error(self, tmp_path):
+        for step in (1, 2):
+            folder = save_dcp({"model": {"w": torch.ones(2)}}, tmp_path / f"step_{step}")
+        (folder / ".metadata").unlink()
+        with pytest.raises(FormatError, match=r"step_2: .*no \.metadata: was the saving inter"):
+            ckptavg.average(tmp_path, tmp_path / "out.safetensors")

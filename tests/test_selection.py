@@ -1,0 +1,328 @@
+"""Which checkpoints the rules take, of files as trainers write them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import ckptavg
+from ckptavg import Selection
+from ckptavg.cli import cli
+from ckptavg.collect import survey
+from ckptavg.errors import CkptAvgError, SelectionError
+from ckptavg.selection import chosen, select
+from ckptavg.timeline import numbers_in
+from tests.oracle import naive_mean, same_bits
+
+
+def save(path, number, **facts):
+    """A checkpoint whose only weight is its number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {"w": torch.full((3,), float(number))}, **facts}, path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Ten checkpoints of 100 steps each, with epochs counted from 1."""
+    for number in range(1, 11):
+        facts = {"global_step": 100 * number, "epoch": number, "val_loss": abs(number - 7) / 10}
+        save(tmp_path / "run" / f"step_{100 * number}.pt", number, **facts)
+    return tmp_path / "run"
+
+
+def taken(folder, **rules):
+    """The numbers of the checkpoints that the rules take."""
+    selection = Selection(**rules)
+    found = survey([folder], wanted=selection.unwanted)
+    names = [verdict.source.path.name for verdict in chosen(select(found, selection))]
+    return [int(torch.load(folder / name)["model"]["w"][0]) for name in names]
+
+
+def reasons(folder, **rules):
+    verdicts = select(survey([folder]), Selection(**rules))
+    return {verdict.name: verdict.reason for verdict in verdicts}
+
+
+ALL = list(range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({}, ALL),
+        ({"last": 3}, [8, 9, 10]),
+        ({"last": 99}, ALL),
+        ({"every": 3}, [1, 4, 7, 10]),
+        ({"every": 4}, [2, 6, 10]),
+        ({"start": "700"}, [7, 8, 9, 10]),
+        ({"start": 701}, [8, 9, 10]),
+        ({"start": "75%"}, [8, 9, 10]),
+        ({"start": "0%"}, ALL),
+        ({"start": "100 %"}, [10]),
+        ({"steps": "100,300, 1000"}, [1, 3, 10]),
+        ({"steps": "200:800:300"}, [2, 5, 8]),
+        ({"steps": "200:400"}, [2, 3, 4]),
+        ({"cycle": 300}, [3, 6, 9]),
+        ({"cycle": 300, "start": 400}, [4, 7, 10]),
+        ({"cycle": 300, "start": "40%"}, [4, 7, 10]),
+        ({"cycle": 3, "unit": "epoch"}, [3, 6, 9]),
+        ({"include": ["step_1*"]}, [1, 10]),
+        ({"include": ["step_1*", "step_5*"], "exclude": ["*_1000.pt"]}, [1, 5]),
+        ({"best": 3, "metric": "val_loss"}, [6, 7, 8]),
+        ({"best": 2, "metric": "val_loss", "mode": "max"}, [1, 2]),
+        ({"start": "50%", "cycle": 100, "last": 4, "every": 2}, [8, 10]),
+        ({"best": 5, "metric": "val_loss", "last": 3}, [7, 8, 9]),
+        ({"best": 5, "metric": "val_loss", "last": 3, "every": 2}, [7, 9]),
+    ],
+    ids=str,
+)
+def test_the_rules(run, rules, expected):
+    assert taken(run, **rules) == expected
+
+
+def test_each_that_is_left_out_says_why(run):
+    said = reasons(run, start="50%", cycle=200, best=2, metric="val_loss", last=1)
+    assert said["step_400.pt"] == "before 50%"
+    assert said["step_600.pt"] == "not at the end of a cycle"
+    assert said["step_500.pt"] == "not among the best 2 (val_loss 0.2)"
+    assert said["step_700.pt"] == "not among the last 1"
+    assert said["step_900.pt"] == ""
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"steps": "100,250"}, "no checkpoint of global_step 250"),
+        ({"steps": "1-5"}, "100,200,300 or 100:1000:100"),
+        ({"steps": "1:5:0"}, "stride"),
+        ({"start": "soon"}, "a share such as 75%"),
+        ({"start": "5000"}, "none of 10 checkpoints is left"),
+        ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
+        ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),
+        ({"unit": "step"}, "records no step"),
+        ({"lr_minima": True}, "none of the checkpoints records a learning rate"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_chosen_is_said(run, rules, message):
+    if "speed" in str(rules):
+        rules = {**rules, "mode": "max"}
+    with pytest.raises(SelectionError, match=message):
+        taken(run, **rules)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"steps": "1", "cycle": 3}, "--steps and --cycle"),
+        ({"cycle": 3, "lr_minima": True}, "--cycle and --lr-minima"),
+        ({"best": 3}, "--metric"),
+        ({"mode": "max"}, "for --best"),
+        ({"last": 0}, "--last is at least 1"),
+        ({"every": -1}, "--every is at least 1"),
+    ],
+    ids=str,
+)
+def test_rules_that_make_no_sense_are_refused(rules, message):
+    with pytest.raises(SelectionError, match=message):
+        Selection(**rules)
+
+
+def test_a_metric_whose_sense_is_not_certain_needs_a_mode(tmp_path):
+    for number in range(3):
+        save(tmp_path / "run" / f"{number}.pt", number, epoch=number, metric=float(number))
+    with pytest.raises(SelectionError, match="--mode min or --mode max"):
+        taken(tmp_path / "run", best=1, metric="metric")
+    assert taken(tmp_path / "run", best=1, metric="metric", mode="max") == [2]
+
+
+def test_nan_never_wins(tmp_path):
+    for number, loss in enumerate([0.5, float("nan"), 0.4, float("nan")]):
+        save(tmp_path / "run" / f"{number}.pt", number, epoch=number, val_loss=loss)
+    assert taken(tmp_path / "run", best=1, metric="val_loss") == [2]
+    assert taken(tmp_path / "run", best=3, metric="val_loss") == [0, 2]
+
+
+def test_metrics_in_names_and_in_files(tmp_path):
+    folder = tmp_path / "run"
+    for number, loss in enumerate([0.3, 0.1, 0.2]):
+        save(folder / f"epoch={number}-val_loss={loss}.ckpt", number, epoch=number)
+    assert taken(folder, best=2, metric="val_loss") == [1, 2]
+    table = tmp_path / "metrics.csv"
+    rows = [
+        f"epoch={n}-val_loss={loss}.ckpt,{acc}"
+        for n, loss, acc in [(0, 0.3, 0.9), (1, 0.1, 0.5), (2, 0.2, 0.6)]
+    ]
+    table.write_text("checkpoint,accuracy\n" + "\n".join(rows))
+    assert taken(folder, best=1, metric="accuracy", metrics=table) == [0]
+
+
+def test_names_tell_the_step_where_the_files_do_not(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for number in (100, 900, 1000, 1100):
+        save_file({"w": torch.full((3,), float(number))}, folder / f"step_{number}.safetensors")
+    selection = Selection(steps="100,1000")
+    verdicts = select(survey([folder]), selection)
+    names = [verdict.name for verdict in verdicts if verdict.taken]
+    assert names == ["step_100.safetensors", "step_1000.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (["step_100.pt", "step_20.pt"], (100, 20)),
+        (["epoch=3-step=400.ckpt", "epoch=4-step=500.ckpt"], (400, 500)),
+        (["epoch=3-val_loss=0.12.ckpt", "epoch=4-val_loss=0.11.ckpt"], (3, 4)),
+        (["resnet50_7.pt", "resnet50_8.pt"], (7, 8)),
+        (["checkpoint-500", "checkpoint-1000"], (500, 1000)),
+        (["iter_0001000/x", "iter_0002000/x"], (1000, 2000)),
+        (["best.pt", "final.pt"], None),
+        (["a_1.pt", "final.pt"], None),
+        (["step_5.pt"], (5,)),
+    ],
+)
+def test_numbers_in_names(names, numbers):
+    assert numbers_in(names) == numbers
+
+
+def test_lightning_and_timm_count_epochs_from_zero(tmp_path):
+    for number in range(10):
+        lightning = {"pytorch-lightning_version": "2.6", "epoch": number}
+        torch.save(
+            {"state_dict": {"w": torch.full((3,), float(number))}, **lightning},
+            _made(tmp_path / "lightning") / f"epoch={number}.ckpt",
+        )
+        timm = {"arch": "resnet18", "version": 2, "epoch": number}
+        torch.save(
+            {"state_dict": {"w": torch.full((3,), float(number))}, **timm},
+            _made(tmp_path / "timm") / f"checkpoint-{number}.pth.tar",
+        )
+    for folder in ("lightning", "timm"):
+        for rules, epochs in (
+            ({"cycle": 5}, [4, 9]),
+            ({"start": "50%"}, [4, 5, 6, 7, 8, 9]),
+            ({"start": 4, "cycle": 5}, [4, 9]),
+            ({"start": 5, "cycle": 2}, [5, 7, 9]),
+            ({"steps": "3,9"}, [3, 9]),
+        ):
+            verdicts = chosen(select(survey([tmp_path / folder]), Selection(**rules)))
+            assert [verdict.step for verdict in verdicts] == epochs, (folder, rules)
+
+
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_links_and_earlier_averages_do_not_count(run, tmp_path):
+    os.link(run / "step_1000.pt", run / "last.pt")
+    (run / "copy.pt").write_bytes((run / "step_900.pt").read_bytes())
+    ckptavg.average(run, run / "swa.pt")
+    assert taken(run, last=2) == [9, 10]
+
+
+def test_the_choice_needs_an_order(tmp_path):
+    save(tmp_path / "run" / "a.pt", 1, global_step=5)
+    save(tmp_path / "run" / "b_3.pt", 2)
+    for rules in ({"last": 1}, {"every": 2}, {"lr_minima": True}):
+        with pytest.raises(SelectionError, match="order"):
+            taken(tmp_path / "run", **rules)
+
+
+def test_checkpoints_of_another_model_do_no_harm_unless_they_are_taken(run):
+    torch.save({"model": {"v": torch.ones(2)}, "global_step": 50}, run / "step_50.pt")
+    assert taken(run, start=100, last=2) == [9, 10]
+    ckptavg.average(run, run.parent / "out.safetensors", select=Selection(start=100))
+    with pytest.raises(CkptAvgError, match=r"step_50\.pt"):
+        ckptavg.average(run, run.parent / "no.safetensors")
+
+
+def test_left_out_by_name_it_is_not_even_opened(run):
+    (run / "step_5.pt").write_bytes(b"broken")
+    assert taken(run, exclude=["step_5.pt"]) == ALL
+
+
+def test_the_average_is_of_those_taken(run, tmp_path):
+    out = tmp_path / "out.safetensors"
+    summary = ckptavg.average(run, out, select=Selection(start="75%"))
+    states = [torch.load(run / f"step_{number}00.pt")["model"]["w"] for number in (8, 9, 10)]
+    assert same_bits(load_file(out)["w"], naive_mean(states))
+    assert [source.name for source in summary.sources] == [
+        "step_800.pt",
+        "step_900.pt",
+        "step_1000.pt",
+    ]
+    inspected = CliRunner().invoke(cli, ["inspect", "--json", str(out)])
+    made = json.loads(inspected.stdout)["checkpoints"][0]["provenance"]
+    assert made["selection"] == {"start": "75%"}
+
+
+class TestInspect:
+    def rows(self, *arguments):
+        result = CliRunner().invoke(cli, ["inspect", "--json", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["checkpoints"]
+
+    def test_says_which_are_taken_and_why_not_the_others(self, run):
+        rows = self.rows(run, "--last", "2", "--best", "4", "--metric", "val_loss")
+        by_step = {row["step"]: row for row in rows}
+        assert [step for step, row in by_step.items() if row["taken"]] == [800, 900]
+        assert by_step[100]["reason"] == "not among the best 4 (val_loss 0.6)"
+        assert by_step[100]["metric"] == pytest.approx(0.6)
+        assert by_step[600]["reason"] == "not among the last 2"
+
+    def test_names_copies_and_averages(self, run):
+        os.link(run / "step_1000.pt", run / "last.pt")
+        ckptavg.average(run, run / "swa.pt")
+        said = {Path(row["path"]).name: row["reason"] for row in self.rows(run, "--last", "1")}
+        assert said["last.pt"] == "the same checkpoint as step_1000.pt"
+        assert said["swa.pt"] == "an average made earlier"
+
+    def test_is_a_table_on_a_terminal(self, run):
+        result = CliRunner().invoke(cli, ["inspect", str(run), "--last", "2"])
+        lines = result.output.splitlines()
+        assert lines[0].split() == [
+            "path",
+            "step",
+            "rate",
+            "metric",
+            "bytes",
+            "taken",
+            "why",
+            "not",
+        ]
+        assert "2 of 10 checkpoints taken" in lines[-1]
+        assert len({line.index(" no ") for line in lines if " no " in line}) == 1
+
+
+def test_minima_of_a_cyclic_rate_from_a_real_loop(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=4)
+    rates = []
+    (tmp_path / "run").mkdir()
+    for epoch in range(12):
+        rates.append(optimizer.param_groups[0]["lr"])
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+        state = {
+            "model": {"w": torch.full((3,), float(epoch))},
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "epoch": epoch,
+        }
+        torch.save(state, tmp_path / "run" / f"epoch_{epoch}.pt")
+    lows = [epoch for epoch, rate in enumerate(rates) if rate == min(rates)]
+    assert taken(tmp_path / "run", lr_minima=True) == lows == [3, 7, 11]
+    assert taken(tmp_path / "run", lr_minima=True, start="60%") == [7, 11]
+    np.testing.assert_allclose(rates[lows[0]], min(rates))

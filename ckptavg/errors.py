@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # User and password, and the query, in an address: what may be secret.
-_USER = re.compile(r"(://)[^/@\s]*@")
-_QUERY = re.compile(r"(://[^?\s]*)\?\S*")
+_USER = re.compile(r"(://)[^/\s]*@")
+# It matches with no query as well: else a name full of `://` would take quadratic time.
+_QUERY = re.compile(r"(://[^?\n]*)(?:\?\S*)?")
 _LONGEST_NAME = 300
 
 

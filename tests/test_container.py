@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ckptavg
@@ -463,3 +464,82 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, legacy):
     assert int(done.stdout) << 10 < 70 << 20
     result = torch.load(tmp_path / "out.pt", mmap=not legacy)
     assert bool((result["model"]["w"] == 0.5).all())
+
+
+def test_a_last_checkpoint_without_weight_may_be_of_any_kind(tmp_path):
+    (tmp_path / "run").mkdir()
+    states = random_state_dicts(2)
+    save(tmp_path / "run" / "step_0.pt", {"model": states[0], "note": "x"})
+    save_file(states[1], tmp_path / "run" / "step_1.safetensors")
+    result = average(tmp_path / "run", weights=[1, 0])
+    assert result["note"] == "x"
+    assert all(same_bits(result["model"][name], value) for name, value in states[0].items())
+    with pytest.raises(OutputError, match=r"step_1\.safetensors, is no torch file"):
+        ckptavg.average(tmp_path / "run", tmp_path / "o.pt", container="last", weights=[0, 1])
+
+
+@LEGACY
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda flat: flat[50:150],
+        lambda flat: flat[90:],
+        lambda flat: flat[10:20],
+        lambda flat: flat[::10],
+    ],
+    ids=["across its end", "its last elements", "within", "some elements"],
+)
+def test_a_state_dict_that_overlaps_the_weights_is_not_said_to_stay(tmp_path, view, legacy):
+    (tmp_path / "run").mkdir()
+    for step in range(2):
+        flat = torch.full((200,), 1.0 * step)
+        root = {"state_dict": {"w": flat[:100]}, "best_ema": {"x": view(flat)}}
+        save(tmp_path / "run" / f"step_{step}.pt", root, legacy=legacy)
+    result = run("average", tmp_path / "run", "-o", tmp_path / "o.pt", "--container", "last")
+    assert "warning: best_ema in the container shares tensors with the weights" in result.stderr
+    assert "stays" not in result.stderr
+    assert 0.5 in torch.load(tmp_path / "o.pt")["best_ema"]["x"].tolist()
+
+
+@LEGACY
+def test_a_state_dict_beside_the_weights_in_their_storage_stays(tmp_path, legacy):
+    (tmp_path / "run").mkdir()
+    for step in range(2):
+        flat = torch.full((200,), 1.0 * step)
+        root = {"state_dict": {"w": flat[:100]}, "best_ema": {"x": flat[100:]}}
+        save(tmp_path / "run" / f"step_{step}.pt", root, legacy=legacy)
+    result = run("average", tmp_path / "run", "-o", tmp_path / "o.pt", "--container", "last")
+    assert "warning: best_ema in the container stays the last checkpoint's" in result.stderr
+    assert torch.load(tmp_path / "o.pt")["best_ema"]["x"].tolist() == [1.0] * 100
+
+
+def save_weight_averaging(folder: Path, count: int) -> list[dict[str, StateDict]]:
+    """What Lightning's WeightAveraging leaves: its average under another name than the weights."""
+    folder.mkdir()
+    saved: list[dict[str, StateDict]] = []
+    for step in range(count):
+        root = {
+            "current_model_state": {"w": torch.randn(3), "b": torch.randn(2)},
+            "state_dict": {"w": torch.randn(3), "b": torch.randn(2)},
+            "averaging_state": {"n_averaged": torch.tensor(step)},
+        }
+        saved.append(root)
+        save(folder / f"step={step}.ckpt", {"global_step": step, **root})
+    return saved
+
+
+def test_an_average_of_several_is_also_what_lightning_loads(tmp_path):
+    saved = save_weight_averaging(tmp_path / "run", 3)
+    result = average(tmp_path / "run")
+    for name in ("current_model_state", "state_dict"):
+        for tensor, value in result[name].items():
+            mean = naive_mean([root["current_model_state"][tensor] for root in saved])
+            assert same_bits(value, mean), (name, tensor)
+    assert result["averaging_state"] == {"n_averaged": torch.tensor(2)}
+
+
+def test_an_average_of_one_leaves_what_lightning_loads(tmp_path):
+    [saved] = save_weight_averaging(tmp_path / "run", 1)
+    result = average(tmp_path / "run")
+    for name in ("current_model_state", "state_dict"):
+        assert all(same_bits(result[name][one], value) for one, value in saved[name].items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ckptavg
-from tests.oracle import naive_mean, same_bits
+from ckptavg.errors import SelectionError
+from tests.oracle import naive_mean, same_bits, save_run
 from tests.test_cli import run
 
 LEFT_OUT = "left out what is no tensor: "
@@ -256,3 +259,108 @@ def test_a_name_in_it_that_looks_like_code_is_but_text(tmp_path):
     saved = train(tmp_path / "run", state)
     ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
     assert same(torch.load(tmp_path / "out.pt")["1._extra_state"], saved[-1]["1._extra_state"])
+
+
+class Odd:
+    """Pickled as a tensor whose shape and strides are no tuples of numbers."""
+
+    def __init__(self, shape: object) -> None:
+        self.shape = shape
+
+    def __reduce__(self) -> tuple[object, ...]:
+        storage = torch.zeros(4)._typed_storage()
+        arguments: tuple[object, ...] = (
+            storage,
+            0,
+            self.shape,
+            self.shape,
+            False,
+            collections.OrderedDict(),
+        )
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+def pairs(depth: int) -> tuple[Any, ...]:
+    """A tuple that holds the same one twice, and so on: to hash it takes 2^depth steps."""
+    value: tuple[Any, ...] = (1, 1)
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+def save_odd(folder: Path, shape: object) -> None:
+    folder.mkdir()
+    for step in range(2):
+        root = {"weight": torch.full((2,), float(step)), "_extra_state": {"x": [Odd(shape)]}}
+        torch.save(root, folder / f"step_{step}.pt")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pairs(60), ([1], 2), ({"a": 1},), (1.5,), ("4",), (None,), (True,)],
+    ids=["endless", "a list", "a dict", "a fraction", "text", "nothing", "a bool"],
+)
+def test_a_tensor_of_an_odd_shape_is_left_out_at_once(tmp_path, shape):
+    save_odd(tmp_path / "run", shape)
+    done = subprocess.run(
+        [sys.executable, "-m", "ckptavg", "average", tmp_path / "run", "-o", tmp_path / "out.pt"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, f"ckptavg: {LEFT_OUT}_extra_state\n")
+    assert torch.load(tmp_path / "out.pt")["weight"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_forward_module.module."])
+def test_a_wrapper_s_prefix_is_taken_off_its_name(tmp_path, prefix):
+    (tmp_path / "run").mkdir()
+    for step in range(2):
+        weight = torch.full((2,), float(step))
+        root = {f"{prefix}weight": weight, f"{prefix}_extra_state": {"step": step}}
+        torch.save(root, tmp_path / "run" / f"step_{step}.pt")
+    ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+    result = torch.load(tmp_path / "out.pt")
+    assert result.keys() == {"weight", "_extra_state"}
+    assert result["_extra_state"] == {"step": 1}
+    ckptavg.average(tmp_path / "run", tmp_path / "kept.pt", keep_prefix=True)
+    assert f"{prefix}_extra_state" in torch.load(tmp_path / "kept.pt")
+
+
+def test_where_the_last_one_is_not_known_it_is_an_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name, value in (("best.pt", 0.0), ("step_1.pt", 1.0)):
+        root = {"weight": torch.full((2,), value), "_extra_state": {"of": name}}
+        torch.save(root, tmp_path / "run" / name)
+    with pytest.raises(SelectionError, match=r"takes along .*best\.pt, step_1\.pt; put the step"):
+        ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+    # Which one it is does not matter for the weights alone.
+    ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["weight"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_one_that_is_a_tensor_of_bytes_is_the_last_one_s(tmp_path, kind):
+    """As TransformerEngine keeps its pickled recipe."""
+    states = []
+    for step in range(3):
+        recipe = pickle.dumps({"amax": [float(step)] * 3})
+        state = torch.tensor(list(recipe), dtype=torch.uint8)
+        states.append({"fc.weight": torch.randn(3), "fc._extra_state": state})
+    save_run(tmp_path / "run", states, kind)
+    ckptavg.average(tmp_path / "run", tmp_path / f"out.{kind}")
+    load = load_file if kind == "safetensors" else torch.load
+    result = load(tmp_path / f"out.{kind}")
+    assert same_bits(result["fc._extra_state"], states[-1]["fc._extra_state"])
+    assert same_bits(result["fc.weight"], naive_mean([state["fc.weight"] for state in states]))
+
+
+def test_one_that_is_a_tensor_of_floats_is_not_averaged(tmp_path):
+    states = [{"w": torch.randn(3), "_extra_state": torch.randn(4)} for _ in range(3)]
+    save_run(tmp_path / "run", states)
+    summary = ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")["_extra_state"]
+    assert same_bits(found, states[-1]["_extra_state"])
+    assert summary.roles == {"averaged": 1, "last": 1}

@@ -288,6 +288,49 @@ class TestNames:
         assert checkpoint.other_keys == ("ema",)
         assert_holds(open_checkpoint(tmp_path / "c", key="ema"), state["ema"])
 
+    @pytest.mark.parametrize(
+        "names",
+        [
+            ("scaler.mean", "down_sampler.conv.weight", "criterion.weight"),
+            ("optimus.weight", "scheduled.weight", "rng_net.w", "sampler.weight"),
+        ],
+    )
+    @pytest.mark.parametrize("planned", [True, False])
+    def test_like_those_of_the_training_s_state_are_kept(self, tmp_path, names, planned):
+        weights = {name: torch.ones(number + 1) for number, name in enumerate(names)}
+        folder = save(weights | {"optimizer.state.w": torch.zeros(2)}, tmp_path / "c")
+        if not planned:
+            edit(folder, lambda metadata: setattr(metadata, "planner_data", None))
+        assert_holds(open_checkpoint(folder), weights)
+
+    @pytest.mark.parametrize(
+        "beside",
+        [
+            {"ema": {"w": torch.zeros(2)}},
+            {"ema": {"w": torch.zeros(2)}, "swa_model": {"w": torch.zeros(2)}},
+            {"counts": {"seen": torch.tensor(5), "left": torch.tensor(7)}},
+            {"counts": {"seen": torch.tensor(5)}, "optimizer": {"m": torch.zeros(2)}},
+        ],
+        ids=["an average", "averages", "counters", "counters and an optimizer"],
+    )
+    def test_at_the_top_are_the_weights(self, tmp_path, beside):
+        weights = {"layer.w": torch.ones(2), "layer.b": torch.ones(1)}
+        checkpoint = self.opened(weights | beside, tmp_path / "c")
+        assert_holds(checkpoint, weights)
+        assert (checkpoint.key, checkpoint.other_content) == ("", True)
+
+    def test_at_the_top_beside_other_tensors_are_a_choice(self, tmp_path):
+        weights, others = {"w": torch.ones(2)}, {"shuffle": torch.zeros(3)}
+        folder = save(weights | {"dataloader": others}, tmp_path / "c")
+        with pytest.raises(SelectionError) as caught:
+            open_checkpoint(folder)
+        assert str(caught.value) == (
+            f"{folder}: several state dicts in it: the tensors at the top, dataloader; take one "
+            "with --key ('' is the top)"
+        )
+        assert_holds(open_checkpoint(folder, key=""), weights)
+        assert_holds(open_checkpoint(folder, key="dataloader"), others)
+
     def test_that_are_not_there_are_an_error(self, tmp_path):
         folder = save({"optimizer": {"w": torch.zeros(2)}}, tmp_path / "c")
         with pytest.raises(SelectionError, match="no state dict"):

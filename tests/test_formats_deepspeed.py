@@ -72,3 +72,51 @@ def test_slices_of_a_parallel_model_are_refused(tmp_path):
     folder = save_engine(tmp_path / "x", {"w": torch.ones(2)}, ranks=2)
     with pytest.raises(FormatError, match="weights in 2 pieces"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model", "checkpoint"])
+def test_the_engine_s_folder_in_another_trainer_s_checkpoint_has_the_weights(tmp_path, name):
+    """As accelerate and Lightning have it write."""
+    folder = save_engine(tmp_path / "step_7" / name, {"w": torch.full((2,), 7.0)}).parent
+    (folder / "random_states_0.pkl").touch()
+    (folder / "scheduler.bin").touch()
+    assert find([folder]) == [(folder, True)]
+    opened = open_checkpoint(folder)
+    assert (opened.path, opened.read("w").tolist()) == (folder, [7, 7])
+
+
+def test_two_of_the_engine_s_folders_are_two_checkpoints(tmp_path):
+    for name in ("pytorch_model", "checkpoint"):
+        save_engine(tmp_path / name, {"w": torch.ones(2)})
+    assert [path.name for path, _ in find([tmp_path])] == ["checkpoint", "pytorch_model"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_are_elsewhere_are_known_by_their_shapes(tmp_path, frozen):
+    folder = save_engine(tmp_path / "x", {"w": torch.ones(2), "v": torch.ones(0)})
+    path = folder / "mp_rank_00_model_states.pt"
+    states = torch.load(path)
+    shapes = {"v": torch.Size([3])}
+    states |= {"frozen_param_shapes": shapes} if frozen else {"param_shapes": [{}, shapes]}
+    torch.save(states, path)
+    with pytest.raises(FormatError, match=r"stage 3.*zero_to_fp32\.py"):
+        open_checkpoint(folder)
+
+
+def test_parameters_without_an_element_are_weights_like_others(tmp_path):
+    weights = {"w": torch.ones(2), "empty": torch.ones(0)}
+    folder = save_engine(tmp_path / "x", weights)
+    assert set(open_checkpoint(folder).tensors) == {"w", "empty"}
+
+
+@pytest.mark.parametrize("stage", [None, "3", [3], {"stage": 3}])
+def test_an_odd_configuration_is_no_trouble(tmp_path, stage):
+    folder = save_engine(tmp_path / "x", {"w": torch.ones(2)})
+    path = folder / "mp_rank_00_model_states.pt"
+    odd = {"ds_config": {"zero_optimization": stage}, "param_shapes": stage}
+    torch.save(torch.load(path) | odd, path)
+    if stage == {"stage": 3}:
+        with pytest.raises(FormatError, match="stage 3"):
+            open_checkpoint(folder)
+    else:
+        assert open_checkpoint(folder).read("w").tolist() == [1, 1]

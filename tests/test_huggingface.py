@@ -71,7 +71,7 @@ class TestIndex:
     def test_that_names_no_file_of_its_directory_is_an_error(self, tmp_path, shard):
         folder = save_shards(tmp_path / "x")
         write_index(folder, {"a": ONE, "b": shard})
-        with pytest.raises(FormatError, match="b: names .*, which is no file of its directory"):
+        with pytest.raises(FormatError, match=r"b: names .*, which is no file of its directory"):
             open_checkpoint(folder)
 
     @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ class TestIndex:
             ("[" * 100_000, "is no valid JSON"),
             (f'{{"weight_map": {{"a": "{ONE}", "a": "{TWO}"}}}}', "'a' twice"),
             ('{"weight_map": {"a": "x"}, "weight_map": {"b": "x"}}', "'weight_map' twice"),
-            ('{"a\\u001b[31m": 1, "a\\u001b[31m": 2}', r"'a\\x1b[31m' twice"),
+            ('{"a\\u001b[31m": 1, "a\\u001b[31m": 2}', r"'a\x1b[31m' twice"),
         ],
     )
     def test_that_is_none_is_an_error(self, tmp_path, text, message):
@@ -206,10 +206,11 @@ class TestCompanions:
         save_file({"w": torch.ones(2)}, last / "model_1.safetensors")
         torch.save({}, last / "optimizer.pt")
         result = run("average", tmp_path / "run", "-o", tmp_path / "out")
-        assert [line for line in result.stderr.splitlines() if "warning" in line] == [
+        [warning] = [line for line in result.stderr.splitlines() if "warning" in line]
+        assert warning == (
             "ckptavg: warning: not averaged and not brought along, though it has weights: "
             "2_Dense, model_1.safetensors"
-        ]
+        )
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
     def test_without_weights_are_not(self, tmp_path):

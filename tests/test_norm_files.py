@@ -34,6 +34,8 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.norm.files import RefreshOptions, average_and_refresh, refresh_checkpoint
 from ckptavg.norm.loading import as_torch, load_weights, match_names
 from tests.oracle import same_bits
+from tests.test_formats_dcp import save as save_dcp
+from tests.test_formats_deepspeed import save_engine
 
 TRAIN = """
 import torch
@@ -217,6 +219,15 @@ def ours(state, tmp_path, name="ours.safetensors"):
         )
     ckptavg.average(inputs, tmp_path / name)
     return tmp_path / name
+
+
+def contents(folder):
+    """All the files below a directory."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 REFRESHED = {
@@ -791,6 +802,96 @@ class TestWhereItGoes:
                 refresh_checkpoint(path, output, options(**bad))
         assert {one: one.read_bytes() for one in tmp_path.iterdir() if one.is_file()} == before
 
+    @pytest.mark.parametrize("kind", ["pytorch_model.bin", "DeepSpeed", "DCP"])
+    def test_a_directory_without_safetensors_is_not_refreshed_in_place(self, kind, net, tmp_path):
+        folder = tmp_path / "folder"
+        if kind == "DeepSpeed":
+            save_engine(folder, net.state_dict())
+        elif kind == "DCP":
+            save_dcp({"model": net.state_dict()}, folder)
+        else:
+            folder.mkdir()
+            torch.save(net.state_dict(), folder / kind)
+        before = contents(folder)
+        for output in (None, folder):
+            with pytest.raises(OutputError, match="without weights in safetensors files"):
+                refresh_checkpoint(folder, output, options("train.py:raising"), in_place=True)
+        assert contents(folder) == before
+        refresh_checkpoint(folder, tmp_path / "o.safetensors", options())
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])
+    def test_a_trainer_s_directory_is_refused_before_the_model_is_made(self, name, net, tmp_path):
+        folder = self.directory(net, tmp_path)
+        (folder / name).write_text("{}")
+        before = contents(folder)
+        with pytest.raises(OutputError, match=rf"would not bring \({name}\)"):
+            refresh_checkpoint(folder, None, options("train.py:raising"), in_place=True)
+        assert contents(folder) == before
+
+    def test_a_directory_is_refreshed_in_place(self, net, tmp_path):
+        folder = self.directory(net, tmp_path)
+        before = load(folder / "model.safetensors")
+        refresh_checkpoint(folder, None, options(), in_place=True)
+        assert set(contents(folder)) == {"config.json", "model.safetensors"}
+        after = load(folder / "model.safetensors")
+        assert {name for name in before if not same_bits(after[name], before[name])} == REFRESHED
+
+    def directory(self, net, tmp_path):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        save_safetensors(net.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    def test_a_whole_model_stays_one_in_place(self, net, tmp_path):
+        path = tmp_path / "whole.pt"
+        torch.save(net, path)
+        refresh_checkpoint(path, None, options(), in_place=True)
+        found = torch.load(path, weights_only=False)
+        assert type(found) is type(net)
+        state = found.state_dict()
+        changed = {name for name, v in net.state_dict().items() if not same_bits(state[name], v)}
+        assert changed == REFRESHED
+        assert found.decode.weight is found.head.weight
+
+    def weight_averaging(self, net, path, value):
+        """What Lightning's WeightAveraging leaves."""
+        average = {name: value.clone() for name, value in net.state_dict().items()}
+        own = {
+            name: tensor * value if tensor.is_floating_point() else tensor
+            for name, tensor in net.state_dict().items()
+        }
+        counter = {"n_averaged": torch.tensor(3)}
+        root = {"current_model_state": own, "state_dict": average, "averaging_state": counter}
+        torch.save({"global_step": value, **root}, path)
+        return path
+
+    def test_the_average_of_weight_averaging_is_left_alone(self, net, tmp_path):
+        path = self.weight_averaging(net, tmp_path / "a.ckpt", 2)
+        before = torch.load(path)
+        refresh_checkpoint(path, None, options(), in_place=True)
+        after = torch.load(path)
+        for name, value in before["state_dict"].items():
+            assert same_bits(after["state_dict"][name], value), name
+        own = before["current_model_state"]
+        changed = {
+            name
+            for name, value in after["current_model_state"].items()
+            if not same_bits(value, own[name])
+        }
+        assert changed == REFRESHED
+
+    def test_an_average_of_ours_is_refreshed_where_weight_averaging_loads_it(self, net, tmp_path):
+        inputs = [self.weight_averaging(net, tmp_path / f"{n}.ckpt", n) for n in (1, 3)]
+        path = tmp_path / "swa.ckpt"
+        ckptavg.average(inputs, path, container="last")
+        before = torch.load(path)["state_dict"]
+        refresh_checkpoint(path, None, options())
+        after = torch.load(path)
+        for name, value in after["state_dict"].items():
+            assert same_bits(after["current_model_state"][name], value), name
+            assert same_bits(value, before[name]) == (name not in REFRESHED), name
+
 
 class TestProvenance:
     def test_says_what_was_done(self, net, tmp_path):
@@ -1001,6 +1102,24 @@ class TestAverageAndRefresh:
             average_and_refresh([folder], output, options(), force=True)
         assert output.read_bytes() == before
         assert len(list(folder.iterdir())) == 2
+
+    def test_makes_shards_of_the_size_that_is_asked_for(self, net, tmp_path):
+        folder, average = self.inputs(net, tmp_path)
+        out = tmp_path / "out"
+        run("average", folder, "-o", f"{out}/", "--max-shard-size", "500", *SPECS)
+        shards = sorted(out.glob("model-*.safetensors"))
+        index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+        assert {shard.name for shard in shards} == set(index.values())
+        assert len(shards) > 1
+        refresh_checkpoint(average, None, options())
+        expected = load(average)
+        found = {name: value for shard in shards for name, value in load(shard).items()}
+        assert found.keys() == index.keys() == expected.keys()
+        assert all(same_bits(found[name], value) for name, value in expected.items())
+        sizes = [sum(value.nbytes for value in tensors.values()) for tensors in map(load, shards)]
+        largest = max(value.nbytes for value in expected.values())
+        assert all(size <= max(500, largest) for size in sizes)
+        assert not list(tmp_path.glob(".ckptavg*"))
 
     def test_hands_on_what_average_takes(self, net, tmp_path):
         folder, _ = self.inputs(net, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -15,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from upath import UPath
 
 import ckptavg
-from ckptavg.errors import CkptAvgError, OutputError, SelectionError
+from ckptavg.errors import CkptAvgError, MismatchError, OutputError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.parts import open_source
 from ckptavg.paths import as_path
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
+from tests.test_cli import run
 
 
 class Store:
@@ -266,3 +268,103 @@ def test_a_checkpoint_behind_a_url_is_described(tmp_path, store):
     save_run(tmp_path / "run", random_state_dicts(1))
     opened = open_checkpoint(as_path(store.upload(tmp_path / "run") + "/step_0.safetensors"))
     assert opened.read("layer.bias").shape == (7,)
+
+
+def upload_as(url: str, content: bytes) -> str:
+    """Put a file there by that very address, password and all."""
+    path = UPath(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return url
+
+
+class TestSecrets:
+    def addresses(self, tmp_path, store):
+        """Two checkpoints behind addresses with a password and a token."""
+        name = store.root.removeprefix("memory://")
+        store.root = f"memory://user:secret@{name}"
+        return [
+            upload_as(f"{store.root}/run/{path.name}?token=secret", path.read_bytes())
+            for path in save_run(tmp_path / "run", random_state_dicts(2))
+        ]
+
+    def test_are_not_in_the_output_nor_in_what_is_said(self, tmp_path, store):
+        urls = self.addresses(tmp_path, store)
+        out = tmp_path / "out.safetensors"
+        result = run("average", *urls, "-o", out)
+        assert "averaged 2 checkpoints" in result.stdout
+        assert "secret" not in result.output
+        provenance = open_checkpoint(out).metadata["ckptavg"]
+        assert "secret" not in provenance
+        names = [source["name"] for source in json.loads(provenance)["sources"]]
+        assert names == ["step_0.safetensors", "step_1.safetensors"]
+        assert b"secret" not in out.read_bytes()
+
+    def test_are_not_in_the_summary_s_names(self, tmp_path, store):
+        urls = self.addresses(tmp_path, store)
+        summary = ckptavg.average(urls, tmp_path / "out.safetensors")
+        assert [source.name for source in summary.sources] == [
+            "step_0.safetensors",
+            "step_1.safetensors",
+        ]
+
+    @pytest.mark.parametrize(
+        "damage", [b"", b"x" * 100, b"\x10\0\0\0\0\0\0\0{}"], ids=["empty", "no file", "truncated"]
+    )
+    def test_are_not_in_errors(self, tmp_path, store, damage):
+        urls = self.addresses(tmp_path, store)
+        UPath(urls[1]).write_bytes(damage)
+        with pytest.raises(CkptAvgError) as caught:
+            ckptavg.average(urls, tmp_path / "out.safetensors")
+        assert "/run/step_1.safetensors: " in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+    def test_are_not_in_what_a_store_raises(self, tmp_path, store, monkeypatch):
+        urls = self.addresses(tmp_path, store)
+
+        def fail(*_, **__):
+            raise ConnectionError(f"403 for {urls[0]}")
+
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+        result = run("average", *urls, "-o", tmp_path / "out.safetensors", code=1)
+        assert "cannot read it: 403 for memory://" in str(result.exception)
+        assert "secret" not in str(result.exception)
+
+    def test_are_not_in_a_mismatch(self, tmp_path, store):
+        urls = self.addresses(tmp_path, store)
+        save_file({"other": torch.ones(2)}, tmp_path / "other.safetensors")
+        UPath(urls[1]).write_bytes((tmp_path / "other.safetensors").read_bytes())
+        with pytest.raises(MismatchError) as caught:
+            ckptavg.average(urls, tmp_path / "out.safetensors")
+        assert "other: in memory://" in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_the_provenance_of_files_here_and_there_has_no_absolute_path(tmp_path, store):
+    states = [{"embed.weight": state["embed.weight"]} for state in random_state_dicts(2)]
+    here, _ = save_run(tmp_path / "run", states)
+    url = store.upload(tmp_path / "run")
+    ckptavg.average([here, f"{url}/step_1.safetensors"], tmp_path / "out.safetensors")
+    provenance = open_checkpoint(tmp_path / "out.safetensors").metadata["ckptavg"]
+    names = [source["name"] for source in json.loads(provenance)["sources"]]
+    assert names == ["step_0.safetensors", "step_1.safetensors"]
+    assert str(tmp_path) not in provenance
+
+
+def test_a_server_that_knows_no_ranges_is_named(tmp_path, store, monkeypatch):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    url = store.upload(tmp_path / "run")
+    original = MemoryFileSystem.cat_file
+
+    def whole(files, path, start=None, end=None, **options):
+        return original(files, path)
+
+    source = open_source(as_path(f"{url}/step_0.safetensors"))
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", whole)
+    message = r"step_0\.safetensors: is sent whole when a piece of it is asked for; download it"
+    with pytest.raises(CkptAvgError, match=message):
+        ckptavg.average(url, tmp_path / "out.safetensors")
+    with pytest.raises(CkptAvgError, match=message):
+        source.read(0, 8)
+    with pytest.raises(CkptAvgError, match=message):
+        source.read_many([(0, 8), (8, 8)])

@@ -66,9 +66,7 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         SelectionError: which state dict is wanted is unclear.
     """
     if not (path / _METADATA).exists():
-        raise FormatError(
-            f"has shards and no {_METADATA}: was the saving interrupted?", path=path
-        )
+        raise FormatError(f"has shards and no {_METADATA}: was the saving interrupted?", path=path)
     file = open_source(path / _METADATA)
     pickled = file.read(0, min(file.size, unpickler.LARGEST_PICKLE + 1))
     metadata = Metadata(file.path, _load(file.path, pickled))

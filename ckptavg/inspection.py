@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
+from ckptavg.paths import shown
 from ckptavg.roles import is_norm_statistic
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _describe(checkpoint: Checkpoint) -> Description:
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype.name] += 1
     return Description(
-        path=str(checkpoint.path),
+        path=shown(checkpoint.path),
         container=checkpoint.container,
         file_bytes=checkpoint.size,
         state_dict=checkpoint.key,

@@ -70,6 +70,11 @@ def reaching(path: Path) -> Iterator[None]:
         raise CkptAvgError(f"cannot be reached: {what}", path=path) from error
 
 
+def shown(path: Path) -> str:
+    """The path for a report: of an address without user, password and query."""
+    return printable(path) if is_remote(path) else str(path)
+
+
 def absolute(path: Path) -> PurePosixPath | Path:
     """The whole path, links in it left as they are; of a URL what stands behind the scheme."""
     if is_remote(path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptavg.paths import shown
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -114,7 +116,7 @@ def summarise(
         sources=tuple(
             SourceSummary(
                 name,
-                str(source.path),
+                shown(source.path),
                 source.checkpoint.size,
                 source.checkpoint.digest,
                 value / weights.divisor,

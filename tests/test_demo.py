@@ -23,8 +23,9 @@ from ckptavg.demo import train
 from ckptavg.demo.run import run, run_with_budget
 from ckptavg.errors import CkptAvgError, OutputError
 
-TINY = train.Budget(epochs=2, common=1, cycle=20)
-START = 40  # steps before the cycles: one epoch of 2,000 examples in batches of 50
+TINY = train.Budget(epochs=8, common=6, cycle=80)
+EPOCH = 40  # steps: 2,000 examples in batches of 50
+START, END = 6 * EPOCH, 8 * EPOCH
 NAMES = [
     "last iterate",
     "mean of the 2 members",
@@ -110,41 +111,51 @@ def test_loader_shuffles_in_the_same_way_each_time():
 
 def test_cycles_take_the_last_quarter_of_the_budget():
     budget = train.Budget()
-    assert (budget.epochs, budget.common) == (40, 30)
+    assert (budget.epochs, budget.common) == (64, 48)
 
 
 def test_rates_are_conventional_then_cyclical(tiny):
     rates = tiny[2]
-    conventional, cycles = rates[:80], rates[80:]
-    expected = [0.2 * (1 - 0.99 * max(0, step / 80 - 0.5) / 0.4) for step in range(1, 73)]
-    assert conventional == pytest.approx(expected + 8 * [0.002])
-    assert cycles == pytest.approx([formula(i, 20, 0.2, 0.02) for i in range(1, 41)])
+    conventional, cycles = rates[:END], rates[END:]
+    expected = [
+        0.2 * max(0.01, 1 - 0.99 * max(0, step / END - 0.5) / 0.4) for step in range(1, END + 1)
+    ]
+    assert conventional == pytest.approx(expected)
+    assert cycles == pytest.approx([formula(i, 80, 0.2, 0.02) for i in range(1, 81)])
 
 
-def test_checkpoints_stand_at_the_minima_of_the_rate(tiny):
+def test_every_epoch_is_saved(tiny):
     directory = tiny[1]
-    rates = [formula(i, 20, 0.2, 0.02) for i in range(1, 42)]
-    minima = [i for i in range(1, 41) if rates[i - 1] == min(rates[max(0, i - 2) : i + 1])]
     saved = {
         path.name: torch.load(path, weights_only=True)
         for path in (directory / "checkpoints").iterdir()
     }
-    assert sorted(one["global_step"] for one in saved.values()) == [START + i for i in minima]
+    assert sorted(saved) == [f"epoch_{epoch}.pt" for epoch in range(1, 9)]
     for name, checkpoint in saved.items():
-        assert name == f"step_{checkpoint['global_step']}.pt"
-        assert checkpoint["epoch"] == checkpoint["global_step"] // 40
-        assert checkpoint["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.02)
+        assert name == f"epoch_{checkpoint['epoch']}.pt"
+        assert checkpoint["global_step"] == EPOCH * checkpoint["epoch"]
+    last = saved["epoch_8.pt"]["optimizer"]["param_groups"][0]["lr"]
+    assert last == pytest.approx(0.02)
+
+
+def test_the_minima_of_the_rate_are_picked_from_them(tiny):
+    report = tiny[0]
+    # Of the last quarter: its start, before the rate rises again, and the end of its one cycle.
+    picked = tuple(f"checkpoints/epoch_{epoch}.pt" for epoch in (6, 8))
+    assert report.rows[1].files == picked
 
 
 def test_both_ends_go_on_from_the_same_start(tiny):
     directory = tiny[1]
-    start = torch.load(directory / "start.pt", weights_only=True)
+    start = directory / "checkpoints" / "epoch_6.pt"
     decayed = torch.load(directory / "decayed.pt", weights_only=True)
-    assert (start["global_step"], decayed["global_step"]) == (START, 80)
+    steps = torch.load(start, weights_only=True)["global_step"], decayed["global_step"]
+    assert steps == (START, END)
     run = train.Run(seed=3)
-    run.resume(directory / "start.pt")
+    run.resume(start)
     with train.one_thread():
-        run.train_epoch(lambda step: train.decayed_rate(step, 80))
+        for _ in range(2):
+            run.train_epoch(lambda step: train.decayed_rate(step, END))
     assert all(
         torch.equal(value, decayed["state_dict"][name])
         for name, value in run.model.state_dict().items()
@@ -220,7 +231,7 @@ def test_table_is_aligned_and_ends_with_the_commands(tiny, capsys):
 
 
 def test_progress_counts_every_epoch(tiny):
-    assert tiny[3] == 3 * [(1, 3)]
+    assert tiny[3] == 10 * [(1, 10)]
 
 
 def test_used_directory_is_refused_before_anything_is_done(tmp_path):
@@ -254,7 +265,7 @@ def test_missing_data_package_is_named_with_its_remedy(monkeypatch):
 def test_refreshed_average_beats_the_models_it_is_made_of(tmp_path):
     report = run(tmp_path / "demo")
     last, members, decayed, averaged, _, refreshed = report.rows
-    assert len(members.files) == 10
+    assert len(members.files) == 9
     assert members.files[-1:] == last.files
     assert refreshed.accuracy > max(last.accuracy, members.accuracy, averaged.accuracy)
     assert refreshed.nll < min(last.nll, members.nll, averaged.nll)

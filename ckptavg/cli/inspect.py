@@ -70,6 +70,7 @@ def _say_choice(
 ) -> None:
     """Which checkpoints the rules take, and why the others not."""
     from ckptavg.collect import survey
+    from ckptavg.paths import shown
     from ckptavg.selection import select
 
     rules, last = take_selection(options)
@@ -77,7 +78,7 @@ def _say_choice(
     verdicts = select(found, replace(rules, last=max(last, default=None)))
     rows = [
         {
-            "path": str(verdict.source.path),
+            "path": shown(verdict.source.path),
             "step": verdict.step,
             "rate": verdict.source.checkpoint.training.learning_rate
             if verdict.rate is None
@@ -91,7 +92,7 @@ def _say_choice(
     ]
     rows += [
         {
-            "path": str(one.path),
+            "path": shown(one.path),
             "step": None,
             "rate": None,
             "metric": None,

@@ -14,6 +14,7 @@ from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats import open_checkpoint
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.loading import load_weights
+from ckptavg.selection import Selection
 
 if TYPE_CHECKING:
     from ckptavg.summary import Summary
@@ -29,6 +30,10 @@ except ImportError as error:
 PathLike = str | Path
 Progress = Callable[[int, int | None], None]
 """Called with the epochs trained since the last call, and with how many there are."""
+
+
+RULES = Selection(start="75%", lr_minima=True)
+"""As in the paper: from 75 % of the budget on, at the minima of the rate."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,8 @@ def refuse_used(directory: Path) -> None:
 def make_averages(directory: Path) -> Summary:
     """Average the checkpoints in three ways, which differ in their BatchNorm statistics."""
     checkpoints, averaged = directory / "checkpoints", directory / "averaged-bn.safetensors"
-    summary = average(checkpoints, averaged)
-    average(checkpoints, directory / "last-bn.safetensors", norm_stats="last")
+    summary = average(checkpoints, averaged, select=RULES)
+    average(checkpoints, directory / "last-bn.safetensors", select=RULES, norm_stats="last")
     # The directory's train.py is a copy of this module, and gives the same model and batches.
     options = RefreshOptions(
         model=f"{train.__name__}:make_model", loader=f"{train.__name__}:train_loader"
@@ -186,6 +191,11 @@ def commands(directory: Path) -> tuple[str, str]:
     script, output = directory / "train.py", str(directory / "swa.safetensors")
     model, loader = f"{script}:make_model", f"{script}:train_loader"
     return (
-        shlex.join(["ckptavg", "average", str(directory / "checkpoints"), "-o", output]),
+        shlex.join(
+            [
+                *("ckptavg", "average", str(directory / "checkpoints"), "-o", output),
+                *("--start", "75%", "--lr-minima"),
+            ]
+        ),
         shlex.join(["ckptavg", "bn-refresh", output, "--model", model, "--loader", loader]),
     )

@@ -121,7 +121,9 @@ def minima(rates: Sequence[float], turns: Sequence[bool] = ()) -> list[bool]:
         low = [level > levels[index] for level in levels[max(index - 1, 0) : index + 2]]
         if len(flat) == 1 or (index > 0 and sum(low) == len(low) - 1):
             chosen[part.start : part.stop] = [True] * len(part)
-    if len(flat) > 1 and len(flat[-1]) == 1 and chosen[-1] and not known[-1]:
+    # Where earlier minima were as low, it ends at one, and not on its way to it.
+    as_low = any(close(levels[-1], level, max(levels)) for level in levels[:-1])
+    if len(flat) > 1 and len(flat[-1]) == 1 and chosen[-1] and not (known[-1] or as_low):
         log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
     return chosen
 

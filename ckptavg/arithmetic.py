@@ -22,32 +22,29 @@ def accumulator_dtype(dtype: DType) -> np.dtype[Any]:
     return np.dtype(np.complex128 if dtype.kind == "complex" else np.float64)
 
 
-def accumulate(
-    total: AnyArray,
-    values: AnyArray,
-    weight: float,
-    *,
-    first: bool,
-    product: AnyArray | None = None,
-) -> None:
-    """Add `weight * values` to `total` (float64 or complex128), or begin it with them.
+def weighted(
+    values: AnyArray, weight: float, out: AnyArray | None, dtype: np.dtype[Any]
+) -> AnyArray:
+    """`weight * values` in the dtype of the sums; the values themselves where the weight is 1.
 
     Args:
-        total: the sum.
-        values: of the same shape.
-        weight: of the values.
-        first: begin the sum.
-        product: room for `weight * values`, like `total`; None to make some.
+        values: of an input.
+        weight: of the input.
+        out: room for the product; None to make some.
+        dtype: float64 or complex128.
     """
     if weight == 1:
-        if first:
-            np.copyto(total, values, casting="same_kind")
-        else:
-            np.add(total, values, out=total)
-    elif first:
-        np.multiply(values, weight, out=total, dtype=total.dtype)
+        return values
+    product: AnyArray = np.multiply(values, weight, out=out, dtype=dtype)
+    return product
+
+
+def accumulate(total: AnyArray, term: AnyArray, *, first: bool) -> None:
+    """Add to a sum (float64 or complex128), or begin it: adding to 0 would lose -0.0."""
+    if first:
+        np.copyto(total, term, casting="same_kind")
     else:
-        np.add(total, np.multiply(values, weight, out=product, dtype=total.dtype), out=total)
+        np.add(total, term, out=total)
 
 
 def rounded(total: AnyArray, dtype: DType) -> AnyArray:

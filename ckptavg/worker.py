@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded
+from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded, weighted
 from ckptavg.checkpoint import read_span, read_view
 from ckptavg.jobs import CHUNK, BadValueError
 from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
@@ -162,17 +163,22 @@ class _Chunk:
         """
         begun = [False] * len(totals)
         for number, entry in enumerate(self.job.inputs):
-            takers = [at for at, share in enumerate(self.job.shares) if share.weights[number] != 0]
+            takers: defaultdict[float, list[int]] = defaultdict(list)
+            for at, share in enumerate(self.job.shares):
+                if share.weights[number] != 0:
+                    takers[share.weights[number]].append(at)
             if not takers:
                 continue
             values = self.read(entry)
-            if len(takers) > 1:
+            if len(takers) > 1 or len(next(iter(takers.values()))) > 1:
                 np.copyto(wide, values, casting="same_kind")
                 values = wide
-            for at in takers:
-                weight = self.job.shares[at].weights[number]
-                accumulate(totals[at], values, weight, first=not begun[at], product=product)
-                begun[at] = True
+            # Averages over more and over fewer of the last checkpoints share many of their weights.
+            for weight, several in takers.items():
+                term = weighted(values, weight, product, totals[0].dtype)
+                for at in several:
+                    accumulate(totals[at], term, first=not begun[at])
+                    begun[at] = True
 
     def finish(self, share: Share, total: AnyArray) -> AnyArray:
         """Divide a sum, round it and check it."""

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,13 @@ _HIGH = frozenset(
     )
 )
 # Words that turn a metric round, or make something else of it: `neg_mean_squared_error`.
-_TURNED = frozenset(("neg", "negative", "minus", "inv", "inverse", "scale", "weight", "delta"))
+_TURNED = frozenset(
+    (
+        *("neg", "negative", "minus", "inv", "inverse", "scale", "weight", "delta", "diff"),
+        *("drop", "gain", "gap", "std", "stddev", "var", "variance", "threshold", "free"),
+        *("improvement", "reduction", "increase", "decrease", "change", "ratio", "count", "1"),
+    )
+)
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*")
 # Whole or not at all: of `0.93x` nothing is taken.
 _NUMBER = r"[-+]?(?>\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
@@ -215,7 +222,10 @@ def _listed(path: Path, entries: Sequence[object]) -> Iterable[tuple[str, Mappin
         if name in seen:
             raise FormatError(f"has {printable(name)} twice", path=path)
         seen.add(name)
-        yield name, {key: value for key, value in entry.items() if key != "checkpoint"}
+        metrics = {key: value for key, value in entry.items() if key not in ("checkpoint", "path")}
+        yield name, metrics
+        if isinstance(entry.get("path"), str) and (place := os.path.abspath(entry["path"])) != name:  # noqa: PTH100
+            yield place, metrics
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

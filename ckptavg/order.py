@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import TYPE_CHECKING
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from ckptavg.sources import Source
 
 DIGITS = re.compile(r"(\d+)")
+# What numbers in names are called: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`.
+_LABELS = {
+    "step": r"(?:global_?step|steps?|iter(?:ation)?s?|it|updates?)",
+    "checkpoint": r"(?:checkpoint|ckpt)",
+    "epoch": r"(?:epochs?|ep)",
+}
 
 
 def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
@@ -27,15 +34,62 @@ def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
     """
     own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
     by_name = sorted(sources, key=lambda source: natural(own[source]))
-    names_tell = _numbers_tell(list(own.values()))
-    for fact in STEP_FACTS:
-        if all(fact in source.checkpoint.facts for source in sources):
-            steps = [source.checkpoint.facts[fact] for source in sources]
-            by_step = sorted(by_name, key=lambda source: source.checkpoint.facts[fact])
-            return by_step, names_tell or len(set(steps)) == len(steps)
+    names = [own[source] for source in by_name]
+    for facts in _orders(sources):
+        if all(facts <= source.checkpoint.facts.keys() for source in sources):
+            steps = [
+                tuple(source.checkpoint.facts[fact] for fact in sorted(facts)) for source in by_name
+            ]
+            break
+    else:
+        steps = [(number,) for number in numbers_in(names) or ()]
+    tell = _numbers_tell(names)
+    if steps:
+        ordered = sorted(zip(steps, range(len(by_name)), by_name, strict=True))
+        return [source for *_, source in ordered], tell or len(set(steps)) == len(steps)
     recorded = any(source.checkpoint.step is not None for source in sources)
-    stepless = not recorded and not any(map(DIGITS.search, _without_common_numbers(own.values())))
-    return by_name, names_tell or stepless
+    stepless = not recorded and not any(map(DIGITS.search, _without_common_numbers(names)))
+    return by_name, tell or stepless
+
+
+def _orders(sources: Sequence[Source]) -> list[set[str]]:
+    """What may tell the order: one fact, or where steps begin anew in each epoch, both."""
+    if restarts(sources):
+        return [{"global_step"}, {"epoch", "step"}]
+    return [{fact} for fact in STEP_FACTS]
+
+
+def restarts(sources: Sequence[Source]) -> bool:
+    """Whether what is recorded as `step` is counted anew in each epoch."""
+    facts = [source.checkpoint.facts for source in sources]
+    if not all({"epoch", "step"} <= recorded.keys() for recorded in facts):
+        return False
+    rows = sorted((recorded["epoch"], recorded["step"]) for recorded in facts)
+    return any(one[0] < other[0] and one[1] >= other[1] for one, other in itertools.pairwise(rows))
+
+
+def numbers_in(names: Sequence[str], label: str | None = None) -> tuple[int, ...] | None:
+    """The step that each name tells; None where not all of them do.
+
+    It is a number that all of them call a step (else a checkpoint, else an epoch), or, where the
+    names are alike but for numbers, the first that differs.
+
+    Args:
+        names: of the checkpoints.
+        label: `step` or `epoch`, to look for that alone.
+    """
+    for pattern in _LABELS.values() if label is None else (_LABELS[label],):
+        found = [
+            re.findall(rf"(?<![a-z]){pattern}[=_-]?(\d+)", name, re.IGNORECASE) for name in names
+        ]
+        if all(found):
+            numbers = tuple(int(several[-1]) for several in found)
+            if len(set(numbers)) > 1 or len(names) == 1 or label is not None:
+                return numbers
+    if label is not None or not _numbers_tell(names):
+        return None
+    columns = zip(*(map(int, DIGITS.findall(_stem(name))) for name in names), strict=True)
+    return next((column for column in columns if len(set(column)) > 1 or len(names) == 1), None)
 
 
 def _numbers_tell(names: Sequence[str]) -> bool:

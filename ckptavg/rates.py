@@ -12,7 +12,7 @@ the checkpoint. Which of the two was recorded follows from the scheduler's own c
   where a checkpoint has epoch 0, or where `global_step` is in proportion to e + 1; and from 1 where
   p is e - 1 somewhere, or `global_step` is in proportion to e.
 - p = n: saved after the step, the next rate was recorded. p = n - 1: the one that was used.
-- If nothing tells from what is counted, the recorded rate is taken as the one used, with a warning.
+- If nothing tells from what is counted and the choice depends on it, the user has to say it.
 
 Where the next rate was recorded, the used one is what the trainer logged at that step, if it did;
 else what an earlier checkpoint recorded at p - 1; else it is computed from the scheduler's state
@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.schedules import close, schedule, value_at
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from ckptavg.units import Record
 
 log = logging.getLogger("ckptavg")
+
+Reading = Literal["used", "next"]
+"""What a trainer records: the rate of the last update, or that of the next one."""
 
 _ALTERNATIVES = "choose by --cycle, --steps or --every instead"
 _MOST_NAMED = 5
@@ -61,17 +64,70 @@ class _Point:
     doubt: str = ""
 
 
-def used_rates(records: Sequence[Record], *, names: Sequence[str]) -> list[float]:
+def at_minima(
+    records: Sequence[Record], *, names: Sequence[str], reading: Reading | None = None
+) -> tuple[list[float], list[bool]]:
+    """The rates with which weights were last updated, and which of them are local minima.
+
+    Args:
+        records: the checkpoints in the order of training.
+        names: what they are called, for messages.
+        reading: what was recorded: the rate that was `used`, or the `next` one; None to find out.
+
+    Raises:
+        SelectionError: some of them record no rate, it cannot be told which was recorded and the
+            choice depends on it, or the rate that changes is not the first one.
+    """
+    points = _points(records, reading)
+    if reading is None and any(point is not None and point.doubt == _UNSURE for point in points):
+        used, following = (_minima_of(_points(records, one))[0] for one in get_args(Reading))
+        if used != following:
+            doubtful = [n for n, p in zip(names, points, strict=True) if p and p.doubt == _UNSURE]
+            raise SelectionError(
+                f"it cannot be told whether the learning rate in {_few(doubtful)} is the one used "
+                "or the next one, and the choice depends on it",
+                remedy="say --lr-recorded used if the trainer saves before scheduler.step(), or "
+                "--lr-recorded next if after it",
+            )
+    rates = used_rates(records, names=names, reading=reading)
+    _check_first_group(records, rates)
+    chosen, falling = _minima_of(points)
+    if falling:
+        log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
+    return rates, chosen
+
+
+def _minima_of(points: Sequence[_Point | None]) -> tuple[list[bool], bool]:
+    known = [point for point in points if point is not None]
+    return _find_minima([point.rate for point in known], [_turns(point) for point in known])
+
+
+def _check_first_group(records: Sequence[Record], rates: Sequence[float]) -> None:
+    """Refuse a constant first rate beside others that change: a group that is held back."""
+    if not all(close(rate, rates[0], max(rates)) for rate in rates):
+        return
+    groups = zip(*(record.training.other_rates for record in records), strict=False)
+    if any(len(set(group)) > 1 for group in groups):
+        raise SelectionError(
+            "the learning rate of the first parameter group is constant, that of another is not",
+            remedy=_ALTERNATIVES,
+        )
+
+
+def used_rates(
+    records: Sequence[Record], *, names: Sequence[str], reading: Reading | None = None
+) -> list[float]:
     """The rate with which the weights of each checkpoint were last updated.
 
     Args:
         records: the checkpoints in the order of training.
         names: what they are called, for messages.
+        reading: what was recorded; None to find out.
 
     Raises:
         SelectionError: some of them record no rate.
     """
-    points = _points(records)
+    points = _points(records, reading)
     missing = [name for name, point in zip(names, points, strict=True) if point is None]
     if missing:
         what = (
@@ -113,7 +169,14 @@ def minima(rates: Sequence[float], turns: Sequence[bool] = ()) -> list[bool]:
         rates: of the checkpoints in the order of training.
         turns: those that are known to be minima (`turning_points`); none if left out.
     """
-    known = list(turns) or [False] * len(rates)
+    chosen, falling = _find_minima(rates, list(turns) or [False] * len(rates))
+    if falling:
+        log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
+    return chosen
+
+
+def _find_minima(rates: Sequence[float], known: Sequence[bool]) -> tuple[list[bool], bool]:
+    """The minima, and whether the rate was still falling at the last of them."""
     flat = list(_flat(rates))
     levels = [rates[part.start] for part in flat]
     chosen = list(known)
@@ -123,9 +186,8 @@ def minima(rates: Sequence[float], turns: Sequence[bool] = ()) -> list[bool]:
             chosen[part.start : part.stop] = [True] * len(part)
     # Where earlier minima were as low, it ends at one, and not on its way to it.
     as_low = any(close(levels[-1], level, max(levels)) for level in levels[:-1])
-    if len(flat) > 1 and len(flat[-1]) == 1 and chosen[-1] and not (known[-1] or as_low):
-        log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
-    return chosen
+    ends_falling = len(flat) > 1 and len(flat[-1]) == 1 and chosen[-1]
+    return chosen, ends_falling and not (known[-1] or as_low)
 
 
 def _flat(rates: Sequence[float]) -> Iterator[range]:
@@ -159,9 +221,9 @@ def _tell_doubts(names: Sequence[str], points: Sequence[_Point]) -> None:
             say(doubt, _few(doubtful))
 
 
-def _points(records: Sequence[Record]) -> list[_Point | None]:
+def _points(records: Sequence[Record], reading: Reading | None = None) -> list[_Point | None]:
     """Each checkpoint in the schedule; None where it records no rate."""
-    done = units_done(records)
+    done = units_done(records) if reading is None else _as_read(records, reading)
     logs_used = _logs_used(records)
     seen: dict[int, float] = {}
     points = []
@@ -171,6 +233,12 @@ def _points(records: Sequence[Record]) -> list[_Point | None]:
         if position is not None and rate is not None:
             seen[position] = rate
     return points
+
+
+def _as_read(records: Sequence[Record], reading: Reading) -> list[int | None]:
+    """The units done, if that is what was recorded."""
+    positions = [steps_taken(record.training.scheduler) for record in records]
+    return [None if p is None else p + (reading == "used") for p in positions]
 
 
 def _point(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.metrics import Mode, best, from_name, mode_of, read_metrics
-from ckptavg.rates import minima, turning_points, used_rates
+from ckptavg.paths import absolute
+from ckptavg.rates import Reading, at_minima
 from ckptavg.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -26,9 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-_NUMBER = re.compile(r"\d+")
-_RANGE = re.compile(r"(\d+):(\d+)(?::(\d+))?")
+_PERCENT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*%", re.ASCII)
+_NUMBER = re.compile(r"\d{1,18}", re.ASCII)
+_RANGE = re.compile(r"(\d{1,18}):(\d{1,18})(?::(\d{1,18}))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class Selection:
         steps: steps such as `100,200,300`, or a range with its ends in it such as `100:1000:100`.
         cycle: take those at the ends of cycles of this length, counted from the start.
         lr_minima: take those saved at a local minimum of the learning rate.
+        lr_recorded: what the trainer records: the rate that was `used`, or, saving after
+            `scheduler.step()`, the `next` one; None to find out.
         best: take so many with the best metric.
         metric: which metric that is.
         mode: `min` or `max`; None where the metric's name says it.
@@ -59,6 +64,7 @@ class Selection:
     steps: str | None = None
     cycle: int | None = None
     lr_minima: bool = False
+    lr_recorded: Reading | None = None
     best: int | None = None
     metric: str | None = None
     mode: Mode | None = None
@@ -79,8 +85,8 @@ class Selection:
             raise SelectionError(f"{options} are different ways of choosing: take one")
         if self.best is not None and self.metric is None:
             raise SelectionError("--best needs to know by what", remedy="name it with --metric")
-        if self.best is None and (self.metrics is not None or self.mode is not None):
-            raise SelectionError("--metrics and --mode are for --best N")
+        if self.metric is None and (self.metrics is not None or self.mode is not None):
+            raise SelectionError("--metrics and --mode need a --metric")
         for name in ("cycle", "best", "last", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -128,6 +134,7 @@ class Verdict:
         reason: why not; empty where it is taken.
         step: its place in the training as it counts itself, where it is known.
         done: how much of the training was done, in the same unit.
+        unit: what the step is: `global_step`, `step`, `epoch`, or the `number` in the name.
         rate: the learning rate that its weights were made with, where it was asked for.
         metric: its metric, where it was asked for.
     """
@@ -137,6 +144,7 @@ class Verdict:
     reason: str = ""
     step: int | None = None
     done: int | None = None
+    unit: str = "step"
     rate: float | None = None
     metric: float | None = None
 
@@ -197,7 +205,7 @@ class _Chooser:
         columns = (
             *(self._sources, self._names, self._reasons),
             *(self._timeline.numbers or unknown, self._timeline.done or unknown),
-            *(self._rates, self._metrics),
+            *([self._timeline.unit] * len(self._sources), self._rates, self._metrics),
         )
         return [Verdict(*row) for row in zip(*columns, strict=True)]
 
@@ -212,7 +220,8 @@ class _Chooser:
     def _need_steps(self, option: str) -> None:
         if self._timeline.numbers is None:
             raise SelectionError(
-                f"{option} needs to know the step of each checkpoint: {self._timeline.missing}",
+                f"{option} needs to know the step of each checkpoint: not all record one, and "
+                "their names do not tell",
                 remedy="put the step into every name",
             )
 
@@ -224,7 +233,8 @@ class _Chooser:
         text = str(self._selection.start).strip()
         timeline = self._timeline
         if percent := _PERCENT.fullmatch(text):
-            threshold = float(percent[1]) / 100 * max(timeline.done)
+            # Exactly: 55 % of 100 is 55, and not 55.00000000000001.
+            threshold = Fraction(percent[1]) * max(timeline.done) / 100
             self._keep(lambda i: timeline.done[i] >= threshold, lambda _: f"before {text}")
             left = self._left()
             self._begin = timeline.done[left[0]] if left else 0
@@ -268,6 +278,12 @@ class _Chooser:
         if length is None:
             return
         self._need_steps("--cycle")
+        if self._selection.unit is None and "epoch" in self._timeline.others:
+            raise SelectionError(
+                f"--cycle may be counted in {self._timeline.unit} or in epochs, which the "
+                "checkpoints record both",
+                remedy=f"say --unit {self._timeline.unit} or --unit epoch",
+            )
         done, begin = self._timeline.done, self._begin
         self._keep(lambda i: (done[i] - begin) % length == 0, lambda _: "not at the end of a cycle")
 
@@ -278,8 +294,9 @@ class _Chooser:
         if not self._known:
             raise SelectionError("--lr-minima needs to know the order of the checkpoints")
         records = [source.checkpoint for source in self._sources]
-        rates = used_rates(records, names=self._names)
-        at_minimum = minima(rates, turning_points(records))
+        rates, at_minimum = at_minima(
+            records, names=self._names, reading=self._selection.lr_recorded
+        )
         self._rates = list(rates)
         self._keep(lambda i: at_minimum[i], lambda i: f"its rate {rates[i]:g} is no minimum")
 
@@ -316,7 +333,7 @@ class _Chooser:
         """Each checkpoint's value, from the file, from the checkpoint, or from its name."""
         if self._selection.metrics is not None:
             table = read_metrics(self._selection.metrics, metric)
-            return [_look_up(table, name, source.path) for name, source in self._named()]
+            return _look_up_all(table, self._named())
         values = []
         for name, source in self._named():
             recorded = source.checkpoint.training.metrics.get(metric)
@@ -355,9 +372,17 @@ class _Chooser:
             )
 
 
-def _look_up(table: dict[str, float], name: str, path: Path) -> float | None:
-    """A checkpoint's value in a table by its path, its label, its name, or its name's stem."""
-    for key in (str(path), name, path.name, path.stem):
-        if key in table:
-            return table[key]
-    return None
+def _look_up_all(
+    table: dict[str, float], named: Sequence[tuple[str, Source]]
+) -> list[float | None]:
+    """Each checkpoint's value in a table, by its path, its label, or a name that no other has."""
+    names = Counter(source.path.name for _, source in named)
+    stems = Counter(source.path.stem for _, source in named)
+    values: list[float | None] = []
+    for name, source in named:
+        path = source.path
+        keys = [str(path), str(absolute(path)), name]
+        keys += [path.name] if names[path.name] == 1 else []
+        keys += [path.stem] if stems[path.stem] == 1 else []
+        values.append(next((table[key] for key in keys if key in table), None))
+    return values

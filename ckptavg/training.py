@@ -18,6 +18,7 @@ class TrainingRecord:
             checkpoint with epoch e was saved when e + 1 epochs were done (Lightning, timm).
         learning_rate: that of the optimizer's first parameter group. It may be the rate of the
             next update already: see `rates`.
+        other_rates: those of its further parameter groups.
         scheduler: plain values of the first scheduler's state dict (`last_epoch`, `base_lrs`,
             `_last_lr`, `T_0`, ...).
         logged_rate: what the trainer logged at the checkpoint's own step (Hugging Face).
@@ -27,6 +28,7 @@ class TrainingRecord:
 
     epochs_from_zero: bool = False
     learning_rate: float | None = None
+    other_rates: tuple[float, ...] = ()
     scheduler: Mapping[str, Any] | None = None
     logged_rate: float | None = None
     logged_before: float | None = None

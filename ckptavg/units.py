@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from ckptavg.training import TrainingRecord
 
-# What counts the units, and whether it may count them from 0.
-_COUNTERS = (("global_step", False), ("step", True), ("epoch", True))
+# What counts the units.
+_COUNTERS = ("global_step", "step", "epoch")
 
 
 class Record(Protocol):
@@ -37,7 +37,7 @@ def steps_taken(scheduler: Mapping[str, Any] | None) -> int | None:
 
 def units_done(records: Sequence[Record]) -> list[int | None]:
     """How many of the units that its scheduler counts were done, for each checkpoint."""
-    for fact, may_begin_at_zero in _COUNTERS:
+    for fact in _COUNTERS:
         counts = [record.facts.get(fact) for record in records]
         ahead = {
             position - count
@@ -51,15 +51,36 @@ def units_done(records: Sequence[Record]) -> list[int | None]:
         )
         if not ahead or not complete or not ahead <= {-1, 0, 1} or ahead >= {-1, 1}:
             continue
-        first = _first_unit(records, fact, ahead) if may_begin_at_zero else 1
+        first = _first_unit(records, fact, ahead)
         if first is None:
             return [None] * len(records)
         if (first == 1 and 1 not in ahead) or (first == 0 and -1 not in ahead):
             return [None if count is None else int(count) + 1 - first for count in counts]
+    return _updates_done(records)
+
+
+def _updates_done(records: Sequence[Record]) -> list[int | None]:
+    """Updates that were done, where a scheduler steps with each and only epochs are recorded.
+
+    Then its position is in proportion to the epochs, or one less is.
+    """
+    positions = [steps_taken(record.training.scheduler) for record in records]
+    pairs = {
+        (position, int(record.facts["epoch"]))
+        for position, record in zip(positions, records, strict=True)
+        if position is not None and "epoch" in record.facts
+    }
+    if len({epoch for _, epoch in pairs}) > 1:
+        for missing in (0, 1):
+            done = {(position + missing, epoch) for position, epoch in pairs}
+            if _first_of(done) is not None:
+                return [None if position is None else position + missing for position in positions]
     return [None] * len(records)
 
 
-def _first_unit(records: Sequence[Record], fact: str, ahead: set[int | float]) -> int | None:
+def _first_unit(  # noqa: PLR0911 - a table of rules
+    records: Sequence[Record], fact: str, ahead: set[int | float]
+) -> int | None:
     """Whether units are counted from 0 or from 1; None where nothing tells it.
 
     Args:
@@ -71,14 +92,18 @@ def _first_unit(records: Sequence[Record], fact: str, ahead: set[int | float]) -
         return 0
     if -1 in ahead:
         return 1
+    counts = {record.facts.get(fact) for record in records}
     if fact != "epoch":
-        return None
+        return 0 if 0 in counts else 1 if fact == "global_step" else None
     if any(record.training.epochs_from_zero for record in records):
         return 0
     proportional = _first_epoch(records)
-    if proportional is None and any(record.facts.get("epoch") == 0 for record in records):
+    if proportional is not None:
+        return proportional
+    if 0 in counts:
         return 0
-    return proportional
+    # Every epoch is there, and none is 0.
+    return 1 if len(counts) > 1 and counts == set(range(1, len(counts) + 1)) else None
 
 
 def _first_epoch(records: Sequence[Record]) -> int | None:
@@ -88,6 +113,11 @@ def _first_epoch(records: Sequence[Record]) -> int | None:
         for record in records
         if {"global_step", "epoch"} <= record.facts.keys() and record.facts["global_step"] > 0
     }
+    return _first_of(pairs)
+
+
+def _first_of(pairs: set[tuple[int, int]]) -> int | None:
+    """The first epoch's number, if steps are in proportion to the epochs counted from there."""
     if len({epoch for _, epoch in pairs}) < 2:  # noqa: PLR2004 - one is in any proportion
         return None
     for first in (0, 1):

@@ -17,8 +17,8 @@ from ckptavg import Selection
 from ckptavg.cli import cli
 from ckptavg.collect import survey
 from ckptavg.errors import CkptAvgError, SelectionError
+from ckptavg.order import numbers_in
 from ckptavg.selection import chosen, select
-from ckptavg.timeline import numbers_in
 from tests.oracle import naive_mean, same_bits
 
 
@@ -43,7 +43,7 @@ def taken(folder, **rules):
     selection = Selection(**rules)
     found = survey([folder], wanted=selection.unwanted)
     names = [verdict.source.path.name for verdict in chosen(select(found, selection))]
-    return [int(torch.load(folder / name)["model"]["w"][0]) for name in names]
+    return [int(torch.load(folder / name, weights_only=False)["model"]["w"][0]) for name in names]
 
 
 def reasons(folder, **rules):
@@ -70,15 +70,15 @@ ALL = list(range(1, 11))
         ({"steps": "100,300, 1000"}, [1, 3, 10]),
         ({"steps": "200:800:300"}, [2, 5, 8]),
         ({"steps": "200:400"}, [2, 3, 4]),
-        ({"cycle": 300}, [3, 6, 9]),
-        ({"cycle": 300, "start": 400}, [4, 7, 10]),
-        ({"cycle": 300, "start": "40%"}, [4, 7, 10]),
+        ({"cycle": 300, "unit": "global_step"}, [3, 6, 9]),
+        ({"cycle": 300, "start": 400, "unit": "global_step"}, [4, 7, 10]),
+        ({"cycle": 300, "start": "40%", "unit": "global_step"}, [4, 7, 10]),
         ({"cycle": 3, "unit": "epoch"}, [3, 6, 9]),
         ({"include": ["step_1*"]}, [1, 10]),
         ({"include": ["step_1*", "step_5*"], "exclude": ["*_1000.pt"]}, [1, 5]),
         ({"best": 3, "metric": "val_loss"}, [6, 7, 8]),
         ({"best": 2, "metric": "val_loss", "mode": "max"}, [1, 2]),
-        ({"start": "50%", "cycle": 100, "last": 4, "every": 2}, [8, 10]),
+        ({"start": "50%", "cycle": 1, "unit": "epoch", "last": 4, "every": 2}, [8, 10]),
         ({"best": 5, "metric": "val_loss", "last": 3}, [7, 8, 9]),
         ({"best": 5, "metric": "val_loss", "last": 3, "every": 2}, [7, 9]),
     ],
@@ -89,12 +89,98 @@ def test_the_rules(run, rules, expected):
 
 
 def test_each_that_is_left_out_says_why(run):
-    said = reasons(run, start="50%", cycle=200, best=2, metric="val_loss", last=1)
+    rules = {"start": "50%", "cycle": 200, "unit": "global_step"}
+    said = reasons(run, **rules, best=2, metric="val_loss", last=1)
     assert said["step_400.pt"] == "before 50%"
     assert said["step_600.pt"] == "not at the end of a cycle"
     assert said["step_500.pt"] == "not among the best 2 (val_loss 0.2)"
     assert said["step_700.pt"] == "not among the last 1"
     assert said["step_900.pt"] == ""
+
+
+def test_cycles_of_what_is_said_where_steps_and_epochs_are_recorded(run):
+    with pytest.raises(SelectionError, match="--unit global_step or --unit epoch"):
+        taken(run, cycle=300)
+
+
+def test_shares_are_exact(tmp_path):
+    for epoch in range(5, 101, 5):
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", epoch, epoch=epoch)
+    for share in range(5, 101, 5):
+        assert taken(tmp_path / "run", start=f"{share}%")[0] == share
+
+
+def test_the_order_is_that_of_the_steps_in_the_names(tmp_path):
+    names = ["loss0.50_step100", "loss0.40_step200", "loss0.30_step300"]
+    for number, name in enumerate(names, 1):
+        save(tmp_path / "run" / f"{name}.pt", number)
+    assert taken(tmp_path / "run") == [1, 2, 3]
+    assert taken(tmp_path / "run", last=1) == [3]
+    epochs = [f"val_loss=0.{60 - epoch}-epoch={epoch:02}.ckpt" for epoch in range(8, 12)]
+    for epoch, name in enumerate(epochs, 8):
+        save(tmp_path / "other" / name, epoch)
+    assert taken(tmp_path / "other", last=2) == [10, 11]
+    assert taken(tmp_path / "other", unit="epoch", steps="9,10") == [9, 10]
+
+
+def test_steps_that_begin_anew_in_each_epoch(tmp_path):
+    for number, (epoch, step) in enumerate([(e, s) for e in range(3) for s in (500, 1000)]):
+        save(tmp_path / "run" / f"epoch{epoch}_step{step}.pt", number, epoch=epoch, step=step)
+    assert taken(tmp_path / "run") == [0, 1, 2, 3, 4, 5]
+    assert taken(tmp_path / "run", last=2) == [4, 5]
+    with pytest.raises(SelectionError, match="begins anew in each epoch"):
+        taken(tmp_path / "run", unit="step", start=500)
+
+
+def test_numpy_s_numbers_are_steps(tmp_path):
+    for epoch, rate in ((3, 100), (2, 200), (1, 300)):
+        save(tmp_path / "run" / f"lr0.{rate}_x{epoch}.pt", epoch, epoch=np.int64(epoch))
+    assert taken(tmp_path / "run") == [1, 2, 3]
+
+
+def test_loops_that_begin_with_epoch_0_count_from_it(tmp_path):
+    for epoch in range(20):
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", epoch, epoch=epoch)
+    assert taken(tmp_path / "run", cycle=5) == [4, 9, 14, 19]
+
+
+def test_numbers_that_are_no_steps(tmp_path):
+    for number, name in enumerate(("a_100", "a_200", "a_300", "best_model_0.9")):
+        save(tmp_path / "run" / f"{name}.pt", number)
+    with pytest.raises(SelectionError, match=r"a_100\.pt does not"):
+        taken(tmp_path / "run", unit="epoch")
+    for rules in ({"cycle": 100}, {"start": 100}, {"steps": "100"}):
+        with pytest.raises(SelectionError, match="their names do not tell"):
+            taken(tmp_path / "run", **rules)
+
+
+def test_metrics_of_another_run_are_not_taken(tmp_path):
+    for run, losses in (("A", (0.1, 0.2)), ("B", (0.3, 0.4))):
+        for number, loss in enumerate(losses):
+            weight = 10 * number + ord(run)
+            save(tmp_path / run / f"step_{number}.pt", weight, global_step=number, val_loss=loss)
+    table = tmp_path / "a.json"
+    entries = [
+        {"checkpoint": f"step_{n}.pt", "path": str(tmp_path / "A" / f"step_{n}.pt"), "loss": loss}
+        for n, loss in enumerate((0.1, 0.05))
+    ]
+    table.write_text(json.dumps({"evaluations": entries}))
+    found = survey([tmp_path / "A", tmp_path / "B"])
+    verdicts = select(found, Selection(best=1, metric="loss", metrics=table))
+    assert [verdict.name for verdict in chosen(verdicts)] == ["A/step_1.pt"]
+    assert {verdict.name: verdict.metric for verdict in verdicts} == {
+        "A/step_0.pt": 0.1,
+        "A/step_1.pt": 0.05,
+        "B/step_0.pt": None,
+        "B/step_1.pt": None,
+    }
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "9" * 5000 + "%", "\u0663"])
+def test_endless_and_odd_numbers_are_one_line(run, text):
+    for rules in ({"start": text}, {"steps": text}):
+        with pytest.raises(SelectionError):
+            taken(run, **rules)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +193,6 @@ def test_each_that_is_left_out_says_why(run):
         ({"start": "5000"}, "none of 10 checkpoints is left"),
         ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
         ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),
-        ({"unit": "step"}, "records no step"),
         ({"lr_minima": True}, "none of the checkpoints records a learning rate"),
     ],
     ids=str,
@@ -125,7 +210,7 @@ def test_what_cannot_be_chosen_is_said(run, rules, message):
         ({"steps": "1", "cycle": 3}, "--steps and --cycle"),
         ({"cycle": 3, "lr_minima": True}, "--cycle and --lr-minima"),
         ({"best": 3}, "--metric"),
-        ({"mode": "max"}, "for --best"),
+        ({"mode": "max"}, "need a --metric"),
         ({"last": 0}, "--last is at least 1"),
         ({"every": -1}, "--every is at least 1"),
     ],
@@ -182,6 +267,8 @@ def test_names_tell_the_step_where_the_files_do_not(tmp_path):
         (["step_100.pt", "step_20.pt"], (100, 20)),
         (["epoch=3-step=400.ckpt", "epoch=4-step=500.ckpt"], (400, 500)),
         (["epoch=3-val_loss=0.12.ckpt", "epoch=4-val_loss=0.11.ckpt"], (3, 4)),
+        (["val_loss=0.5-epoch=8.ckpt", "val_loss=0.4-epoch=9.ckpt"], (8, 9)),
+        (["a_100.pt", "best_model_0.9.pt"], None),
         (["resnet50_7.pt", "resnet50_8.pt"], (7, 8)),
         (["checkpoint-500", "checkpoint-1000"], (500, 1000)),
         (["iter_0001000/x", "iter_0002000/x"], (1000, 2000)),
@@ -292,7 +379,7 @@ class TestInspect:
         lines = result.output.splitlines()
         assert lines[0].split() == [
             "path",
-            "step",
+            "global_step",
             "rate",
             "metric",
             "bytes",

@@ -23,8 +23,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # well, and the loader of the training is not the one to evaluate with.
 _NOT_SHARED = {
     "average": {"model", "loader"},
-    "evaluate": {"loader"},
-    "soup": {"loader"},
+    "evaluate": {"loader", "metric"},
+    "soup": {"loader", "metric"},
 }
 
 

@@ -102,7 +102,8 @@ def _say_choice(
         }
         for one in found.left_out
     ]
-    header = ("path", "step", "rate", rules.metric or "metric", "bytes", "taken", "why not")
+    unit = verdicts[0].unit
+    header = ("path", unit, "rate", rules.metric or "metric", "bytes", "taken", "why not")
     console.say_table([header, *(_choice_row(row) for row in rows)])
     taken = sum(verdict.taken for verdict in verdicts)
     console.say(f"{taken} of {plural(len(rows), 'checkpoint')} taken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _NAMES = (
-    "include", "exclude", "start", "steps", "cycle", "lr_minima", "best", "metric", "mode",
-    "metrics", "every", "unit",
+    "include", "exclude", "start", "steps", "cycle", "lr_minima", "lr_recorded", "best", "metric",
+    "mode", "metrics", "every", "unit",
 )  # fmt: skip
 
 
@@ -28,8 +29,9 @@ class CountsType(click.ParamType[tuple[int, ...]]):
         """Read the numbers."""
         if isinstance(value, tuple):
             return value
-        parts = str(value).replace(" ", "").split(",")
-        if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        listed = value if isinstance(value, list) else str(value).replace(" ", "").split(",")
+        parts = [str(part) for part in listed]
+        if not all(re.fullmatch(r"0*[1-9][0-9]{0,17}", part) for part in parts):
             self.fail(f"{value!r} is no number of checkpoints, nor several as 3,5,10", param, ctx)
         return tuple(dict.fromkeys(int(part) for part in parts))
 
@@ -61,6 +63,12 @@ def selection_options(command: Command) -> Command:
             "--lr-minima",
             is_flag=True,
             help="Take those saved at a local minimum of the learning rate.",
+        ),
+        click.option(
+            "--lr-recorded",
+            type=click.Choice(["used", "next"]),
+            help="Whether checkpoints record the rate that was used, or the next one, as trainers "
+            "do that save after scheduler.step().  [default: as it can be told]",
         ),
         click.option(
             "--best",

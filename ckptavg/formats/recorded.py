@@ -26,6 +26,7 @@ ReadScalars = Callable[[Mapping[str, PickledTensor]], Mapping[str, float]]
 
 _LARGEST_COUNT = 1 << 63
 # What is looked at, at most, of what a hostile file may have without end.
+_MOST_GROUPS = 64
 _MOST_METRICS = 1_000
 _MOST_SCALARS = 32
 _MOST_FOLDERS = 10
@@ -52,7 +53,8 @@ def training_facts(root: object) -> dict[str, int | float]:
     said = {name: root.get(name) for name in STEP_FACTS}
     if is_deepspeed(root) and said["global_step"] is None:
         said["global_step"] = root.get("global_steps")
-    facts: dict[str, int | float] = {name: n for name, n in said.items() if _is_count(n)}
+    counts = {name: _count(value) for name, value in said.items()}
+    facts: dict[str, int | float] = {name: n for name, n in counts.items() if n is not None}
     rate = _learning_rate(root)
     if rate is not None:
         facts["learning_rate"] = rate
@@ -79,6 +81,7 @@ def training_record(
     return TrainingRecord(
         epochs_from_zero=_counts_from_zero(root),
         learning_rate=_learning_rate(root),
+        other_rates=_other_rates(root),
         scheduler=_scheduler(root),
         metrics={key: value for key, value in numbers.items() if value is not None},
     )
@@ -125,6 +128,14 @@ def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and abs(value) < _LARGEST_COUNT
 
 
+def _count(value: object) -> int | None:
+    """A whole number, or one of numpy's."""
+    if isinstance(value, Placeholder):
+        number = _numpy_number(value)
+        value = int(number) if number is not None and number.is_integer() else None
+    return value if _is_count(value) else None
+
+
 def _number(value: object) -> float | None:
     """A plain number, or one of numpy's; not finite perhaps."""
     if isinstance(value, Placeholder):
@@ -162,6 +173,18 @@ def _learning_rate(root: Mapping[Any, object]) -> float | None:
                     return number
     rates = (_scheduler(root) or {}).get("_last_lr")
     return _finite(rates[0]) if isinstance(rates, list) and rates else None
+
+
+def _other_rates(root: Mapping[Any, object]) -> tuple[float, ...]:
+    """Those of the further parameter groups."""
+    for value in _first_states(root, "optim"):
+        match value:
+            case {"param_groups": [_, *others]}:
+                rates = (
+                    group.get("lr") for group in others[:_MOST_GROUPS] if isinstance(group, dict)
+                )
+                return tuple(rate for found in rates if (rate := _finite(found)) is not None)
+    return ()
 
 
 def _scheduler(root: Mapping[Any, object]) -> dict[str, Any] | None:
@@ -251,8 +274,7 @@ def _scores(callbacks: object, name: str) -> Iterator[tuple[str, object]]:
     """What Lightning's ModelCheckpoints monitor: the score of this file.
 
     They know it by the file's name. `current_score` is that of the latest file that was kept for
-    its score, which is this one where a single ModelCheckpoint saves and the file was renamed; a
-    `last.ckpt` may be of another epoch.
+    its score, which a `last.ckpt` or a `final.ckpt` need not be.
     """
     entries = callbacks.items() if isinstance(callbacks, Mapping) else ()
     states = [
@@ -262,8 +284,6 @@ def _scores(callbacks: object, name: str) -> Iterator[tuple[str, object]]:
     ]
     for state in states:
         score = _score(state["best_k_models"], name)
-        if score is None and len(states) == 1 and not name.startswith("last"):
-            score = state.get("current_score")
         if _is_metric(state.get("monitor"), score):
             yield state["monitor"], score
 

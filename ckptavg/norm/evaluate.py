@@ -292,6 +292,10 @@ class _Batches:
         self._batches, self._device = batches, device
         self._max_samples, self._max_batches = max_samples, max_batches
 
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the loader's own
+        """What the loader has beside its batches: its `dataset`, say."""
+        return getattr(self._batches, name)
+
     def __iter__(self) -> Iterator[Any]:
         drawn = 0
         for batch in limited(self._batches, self._max_batches):

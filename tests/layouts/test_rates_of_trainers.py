@@ -254,15 +254,6 @@ class TestLightning:
                 assert metrics == {"val/loss": pytest.approx(model.losses[epoch])}
         assert len({*model.losses}) == 9
 
-    def test_a_renamed_checkpoint_still_has_it(self, tmp_path):
-        saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, monitor="val/loss")
-        model = fit(tmp_path, "epoch", saver)
-        for path in list(tmp_path.glob("*.ckpt")):
-            epoch = int(open_checkpoint(path).facts["epoch"])
-            renamed = path.rename(tmp_path / f"model{epoch}.ckpt")
-            score = open_checkpoint(renamed).training.metrics["val/loss"]
-            assert score == pytest.approx(model.losses[epoch])
-
     def test_another_saver_s_checkpoints_do_not_take_the_score_of_the_best(self, tmp_path):
         best = ModelCheckpoint(dirpath=tmp_path / "best", save_top_k=1, monitor="val/loss")
         every = ModelCheckpoint(dirpath=tmp_path / "all", save_top_k=-1, every_n_epochs=1)

@@ -15,7 +15,11 @@ from timm.models import load_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import ckptavg
+from ckptavg import Selection
+from ckptavg.collect import survey
+from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
+from ckptavg.selection import chosen, select
 from tests.oracle import StateDict, naive_mean, same_bits
 from tests.test_cli import run
 
@@ -167,3 +171,26 @@ def test_bn_refresh_of_a_file_is_loaded_by_timm(trained, tmp_path):
             assert same_bits(found, averaged[name])
     made = open_checkpoint(out).provenance or {}
     assert made["norm_stats"]["state"] == "refreshed"
+
+
+def taken(folder: Path, **rules: Any) -> list[str]:
+    found = survey([folder])
+    return [verdict.source.path.name for verdict in chosen(select(found, Selection(**rules)))]
+
+
+def numbered(*epochs: int) -> list[str]:
+    return [f"checkpoint-{epoch}.pth.tar" for epoch in epochs]
+
+
+def test_the_rules_of_selection(trained):
+    # Epochs 1, 3 and 4, counted from 0: two, four and five were done.
+    assert taken(trained, last=2) == numbered(3, 4)
+    assert taken(trained, cycle=2) == numbered(1, 3)
+    assert taken(trained, start="80%") == numbered(3, 4)
+    assert taken(trained, steps="1,4") == numbered(1, 4)
+    assert taken(trained, every=2) == numbered(1, 4)
+    assert taken(trained, best=2, metric="metric", mode="max") == numbered(3, 4)
+    assert taken(trained, best=1, metric="metric", mode="min") == numbered(1)
+    assert taken(trained, lr_minima=True) == numbered(1, 3, 4)  # the rate was constant
+    with pytest.raises(SelectionError, match="--mode"):
+        taken(trained, best=1, metric="metric")

@@ -1,0 +1,111 @@
+"""The rules of selection on what Lightning and Hugging Face's Trainer leave."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ckptavg import Selection
+from ckptavg.collect import survey
+from ckptavg.errors import SelectionError
+from ckptavg.selection import chosen, select
+from tests.layouts.libraries import llama
+from tests.layouts.lightning_runs import Net, batches, trainer
+
+
+def taken(folder: Path, **rules: Any) -> list[str]:
+    selection = Selection(**rules)
+    found = survey([folder], wanted=selection.unwanted)
+    return [verdict.source.path.name for verdict in chosen(select(found, selection))]
+
+
+class Measured(Net):
+    """Logs a loss that is best after the second epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("val_loss", abs(float(self.current_epoch) - 1.1))
+
+
+@pytest.fixture(scope="module")
+def lightning_run(tmp_path_factory):
+    """Four epochs of three steps, the loss in the names, and `last.ckpt` as a copy."""
+    folder = tmp_path_factory.mktemp("lightning")
+    torch.manual_seed(0)
+    keeping = ModelCheckpoint(
+        dirpath=folder / "kept", filename="{epoch}-{val_loss:.2f}", monitor="val_loss",
+        save_top_k=-1, save_last=True,
+    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore"):
+        trainer(folder / "every", keeping, epochs=4).fit(Measured(), batches())
+    return folder / "kept"
+
+
+class TestLightning:
+    def epochs(self, folder, **rules):
+        return [int(name.split("=")[1].split("-")[0]) for name in taken(folder, **rules)]
+
+    def test_rules(self, lightning_run):
+        assert self.epochs(lightning_run) == [0, 1, 2, 3]
+        assert self.epochs(lightning_run, last=2) == [2, 3]
+        assert self.epochs(lightning_run, cycle=2, unit="epoch") == [1, 3]
+        assert self.epochs(lightning_run, cycle=6, unit="global_step") == [
+            1,
+            3,
+        ]  # of steps: 3, 6, 9 and 12
+        assert self.epochs(lightning_run, start="75%") == [2, 3]
+        assert self.epochs(lightning_run, start="75%", unit="epoch") == [2, 3]
+        assert self.epochs(lightning_run, steps="3,9") == [0, 2]
+        assert self.epochs(lightning_run, include=["epoch=[13]*"]) == [1, 3]
+
+    def test_the_best_by_what_was_monitored(self, lightning_run):
+        assert self.epochs(lightning_run, best=2, metric="val_loss") == [1, 2]
+        assert self.epochs(lightning_run, best=1, metric="val_loss", mode="max") == [3]
+
+
+@pytest.fixture(scope="module")
+def trainer_run(tmp_path_factory):
+    """Six checkpoints of two steps; the rate restarts after every fourth step."""
+    folder = tmp_path_factory.mktemp("trainer")
+    rows = [{"input_ids": [step % 7, 3, 4], "labels": [step % 7, 3, 4]} for step in range(48)]
+    options = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=12, save_steps=2,
+        logging_steps=1, eval_strategy="steps", eval_steps=2, report_to=[], use_cpu=True,
+        disable_tqdm=True, lr_scheduler_type="cosine_with_restarts",
+        lr_scheduler_kwargs={"num_cycles": 3}, learning_rate=0.01,
+    )  # fmt: skip
+    transformers.Trainer(
+        model=llama(), args=options, train_dataset=rows, eval_dataset=rows[:4]
+    ).train()
+    return folder
+
+
+class TestTransformers:
+    def steps(self, folder, **rules):
+        return [int(name.removeprefix("checkpoint-")) for name in taken(folder, **rules)]
+
+    def test_rules(self, trainer_run):
+        assert self.steps(trainer_run) == [2, 4, 6, 8, 10, 12]
+        assert self.steps(trainer_run, last=2) == [10, 12]
+        assert self.steps(trainer_run, every=3) == [6, 12]
+        assert self.steps(trainer_run, cycle=4) == [4, 8, 12]
+        assert self.steps(trainer_run, start="75%") == [10, 12]
+        assert self.steps(trainer_run, steps="2:12:4") == [2, 6, 10]
+
+    def test_the_minima_of_the_rate(self, trainer_run):
+        assert self.steps(trainer_run, lr_minima=True) == [4, 8, 12]
+        assert self.steps(trainer_run, lr_minima=True, start="50%") == [8, 12]
+
+    def test_the_best_by_what_was_evaluated(self, trainer_run):
+        verdicts = select(survey([trainer_run]), Selection(best=2, metric="eval_loss"))
+        losses = [(verdict.metric or 0.0, verdict.step or 0) for verdict in verdicts]
+        assert all(loss > 0 for loss, _ in losses)
+        lowest = [step for _, step in sorted(losses)[:2]]
+        assert self.steps(trainer_run, best=2, metric="eval_loss") == sorted(lowest)
+        with pytest.raises(SelectionError, match="none of the checkpoints has the metric eval_f1"):
+            taken(trainer_run, best=1, metric="eval_f1")

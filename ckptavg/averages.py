@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptavg import __version__
 from ckptavg.checkpoint import PROVENANCE
@@ -17,6 +17,7 @@ from ckptavg.layout import OutputTensor
 from ckptavg.lora import is_factor, is_lora, join
 from ckptavg.lora_config import CONFIG, scales_beside
 from ckptavg.order import labels
+from ckptavg.output import check_parent
 from ckptavg.parts import any_remote
 from ckptavg.paths import as_path, is_remote
 from ckptavg.plan import Plan, make_plan
@@ -120,20 +121,24 @@ class Averages:
         self._options, self._select = options, options.select or Selection()
         one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
         paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if one else inputs)]
+        if options.update and (options.exact or not options.normalize):
+            raise SelectionError("only a mean of the weights themselves is brought up to date")
         found = survey(
             paths, key=options.key, keep_prefix=options.keep_prefix, any_rank=options.exact,
-            wanted=self._select.unwanted,
+            # An average that is brought up to date was named, whatever its name.
+            wanted=None if options.update else self._select.unwanted,
         )  # fmt: skip
-        if options.update and options.exact:
-            raise SelectionError("LoRA adapters are not folded into an average")
-        self._base = find_base(found) if options.update else None
+        self._base = find_base(found, self._select.unwanted) if options.update else None
         self._found = found if self._base is None else self._base.others
 
     def variants(self, last: Sequence[int | None], schemes: Sequence[Scheme]) -> list[Variant]:
         """Every combination of how many are taken and how they are weighted."""
         variants = []
         for count in last:
-            taken = chosen(select(self._found, dataclasses.replace(self._select, last=count)))
+            rules = dataclasses.replace(self._select, last=count)
+            taken = chosen(select(self._found, rules))
+            if count is not None and len(taken) < count and rules.every is None:
+                log.info("of the last %d there are only %d", count, len(taken))
             sources = tuple(verdict.source for verdict in taken)
             names = labels([source.path for source in sources])
             expected = self._options.expect
@@ -152,8 +157,20 @@ class Averages:
                 if not any(weights.values):
                     raise SelectionError("all weights are zero, so there is nothing to average")
                 label = scheme.label if count is None else f"last{count}-{scheme.label}"
-                variants.append(Variant(label, sources, names, weights))
+                variants.append(
+                    Variant(
+                        label, sources, names, weights,
+                        needs_order=scheme.needs_order, rules=self._rules(rules, taken[0].unit),
+                    )
+                )  # fmt: skip
         return variants if self._base is None else [fold(self._base, variants[0])]
+
+    def _rules(self, rules: Selection, unit: str) -> dict[str, Any]:
+        """What is said in the provenance of how the checkpoints were chosen."""
+        said = rules.as_dict()
+        if said.keys() & {"start", "steps", "cycle"}:
+            said["unit"] = unit
+        return said if self._options.normalize else {**said, "normalized": False}
 
     def file_name(self, variant: Variant) -> str:
         """The name of one of several outputs: directories make directories."""
@@ -167,7 +184,7 @@ class Averages:
         """Make all of them from one read."""
         options = self._options
         taken = {source for variant in variants for source in variant.sources}
-        ordered = (*((self._base.source,) if self._base else ()), *self._found.sources)
+        ordered = self._found.sources if self._base is None else variants[0].sources
         collection = self._found.collection([source for source in ordered if source in taken])
         targets = [
             destination(
@@ -187,6 +204,7 @@ class Averages:
             norm_stats=options.norm_stats,
             dtype=BY_NAME[options.dtype] if options.dtype else None,
             joined=frozenset(filter(is_factor, collection.names) if options.exact else ()),
+            ordered=any(variant.needs_order for variant in variants),
         )
         if self._base is not None:
             self._base.check(plan)
@@ -197,7 +215,7 @@ class Averages:
             for number, (variant, target) in enumerate(zip(variants, targets, strict=True))
         ]
         for target, layout in zip(targets, layouts, strict=True):
-            self._check(target, layout)
+            self._check(target, layout, several=len(targets) > 1)
         threads = options.threads or default_threads(plan.used)
         if not options.dry_run:
             write(
@@ -231,13 +249,16 @@ class Averages:
         joined, config = join(collection, weights, allow_nonfinite=self._options.allow_nonfinite)
         return joined, {CONFIG: config}
 
-    def _check(self, target: Destination, layout: Layout) -> None:
+    def _check(self, target: Destination, layout: Layout, *, several: bool) -> None:
         """Find out before the work starts whether an output can be put there."""
         own = self._base.files if self._base is not None and self._options.force else frozenset()
         try:
             inputs = [path for path in self._found.files if path not in own]
             refuse_own_input(target.path, inputs)
-            check_output(target.path, layout, force=self._options.force)
+            if several and self._options.dry_run and not target.path.parent.exists():
+                check_parent(target.path.parent)  # the directory would be made
+            else:
+                check_output(target.path, layout, force=self._options.force)
         except OutputError as error:
             if not self._options.dry_run:
                 raise
@@ -261,8 +282,7 @@ class Averages:
             outputs = tuple(
                 OutputTensor(one.names[:1], one.dtype, one.shape, one.nbytes) for one in outputs
             )
-        sources = provenance_sources(variant)
-        rules = self._select.as_dict()
+        sources = provenance_sources(variant, None if self._options.exact else plan.collection)
         metadata[PROVENANCE] = encode_provenance(
             {
                 "version": __version__,
@@ -270,7 +290,7 @@ class Averages:
                 "sources": sources if self._base is None else folded_sources(self._base, sources),
                 "roles": plan.counts,
                 **({"key": last.key} if last.key else {}),
-                **({"selection": rules} if rules else {}),
+                **({"selection": variant.rules} if variant.rules else {}),
                 "norm_stats": {"state": _norm_state(plan)},
             }
         )

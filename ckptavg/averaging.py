@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.averages import Averages, Options
 from ckptavg.errors import OutputError, SelectionError
+from ckptavg.formats import SUFFIXES
 from ckptavg.schemes import Scheme, parse
 from ckptavg.weights import Weights, explicit
 
@@ -130,7 +131,13 @@ def average_many(
     checked = Options(select=select, **options)
     if checked.update or checked.exact:
         raise SelectionError("an update, and exact LoRA averages, are made one at a time")
+    if "://" in os.fspath(directory):
+        raise OutputError("outputs are written on this machine only", path=str(directory))
     folder = Path(directory)
+    if folder.suffix in SUFFIXES and not folder.is_dir():
+        raise OutputError(
+            "several averages go into a directory", path=folder, remedy="give it another name"
+        )
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError("several averages go into a directory", path=folder)
     run = Averages(inputs, checked)

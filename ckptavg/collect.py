@@ -213,7 +213,13 @@ def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
             ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
         )
-    keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in checkpoints})
+    keys = sorted(
+        {
+            printable(checkpoint.key) or "the whole file"
+            for checkpoint in checkpoints
+            if not checkpoint.is_average  # which is a state dict alone
+        }
+    )
     if len(keys) > 1:
         log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))
 

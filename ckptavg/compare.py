@@ -14,12 +14,13 @@ from ckptavg.tensors import bytes_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ckptavg.sources import Source
+    from ckptavg.sources import Collection, Source
     from ckptavg.tensors import Tensor
 
 _PIECE = 1 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 512
+_FINGERS = 32
 
 
 class Contents:
@@ -61,6 +62,28 @@ class Contents:
         end = tensor.nbytes if whole else min(_SAMPLE_BYTES, tensor.nbytes)
         for start in range(0, end, _PIECE):
             yield _read(source, index, start, min(_PIECE, end - start)).data
+
+
+def fingerprint(collection: Collection, source: Source) -> str:
+    """What tells a checkpoint's weights from others', from samples of some of its tensors.
+
+    It does not depend on the container, or on the order of the tensors in it.
+    """
+    described = dict(zip(collection.names, enumerate(collection.described), strict=True))
+    names = sorted(name for name, (_, tensor) in described.items() if tensor.count)
+    digest = hashlib.sha256()
+    for place in np.linspace(0, len(names) - 1, min(_FINGERS, len(names))).astype(int):
+        index, like = described[names[place]]
+        tensor = source.tensor(index, like)
+        part = source.checkpoint.parts[tensor.part]
+        digest.update(names[place].encode("utf-8", "surrogatepass"))
+        if tensor.strides is None:
+            out = np.empty(min(_SAMPLE_BYTES, tensor.nbytes), np.uint8)
+            part.read_into(tensor.offset, bytes_of(out))
+        else:
+            out = np.ascontiguousarray(read_view(part, tensor)).reshape(-1).view(np.uint8)
+        digest.update(out[:_SAMPLE_BYTES].tobytes())
+    return digest.hexdigest()[:32]
 
 
 def differing(

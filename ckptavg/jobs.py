@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 CHUNK = 256 * 1024
 """Elements of a chunk: 1 MiB of float32, and a sum of 2 MiB."""
 
-_SMALLEST_CHUNK = 64 * 1024
+_CHUNK_OF_SEVERAL, _SMALLEST_CHUNK = 64 * 1024, 16 * 1024
+_SUMS = 1024 * 1024
 _BYTE = BY_NAME["uint8"]
 
 
@@ -94,11 +95,16 @@ class Job:
         return Job((entry,), copied.size, copy=True, dtype=_BYTE, shares=(share,), number=-1)
 
 
+def _chunk_for(outputs: int) -> int:
+    """Elements of a chunk of which each output has a sum: fewer for many, but worth the calls."""
+    return max(_SMALLEST_CHUNK, min(_CHUNK_OF_SEVERAL, _SUMS // outputs))
+
+
 def chunks(jobs: Iterator[Job]) -> Iterator[tuple[Job, int, int]]:
     """Cut the jobs into chunks that stay in a core's cache: job, first element, elements."""
     for job in jobs:
         # Each output has a sum of its own.
-        size = max(_SMALLEST_CHUNK, CHUNK // len(job.shares)) if len(job.shares) > 1 else CHUNK
+        size = CHUNK if len(job.shares) == 1 else _chunk_for(len(job.shares))
         if job.strided:
             yield job, 0, job.count
         else:

@@ -235,6 +235,7 @@ def make_plan(
     norm_stats: str = "average",
     dtype: DType | None = None,
     joined: AbstractSet[str] = frozenset(),
+    ordered: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor and in which order the outputs have them.
 
@@ -246,6 +247,7 @@ def make_plan(
         norm_stats: `average`, or `last` to take running statistics from the last checkpoint.
         dtype: of the floating tensors in the outputs; None for the inputs' own.
         joined: names of the tensors that the last checkpoint has of all of them already.
+        ordered: whether the weights depend on the order of the checkpoints.
 
     Raises:
         FormatError: the weights are quantised, so that code and scale do not average apart.
@@ -265,8 +267,7 @@ def make_plan(
             "joined" if name in joined else role
             for name, role in zip(collection.names, roles, strict=True)
         ]
-        order_matters = "last" in roles or not all(column.uniform for column in columns)
-        if order_matters and not collection.order_is_known:
+        if (ordered or "last" in roles) and not collection.order_is_known:
             raise SelectionError(
                 "only some of the checkpoints have a step, and the result depends on their order: "
                 + ", ".join(map(printable, collection.labels())),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.paths import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from ckptavg.layout import Layout
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _BASE_MEMORY = 38 << 20
 _THREAD_MEMORY = 5 << 20
 _TENSOR_MEMORY = 1500
+# A sum of a chunk for each further output.
+_OUTPUT_MEMORY = 8 * 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,16 @@ class Variant:
         sources: the checkpoints that are its own, in order of training.
         names: their labels.
         weights: one for each of them.
+        needs_order: whether these depend on the order of training.
+        rules: how the checkpoints were chosen, for the provenance.
     """
 
     label: str
     sources: tuple[Source, ...]
     names: tuple[str, ...]
     weights: Weights
+    needs_order: bool = False
+    rules: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> Source:
@@ -133,7 +140,7 @@ def summarise(
         bytes_read=plan.bytes_to_read,
         bytes_written=layout.size,
         memory=_BASE_MEMORY
-        + threads * _THREAD_MEMORY
+        + threads * (_THREAD_MEMORY + (len(plan.columns) - 1) * _OUTPUT_MEMORY)
         + len(plan.collection.names) * _TENSOR_MEMORY
         + plan.largest_strided,
     )

@@ -9,19 +9,24 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.compare import fingerprint
 from ckptavg.errors import SelectionError, printable
 from ckptavg.order import in_order
-from ckptavg.summary import Variant
+from ckptavg.sources import Collection
 from ckptavg.weights import Weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from ckptavg.collect import Survey
     from ckptavg.plan import Plan
     from ckptavg.sources import Source
+    from ckptavg.summary import Variant
 
 _FEWEST_BITS = 32
+_ROUNDING = 1e-9
+_UNIFORM = ("uniform", "greedy soup")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,31 @@ class Base:
         """Its files, one of which may be the output."""
         return frozenset(part.path for part in self.source.checkpoint.parts)
 
+    def refuse_member(self, other: Source) -> None:
+        """Refuse a checkpoint that is in it already, by what it holds.
+
+        Raises:
+            SelectionError: it is.
+        """
+        tensors = self.others.references[self.others.models[other]].tensors
+        own = fingerprint(Collection(tensors, (other,), order_is_known=True), other)
+        for member in self.members:
+            if member.get("content") == own:
+                name = printable(member.get("name"))
+                raise SelectionError(
+                    f"has {printable(other.path)} in it already, as {name}",
+                    path=self.source.path,
+                    remedy="leave it out",
+                )
+
+    def is_newer_than(self, other: Source) -> bool:
+        """Whether its newest member was saved after a checkpoint, as far as steps are recorded."""
+        step = other.checkpoint.step
+        steps = [member.get("step") for member in self.members]
+        return step is not None and any(
+            isinstance(one, list) and one[0] == step[0] and one[1] > step[1] for one in steps
+        )
+
     def check(self, plan: Plan) -> None:
         """Refuse what a rounded average cannot be.
 
@@ -60,12 +90,15 @@ class Base:
                 )
 
 
-def find_base(found: Survey) -> Base:
+def find_base(found: Survey, unwanted: Callable[[str], str | None]) -> Base:
     """The one earlier average among the checkpoints.
 
+    Args:
+        found: all of the inputs.
+        unwanted: why a checkpoint of that name is not to be folded in, if it is not.
+
     Raises:
-        SelectionError: there is none or several, it is not uniform, or has one of the others in
-            it already.
+        SelectionError: there is none or several, or it is not uniform.
     """
     averages = [source for source in found.sources if source.checkpoint.is_average]
     if len(averages) != 1:
@@ -76,59 +109,74 @@ def find_base(found: Survey) -> Base:
         )
     [source] = averages
     members = _members(source)
-    others = [other for other in found.sources if other is not source]
+    others = [
+        other
+        for other, name in zip(found.sources, found.labels(), strict=True)
+        if other is not source and unwanted(name) is None
+    ]
     if not others:
         raise SelectionError("there is nothing to fold into it", path=source.path)
-    for other in others:
-        _refuse_member(source, members, other)
     ordered, known = in_order(others)
     return Base(
-        source, members, dataclasses.replace(found, sources=tuple(ordered), order_is_known=known)
+        source,
+        members,
+        dataclasses.replace(found, sources=tuple(ordered), order_is_known=known),
     )
 
 
 def _members(source: Source) -> tuple[dict[str, Any], ...]:
     entry = source.checkpoint.provenance or {}
     scheme, members = entry.get("scheme"), entry.get("sources")
-    if scheme != "uniform" or not isinstance(members, list) or not members:
+    if scheme not in _UNIFORM or not isinstance(members, list) or not members:
         raise SelectionError(
             f"is no uniform average ({printable(scheme)}), which alone can be updated",
             path=source.path,
         )
-    if not all(isinstance(member, dict) for member in members):
-        raise SelectionError("does not say what it is made of", path=source.path)
-    return tuple(members)
-
-
-def _refuse_member(source: Source, members: tuple[dict[str, Any], ...], other: Source) -> None:
-    checkpoint = other.checkpoint
+    share = 1 / len(members)
     for member in members:
-        name = str(member.get("name", ""))
-        if (
-            name.rpartition("/")[2] == other.path.name
-            and member.get("bytes") == checkpoint.size
-            and member.get("header_sha256") == checkpoint.digest
-        ):
-            raise SelectionError(
-                f"has {printable(name)} in it already", path=source.path, remedy="leave it out"
-            )
+        weight = member.get("weight") if isinstance(member, dict) else None
+        if not isinstance(weight, float) or abs(weight - share) > _ROUNDING:
+            raise SelectionError("is no mean: its provenance has other weights", path=source.path)
+    return tuple(members)
 
 
 def fold(base: Base, new: Variant) -> Variant:
     """The average and the new checkpoints, each checkpoint with one share.
 
+    The average stands where its newest member would: of what is taken from the last checkpoint,
+    it has that one's.
+
     Args:
         base: the average.
-        new: the checkpoints to fold in, uniform.
+        new: the checkpoints to fold in.
+
+    Raises:
+        SelectionError: one of them is in it already.
     """
+    for source in new.sources:
+        base.refuse_member(source)
     count = len(base.members)
-    values = (float(count), *new.weights.values)
-    name = base.source.path.name
-    weights = Weights("uniform", values, count + new.weights.divisor)
-    return Variant(new.label, (base.source, *new.sources), (name, *new.names), weights)
+    place = sum(base.is_newer_than(source) for source in new.sources)
+    sources, names, values = [*new.sources], [*new.names], [1.0] * len(new.sources)
+    sources.insert(place, base.source)
+    names.insert(place, base.source.path.name)
+    values.insert(place, float(count))
+    weights = Weights("uniform", tuple(values), float(count + len(new.sources)))
+    return dataclasses.replace(
+        new, sources=tuple(sources), names=tuple(names), weights=weights, needs_order=False
+    )
 
 
 def folded_sources(base: Base, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the updated average says of its sources: all checkpoints, with equal shares."""
-    count = len(base.members) + len(sources) - 1
-    return [{**entry, "weight": 1 / count} for entry in (*base.members, *sources[1:])]
+    """What the updated average says of its sources: all checkpoints, with equal shares.
+
+    Args:
+        base: the average.
+        sources: what is to be said of it and of the new ones.
+    """
+    new = [entry for entry in sources if entry["name"] != base.source.path.name]
+    every = [*base.members, *new]
+    steps = [entry.get("step") for entry in every]
+    if all(isinstance(step, list) and step[0] == (steps[0] or [""])[0] for step in steps):
+        every.sort(key=lambda entry: int(entry["step"][1]))
+    return [{**entry, "weight": 1 / len(every)} for entry in every]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.compare import fingerprint
 from ckptavg.engine import execute
 from ckptavg.errors import OutputError
 from ckptavg.jobs import BadValueError
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from ckptavg.layout import Layout
     from ckptavg.plan import Plan
+    from ckptavg.sources import Collection
     from ckptavg.summary import Variant
 
 Progress = Callable[[int, int], None]
@@ -100,8 +103,24 @@ def write(
                 part.check_unchanged()
         if written != total:
             raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
+        _commit(sinks, force=force)
+
+
+def _commit(sinks: Sequence[OutputFile | OutputDirectory], *, force: bool) -> None:
+    """Give all outputs their names; where one cannot have it, none has.
+
+    What replaced something stays: that is gone.
+    """
+    done: list[Path] = []
+    try:
         for sink in sinks:
             sink.commit()
+            done.append(sink.path)
+    except BaseException:
+        for path in () if force else done:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def _bytes_made(plan: Plan, layout: Layout) -> int:
@@ -125,14 +144,21 @@ def encode_provenance(entry: dict[str, Any]) -> str:
     return json.dumps(entry, separators=(",", ":"), sort_keys=True)
 
 
-def provenance_sources(variant: Variant) -> list[dict[str, Any]]:
-    """What a file says of its sources: no absolute paths, no times."""
+def provenance_sources(variant: Variant, collection: Collection | None) -> list[dict[str, Any]]:
+    """What a file says of its sources: no absolute paths, no times.
+
+    Args:
+        variant: what it is made of.
+        collection: whose tensors the sources have; None to leave out what tells contents apart.
+    """
     weights = variant.weights
     return [
         {
             "name": label,
             "bytes": source.checkpoint.size,
             "header_sha256": source.checkpoint.digest,
+            **({"content": fingerprint(collection, source)} if collection else {}),
+            **({"step": list(source.checkpoint.step)} if source.checkpoint.step else {}),
             "weight": value / weights.divisor,
         }
         for label, source, value in zip(variant.names, variant.sources, weights.values, strict=True)

@@ -16,6 +16,7 @@ from ckptavg import Selection
 from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, ValueRangeError
 from ckptavg.formats import open_checkpoint
+from ckptavg.output import OutputFile
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 
 SCHEMES = "uniform,ema:0.7,linear"
@@ -250,7 +251,7 @@ class TestUpdate:
         swa = tmp_path / "swa.safetensors"
         ckptavg.average(tmp_path / "run", swa)
         new = tmp_path / "run" / "step_3.safetensors"
-        with pytest.raises(SelectionError, match=r"has step_3\.safetensors in it already"):
+        with pytest.raises(SelectionError, match=r"has .*step_3\.safetensors in it already"):
             ckptavg.average([swa, new], tmp_path / "o.safetensors", update=True)
 
     def test_is_stale_again(self, tmp_path):
@@ -289,3 +290,110 @@ class TestUpdate:
         inputs = [swa, tmp_path / "step_9.safetensors"]
         with pytest.raises(CkptAvgError, match="not of one model"):
             ckptavg.average(inputs, tmp_path / "o.safetensors", update=True)
+
+    @pytest.fixture
+    def counted(self, tmp_path):
+        """Five checkpoints with a counter, which is the last one's in an average."""
+        for number in range(1, 6):
+            state = {"w": torch.full((3,), float(number)), "n": torch.tensor(100 * number)}
+            path = tmp_path / "run" / f"step_{100 * number}.pt"
+            path.parent.mkdir(exist_ok=True)
+            torch.save({"model": state, "global_step": 100 * number}, path)
+        return tmp_path / "run"
+
+    def test_in_whatever_order(self, counted, tmp_path):
+        swa, out = tmp_path / "swa.safetensors", tmp_path / "out.safetensors"
+        ckptavg.average(counted, swa, select=Selection(steps="400,500"))
+        ckptavg.average([swa, counted / "step_100.pt", counted / "step_300.pt"], out, update=True)
+        found = load_file(out)
+        assert found["w"].tolist() == [3.25] * 3
+        assert found["n"] == 500
+        made = open_checkpoint(out).provenance
+        assert made is not None
+        names = [source["name"] for source in made["sources"]]
+        assert names == [f"step_{n}.pt" for n in (100, 300, 400, 500)]
+
+    def test_only_means_are_brought_up_to_date(self, counted, tmp_path):
+        total, mean, out = (tmp_path / f"{n}.safetensors" for n in ("total", "mean", "out"))
+        new = counted / "step_300.pt"
+        rules = Selection(steps="100,200")
+        ckptavg.average(counted, total, select=rules, normalize=False)
+        ckptavg.average(counted, mean, select=rules)
+        with pytest.raises(SelectionError, match="is no mean"):
+            ckptavg.average([total, new], out, update=True)
+        with pytest.raises(SelectionError, match="only a mean"):
+            ckptavg.average([mean, new], out, update=True, normalize=False)
+        assert not out.exists()
+
+    def test_members_are_known_by_what_they_hold(self, counted, tmp_path):
+        swa, out = tmp_path / "swa.safetensors", tmp_path / "out.safetensors"
+        ckptavg.average(counted, swa, select=Selection(steps="100:300:100"))
+        (tmp_path / "copy.pt").write_bytes((counted / "step_300.pt").read_bytes())
+        (tmp_path / "link.pt").symlink_to(counted / "step_200.pt")
+        state = torch.load(counted / "step_100.pt")["model"]
+        save_file(state, tmp_path / "other.safetensors")
+        for name in ("copy.pt", "link.pt", "other.safetensors"):
+            with pytest.raises(SelectionError, match=f"has .*{name} in it already"):
+                ckptavg.average([swa, tmp_path / name], out, update=True)
+        # Of the same name, and another.
+        (tmp_path / "again").mkdir()
+        fresh = tmp_path / "again" / "step_300.pt"
+        torch.save({"model": {"w": torch.ones(3), "n": torch.tensor(7)}, "global_step": 9}, fresh)
+        ckptavg.average([swa, fresh], out, update=True)
+        assert load_file(out)["n"] == 300
+
+    def test_rules_are_for_the_new_ones(self, counted, tmp_path):
+        swa, out = tmp_path / "swa.safetensors", tmp_path / "out.safetensors"
+        ckptavg.average(counted, swa, select=Selection(steps="100:300:100"))
+        for rules in (Selection(start=400), Selection(include=["step_[45]*"])):
+            ckptavg.average([swa, counted], out, update=True, select=rules, force=True)
+            assert load_file(out)["w"].tolist() == [3.0] * 3
+
+
+def test_each_says_how_it_was_chosen(tmp_path):
+    save_run(tmp_path / "run", random_state_dicts(4))
+    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[2, 3])
+    ckptavg.average(tmp_path / "run", tmp_path / "one.safetensors", select=Selection(last=3))
+    several = (tmp_path / "out" / "last3-uniform.safetensors").read_bytes()
+    assert several == (tmp_path / "one.safetensors").read_bytes()
+
+
+def test_fewer_than_asked_for_is_said(tmp_path, caplog):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    with caplog.at_level("INFO", "ckptavg"):
+        ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[1, 9])
+    assert "of the last 9 there are only 2" in caplog.text
+
+
+def test_names_taken_meanwhile_leave_none(tmp_path, monkeypatch):
+    save_run(tmp_path / "run", random_state_dicts(3))
+    out = tmp_path / "out"
+    original = OutputFile.commit
+
+    def commit(sink):
+        if sink.path.name.startswith("last3"):
+            sink.path.write_text("somebody else")
+        original(sink)
+
+    monkeypatch.setattr(OutputFile, "commit", commit)
+    with pytest.raises(OutputError, match="exists already"):
+        ckptavg.average_many(tmp_path / "run", out, last=[2, 3])
+    assert os.listdir(out) == ["last3-uniform.safetensors"]
+
+
+def test_many_outputs_take_little_memory(tmp_path):
+    save_run(tmp_path / "run", random_state_dicts(3))
+    few = ckptavg.average_many(tmp_path / "run", tmp_path / "a", last=[2], dry_run=True)
+    many = ckptavg.average_many(
+        tmp_path / "run", tmp_path / "a", last=[1, 2, 3], weights=SCHEMES, dry_run=True
+    )
+    assert few[0].memory < many[0].memory < 128 << 20
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("output", ["memory://x/", "out.safetensors"])
+def test_several_outputs_need_a_directory_here(tmp_path, output):
+    save_run(tmp_path / "run", random_state_dicts(3))
+    place = output if "://" in output else tmp_path / output
+    with pytest.raises(OutputError):
+        ckptavg.average_many(tmp_path / "run", place, last=[2, 3])

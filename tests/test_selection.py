@@ -350,7 +350,7 @@ def test_the_average_is_of_those_taken(run, tmp_path):
     ]
     inspected = CliRunner().invoke(cli, ["inspect", "--json", str(out)])
     made = json.loads(inspected.stdout)["checkpoints"][0]["provenance"]
-    assert made["selection"] == {"start": "75%"}
+    assert made["selection"] == {"start": "75%", "unit": "global_step"}
 
 
 class TestInspect:

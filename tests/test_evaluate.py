@@ -369,7 +369,10 @@ class TestCommand:
         best = max((i for i in range(5) if i != 2), key=lambda i: (found[i]["accuracy"], i))
         assert document["best"]["accuracy"] == f"step_{best}.pt"
         Path("values.json").write_text(result.stdout)
-        assert read_metrics(Path("values.json"), "loss") == {
+        # By name, and by path, so that another run's file of that name is not taken for it.
+        table = read_metrics(Path("values.json"), "loss")
+        assert {Path(name).is_absolute() for name in table} == {True, False}
+        assert {name: v for name, v in table.items() if not Path(name).is_absolute()} == {
             f"step_{i}.pt": found[i]["loss"] for i in (0, 1, 3, 4)
         }
         chosen = ("--best", 1, "--metric", "accuracy", "--metrics", "values.json")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptavg import __version__
 from ckptavg.checkpoint import PROVENANCE
 from ckptavg.collect import survey
+from ckptavg.compare import fingerprints
 from ckptavg.errors import MismatchError, OutputError, SelectionError, printable
 from ckptavg.formats.huggingface import read_json
 from ckptavg.layout import OutputTensor
@@ -174,9 +175,9 @@ class Averages:
 
     def file_name(self, variant: Variant) -> str:
         """The name of one of several outputs: directories make directories."""
-        directories = variant.last.checkpoint.container in ("huggingface", "dcp")
-        suffix = ".pt" if self._options.container == "last" else ".safetensors"
-        return f"{variant.label}/" if directories else variant.label + suffix
+        if variant.last.checkpoint.is_of_directories:
+            return f"{variant.label}/"
+        return variant.label + (".pt" if self._options.container == "last" else ".safetensors")
 
     def make(
         self, variants: Sequence[Variant], output_of: Callable[[Variant], PathLike]
@@ -210,8 +211,10 @@ class Averages:
             self._base.check(plan)
         for number, target in enumerate(targets):
             _check_order(collection, target, plan.last(number).checkpoint)
+        # Of joined factors the last checkpoint's are gone, and such averages are not updated.
+        contents = None if options.exact else fingerprints(collection)
         layouts = [
-            self._layout(plan, number, variant, target, replaced)
+            self._layout(plan, number, variant, target, replaced=replaced, contents=contents)
             for number, (variant, target) in enumerate(zip(variants, targets, strict=True))
         ]
         for target, layout in zip(targets, layouts, strict=True):
@@ -270,7 +273,9 @@ class Averages:
         number: int,
         variant: Variant,
         target: Destination,
+        *,
         replaced: dict[str, bytes],
+        contents: dict[Source, str] | None,
     ) -> Layout:
         """An output's layout with its provenance in it."""
         source = plan.last(number)
@@ -282,7 +287,7 @@ class Averages:
             outputs = tuple(
                 OutputTensor(one.names[:1], one.dtype, one.shape, one.nbytes) for one in outputs
             )
-        sources = provenance_sources(variant, None if self._options.exact else plan.collection)
+        sources = provenance_sources(variant, contents)
         metadata[PROVENANCE] = encode_provenance(
             {
                 "version": __version__,

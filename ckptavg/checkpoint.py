@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptavg.parts import Memory, Part
-from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
+from ckptavg.tensors import AnyArray, Tensor, bytes_of
 from ckptavg.training import TrainingRecord
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of its files, optimizer state and all."""
         return sum(part.size for part in self.parts)
+
+    @property
+    def is_of_directories(self) -> bool:
+        """Whether such checkpoints are directories, whose average is one by default."""
+        return self.container in ("huggingface", "dcp")
 
     @property
     def step(self) -> tuple[str, int] | None:
@@ -126,7 +131,7 @@ def read_view(part: Part, tensor: Tensor) -> AnyArray:
 def read_span(part: Part, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
     """The bytes from a tensor's first element to its last one, and the tensor as a view of them."""
     itemsize = tensor.dtype.itemsize
-    strides = contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
+    strides = tensor.element_strides
     span = span_elements(tensor.shape, strides)
     out = np.empty(span * itemsize, np.uint8)
     part.read_into(tensor.offset, out.data)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ckptavg.sources import Collection, Source
-    from ckptavg.tensors import Tensor
+    from ckptavg.tensors import AnyArray, Tensor
 
 _PIECE = 1 << 20
 _SAMPLES = 64
@@ -32,8 +32,7 @@ class Contents:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
-        chosen = np.linspace(0, len(tensors) - 1, min(_SAMPLES, len(tensors)))
-        self._chosen: list[int] = chosen.astype(int).tolist()
+        self._chosen = _spread(len(tensors), _SAMPLES)
         self._digests: dict[tuple[int, bool], bytes] = {}
 
     def same(self, one: Source, other: Source) -> bool:
@@ -48,42 +47,51 @@ class Contents:
         if key not in self._digests:
             digest = hashlib.sha256()
             for index in range(len(self._tensors)) if whole else self._chosen:
-                for piece in self._pieces(source, index, whole=whole):
+                for piece in _pieces(source, index, self._tensors[index], whole=whole):
                     digest.update(piece)
             self._digests[key] = digest.digest()
         return self._digests[key]
 
-    def _pieces(self, source: Source, index: int, *, whole: bool) -> Iterator[memoryview]:
-        tensor = source.tensor(index, self._tensors[index])
-        if tensor.strides is not None:
-            part = source.checkpoint.parts[tensor.part]
-            yield bytes_of(np.ascontiguousarray(read_view(part, tensor)))
-            return
-        end = tensor.nbytes if whole else min(_SAMPLE_BYTES, tensor.nbytes)
-        for start in range(0, end, _PIECE):
-            yield _read(source, index, start, min(_PIECE, end - start)).data
 
-
-def fingerprint(collection: Collection, source: Source) -> str:
-    """What tells a checkpoint's weights from others', from samples of some of its tensors.
+def fingerprints(collection: Collection) -> dict[Source, str]:
+    """What tells each checkpoint's weights from others', from samples of some of its tensors.
 
     It does not depend on the container, or on the order of the tensors in it.
     """
-    described = dict(zip(collection.names, enumerate(collection.described), strict=True))
-    names = sorted(name for name, (_, tensor) in described.items() if tensor.count)
-    digest = hashlib.sha256()
-    for place in np.linspace(0, len(names) - 1, min(_FINGERS, len(names))).astype(int):
-        index, like = described[names[place]]
-        tensor = source.tensor(index, like)
-        part = source.checkpoint.parts[tensor.part]
-        digest.update(names[place].encode("utf-8", "surrogatepass"))
-        if tensor.strides is None:
-            out = np.empty(min(_SAMPLE_BYTES, tensor.nbytes), np.uint8)
-            part.read_into(tensor.offset, bytes_of(out))
-        else:
-            out = np.ascontiguousarray(read_view(part, tensor)).reshape(-1).view(np.uint8)
-        digest.update(out[:_SAMPLE_BYTES].tobytes())
-    return digest.hexdigest()[:32]
+    places = {name: index for index, name in enumerate(collection.names)}
+    names = sorted(name for name, tensor in collection.tensors.items() if tensor.count)
+    chosen = [names[place] for place in _spread(len(names), _FINGERS)]
+    found = {}
+    for source in collection.sources:
+        digest = hashlib.sha256()
+        for name in chosen:
+            digest.update(name.encode("utf-8", "surrogatepass"))
+            [sample] = _pieces(source, places[name], collection.tensors[name], whole=False)
+            digest.update(sample[:_SAMPLE_BYTES])
+        found[source] = digest.hexdigest()[:32]
+    return found
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """So many positions at most, spread over all of them."""
+    positions: list[int] = np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
+    return positions
+
+
+def _pieces(source: Source, index: int, like: Tensor, *, whole: bool) -> Iterator[memoryview]:
+    """A tensor's bytes in C order: all of them, or the first. One that is strided comes whole."""
+    if index in source.strides:
+        yield bytes_of(_strided(source, index, like))
+        return
+    nbytes = source.tensor(index, like).nbytes
+    end = nbytes if whole else min(_SAMPLE_BYTES, nbytes)
+    for start in range(0, end, _PIECE):
+        yield _read(source, index, start, min(_PIECE, end - start)).data
+
+
+def _strided(source: Source, index: int, like: Tensor) -> AnyArray:
+    tensor = source.tensor(index, like)
+    return np.ascontiguousarray(read_view(source.checkpoint.parts[tensor.part], tensor))
 
 
 def differing(
@@ -125,10 +133,5 @@ def _read(source: Source, index: int, start: int, size: int) -> Integers:
 
 
 def _same_strided(like: Tensor, index: int, one: Source, other: Source) -> bool:
-    mine, theirs = (
-        np.ascontiguousarray(
-            read_view(source.checkpoint.parts[source.parts[index]], source.tensor(index, like))
-        ).view(np.uint8)
-        for source in (one, other)
-    )
+    mine, theirs = (_strided(source, index, like).view(np.uint8) for source in (one, other))
     return bool(np.array_equal(mine, theirs))

@@ -97,11 +97,7 @@ def _is_further(entry: Path, path: Path) -> bool:
     if not _NUMBERED.fullmatch(entry.name):
         return False
     # DeepSpeed's `global_step500/` in `checkpoint-500/` is.
-    return not (entry.name.startswith("global_step") and _has_trainer_state(path))
-
-
-def _has_trainer_state(path: Path) -> bool:
-    return (path / "trainer_state.json").is_file() or (path / "random_states_0.pkl").is_file()
+    return not (entry.name.startswith("global_step") and huggingface.has_trainer_state(path))
 
 
 def is_no_checkpoint(name: str) -> bool:

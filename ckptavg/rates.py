@@ -89,12 +89,9 @@ def at_minima(
                 remedy="say --lr-recorded used if the trainer saves before scheduler.step(), or "
                 "--lr-recorded next if after it",
             )
-    rates = used_rates(records, names=names, reading=reading)
+    rates = _rates_of(points, names)
     _check_first_group(records, rates)
-    chosen, falling = _minima_of(points)
-    if falling:
-        log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
-    return rates, chosen
+    return rates, minima(rates, [point is not None and _turns(point) for point in points])
 
 
 def _minima_of(points: Sequence[_Point | None]) -> tuple[list[bool], bool]:
@@ -127,7 +124,11 @@ def used_rates(
     Raises:
         SelectionError: some of them record no rate.
     """
-    points = _points(records, reading)
+    return _rates_of(_points(records, reading), names)
+
+
+def _rates_of(points: Sequence[_Point | None], names: Sequence[str]) -> list[float]:
+    """What `used_rates` gives, of checkpoints that are placed in the schedule."""
     missing = [name for name, point in zip(names, points, strict=True) if point is None]
     if missing:
         what = (

@@ -112,6 +112,11 @@ class Tensor:
         """Bytes of its elements."""
         return self.dtype.nbytes(self.count)
 
+    @property
+    def element_strides(self) -> tuple[int, ...]:
+        """In elements, one for each dimension, of a contiguous tensor as well."""
+        return contiguous_strides(self.shape) if self.strides is None else self.strides
+
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor in C order."""

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.compare import fingerprint
+from ckptavg.compare import fingerprints
 from ckptavg.errors import SelectionError, printable
 from ckptavg.order import in_order
 from ckptavg.sources import Collection
@@ -55,7 +55,7 @@ class Base:
             SelectionError: it is.
         """
         tensors = self.others.references[self.others.models[other]].tensors
-        own = fingerprint(Collection(tensors, (other,), order_is_known=True), other)
+        own = fingerprints(Collection(tensors, (other,), order_is_known=True))[other]
         for member in self.members:
             if member.get("content") == own:
                 name = printable(member.get("name"))

@@ -12,7 +12,7 @@ import numpy as np
 from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded, weighted
 from ckptavg.checkpoint import read_span, read_view
 from ckptavg.jobs import CHUNK, BadValueError
-from ckptavg.tensors import AnyArray, Tensor, bytes_of, contiguous_strides
+from ckptavg.tensors import AnyArray, Tensor, bytes_of
 
 if TYPE_CHECKING:
     import threading
@@ -239,17 +239,13 @@ def _buffer(held: AnyArray, count: int, dtype: np.dtype[Any]) -> AnyArray:
 
 def _widest(tensor: Tensor) -> int:
     """The axis along which neighbours are farthest apart in the file."""
-    strides = _strides(tensor)
+    strides = tensor.element_strides
     return max(range(len(strides)), key=lambda axis: (tensor.shape[axis] > 1, strides[axis]))
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    return contiguous_strides(tensor.shape) if tensor.strides is None else tensor.strides
 
 
 def _slab(tensor: Tensor, axis: int, first: int, last: int) -> Tensor:
     """The part of a tensor from `first` to `last` along an axis."""
-    strides = _strides(tensor)
+    strides = tensor.element_strides
     size = min(last, tensor.shape[axis]) - first
     shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
     offset = tensor.offset + first * strides[axis] * tensor.dtype.itemsize

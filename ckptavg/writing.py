@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.compare import fingerprint
 from ckptavg.engine import execute
 from ckptavg.errors import OutputError
 from ckptavg.jobs import BadValueError
@@ -17,12 +16,12 @@ from ckptavg.output_directory import OutputDirectory, check_directory_destinatio
 from ckptavg.paths import is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.layout import Layout
     from ckptavg.plan import Plan
-    from ckptavg.sources import Collection
+    from ckptavg.sources import Source
     from ckptavg.summary import Variant
 
 Progress = Callable[[int, int], None]
@@ -144,12 +143,14 @@ def encode_provenance(entry: dict[str, Any]) -> str:
     return json.dumps(entry, separators=(",", ":"), sort_keys=True)
 
 
-def provenance_sources(variant: Variant, collection: Collection | None) -> list[dict[str, Any]]:
+def provenance_sources(
+    variant: Variant, contents: Mapping[Source, str] | None = None
+) -> list[dict[str, Any]]:
     """What a file says of its sources: no absolute paths, no times.
 
     Args:
         variant: what it is made of.
-        collection: whose tensors the sources have; None to leave out what tells contents apart.
+        contents: what tells the checkpoints' weights apart; None to leave it out.
     """
     weights = variant.weights
     return [
@@ -157,7 +158,7 @@ def provenance_sources(variant: Variant, collection: Collection | None) -> list[
             "name": label,
             "bytes": source.checkpoint.size,
             "header_sha256": source.checkpoint.digest,
-            **({"content": fingerprint(collection, source)} if collection else {}),
+            **({"content": contents[source]} if contents else {}),
             **({"step": list(source.checkpoint.step)} if source.checkpoint.step else {}),
             "weight": value / weights.divisor,
         }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.refresh_options import OPTIONS, Command, add, check_spec, keywords
+from ckptavg.cli.refresh_options import OPTIONS, Command, add, check_spec, keywords, require
 from ckptavg.cli.selection_options import selection_options, take_selection
 
 if TYPE_CHECKING:
@@ -98,11 +98,7 @@ def check_metric(
 
 def take_evaluation(options: dict[str, Any], metric: str | None) -> EvaluationOptions:
     """Take an evaluation's options out of a command's."""
-    for name in ("model", "loader"):
-        if options[name] is None:
-            raise click.UsageError(
-                f"an evaluation needs --{name} (or {name} in [tool.ckptavg] of pyproject.toml)"
-            )
+    require("an evaluation", model=options["model"], loader=options["loader"])
     refresh = _take_refresh(options)
     from ckptavg.norm.evaluate import EvaluationOptions
 

@@ -120,6 +120,19 @@ def add(command: Command, options: Iterable[Option]) -> Command:
     return command
 
 
+def require(what: str, **values: str | None) -> None:
+    """Refuse a pass through a model that lacks one of these options.
+
+    Raises:
+        click.UsageError: a value is None.
+    """
+    for name, value in values.items():
+        if value is None:
+            raise click.UsageError(
+                f"{what} needs --{name} (or {name} in [tool.ckptavg] of pyproject.toml)"
+            )
+
+
 def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshOptions | None:
     """Take a refresh's options out of a command's; None where no refresh was asked for."""
     model, loader = options.pop("model"), options.pop("loader")
@@ -133,11 +146,7 @@ def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshO
     }
     if not required and model is None and loader is None:
         return None
-    for name, value in (("model", model), ("loader", loader)):
-        if value is None:
-            raise click.UsageError(
-                f"a refresh needs --{name} (or {name} in [tool.ckptavg] of pyproject.toml)"
-            )
+    require("a refresh", model=model, loader=loader)
     from ckptavg.norm.files import RefreshOptions
 
     return RefreshOptions(

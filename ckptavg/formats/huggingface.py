@@ -71,6 +71,11 @@ def _weights(path: Path) -> str | None:
     return next((name for name in sorted(names) if _SHARD.fullmatch(name)), None)
 
 
+def has_trainer_state(path: Path) -> bool:
+    """Whether Trainer or Accelerate wrote its own state into this directory."""
+    return any((path / name).is_file() for name in _BESIDE_FOLDERS)
+
+
 def weight_files(path: Path) -> frozenset[str]:
     """The names of the files that its weights are read from, all of them in the directory itself.
 

@@ -267,7 +267,7 @@ def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dic
     """The checkpoint's provenance, brought up to date."""
     entry = checkpoint.provenance or {
         "scheme": "none",
-        "sources": provenance_sources(_alone(checkpoint), None),
+        "sources": provenance_sources(_alone(checkpoint)),
     }
     state: dict[str, Any] = {"state": "none"}
     if any(map(is_norm_statistic, checkpoint.tensors)):

@@ -15,7 +15,7 @@ from ckptavg.errors import CkptAvgError, OutputError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.parts import ByteSource
 from ckptavg.paths import as_path, is_remote
-from ckptavg.writers.container import lay_out_container, span_bytes
+from ckptavg.writers.container import lay_out_container, span
 from ckptavg.writers.directory import lay_out_directory
 from ckptavg.writers.pickling import is_writable
 from ckptavg.writers.safetensors import lay_out_safetensors
@@ -73,10 +73,9 @@ def destination(
     path = _local(output)
     spelled = os.fspath(output)
     known = path.suffix in SUFFIXES
-    of_directories = last.container in ("huggingface", "dcp")
     if container == "last":
         return Destination(_for_container(path, last), "container")
-    if path.is_dir() or spelled.endswith(os.sep) or (of_directories and not known):
+    if path.is_dir() or spelled.endswith(os.sep) or (last.is_of_directories and not known):
         return Destination(path, "directory", max_shard_size)
     if max_shard_size is not None:
         raise OutputError(
@@ -203,22 +202,17 @@ def _lay_out_container(
 def _mention_other(last: Checkpoint, name: str, places: Sequence[Tensor]) -> None:
     """Say what becomes of another state dict: torch saves what two of them share but once."""
     with contextlib.suppress(CkptAvgError):
-        weights = sorted(_span(place) for place in places if place.count)
+        weights = sorted(span(place) for place in places if place.count)
         others = open_checkpoint(last.path, key=name).tensors.values()
         if not any(tensor.dtype.averaged for tensor in others):
             return  # counters, as in Lightning's `averaging_state`
-        if any(_overlaps(weights, *_span(tensor)) for tensor in others if tensor.count):
+        if any(_overlaps(weights, *span(tensor)) for tensor in others if tensor.count):
             log.warning(
                 "%s in the container shares tensors with the weights, so it has their average too",
                 printable(name),
             )
             return
     log.warning("%s in the container stays the last checkpoint's", printable(name))
-
-
-def _span(place: Tensor) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end in its file."""
-    return place.offset, place.offset + span_bytes(place)
 
 
 def _overlaps(spans: Sequence[tuple[int, int]], start: int, end: int) -> bool:

@@ -79,7 +79,7 @@ def _spans(
     A scattered tensor's span counts whole: what lies between its elements is written with it.
     """
     spans = sorted(
-        (place.offset, place.offset + span_bytes(place), tensor.names[0])
+        (*span(place), tensor.names[0])
         for tensor, each in zip(tensors, places, strict=True)
         for place in each
         if place.count
@@ -96,11 +96,12 @@ def _spans(
     return [(start, end) for start, end, _ in spans]
 
 
-def span_bytes(place: Tensor) -> int:
-    """Bytes from a tensor's first element to its last one."""
-    if place.strides is None:
-        return place.nbytes
-    return span_elements(place.shape, place.strides) * place.dtype.itemsize
+def span(place: Tensor) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end in its file."""
+    nbytes = place.nbytes
+    if place.strides is not None:
+        nbytes = span_elements(place.shape, place.strides) * place.dtype.itemsize
+    return place.offset, place.offset + nbytes
 
 
 def _gaps(file: ByteSource, spans: Sequence[tuple[int, int]], end: int) -> Iterator[Copy]:

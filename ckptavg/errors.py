@@ -102,3 +102,7 @@ class RefreshError(CkptAvgError):
 
 class UserCodeError(CkptAvgError):
     """The user's own model, loader or function raised: `__cause__` is what it raised."""
+
+
+class PeerError(CkptAvgError):
+    """Another of the processes that work together has failed, and says why itself."""

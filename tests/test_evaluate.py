@@ -153,7 +153,7 @@ class TestEachCheckpoint:
         together = metrics("run", made)
         alone = [metrics(f"run/step_{step}.pt", made)[0] for step in range(len(states))]
         assert together == alone
-        assert [one["seen"] for one in together] == [5.0] * len(states)  # of the refresh
+        assert [one["seen"] for one in together] == [0.0] * len(states)
         assert len({one["noise"] for one in together}) == len(states)
 
     def test_is_merged_anew_by_a_model_that_merges_weights_for_eval_mode(self, train, states):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ckptavg.norm import statistics
-from ckptavg.norm.estimators import make_estimator
-from ckptavg.norm.statistics import input_statistics, native_statistics
+from ckptavg.norm.estimators import Channels, WeightedMoments
+from ckptavg.norm.statistics import input_statistics, instance_statistics
 
 SPLITS = [(60,), (30, 30), (59, 1), (1, 59), (1,) * 60, (7, 2, 40, 11), (25, 25, 10)]
 
@@ -21,11 +21,23 @@ def draw(mean: float, std: float, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=made) * channels * std + mean * channels
 
 
+def channels(name, size):
+    return Channels((size,), (name == "exact",), (0.0,))
+
+
 def estimate(name, batches):
-    estimator = make_estimator(name)
+    moments = WeightedMoments.empty(channels(name, batches[0].shape[1]))
     for batch in batches:
-        estimator.update(input_statistics(batch))
-    return estimator
+        seen = input_statistics(batch, correction=0 if name == "exact" else 1)
+        weight = torch.tensor([seen.weight(name)], dtype=torch.float64)
+        moments.update(weight, seen.mean, seen.variance)
+    return Estimate(moments)
+
+
+class Estimate:
+    def __init__(self, moments):
+        self.moments, self.mean = moments, moments.mean
+        self.variance, self.calls = moments.pooled_variance(), int(moments.calls)
 
 
 def axes_of(values: torch.Tensor) -> list[int]:
@@ -120,21 +132,14 @@ class TestTorch:
 class TestAll:
     def test_leave_what_they_are_given_alone(self, name):
         calls = [input_statistics(draw(3, 2, 8, 4, seed=seed)) for seed in range(3)]
-        before = [(call.mean.clone(), call.m2.clone()) for call in calls]
-        estimator = make_estimator(name)
+        before = [(call.mean.clone(), call.variance.clone()) for call in calls]
+        moments = WeightedMoments.empty(channels(name, 4))
         for call in calls:
-            estimator.update(call)
+            moments.update(torch.ones(1).double(), call.mean, call.variance)
         assert all(
-            torch.equal(call.mean, mean) and torch.equal(call.m2, m2)
-            for call, (mean, m2) in zip(calls, before, strict=True)
+            torch.equal(call.mean, mean) and torch.equal(call.variance, variance)
+            for call, (mean, variance) in zip(calls, before, strict=True)
         )
-
-    def test_keep_nan(self, name):
-        good, bad = draw(0, 1, 8, 4), draw(0, 1, 8, 4)
-        bad[3, 2] = torch.nan
-        found = estimate(name, [good, bad, good])
-        assert found.mean.isnan().tolist() == [False, False, True, False]
-        assert found.variance.isnan().tolist() == [False, False, True, False]
 
     def test_hardly_depend_on_the_order(self, name):
         batches = draw(1e4, 1, 30, 3).split((4, 10, 16))
@@ -158,28 +163,106 @@ class TestInputStatistics:
         mean, variance = population(data)
         assert (found.count, found.batch) == (data.numel() // 4, 6)
         torch.testing.assert_close(found.mean, mean, rtol=1e-14, atol=0)
-        torch.testing.assert_close(found.m2 / found.count, variance, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found.variance, variance, rtol=1e-9, atol=0)
 
     def test_do_not_depend_on_the_memory_format(self):
         data = draw(3, 1, 6, 4, 5, 3)
         one = input_statistics(data)
         other = input_statistics(data.contiguous(memory_format=torch.channels_last))
-        torch.testing.assert_close((one.mean, one.m2), (other.mean, other.m2))
+        torch.testing.assert_close((one.mean, one.variance), (other.mean, other.variance))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_are_of_the_values_as_they_are(self, dtype):
         data = draw(3, 1, 50, 4).to(dtype)
         found = input_statistics(data)
-        torch.testing.assert_close((found.mean, found.m2 / 50), population(data))
+        torch.testing.assert_close((found.mean, found.variance), population(data))
 
     def test_keep_no_graph(self):
         data = draw(3, 1, 6, 4).requires_grad_()
         assert not input_statistics(data).mean.requires_grad
 
+    def test_are_unbiased_with_a_correction(self):
+        data = draw(3, 2, 8, 4, 5)
+        torch.testing.assert_close(input_statistics(data, correction=1).variance, unbiased(data))
 
-def test_native_statistics_are_the_same_said_otherwise():
-    data = draw(3, 2, 8, 4, 5)
-    native = native_statistics(population(data)[0], unbiased(data), data)
-    found = input_statistics(data)
-    assert (native.count, native.batch) == (found.count, found.batch) == (40, 8)
-    torch.testing.assert_close((native.mean, native.m2), (found.mean, found.m2))
+    @pytest.mark.parametrize("shape", [(6, 4, 5), (6, 4, 5, 3), (1, 4, 2)], ids=str)
+    def test_of_instances_are_those_that_torch_tracks(self, shape):
+        data = draw(3, 2, *shape).double()
+        kind = {3: torch.nn.InstanceNorm1d, 4: torch.nn.InstanceNorm2d}[len(shape)]
+        layer = kind(4, track_running_stats=True, momentum=1.0).double()
+        layer(data)
+        found = instance_statistics(data)
+        torch.testing.assert_close(
+            (found.mean, found.variance), (layer.running_mean, layer.running_var)
+        )
+        assert found.batch == found.count == shape[0]
+
+
+@pytest.mark.parametrize("name", ["paper", "torch", "exact"])
+class TestMerged:
+    @pytest.mark.parametrize("shares", [(1, 9), (5, 5), (0, 10), (3, 0, 7), (1,) * 10], ids=str)
+    def test_is_what_one_pass_finds(self, name, shares):
+        batches = draw(1e3, 1, 97, 3, 4).split((10, 10, 3, 17, 1, 16, 5, 15, 10, 10))
+        whole = estimate(name, batches)
+        left, merged = list(batches), None
+        for share in shares:
+            own = WeightedMoments.empty(channels(name, 3))
+            if share:
+                own = estimate(name, left[:share]).moments
+                del left[:share]
+            merged = own if merged is None else merged.merged(own)
+        found = Estimate(merged)
+        torch.testing.assert_close(found.mean, whole.mean, rtol=1e-14, atol=0)
+        torch.testing.assert_close(found.variance, whole.variance, rtol=1e-11, atol=0)
+        assert found.calls == 10
+        for one, other in zip(found.moments.errors(), whole.moments.errors(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=0)
+
+    def test_leaves_a_layer_without_calls_alone(self, name):
+        two = Channels((2, 3), (name == "exact",) * 2, (0.0, 0.0))
+        one, other = WeightedMoments.empty(two), WeightedMoments.empty(two)
+        values = torch.arange(5).double()
+        one.update(torch.tensor([2.0, 0.0]).double(), values, values)
+        other.update(torch.tensor([4.0, 0.0]).double(), values + 3, values)
+        merged = one.merged(other)
+        assert merged.mean.tolist() == [2, 3, 0, 0, 0]
+        assert merged.calls.tolist() == [2, 0]
+        assert merged.errors()[0][1] == torch.inf
+
+
+class TestErrors:
+    """Against what many passes over other data of the same kind give."""
+
+    @pytest.mark.parametrize("name", ["paper", "torch", "exact"])
+    @pytest.mark.parametrize("shape", [(64,), (64, 6)], ids=str)
+    def test_are_not_exceeded_but_now_and_then(self, name, shape):
+        exceeded, ratios = [], []
+        for seed in range(60):
+            data = draw(2, 1, 1280, *shape, seed=seed)
+            found = estimate(name, data.split((64, 64, 32, 96) * 5))
+            stds = torch.linspace(0.5, 2, 64, dtype=torch.float64)
+            mean = (((found.mean - 2 * stds) / stds).square().mean()).sqrt()
+            log_std = (found.variance.sqrt() / stds).log().square().mean().sqrt()
+            for true, stated in zip((mean, log_std), found.moments.errors(), strict=True):
+                exceeded.append(bool(true > stated[0]))
+                ratios.append(float(stated[0] / true))
+        assert sum(exceeded) / len(exceeded) < 0.12
+        assert 1 < sum(ratios) / len(ratios) < 1.5  # nor are they much too large
+
+    def test_fall_with_the_root_of_the_number_of_batches(self):
+        [few, many] = [
+            estimate("paper", draw(2, 1, count, 64).split(32)).moments.errors()
+            for count in (1024, 16 * 1024)
+        ]
+        for one, other in zip(few, many, strict=True):
+            assert float(one / other) == pytest.approx(4, rel=0.2)
+
+    def test_of_one_call_are_not_known(self):
+        found = estimate("paper", [draw(2, 1, 32, 4)]).moments.errors()
+        assert [float(one) for one in found] == [torch.inf] * 2
+
+    def test_of_what_never_changes_are_nothing(self):
+        moments = WeightedMoments.empty(Channels((3,), (False,), (1e-5,)))
+        for _ in range(3):
+            moments.update(torch.ones(1).double(), torch.ones(3).double(), torch.zeros(3).double())
+        assert [float(one) for one in moments.errors()] == [0, 0]

@@ -122,7 +122,7 @@ def exits():
 
 
 def nan():
-    yield images(8)
+    yield images(8) * float("inf")
     yield images(8) * float("nan")
 
 
@@ -1371,7 +1371,27 @@ def test_a_layer_that_scales_its_input_keeps_its_own_statistics(caplog):
     torch.optim.swa_utils.update_bn(batches, theirs)
     found, wanted = (dict(one.named_buffers())["0.running_var"] for one in (mine, theirs))
     assert torch.allclose(found, wanted, rtol=1e-5)
+    assert caplog.text == ""
+
+    handmade = torch.nn.Sequential(Handmade(3))
+    refresh_norm(handmade, batches, estimator="torch", memory_format="contiguous")
+    found = dict(handmade.named_buffers())["0.running_var"]
+    assert torch.allclose(found, wanted, rtol=1e-5)
     assert "layer 0 normalises something else than its input" in caplog.text
+
+
+class Handmade(torch.nn.BatchNorm2d):
+    """The same without torch's kernel."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        variance, mean = torch.var_mean(input * 2, (0, 2, 3))
+        assert self.momentum is not None
+        for held, new in ((self.running_mean, mean), (self.running_var, variance)):
+            assert held is not None
+            held.mul_(1 - self.momentum).add_(new, alpha=self.momentum)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        return (input * 2 - mean[:, None, None]) / (variance[:, None, None] + self.eps).sqrt()
 
 
 def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path, caplog, monkeypatch):

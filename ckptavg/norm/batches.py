@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -21,20 +21,52 @@ def moved(
     Containers keep their types; an object with a `to` of its own (a packed sequence, a graph)
     moves itself.
     """
-    if isinstance(batch, torch.Tensor):
-        layout = formats.get(batch.dim()) if batch.is_floating_point() else None
+
+    def move(leaf: Any) -> Any:  # noqa: ANN401
+        if not isinstance(leaf, torch.Tensor):
+            return leaf.to(device)
+        layout = formats.get(leaf.dim()) if leaf.is_floating_point() else None
         # Only copies to a GPU are in order with what reads them.
-        return batch.to(
+        return leaf.to(
             device,
             non_blocking=device.type == "cuda",
             memory_format=layout or torch.preserve_format,
         )
+
+    return _changed(batch, move)
+
+
+def pinned(batch: Any) -> Any:  # noqa: ANN401
+    """The batch with its tensors in memory from which a GPU can fetch them by itself."""
+    return _changed(batch, lambda leaf: leaf.pin_memory() if _is_pinnable(leaf) else leaf)
+
+
+def _is_pinnable(leaf: Any) -> bool:  # noqa: ANN401
+    if isinstance(leaf, torch.Tensor):
+        return leaf.device.type == "cpu" and leaf.layout == torch.strided
+    return callable(getattr(leaf, "pin_memory", None))
+
+
+def tensors(batch: Any) -> list[torch.Tensor]:  # noqa: ANN401
+    """All tensors in the batch, but for those within objects that move themselves."""
+    found: list[torch.Tensor] = []
+
+    def take(leaf: Any) -> Any:  # noqa: ANN401
+        found.extend([leaf] if isinstance(leaf, torch.Tensor) else [])
+        return leaf
+
+    _changed(batch, take)
+    return found
+
+
+def _changed(batch: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ANN401
+    """The batch with each leaf that has a `to` changed; containers keep their types."""
     if callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return _like(batch, {key: moved(value, device, formats) for key, value in batch.items()})
+        return _like(batch, {key: _changed(value, change) for key, value in batch.items()})
     if isinstance(batch, list | tuple):
-        elements = [moved(value, device, formats) for value in batch]
+        elements = [_changed(value, change) for value in batch]
         return type(batch)(*elements) if hasattr(batch, "_fields") else type(batch)(elements)
     return batch
 

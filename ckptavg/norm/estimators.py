@@ -1,24 +1,32 @@
 """From the statistics of single calls to those of the whole pass, in float64 per channel.
 
-n_b is the number of elements per channel in a layer's input, B_b its leading dimension, s2_b its
-unbiased variance.
+Each estimator is a weighted mean over the calls of a layer. n_b is the number of elements per
+channel in a call's input, B_b its leading dimension:
 
-- `paper`: mean and s2 weighted by B_b, as the code of Izmailov et al. does with momentum
-  `b / (n + b)`;
-- `torch`: mean and s2 with equal weight for every call, as `torch.optim.swa_utils.update_bn`;
-- `exact`: the population statistics of the layer's inputs (correction 0), merged as in Chan,
-  Golub & LeVeque 1979 from count, mean and M2 = the sum of squared deviations.
+- `paper`: mean and unbiased variance with the weight B_b, as the code of Izmailov et al. does with
+  momentum `b / (n + b)`;
+- `torch`: mean and unbiased variance with the weight 1, as `torch.optim.swa_utils.update_bn`;
+- `exact`: mean and biased variance with the weight n_b, and the variance of the means added to
+  that of the calls: the population statistics of the layer's inputs (correction 0), as they come
+  out of merging count, mean and M2 (Chan, Golub & LeVeque 1979).
+
+How far the calls scatter says how far their mean may still be from that of endless data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
 EstimatorName = Literal["paper", "torch", "exact"]
+
+_QUANTILE = 1.645  # of the normal distribution, for 95 %
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,107 +34,160 @@ class CallStatistics:
     """What one call of a norm layer saw.
 
     Attributes:
-        mean: `[channels]`, float64.
-        m2: sum of squared deviations from that mean, `[channels]`, float64.
+        mean: `[channels]`.
+        variance: `[channels]`, biased for `exact` and unbiased for the others.
         count: elements per channel, n_b.
         batch: leading dimension of the input, B_b.
     """
 
-    mean: Tensor
-    m2: Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
     count: int
     batch: int
 
+    def weight(self, estimator: EstimatorName) -> int:
+        """How much the call counts for."""
+        return {"paper": self.batch, "torch": 1, "exact": self.count}[estimator]
 
-class Estimator(Protocol):
-    """Statistics of all calls so far.
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of all layers, one layer after the other.
 
     Attributes:
-        calls: how many there were.
+        sizes: how many each layer has.
+        pooled: whether a layer's variance is that of all inputs, and so has that of the means in it
+            (`exact`).
+        eps: what each layer adds to its variance.
     """
 
-    calls: int
+    sizes: tuple[int, ...]
+    pooled: tuple[bool, ...]
+    eps: tuple[float, ...]
 
-    def update(self, seen: CallStatistics) -> None:
-        """Take in another call."""
+    def spread(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """What each layer has, for each of its channels, in float64."""
+        given = torch.as_tensor(values, dtype=torch.float64)
+        return given.repeat_interleave(torch.tensor(self.sizes))
 
-    @property
-    def mean(self) -> Tensor:
-        """`[channels]`, float64."""
-
-    @property
-    def variance(self) -> Tensor:
-        """`[channels]`, float64."""
-
-
-class WeightedMean:
-    """Weighted means of the calls' means and unbiased variances."""
-
-    def __init__(self, *, by_batch: bool) -> None:
-        self.calls, self._by_batch, self._weight = 0, by_batch, 0
-
-    def update(self, seen: CallStatistics) -> None:
-        """Take in another call, of at least two elements per channel."""
-        weight = seen.batch if self._by_batch else 1
-        unbiased = seen.m2 / (seen.count - 1)
-        self._weight += weight
-        self.calls += 1
-        if self.calls == 1:
-            self._mean, self._variance = seen.mean.clone(), unbiased
-        else:
-            share = weight / self._weight
-            self._mean += (seen.mean - self._mean) * share
-            self._variance += (unbiased - self._variance) * share
-
-    @property
-    def mean(self) -> Tensor:
-        """Weighted mean of the means."""
-        return self._mean
-
-    @property
-    def variance(self) -> Tensor:
-        """Weighted mean of the unbiased variances."""
-        return self._variance
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What each channel has, by layer."""
+        return torch.split(values, list(self.sizes))
 
 
-class Population:
-    """Statistics of all elements as one population, however they came in batches."""
+@dataclass
+class WeightedMoments:
+    """Weighted means of what the calls saw, and how that scatters.
 
-    def __init__(self) -> None:
-        self.calls, self._count = 0, 0
+    Attributes:
+        channels: of the layers.
+        calls: of each layer, `[layers]`.
+        weight: sum of the calls' weights, `[layers]`, float64 like all that follows.
+        weight_squares: sum of the squares of the weights, `[layers]`.
+        mean: weighted mean of the means, `[channels of all layers]`.
+        mean_scatter: weighted sum of their squared deviations from that, likewise.
+        variance: weighted mean of the variances, likewise.
+        variance_scatter: weighted sum of their squared deviations from that, likewise.
+    """
 
-    def update(self, seen: CallStatistics) -> None:
-        """Take in another call."""
-        self.calls += 1
-        if self.calls == 1:
-            self._count, self._mean, self._m2 = seen.count, seen.mean.clone(), seen.m2.clone()
-        else:
-            self._count, self._mean, self._m2 = merged(
-                (self._count, self._mean, self._m2), (seen.count, seen.mean, seen.m2)
-            )
+    channels: Channels
+    calls: torch.Tensor
+    weight: torch.Tensor
+    weight_squares: torch.Tensor
+    mean: torch.Tensor
+    mean_scatter: torch.Tensor
+    variance: torch.Tensor
+    variance_scatter: torch.Tensor
 
-    @property
-    def mean(self) -> Tensor:
-        """Population mean."""
-        return self._mean
+    @classmethod
+    def empty(cls, channels: Channels, device: torch.device | None = None) -> WeightedMoments:
+        """Of no calls, with what is per channel on a device."""
+        layers, count = len(channels.sizes), sum(channels.sizes)
+        weights = (torch.zeros(layers, dtype=torch.float64) for _ in range(2))
+        values = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(4))
+        return cls(channels, torch.zeros(layers, dtype=torch.int64), *weights, *values)
 
-    @property
-    def variance(self) -> Tensor:
-        """Population variance, correction 0."""
-        return self._m2 / self._count
+    def update(self, weights: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Take in a call of each layer (West 1979).
 
+        Args:
+            weights: of each layer's call, `[layers]`, float64; 0 for layers without one.
+            mean: of the calls, `[channels of all layers]`, float64; finite.
+            variance: likewise.
+        """
+        self.calls += weights > 0
+        self.weight += weights
+        self.weight_squares += weights.square()
+        share = self._per_channel(weights / self.weight.clamp(min=_TINY))
+        own = self._per_channel(weights)
+        for values, scatter, new in (
+            (self.mean, self.mean_scatter, mean),
+            (self.variance, self.variance_scatter, variance),
+        ):
+            delta = new - values
+            values.add_(delta * share)
+            scatter.add_(delta * (new - values) * own)
 
-Moments = tuple[int, "Tensor", "Tensor"]
+    def merged(self, other: WeightedMoments) -> WeightedMoments:
+        """Those of both sets of calls together (Chan, Golub & LeVeque 1979, equation 2.1)."""
+        weight = self.weight + other.weight
+        share = other.weight / weight.clamp(min=_TINY)
+        part, product = self._per_channel(share), self._per_channel(self.weight * share)
+        means, variances = other.mean - self.mean, other.variance - self.variance
+        return WeightedMoments(
+            self.channels,
+            self.calls + other.calls,
+            weight,
+            self.weight_squares + other.weight_squares,
+            self.mean + means * part,
+            self.mean_scatter + other.mean_scatter + means.square() * product,
+            self.variance + variances * part,
+            self.variance_scatter + other.variance_scatter + variances.square() * product,
+        )
 
+    def on_cpu(self) -> WeightedMoments:
+        """A copy for the other processes."""
+        values = (self.mean, self.mean_scatter, self.variance, self.variance_scatter)
+        weights = (self.calls.clone(), self.weight.clone(), self.weight_squares.clone())
+        copies = (torch.empty_like(one, device="cpu").copy_(one) for one in values)
+        return WeightedMoments(self.channels, *weights, *copies)
 
-def merged(one: Moments, other: Moments) -> Moments:
-    """Count, mean and M2 of two sets together (Chan, Golub & LeVeque 1979, equation 2.1)."""
-    count = one[0] + other[0]
-    delta = other[1] - one[1]
-    mean = one[1] + delta * (other[0] / count)
-    return count, mean, one[2] + other[2] + delta.square() * (one[0] * other[0] / count)
+    def pooled_variance(self) -> torch.Tensor:
+        """The variance of each channel, `[channels of all layers]`, float64, on the CPU."""
+        between = self.mean_scatter.cpu() / self.channels.spread(self.weight.clamp(min=_TINY))
+        pooled = self.channels.spread(self.channels.pooled)
+        return self.variance.cpu() + torch.where(pooled > 0, between, 0)
 
+    def errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far the estimates may still be from those of endless data like these.
 
-def make_estimator(name: EstimatorName) -> Estimator:
-    """A fresh estimator."""
-    return Population() if name == "exact" else WeightedMean(by_batch=name == "paper")
+        A weighted mean over calls x_b that are drawn alike has the variance
+        `s2 * sum(w_b^2) / sum(w_b)^2`, where `s2` is that of the x_b; it is taken from their
+        scatter. The root mean square over a layer's channels is raised to the upper end of its 95 %
+        interval, `sqrt(1 + 1.645 * sqrt(2 / channels))`, as if the channels were independent.
+
+        Returns:
+            The error of the mean, in standard deviations, and that of the logarithm of the standard
+            deviation, both `[layers]`; inf for a layer of less than two calls.
+        """
+        scale = self.pooled_variance() + self.channels.spread(self.channels.eps)
+        freedom = self.weight - self.weight_squares / self.weight.clamp(min=_TINY)
+        factor = self.weight_squares / (self.weight.square() * freedom)
+        sizes = torch.tensor(self.channels.sizes, dtype=torch.float64)
+        factor = torch.where(self.calls > 1, factor, torch.inf)
+        factor = factor * (1 + _QUANTILE * (2 / sizes).sqrt())
+        means = self.mean_scatter.cpu() / scale
+        variances = self.variance_scatter.cpu() / (2 * scale).square()
+        by_mean, by_variance = (
+            torch.stack([part.mean() for part in self.channels.split(squares)])
+            for squares in (means, variances)
+        )
+        return (by_mean * factor).nan_to_num(torch.inf).sqrt(), (
+            (by_variance * factor).nan_to_num(torch.inf).sqrt()
+        )
+
+    def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
+        """What each layer has, for each of its channels; one number where all layers agree."""
+        if bool((values == values[0]).all()):
+            return values[0]  # on the CPU: as a number, it goes with tensors of any device
+        return self.channels.spread(values).to(self.mean.device, non_blocking=True)

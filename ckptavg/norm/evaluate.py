@@ -27,10 +27,11 @@ from ckptavg.factories import load_object, user_code
 from ckptavg.formats import open_checkpoint
 from ckptavg.metrics import best, mode_of
 from ckptavg.norm.batches import default_forward, leading_size, moved
+from ckptavg.norm.feeding import limited
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import make_batches, make_model, seed_everything
 from ckptavg.norm.measures import measure_of, name_of
-from ckptavg.norm.refresh import device_of, limited, refresh_norm
+from ckptavg.norm.refresh import device_of, refresh_norm
 from ckptavg.selection import Selection, chosen
 from ckptavg.selection import select as choose
 

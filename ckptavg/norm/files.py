@@ -29,9 +29,10 @@ from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.errors import OutputError, RefreshError, printable
 from ckptavg.factories import load_object
 from ckptavg.formats import huggingface, open_checkpoint
+from ckptavg.norm.layers import norm_layers
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import make_batches, make_model, seed_everything
-from ckptavg.norm.refresh import norm_layers, refresh_norm
+from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.output import check_vacant
 from ckptavg.paths import is_remote

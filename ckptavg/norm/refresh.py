@@ -9,27 +9,36 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ckptavg.errors import RefreshError, printable
-from ckptavg.factories import user_code
-from ckptavg.norm.batches import default_forward, leading_size, moved
-from ckptavg.norm.estimators import Estimator, EstimatorName, make_estimator
-from ckptavg.norm.observer import OneValueError, Staged, TrainMode, observed
-from ckptavg.norm.report import RefreshReport, layer_report
+from ckptavg.errors import RefreshError
+from ckptavg.norm.batches import default_forward
+from ckptavg.norm.estimators import Channels, EstimatorName, WeightedMoments
+from ckptavg.norm.feeding import Feed, check_loader, cuts, known_length, on_device
+from ckptavg.norm.layers import chosen_layers, norm_layers
+from ckptavg.norm.observer import Formats, TrainMode, heard_in_eval, observed
+from ckptavg.norm.passing import Pass, Runner
+from ckptavg.norm.ranks import Ranks
+from ckptavg.norm.report import Gap, RefreshReport, gap_between
+from ckptavg.norm.storing import Stored, stored
 
-__all__ = ["RefreshReport", "norm_layers", "refresh_norm"]
+if TYPE_CHECKING:
+    from ckptavg.norm.layers import NormLayer
+
+__all__ = ["RefreshReport", "refresh_norm"]
 
 log = logging.getLogger("ckptavg")
 
 Forward = Callable[[torch.nn.Module, Any], object]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+Precision = Literal["bf16"]
 Progress = Callable[[int, int | None], None]
 """Called with the batches done since the last call, and with how many there are, if known."""
 
@@ -40,18 +49,27 @@ def refresh_norm(
     *,
     estimator: EstimatorName = "paper",
     forward: Forward | None = None,
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    skip_frozen: bool = False,
     memory_format: MemoryFormat = "auto",
+    amp: Precision | None = None,
     train_mode: TrainMode = "norm",
     max_samples: int | None = None,
     max_batches: int | None = None,
+    tol: float | None = None,
+    strict: bool = False,
+    held_back: int = 0,
     device: torch.device | str | None = None,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> RefreshReport:
-    """Reset the running statistics of a model's BatchNorm layers with one pass over `batches`.
+    """Reset the running statistics of a model's norm layers with one pass over `batches`.
 
     Izmailov et al. 2018, section 3.2. Unlike `torch.optim.swa_utils.update_bn`, only the norm
     layers are in training mode (dropout rests), a smaller last batch counts for less, and an
-    exception leaves the model as it was.
+    exception leaves the model as it was. `BatchNorm` and `InstanceNorm` layers that track
+    statistics are refreshed, subclasses among them.
 
     Args:
         model: on its device, with its weights. Only its running statistics change.
@@ -59,12 +77,24 @@ def refresh_norm(
             `forward` says otherwise.
         estimator: `paper`, `torch` or `exact`; see `ckptavg.norm.estimators`.
         forward: called with model and batch in place of `model(batch)`.
-        memory_format: `auto` gives convolutional models their images in channels_last, which is
-            faster and rounds otherwise; `contiguous` gives torch's own bits.
+        layers: regular expressions; refresh only layers in whose names one of them is found.
+        skip_layers: likewise, layers that keep their statistics and are in eval mode.
+        skip_frozen: let those keep them that have weights, none of which require a gradient.
+        memory_format: `auto` gives convolutional models their images in channels_last where that
+            is faster, on the CPU and with `amp`; it rounds otherwise. `contiguous` gives torch's
+            own bits.
+        amp: `bf16` runs the model in bfloat16 by `torch.autocast`; statistics stay in float32.
         train_mode: `full` puts the whole model into training mode, as `update_bn` does.
         max_samples: stop with the batch that reaches so many examples.
         max_batches: stop after so many batches.
+        tol: stop when in every layer the mean and the logarithm of the standard deviation are
+            known to so many standard deviations; see `WeightedMoments.errors`.
+        strict: let NaN and Inf be an error, and not a reason to leave out a batch.
+        held_back: so many batches, the first, do not count (a quarter of all at most). After the
+            pass they go through the model in eval mode, and the report says how far what the layers
+            then see is from what they hold. They are kept in memory until then.
         device: where batches are moved; None for the model's.
+        ranks: the processes that share the pass; None for this one alone.
         progress: hears of each batch.
 
     Returns:
@@ -72,143 +102,96 @@ def refresh_norm(
 
     Raises:
         RefreshError: there were no usable batches, or the statistics are NaN or Inf.
+        PeerError: another process has failed.
         UserCodeError: the model, the loader or `forward` raised.
     """
-    _check_choices(estimator, memory_format, train_mode)
-    layers = norm_layers(model)
-    if not layers:
-        return RefreshReport(estimator, 0, 0, 0, (), ())
-    _refuse_lazy(layers)
-    found = _Found({name: make_estimator(estimator) for name in layers})
-    place = torch.device(device) if device is not None else device_of(model)
-    layout = _memory_formats(model, memory_format)
-    total = _length(batches, max_batches)
-    setup = observed(
-        model,
-        layers,
-        from_input=estimator == "exact",
-        train_mode=train_mode,
-        formats=layout,
-    )
-    with torch.no_grad(), setup as staged:
-        for batch in limited(batches, max_batches):
-            with user_code("moving a batch"):
-                here = moved(batch, place, layout)
-            staged.clear()
-            size = leading_size(here)
-            fits = _run(model, here, forward or default_forward)
-            found.take(staged if fits else None, size)
-            if progress is not None:
-                progress(1, total)
-            if max_samples is not None and found.drawn >= max_samples:
-                break
-    if found.skipped:
-        log.warning(
-            "left out %d batches with less than two values per channel in a norm layer",
-            found.skipped,
+    _check_choices(estimator, memory_format, train_mode, amp)
+    if tol is not None and not 0 < tol < math.inf:
+        raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
+    ranks = ranks or Ranks()
+    with ranks.together():
+        taken = chosen_layers(
+            model, layers=layers, skip_layers=skip_layers, skip_frozen=skip_frozen
         )
-    if not found.batches:
-        raise _nothing_used(found.skipped)
-    return _store(layers, found, estimator)
+        if not taken:
+            return RefreshReport(estimator, 0, 0, 0, (), ())
+        ends_early = tol is not None or cuts(batches, max_batches, max_samples)
+        is_limited = max_batches is not None or max_samples is not None
+        check_loader(batches, is_limited=is_limited, ends_early=ends_early)
+        feed = Feed(
+            batches, ranks, max_batches=max_batches, max_samples=max_samples,
+            held_back=_possible(held_back, batches),
+        )  # fmt: skip
+        place = torch.device(device) if device is not None else device_of(model)
+        formats = _memory_formats(model, memory_format, place, amp)
+        run = Runner(model, forward or default_forward, place, formats, bf16=amp is not None)
+        setting = observed(
+            model, taken, estimator=estimator, train_mode=train_mode, formats=formats
+        )
+        with torch.no_grad(), setting as seen:
+            the_pass = Pass(
+                run, seen, _channels(taken, estimator), list(taken),
+                strict=strict, may_change_format=memory_format == "auto",
+            )  # fmt: skip
+            total = known_length(batches, max_batches)
+            the_pass.go(feed, ranks, tol=tol, progress=_each(progress, total, ranks))
+        found = the_pass.found
+        found.check()
+        with stored(model, taken, found.moments) as new:
+            gaps = _gaps(run, new, the_pass.held_back, ranks) if held_back else {}
+        return RefreshReport(
+            estimator, found.batches, found.samples, found.unfit.total(),
+            tuple(replace(layer, gap=gaps.get(layer.name)) for layer in new.layers()),
+            new.unused,
+            nonfinite=len(found.nonfinite), processes=ranks.size, tol=tol,
+            converged=None if tol is None else the_pass.converged,
+            held_back=feed.held_back, statistics=new.statistics(),
+        )  # fmt: skip
 
 
-@dataclass
-class _Found:
-    """What the pass has found so far.
-
-    Attributes:
-        estimators: one for each layer, by name.
-        batches: batches that were used.
-        samples: examples in them.
-        skipped: batches that were left out.
-        drawn: examples in all batches.
-    """
-
-    estimators: Mapping[str, Estimator]
-    batches: int = 0
-    samples: int = 0
-    skipped: int = 0
-    drawn: int = 0
-
-    def take(self, staged: Staged | None, size: int) -> None:
-        """Fold in what a batch has shown; None where it is left out."""
-        self.drawn += size
-        if staged is None:
-            self.skipped += 1
-            return
-        self.batches, self.samples = self.batches + 1, self.samples + size
-        for name, seen in staged:
-            self.estimators[name].update(seen)
-
-
-def _run(model: torch.nn.Module, batch: Any, forward: Forward) -> bool:  # noqa: ANN401
-    """Whether a forward pass came to its end, and no layer had one value per channel or none."""
-    try:
-        with user_code("the forward pass"):
-            forward(model, batch)
-    except OneValueError:
-        return False
-    return True
-
-
-def _check_choices(*given: str) -> None:
-    for value, choices in zip(given, (EstimatorName, MemoryFormat, TrainMode), strict=True):
-        if value not in get_args(choices):
+def _check_choices(*given: str | None) -> None:
+    kinds = (EstimatorName, MemoryFormat, TrainMode, Precision)
+    for value, choices in zip(given, kinds, strict=True):
+        if value is not None and value not in get_args(choices):
             raise RefreshError(f"{value!r} is none of {', '.join(get_args(choices))}")
 
 
-def _refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
-    for name, layer in layers.items():
-        if layer.running_mean is not None and is_lazy(layer.running_mean):
-            raise RefreshError(
-                f"layer {printable(name)!r} is lazy and has no shape yet",
-                remedy="load weights into the model, or run it once",
-            )
+def _possible(held_back: int, batches: Iterable[Any]) -> int:
+    """How many batches can be held back: a quarter of those there are at most.
 
-
-def _nothing_used(skipped: int) -> RefreshError:
-    if skipped:
-        return RefreshError(
-            "no batch could be used: each had less than two values per channel in a norm layer",
-            remedy="make the loader's batches larger",
+    Raises:
+        RefreshError: none.
+    """
+    known = known_length(batches)
+    if not held_back or known is None:
+        return held_back
+    if known == 1:
+        raise RefreshError(
+            "the loader has one batch, which cannot be held back", remedy="make its batches smaller"
         )
-    return RefreshError(
-        "the loader gave no batches",
-        remedy="if it was used up before, name a callable that makes it anew",
+    return max(1, min(held_back, known // 4))
+
+
+def _channels(layers: Mapping[str, NormLayer], estimator: EstimatorName) -> Channels:
+    instances = [isinstance(layer, _InstanceNorm) for layer in layers.values()]
+    return Channels(
+        tuple(_size(layer) for layer in layers.values()),
+        tuple(estimator == "exact" and not one for one in instances),
+        tuple(layer.eps for layer in layers.values()),
     )
 
 
-def norm_layers(model: torch.nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm layers that track statistics, by name; shared ones once."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        and module.track_running_stats
-        and module.running_mean is not None
-        and module.running_var is not None
-    }
+def _size(layer: NormLayer) -> int:
+    assert layer.running_mean is not None  # noqa: S101 - only such layers are refreshed
+    return layer.running_mean.numel()
 
 
-def limited(batches: Iterable[Any], most: int | None) -> Iterator[Any]:
-    """The batches, with the loader's exceptions told from ours."""
-    with user_code("the loader"):
-        iterator = iter(batches)
-    for _ in itertools.count() if most is None else range(most):
-        with user_code("the loader"):
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-        yield batch
-
-
-def _length(batches: Iterable[Any], most: int | None) -> int | None:
-    try:
-        known = len(batches)  # type: ignore[arg-type]
-    except Exception:  # noqa: BLE001 - the user's own; it only goes into a progress bar
-        return most
-    return known if most is None else min(known, most)
+def _each(progress: Progress | None, total: int | None, ranks: Ranks) -> Callable[[], None] | None:
+    """Tell of a batch of this process, which has its share of all of them."""
+    if progress is None:
+        return None
+    own = None if total is None else -(-total // ranks.size)
+    return lambda: progress(1, own)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -219,11 +202,12 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 
 def _memory_formats(
-    model: torch.nn.Module, wanted: MemoryFormat
-) -> Mapping[int, torch.memory_format]:
+    model: torch.nn.Module, wanted: MemoryFormat, device: torch.device, amp: Precision | None
+) -> Formats:
     """Memory format of the inputs by their number of dimensions; empty to leave them alone."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if wanted == "contiguous":
+    # In float32 GPUs gain little by it, and lose where channels come in groups.
+    if wanted == "contiguous" or (wanted == "auto" and device.type != "cpu" and amp is None):
         return {}
     if wanted == "channels_last":
         return formats
@@ -236,51 +220,24 @@ def _memory_formats(
     return {dims: formats[dims] for dims in used}
 
 
-def _store(
-    layers: Mapping[str, _BatchNorm], found: _Found, estimator: EstimatorName
-) -> RefreshReport:
-    """Write the statistics into the model, all or none of them."""
-    estimators = found.estimators
-    used = {name: layer for name, layer in layers.items() if estimators[name].calls}
-    for name, layer in used.items():
-        _check(name, layer, estimators[name])
-    unused = tuple(name for name in layers if name not in used)
-    if unused:
-        log.warning(
-            "%d norm layers were never called and keep their old statistics: %s",
-            len(unused),
-            ", ".join(printable(name) for name in unused),
-        )
-    reports = tuple(layer_report(name, layer, estimators[name]) for name, layer in used.items())
-    with torch.no_grad():
-        for name, layer in used.items():
-            _store_in(layer, estimators[name])
-    return RefreshReport(estimator, found.batches, found.samples, found.skipped, reports, unused)
-
-
-def _check(name: str, layer: _BatchNorm, found: Estimator) -> None:
-    """Refuse what is no number, or is none in the layer's dtype."""
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    if not _all_finite(found.mean, found.variance):
-        raise RefreshError(
-            f"the statistics of layer {printable(name)!r} came out NaN or Inf",
-            remedy="look for NaN in the data, or for weights that overflow",
-        )
-    dtype = layer.running_var.dtype
-    if not _all_finite(found.mean.to(layer.running_mean.dtype), found.variance.to(dtype)):
-        raise RefreshError(
-            f"the statistics of layer {printable(name)!r} are too large for {dtype}",
-            remedy="look for weights that overflow, and keep norm layers in float32",
-        )
-
-
-def _all_finite(*values: torch.Tensor) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values)
-
-
-def _store_in(layer: _BatchNorm, found: Estimator) -> None:
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    layer.running_mean.copy_(found.mean)
-    layer.running_var.copy_(found.variance)
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.fill_(found.calls)
+def _gaps(run: Runner, new: Stored, held_back: Sequence[Any], ranks: Ranks) -> dict[str, Gap]:
+    """How far what the refreshed layers see in eval mode is from what they hold, by name."""
+    layers = {
+        name: layer for name, layer in norm_layers(run.model).items() if name in new.refreshed
+    }
+    own: dict[str, WeightedMoments] = {}
+    with torch.no_grad(), heard_in_eval(run.model, layers, run.formats) as heard:
+        for _, batch in on_device(enumerate(held_back), run.device, run.formats):
+            run(batch)
+    for name, calls in heard.items():
+        own[name] = WeightedMoments.empty(_channels({name: layers[name]}, "exact"))
+        for call in calls:
+            weight = torch.tensor([call.weight("exact")], dtype=torch.float64)
+            own[name].update(weight, call.mean.cpu(), call.variance.cpu())
+    everyone = ranks.gather(own)
+    gaps = {}
+    for name, layer in layers.items():
+        seen = reduce(WeightedMoments.merged, (one[name] for one in everyone))
+        if int(seen.calls):
+            gaps[name] = gap_between(layer, seen)
+    return gaps

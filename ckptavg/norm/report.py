@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
+    from collections.abc import Callable, Mapping, Sequence
 
-    from ckptavg.norm.estimators import Estimator
+    from ckptavg.norm.estimators import WeightedMoments
+    from ckptavg.norm.layers import NormLayer
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a layer holds.
+
+    Attributes:
+        mean: running mean of each channel.
+        variance: running variance of each channel.
+        batches: its counter of batches; None if it has none.
+    """
+
+    mean: tuple[float, ...]
+    variance: tuple[float, ...]
+    batches: int | None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far what a layer holds is from what it sees in eval mode, on batches that are held back.
+
+    Attributes:
+        mean: root mean square over the channels of the distance of the means, in standard
+            deviations.
+        log_std: that of the logarithms of the standard deviations.
+        mean_noise: what `mean` may be by chance, so few are the batches.
+        log_std_noise: likewise.
+    """
+
+    mean: float
+    log_std: float
+    mean_noise: float
+    log_std_noise: float
 
 
 @dataclass(frozen=True)
@@ -19,17 +55,24 @@ class LayerReport:
 
     Attributes:
         name: the layer's name in the model.
-        calls: how often it was called.
+        calls: how often it was called; 0 where it has its statistics from others.
         mean_change: largest change of a channel's mean, in its (new) standard deviations; inf
             where the old statistics were no numbers.
         variance_ratio: largest ratio of a channel's new and old variance, either way round; inf
             likewise.
+        mean_error: how far the means may still be from those of endless data, in standard
+            deviations; see `WeightedMoments.errors`. inf where there was but one call.
+        log_std_error: how far the logarithms of the standard deviations may be, likewise.
+        gap: what eval mode sees on batches that are held back; None where that was not asked for.
     """
 
     name: str
     calls: int
     mean_change: float
     variance_ratio: float
+    mean_error: float = math.inf
+    log_std_error: float = math.inf
+    gap: Gap | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +86,12 @@ class RefreshReport:
         skipped: batches that were left out, having less than two values per channel somewhere.
         layers: one for each layer that was refreshed, in the model's order.
         unused: names of the layers that were never called and keep what they had.
+        nonfinite: batches that were left out for NaN or Inf.
+        processes: how many shared the pass.
+        tol: the error at which the pass was to stop; None for none.
+        converged: whether all layers came below that; None without `tol`.
+        held_back: batches that were held back.
+        statistics: what each refreshed layer held before, and holds now, by name.
     """
 
     estimator: str
@@ -51,19 +100,65 @@ class RefreshReport:
     skipped: int
     layers: tuple[LayerReport, ...]
     unused: tuple[str, ...]
-
-
-def layer_report(name: str, layer: _BatchNorm, found: Estimator) -> LayerReport:
-    """Compare what the pass has found with what the layer still holds."""
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    mean, variance = found.mean, found.variance + layer.eps
-    changes = (mean - layer.running_mean.to(mean)).abs() / variance.sqrt()
-    ratios = variance / (layer.running_var.to(mean) + layer.eps)
-    # A variance that was negative is as wrong as one that was NaN.
-    ratios = torch.where(ratios > 0, torch.maximum(ratios, 1 / ratios), torch.inf)
-    return LayerReport(
-        name,
-        found.calls,
-        float(torch.nan_to_num(changes, nan=torch.inf, posinf=torch.inf).max()),
-        float(ratios.max()),
+    nonfinite: int = 0
+    processes: int = 1
+    tol: float | None = None
+    converged: bool | None = None
+    held_back: int = 0
+    statistics: Mapping[str, tuple[Statistics, Statistics]] = field(
+        default_factory=dict, repr=False, compare=False
     )
+
+    def as_dict(self, *, statistics: bool = False) -> dict[str, Any]:
+        """As JSON has it.
+
+        Args:
+            statistics: with `old` and `new` statistics of each layer.
+        """
+        found = {key: value for key, value in vars(self).items() if key != "statistics"}
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        if statistics:
+            for layer in layers:
+                old, new = self.statistics[layer["name"]]
+                layer |= {"old": dataclasses.asdict(old), "new": dataclasses.asdict(new)}
+        return found | {"layers": layers, "unused": list(self.unused)}
+
+    def largest(self, measure: Callable[[LayerReport], float]) -> LayerReport:
+        """The layer that has most of something; of equals the first."""
+        return max(self.layers, key=measure)
+
+
+def statistics_of(layer: NormLayer) -> Statistics:
+    """What the layer holds."""
+    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
+    counter = layer.num_batches_tracked
+    return Statistics(
+        tuple(layer.running_mean.double().tolist()),
+        tuple(layer.running_var.double().tolist()),
+        None if counter is None else int(counter),
+    )
+
+
+def changes(old: Statistics, new: Statistics, eps: float) -> tuple[float, float]:
+    """Largest change of a mean, in new standard deviations, and largest ratio of variances."""
+    mean, variance = _tensor(new.mean), _tensor(new.variance) + eps
+    change = (mean - _tensor(old.mean)).abs() / variance.sqrt()
+    ratio = variance / (_tensor(old.variance) + eps)
+    # A variance that was negative is as wrong as one that was NaN.
+    ratio = torch.where(ratio > 0, torch.maximum(ratio, 1 / ratio), torch.inf)
+    change = torch.nan_to_num(change, nan=torch.inf, posinf=torch.inf)
+    return float(change.max()), float(ratio.max())
+
+
+def gap_between(layer: NormLayer, seen: WeightedMoments) -> Gap:
+    """Compare what a layer holds with what it saw."""
+    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
+    variance = layer.running_var.cpu().double() + layer.eps
+    means = (seen.mean - layer.running_mean.cpu()).square() / variance
+    log_stds = ((seen.pooled_variance() + layer.eps) / variance).log().square() / 4
+    found = (torch.nan_to_num(one.mean().sqrt(), nan=torch.inf) for one in (means, log_stds))
+    return Gap(*(float(one) for one in (*found, *seen.errors())))
+
+
+def _tensor(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)

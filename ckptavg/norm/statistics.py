@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ckptavg.norm.estimators import CallStatistics, merged
+from ckptavg.norm.estimators import CallStatistics
 
 _SLICE = 1 << 22  # elements that are held as float64 at a time
 
 
-def input_statistics(values: torch.Tensor) -> CallStatistics:
+def input_statistics(values: torch.Tensor, *, correction: int = 0) -> CallStatistics:
     """Statistics of a layer's input, computed in float64 from the values themselves.
 
     Args:
         values: `[batch, channels, ...]`, any floating dtype.
+        correction: 1 for the unbiased variance.
     """
     batch, channels = values.shape[:2]
     count = values.numel() // max(1, channels)
@@ -25,26 +26,35 @@ def input_statistics(values: torch.Tensor) -> CallStatistics:
         variance, mean = torch.var_mean(exact, axes, correction=0)
         size = piece.numel() // max(1, channels)
         found = (size, mean, variance * size)
-        moments = found if moments is None else merged(moments, found)
+        moments = found if moments is None else _merged(moments, found)
     if moments is None:
         raise ValueError("an empty batch")
-    return CallStatistics(moments[1], moments[2], count, batch)
+    return CallStatistics(moments[1], moments[2] / (count - correction), count, batch)
 
 
-def native_statistics(
-    mean: torch.Tensor, unbiased: torch.Tensor, values: torch.Tensor
-) -> CallStatistics:
-    """Statistics that torch's own kernel computed on the way, taken from the layer's buffers.
+def instance_statistics(values: torch.Tensor) -> CallStatistics:
+    """The means over a batch of each image's own mean and unbiased variance, in float64.
+
+    That is what `InstanceNorm` tracks.
 
     Args:
-        mean: `[channels]`.
-        unbiased: variance, `[channels]`.
-        values: the layer's input, for its shape.
+        values: `[batch, channels, ...]`, any floating dtype.
     """
-    count = values.numel() // values.shape[1]
-    return CallStatistics(
-        in_float64(mean), in_float64(unbiased) * (count - 1), count, values.shape[0]
-    )
+    rows = [input_statistics(image[None], correction=1) for image in values.detach()]
+    mean = torch.stack([row.mean for row in rows]).mean(0)
+    variance = torch.stack([row.variance for row in rows]).mean(0)
+    return CallStatistics(mean, variance, len(rows), len(rows))
+
+
+_Moments = tuple[int, torch.Tensor, torch.Tensor]
+
+
+def _merged(one: _Moments, other: _Moments) -> _Moments:
+    """Count, mean and M2 of two sets together (Chan, Golub & LeVeque 1979, equation 2.1)."""
+    count = one[0] + other[0]
+    delta = other[1] - one[1]
+    mean = one[1] + delta * (other[0] / count)
+    return count, mean, one[2] + other[2] + delta.square() * (one[0] * other[0] / count)
 
 
 def in_float64(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,169 @@
+"""Which of a model's layers are refreshed, and which only hold statistics."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, TypeGuard
+
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+
+from ckptavg.errors import RefreshError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+
+log = logging.getLogger("ckptavg")
+
+NormLayer = _BatchNorm | _InstanceNorm
+"""A layer of torch's, or of a class derived from it, that may track statistics."""
+
+_SHOWN = 5
+
+
+def norm_layers(model: torch.nn.Module) -> dict[str, NormLayer]:
+    """The layers that track statistics which torch knows how to compute; shared ones once."""
+    return {name: module for name, module in model.named_modules() if tracks(module)}
+
+
+def tracks(module: torch.nn.Module) -> TypeGuard[NormLayer]:
+    """Whether it is a norm layer that has running statistics and updates them in training."""
+    return (
+        isinstance(module, NormLayer)
+        and module.track_running_stats
+        and module.running_mean is not None
+        and module.running_var is not None
+    )
+
+
+def chosen_layers(
+    model: torch.nn.Module,
+    *,
+    layers: Sequence[str] = (),
+    skip_layers: Sequence[str] = (),
+    skip_frozen: bool = False,
+) -> dict[str, NormLayer]:
+    """The layers to refresh, by name. Others that hold running statistics are spoken of.
+
+    Args:
+        model: the model.
+        layers: regular expressions; only layers with one of them somewhere in their names.
+        skip_layers: likewise, of layers that are left alone.
+        skip_frozen: leave alone layers with weights none of which require a gradient.
+
+    Raises:
+        RefreshError: an expression is none, or matches no layer; or none are left.
+    """
+    found = norm_layers(model)
+    _speak_of_others(model, found)
+    if not found:
+        return {}
+    wanted, unwanted = _matching(found, layers), _matching(found, skip_layers)
+    taken = {
+        name: layer
+        for name, layer in found.items()
+        if (not layers or name in wanted)
+        and name not in unwanted
+        and not (skip_frozen and _is_frozen(layer))
+    }
+    if not taken:
+        raise RefreshError(f"not one of the model's {len(found)} norm layers is left to refresh")
+    if len(taken) < len(found):
+        left = [name for name in found if name not in taken]
+        log.info(
+            "%d norm layers keep their statistics, as asked: %s", len(left), _some(map(repr, left))
+        )
+    _refuse_lazy(taken)
+    return taken
+
+
+def _matching(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
+    """The names in which one of the expressions is found.
+
+    Raises:
+        RefreshError: an expression is none, or is found nowhere.
+    """
+    names, found = list(names), set()
+    for expression in expressions:
+        try:
+            pattern = re.compile(expression)
+        except re.error as error:
+            raise RefreshError(f"{expression!r} is no regular expression: {error}") from error
+        matches = [name for name in names if pattern.search(name)]
+        if not matches:
+            raise RefreshError(
+                f"no norm layer matches {expression!r}; they are {_some(map(repr, names))}"
+            )
+        found.update(matches)
+    return found
+
+
+def _is_frozen(layer: NormLayer) -> bool:
+    parameters = list(layer.parameters(recurse=False))
+    return bool(parameters) and not any(one.requires_grad for one in parameters)
+
+
+def _refuse_lazy(layers: Mapping[str, NormLayer]) -> None:
+    for name, layer in layers.items():
+        if layer.running_mean is not None and is_lazy(layer.running_mean):
+            raise RefreshError(
+                f"layer {printable(name)!r} is lazy and has no shape yet",
+                remedy="load weights into the model, or run it once",
+            )
+
+
+def _speak_of_others(model: torch.nn.Module, known: Mapping[str, NormLayer]) -> None:
+    """Name what holds running statistics that nobody here knows how to compute.
+
+    In eval mode such layers work with what they have, which belongs to other weights, unless they
+    are frozen on purpose.
+    """
+    ours = {id(layer) for layer in known.values()}
+    others: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if id(module) not in ours and _holds_statistics(module):
+            others[name] = type(module).__name__
+    unknown = {name: kind for name, kind in others.items() if "frozen" not in kind.lower()}
+    for kinds, say, which in (
+        (unknown, log.warning, "of a kind that is not refreshed"),
+        ({name: others[name] for name in others if name not in unknown}, log.info, "frozen"),
+    ):
+        if kinds:
+            named = [f"{name!r} ({kind})" for name, kind in kinds.items()]
+            say("%d layers keep their running statistics, %s: %s", len(kinds), which, _some(named))
+
+
+def _holds_statistics(module: torch.nn.Module) -> bool:
+    buffers = dict(module.named_buffers(recurse=False))
+    return any(name in buffers for name in ("running_mean", "running_var"))
+
+
+def _some(texts: Iterable[str]) -> str:
+    """The first few, for one line."""
+    every = [printable(text) for text in texts]
+    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
+    return ", ".join(every[:_SHOWN]) + more
+
+
+def is_aggregating(module: torch.nn.Module) -> bool:
+    """Whether it normalises parts of a batch in training, and joins their statistics for eval.
+
+    As `SubBatchNorm3d` does in PySlowFast and PyTorchVideo.
+    """
+    return callable(getattr(module, "aggregate_stats", None))
+
+
+def aggregating(
+    model: torch.nn.Module, layers: Mapping[str, NormLayer]
+) -> dict[str, torch.nn.Module]:
+    """Modules that join the statistics of layers below them, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_aggregating(module)
+        and any(layer is part for part in module.modules() for layer in layers.values())
+    }

@@ -1,0 +1,343 @@
+"""The pass itself: batches go through the model, and what its norm layers saw is taken in."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ckptavg.errors import RefreshError, UserCodeError, printable
+from ckptavg.factories import user_code
+from ckptavg.norm.batches import leading_size, moved
+from ckptavg.norm.estimators import Channels, WeightedMoments
+from ckptavg.norm.feeding import on_device
+from ckptavg.norm.observer import UnfitBatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from ckptavg.norm.feeding import Feed, Numbered
+    from ckptavg.norm.observer import Formats, Observation
+    from ckptavg.norm.ranks import Ranks
+
+log = logging.getLogger("ckptavg")
+
+# Before they are seen, how the batches scatter says little.
+_LEAST_SAMPLES, _LEAST_BATCHES = 2048, 8
+_GROWTH = 1.05  # of the number of batches between two looks at how they scatter
+_SHOWN = 5
+
+
+class Runner:
+    """Passes batches through the model.
+
+    Attributes:
+        formats: memory formats in which the model is given its images.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        forward: Callable[[torch.nn.Module, Any], object],
+        device: torch.device,
+        formats: Formats,
+        *,
+        bf16: bool,
+    ) -> None:
+        self.model, self.device, self.formats = model, device, formats
+        self._forward, self._bf16, self._is_changed = forward, bf16, False
+
+    def __call__(self, batch: Any) -> None:  # noqa: ANN401 - whatever the loader yields
+        """A forward pass.
+
+        Raises:
+            UserCodeError: it raised.
+        """
+        if self._is_changed:
+            contiguous = {4: torch.contiguous_format, 5: torch.contiguous_format}
+            batch = moved(batch, self.device, contiguous)
+        with user_code("the forward pass"), self._precision():
+            self._forward(self.model, batch)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if not self._bf16:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def keep_contiguous(self) -> None:
+        """Give the model contiguous images from here on."""
+        self.formats, self._is_changed = {}, True
+
+
+@dataclass
+class Found:
+    """What a pass has found so far.
+
+    Attributes:
+        moments: statistics of the layers.
+        batches: batches that were used.
+        samples: examples in them.
+        unfit: batches that a layer could not normalise, by the reason.
+        nonfinite: numbers of the batches that were left out for NaN or Inf.
+        culprit: name of the first layer that had any.
+        ended: there are no more batches.
+        fingerprint: of the order of the examples, where that is known.
+    """
+
+    moments: WeightedMoments
+    batches: int = 0
+    samples: int = 0
+    unfit: Counter[str] = field(default_factory=Counter)
+    nonfinite: list[int] = field(default_factory=list)
+    culprit: str | None = None
+    ended: bool = False
+    fingerprint: int | None = None
+
+    def merged(self, other: Found) -> Found:
+        """What two processes have found."""
+        if self.ended and other.ended and self.fingerprint != other.fingerprint:
+            raise RefreshError(
+                "the processes draw the examples in different orders, so some would count twice",
+                remedy="seed the loader alike in all of them",
+            )
+        return Found(
+            self.moments.merged(other.moments),
+            self.batches + other.batches,
+            self.samples + other.samples,
+            self.unfit + other.unfit,
+            sorted(self.nonfinite + other.nonfinite),
+            self.culprit or other.culprit,
+            self.ended and other.ended,
+            self.fingerprint,
+        )
+
+    def check(self) -> None:
+        """Speak of the batches that were left out.
+
+        Raises:
+            RefreshError: none is left.
+        """
+        for reason, count in sorted(self.unfit.items()):
+            log.warning("left out %d batches with %s", count, reason)
+        if self.nonfinite:
+            log.warning(
+                "left out %d batches for NaN or Inf, first in layer %s: %s",
+                len(self.nonfinite),
+                printable(repr(self.culprit)),
+                ", ".join(f"number {number}" for number in self.nonfinite[:_SHOWN])
+                + (" and more" if len(self.nonfinite) > _SHOWN else ""),
+            )
+        if self.batches:
+            return
+        if self.nonfinite:
+            raise RefreshError(
+                "no batch could be used: the statistics of layer "
+                f"{printable(repr(self.culprit))} came out NaN or Inf in each",
+                remedy="look for NaN in the data, or for weights that overflow",
+            )
+        if self.unfit:
+            raise RefreshError(
+                f"no batch could be used: each had {next(iter(self.unfit))}",
+                remedy="make the loader's batches larger",
+            )
+        raise RefreshError(
+            "the loader gave no batches",
+            remedy="if it was used up before, name a callable that makes it anew",
+        )
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """What the layers saw of a batch, before it is known whether that is all finite."""
+
+    number: int
+    samples: int
+    rounds: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    finite: torch.Tensor
+
+
+class Pass:
+    """A pass of batches through a model under observation.
+
+    Attributes:
+        found: what it has found.
+        held_back: batches that were not looked at.
+        converged: whether it has ended because that was enough.
+    """
+
+    def __init__(
+        self,
+        run: Runner,
+        seen: Observation,
+        channels: Channels,
+        names: list[str],
+        *,
+        strict: bool,
+        may_change_format: bool,
+    ) -> None:
+        self._run, self._seen, self._names, self._strict = run, seen, names, strict
+        self._may_change = may_change_format
+        self._channels = channels
+        self.found = Found(WeightedMoments.empty(channels, seen.home))
+        self.held_back: list[Any] = []
+        self.converged = False
+        self._staged: _Staged | None = None
+
+    def go(
+        self,
+        feed: Feed,
+        ranks: Ranks,
+        *,
+        tol: float | None,
+        progress: Callable[[], None] | None,
+    ) -> None:
+        """Run through this process's share, and join what all processes have found.
+
+        Args:
+            feed: the batches.
+            ranks: the processes.
+            tol: stop when each layer's errors are below that.
+            progress: is called after each batch.
+
+        Raises:
+            RefreshError: NaN or Inf, if `strict`.
+        """
+        batches = on_device(self._held_back(feed), self._run.device, self._run.formats)
+        most = None if tol is None else _share(_LEAST_BATCHES, ranks)
+        while True:
+            own = self.found
+            own.ended = self._stretch(batches, most, ranks, progress)
+            own.fingerprint = feed.fingerprint()
+            everyone = ranks.gather(replace(own, moments=own.moments.on_cpu()))
+            total = reduce(Found.merged, everyone)
+            self.converged = tol is not None and _largest_error(total) <= tol
+            if self.converged or total.ended:
+                self.found = total
+                return
+            most = _share(_next_look(total) - total.batches, ranks)
+
+    def _held_back(self, feed: Feed) -> Numbered:
+        for number, batch in feed:
+            if number < feed.held_back:
+                self.held_back.append(batch)
+            else:
+                yield number, batch
+
+    def _stretch(
+        self,
+        batches: Iterator[tuple[int, Any]],
+        most: int | None,
+        ranks: Ranks,
+        progress: Callable[[], None] | None,
+    ) -> bool:
+        """Up to so many batches of this process; returns whether there are no more."""
+        for _ in itertools.count() if most is None else range(most):
+            number, batch = next(batches, (None, None))
+            if number is None:
+                self._settle(None)
+                return True
+            # The last batch's verdict is read while the device works on this one.
+            self._settle(self._through(number, batch))
+            if progress is not None:
+                progress()
+            if ranks.has_failed_peer():
+                break
+        self._settle(None)
+        return False
+
+    def _through(self, number: int, batch: Any) -> _Staged | None:  # noqa: ANN401
+        """Run a batch through the model; None if a layer could not normalise it."""
+        with self._seen.watching():
+            try:
+                self._run(batch)
+            except UnfitBatchError as error:
+                self.found.unfit[error.message] += 1
+                return None
+            except UserCodeError as error:
+                if not self._takes_another_format(error):
+                    raise
+                return self._through(number, batch)
+            finally:
+                self._may_change = False
+        rounds = self._seen.seen()
+        parts = [self._is_finite(one).all() for _, *both in rounds for one in both]
+        finite = torch.stack(parts).all() if parts else torch.tensor(data=True)
+        return _Staged(number, leading_size(batch), rounds, finite)
+
+    def _takes_another_format(self, error: UserCodeError) -> bool:
+        """Whether the model's first batch may be tried again with contiguous images.
+
+        `view` and custom kernels do not take all strides.
+        """
+        if not (
+            self._may_change and self._run.formats and isinstance(error.__cause__, RuntimeError)
+        ):
+            return False
+        log.info("the model does not take images in channels_last, and is given contiguous ones")
+        self._run.keep_contiguous()
+        self._seen.keep_contiguous()
+        return True
+
+    def _settle(self, staged: _Staged | None) -> None:
+        """Take in the batch that was staged before, and stage another.
+
+        Raises:
+            RefreshError: it has NaN or Inf, if that is an error.
+        """
+        last, self._staged = self._staged, staged
+        if last is None:
+            return
+        if not bool(last.finite):
+            self._leave_out(last)
+            return
+        for weights, mean, variance in last.rounds:
+            self.found.moments.update(weights, mean, variance)
+        self.found.batches += 1
+        self.found.samples += last.samples
+
+    def _is_finite(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.isfinite(values.to(self._seen.dtype))
+
+    def _leave_out(self, staged: _Staged) -> None:
+        bad = [~self._is_finite(one) for _, *both in staged.rounds for one in both]
+        by_layer = self._channels.split(torch.stack(bad).any(0).cpu())
+        culprit = next(
+            name for name, one in zip(self._names, by_layer, strict=True) if bool(one.any())
+        )
+        if self._strict:
+            raise RefreshError(
+                f"batch number {staged.number}: the statistics of layer "
+                f"{printable(repr(culprit))} came out NaN or Inf",
+                remedy="look for NaN in the data, or for weights that overflow",
+            )
+        self.found.nonfinite.append(staged.number)
+        self.found.culprit = self.found.culprit or culprit
+        self._seen.reset()
+
+
+def _share(batches: int, ranks: Ranks) -> int:
+    return max(1, -(-batches // ranks.size))
+
+
+def _largest_error(found: Found) -> float:
+    """Of the layers that were called; inf as long as too little was seen."""
+    called = found.moments.calls > 0
+    if found.samples < _LEAST_SAMPLES or found.batches < _LEAST_BATCHES or not bool(called.any()):
+        return math.inf
+    return max(float(errors[called].max()) for errors in found.moments.errors())
+
+
+def _next_look(found: Found) -> int:
+    """The number of batches at which it is worth while to look again."""
+    if not found.samples:
+        return found.batches + _LEAST_BATCHES
+    enough = math.ceil(_LEAST_SAMPLES * found.batches / found.samples)
+    return max(_LEAST_BATCHES, enough, math.ceil(found.batches * _GROWTH))

@@ -1,0 +1,148 @@
+"""Several processes that share a pass, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from ckptavg.errors import CkptAvgError, PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Value = TypeVar("Value")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FOR_PEERS = timedelta(minutes=5)  # until all processes are there
+_FOR_WORK = timedelta(days=7)  # until the slowest has done its share
+_FAILED = "ckptavg/failed"
+
+
+class Ranks:
+    """This process among those that work on the same pass; alone unless there is a group.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, store: Any = None) -> None:  # noqa: ANN401
+        self._group, self._store = group, store
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of each process, in the order of ranks; all have to call it.
+
+        Raises:
+            PeerError: another has failed, or is gone.
+        """
+        if self.size == 1:
+            return [value]
+        return self._gather(value)
+
+    def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, value, group=self._group)
+        except RuntimeError as error:
+            raise PeerError(f"another process is gone: {str(error).splitlines()[0]}") from error
+        failed = [one for one in found if isinstance(one, _Failure)]
+        if failed and not isinstance(value, _Failure):
+            raise PeerError(failed[0].message)
+        return found
+
+    def has_failed_peer(self) -> bool:
+        """Whether another has failed, which the next `gather` raises: there is no need to go on."""
+        return self._store is not None and bool(self._store.check([_FAILED]))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """If one process fails, all do: the first with its own error, the rest with a `PeerError`.
+
+        Raises:
+            PeerError: another has failed.
+        """
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            if self.size > 1:
+                if self._store is not None:
+                    self._store.set(_FAILED, str(self.rank))
+                self._settle(error)
+            raise
+
+    def _settle(self, error: Exception) -> None:
+        """Tell the others; of several that fail at once only the first is to speak.
+
+        Raises:
+            PeerError: that is another.
+        """
+        failure = _Failure(f"process {self.rank} of {self.size} failed: {error}")
+        try:
+            found = self._gather(failure)
+        except PeerError:  # they are gone already
+            return
+        first = next(rank for rank, one in enumerate(found) if isinstance(one, _Failure))
+        if first != self.rank:
+            raise PeerError(found[first].message) from error
+
+
+class _Failure:
+    """Takes the place of a value in an exchange."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+@contextlib.contextmanager
+def from_environment() -> Iterator[Ranks]:
+    """The processes that `torchrun` has started, this one among them; or this one alone.
+
+    Raises:
+        CkptAvgError: the others do not come.
+    """
+    if not _is_launched():
+        yield Ranks()
+        return
+    size = os.environ["WORLD_SIZE"]
+    try:
+        store, rank, world = next(iter(rendezvous("env://", timeout=_FOR_PEERS)))
+        store.set_timeout(_FOR_PEERS)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore("ckptavg", store),
+            rank=rank,
+            world_size=world,
+            timeout=_FOR_WORK,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CkptAvgError(
+            f"RANK and WORLD_SIZE={size} are set, and the {size} processes did not come together: "
+            f"{str(error).splitlines()[0]}",
+            remedy="start it with torchrun --no-python, or unset RANK to run it alone",
+        ) from error
+    try:
+        yield Ranks(dist.group.WORLD, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _is_launched() -> bool:
+    return all(name in os.environ for name in _VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+
+
+def local_device() -> str:
+    """A GPU of this process's own if there are any, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

@@ -31,8 +31,9 @@ from ckptavg.errors import (
     UserCodeError,
 )
 from ckptavg.formats import open_checkpoint
-from ckptavg.norm.files import RefreshOptions, average_and_refresh, refresh_checkpoint
+from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.loading import as_torch, load_weights, match_names
+from ckptavg.norm.together import average_and_refresh
 from tests.oracle import same_bits
 from tests.test_formats_dcp import save as save_dcp
 from tests.test_formats_deepspeed import save_engine
@@ -1159,7 +1160,8 @@ class TestCommand:
         assert lines[1].startswith("  largest change: mean by ")
         assert " standard deviations in " in lines[1]
         assert ", variance by a factor of " in lines[1]
-        assert lines[2:] == [f"  wrote {path}"]
+        assert lines[2].startswith("  remaining error: mean ")
+        assert lines[3:] == [f"  wrote {path}"]
         assert result.stderr == ""
 
     def test_says_the_same_in_json(self, net, tmp_path):

@@ -273,7 +273,8 @@ def average(inputs: Path, out: Path) -> None:
 
 
 def average_with_model(inputs: Path, out: Path) -> None:
-    from ckptavg.norm.files import RefreshOptions, average_and_refresh
+    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.together import average_and_refresh
 
     options = RefreshOptions(model="absent.py:model", loader="absent.py:loader")
     average_and_refresh([inputs], out, options, force=True)

@@ -461,7 +461,7 @@ class TestCommand:
             *("--refresh-loader", "train.py:training", "--estimator", "exact"),
         )
         lines = result.stdout.splitlines()
-        assert len(lines) == 9
+        assert len(lines) == 10
         assert "of 3 checkpoints: accuracy" in lines[4]
         assert lines[6].startswith("refreshed 1 norm layer with 5 batches")
 

@@ -17,7 +17,7 @@ from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.soup import soup
-from ckptavg.errors import CkptAvgError, UserCodeError
+from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -60,6 +60,8 @@ def main() -> None:
 def _run() -> int:
     try:
         code = cli(standalone_mode=False)
+    except PeerError:
+        return _FAULT  # it has said itself what was wrong
     except BaseException as error:  # noqa: BLE001 - what is not known there is raised again
         return _explain(error)
     return code if isinstance(code, int) else 0

@@ -176,7 +176,7 @@ def average(
         _say(console, summary, output)
         console.result(summary)
         return
-    from ckptavg.norm.files import average_and_refresh
+    from ckptavg.norm.together import average_and_refresh
 
     with (
         console.others_to_stderr(),
@@ -189,7 +189,7 @@ def average(
         )  # fmt: skip
     _say(console, summary, output, refreshed=True)
     say_report(console, report)
-    console.result({**dataclasses.asdict(summary), "refresh": report})
+    console.result({**vars(summary), "refresh": report.as_dict()})
 
 
 def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = False) -> None:

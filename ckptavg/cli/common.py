@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
-import math
 import os
 import re
 import sys
@@ -16,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+
+from ckptavg.jsontext import to_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -161,12 +160,17 @@ class Console:
     """Where a command's words go: results to stdout, everything else to stderr."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet
+        self.as_json, self.quiet, self._is_mute = as_json, quiet, False
         self.notices: list[str] = []
         log = logging.getLogger("ckptavg")
         log.setLevel(logging.INFO)
         log.propagate = False
         log.handlers = [_Notices(self)]
+
+    def mute(self) -> None:
+        """Leave the word to another process: say nothing, not even warnings."""
+        self.quiet = self._is_mute = True
+        logging.getLogger("ckptavg").handlers = [logging.NullHandler()]
 
     def say(self, text: str) -> None:
         """A line of the result, for people."""
@@ -182,9 +186,9 @@ class Console:
 
     def result(self, value: Any) -> None:  # noqa: ANN401 - any dataclass
         """The result, for machines."""
-        if self.as_json:
-            document = {**_plain(value), "notices": self.notices}
-            click.echo(json.dumps(_without_nonfinite(document), indent=2, allow_nan=False))
+        if self.as_json and not self._is_mute:
+            fields = value if isinstance(value, dict) else vars(value)
+            click.echo(to_text({**fields, "notices": self.notices}))
 
     @contextlib.contextmanager
     def others_to_stderr(self) -> Iterator[None]:
@@ -230,28 +234,6 @@ class Console:
                 bars[0].update(done)
 
             yield advance
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """A dataclass, or a dict of them, as what JSON knows."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
-
-
-def _without_nonfinite(value: Any) -> Any:  # noqa: ANN401
-    """JSON has no NaN and no Infinity: null stands for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {name: _without_nonfinite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nonfinite(inner) for inner in value]
-    return value
 
 
 class _Notices(logging.Handler):

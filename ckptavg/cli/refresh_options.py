@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +36,8 @@ OPTIONS: dict[str, Option] = {
         "--model",
         callback=check_spec,
         metavar="SPEC",
-        help="The model, or a callable that makes it: package.module:attr or file.py:attr.",
+        help="The model, or a callable that makes it: package.module:attr or file.py:attr; or "
+        "torchvision:NAME or timm:NAME, without weights.",
     ),
     "loader": click.option(
         "--loader",
@@ -71,12 +73,34 @@ OPTIONS: dict[str, Option] = {
         show_default=True,
         help="How the batches' statistics become one.",
     ),
+    "layers": click.option(
+        "--layers",
+        multiple=True,
+        metavar="REGEX",
+        help="Refresh only norm layers in whose names this is found; may be repeated.",
+    ),
+    "skip-layers": click.option(
+        "--skip-layers",
+        multiple=True,
+        metavar="REGEX",
+        help="Let norm layers in whose names this is found keep their statistics.",
+    ),
+    "skip-frozen": click.option(
+        "--skip-frozen",
+        is_flag=True,
+        help="Let norm layers whose weights need no gradient keep their statistics.",
+    ),
+    "amp": click.option(
+        "--amp",
+        type=click.Choice(["bf16"]),
+        help="Run the model in bfloat16 (torch.autocast); statistics stay in float32.",
+    ),
     "memory-format": click.option(
         "--memory-format",
         type=click.Choice(["auto", "channels_last", "contiguous"]),
         default="auto",
         show_default=True,
-        help="Of images; auto is channels_last for convolutional models.",
+        help="Of images; auto is channels_last for convolutional models on the CPU and with --amp.",
     ),
     "train-mode": click.option(
         "--train-mode",
@@ -93,6 +117,33 @@ OPTIONS: dict[str, Option] = {
     ),
     "max-batches": click.option(
         "--max-batches", type=click.IntRange(1), metavar="N", help="Stop after N batches."
+    ),
+    "tol": click.option(
+        "--tol",
+        type=click.FloatRange(0, min_open=True),
+        metavar="T",
+        help="Stop when the mean and the log of the standard deviation are known to T standard "
+        "deviations in all layers, after 2,048 examples at least.",
+    ),
+    "strict": click.option(
+        "--strict",
+        is_flag=True,
+        help="Let NaN and Inf be an error, and not a reason to leave out a batch.",
+    ),
+    "verify": click.option(
+        "--verify",
+        is_flag=True,
+        help="Hold back the first batches, and say how far what eval mode sees in them is from "
+        "the statistics.",
+    ),
+    "verify-batches": click.option(
+        "--verify-batches",
+        "held_back",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="How many, up to a quarter of all; they are kept in memory.",
     ),
     "device": click.option(
         "--device", help="Where the model runs.  [default: a GPU if there is one]"
@@ -142,8 +193,13 @@ def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshO
     }
     others = {
         name: options.pop(name)
-        for name in ("estimator", "memory_format", "train_mode", "max_samples", "max_batches")
+        for name in (
+            *("estimator", "layers", "skip_layers", "skip_frozen", "memory_format", "amp"),
+            *("train_mode", "max_samples", "max_batches", "tol", "strict", "held_back"),
+        )
     }
+    if not options.pop("verify"):
+        others["held_back"] = 0
     if not required and model is None and loader is None:
         return None
     require("a refresh", model=model, loader=loader)
@@ -178,15 +234,50 @@ def say_report(console: Console, report: RefreshReport) -> None:
     if not report.layers:
         console.say("no norm statistics to refresh")
         return
+    shared = f" in {report.processes} processes" if report.processes > 1 else ""
     console.say(
         f"refreshed {plural(len(report.layers), 'norm layer')} with "
-        f"{plural(report.batches, 'batch')} of {plural(report.samples, 'sample')} in all "
+        f"{plural(report.batches, 'batch')} of {plural(report.samples, 'sample')} in all{shared} "
         f"(estimator {report.estimator})"
     )
-    mean = max(report.layers, key=lambda layer: layer.mean_change)
-    variance = max(report.layers, key=lambda layer: layer.variance_ratio)
-    of_mean, of_variance = printable(mean.name), printable(variance.name)
+    mean = report.largest(lambda layer: layer.mean_change)
+    variance = report.largest(lambda layer: layer.variance_ratio)
     console.say(
-        f"  largest change: mean by {mean.mean_change:.3g} standard deviations in {of_mean}, "
-        f"variance by a factor of {variance.variance_ratio:.3g} in {of_variance}"
+        f"  largest change: mean by {mean.mean_change:.3g} standard deviations in "
+        f"{printable(mean.name)}, variance by a factor of {variance.variance_ratio:.3g} in "
+        f"{printable(variance.name)}"
+    )
+    _say_convergence(console, report)
+    _say_gaps(console, report)
+
+
+def _say_convergence(console: Console, report: RefreshReport) -> None:
+    """How much more data would change, and whether that was enough."""
+    known = [layer for layer in report.layers if math.isfinite(layer.mean_error)]
+    if known:
+        mean = max(known, key=lambda layer: layer.mean_error)
+        std = max(known, key=lambda layer: layer.log_std_error)
+        console.say(
+            f"  remaining error: mean {mean.mean_error:.2g} standard deviations in "
+            f"{printable(mean.name)}, log of the standard deviation {std.log_std_error:.2g} in "
+            f"{printable(std.name)}"
+        )
+    if report.converged:
+        console.say(f"  that is within {report.tol:g}: the pass ended here")
+    elif report.converged is not None:
+        console.say(f"  the data ended before that was within {report.tol:g}")
+
+
+def _say_gaps(console: Console, report: RefreshReport) -> None:
+    """What eval mode sees, in the layers that are farthest from what they hold."""
+    gaps = {layer.name: layer.gap for layer in report.layers if layer.gap is not None}
+    if not gaps:
+        return
+    mean = max(gaps, key=lambda name: gaps[name].mean)
+    std = max(gaps, key=lambda name: gaps[name].log_std)
+    console.say(
+        f"  eval mode on {plural(report.held_back, 'batch')} held back: means off by "
+        f"{gaps[mean].mean:.2g} standard deviations in {printable(mean)} "
+        f"({gaps[mean].mean_noise:.2g} may be chance), log of the standard deviation by "
+        f"{gaps[std].log_std:.2g} in {printable(std)} ({gaps[std].log_std_noise:.2g})"
     )

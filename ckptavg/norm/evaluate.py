@@ -26,10 +26,10 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.factories import load_object, user_code
 from ckptavg.formats import open_checkpoint
 from ckptavg.metrics import best, mode_of
-from ckptavg.norm.batches import default_forward, leading_size, moved
+from ckptavg.norm.batches import default_forward, moved
 from ckptavg.norm.feeding import limited
 from ckptavg.norm.loading import load_weights
-from ckptavg.norm.making import make_batches, make_model, seed_everything
+from ckptavg.norm.making import load_model, make_batches, make_model, seed_everything
 from ckptavg.norm.measures import measure_of, name_of
 from ckptavg.norm.refresh import device_of, refresh_norm
 from ckptavg.selection import Selection, chosen
@@ -182,7 +182,7 @@ class Evaluator:
     def __init__(self, options: EvaluationOptions) -> None:
         self._options = options
         # What a module draws while it is imported is drawn only once: not after the seed.
-        load_object(options.model)
+        load_model(options.model)
         seed_everything(options.seed)
         self._model = make_model(options.model, options.model_args, options.device)
         self._random = _Random()
@@ -298,11 +298,7 @@ class _Batches:
         return getattr(self._batches, name)
 
     def __iter__(self) -> Iterator[Any]:
-        drawn = 0
-        for batch in limited(self._batches, self._max_batches):
+        for batch in limited(self._batches, self._max_batches, self._max_samples):
             with user_code("moving a batch"):
                 here = moved(batch, self._device, {})
             yield here
-            drawn += leading_size(here)
-            if self._max_samples is not None and drawn >= self._max_samples:
-                return

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,53 +18,28 @@ except ModuleNotFoundError as error:
         remedy="pip install torch",
     ) from error
 
-from ckptavg import __version__
-from ckptavg.averages import default_threads
-from ckptavg.averaging import average
-from ckptavg.checkpoint import PROVENANCE, Checkpoint
-from ckptavg.errors import OutputError, RefreshError, printable
+from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import load_object
-from ckptavg.formats import huggingface, open_checkpoint
+from ckptavg.formats import open_checkpoint
 from ckptavg.norm.layers import norm_layers
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import make_batches, make_model, seed_everything
+from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
-from ckptavg.output import check_vacant
-from ckptavg.paths import is_remote
-from ckptavg.plan import Plan, make_plan
+from ckptavg.norm.rewriting import Rewriting, provenance
 from ckptavg.roles import is_norm_statistic
-from ckptavg.sources import Collection
-from ckptavg.summary import Summary, Variant
-from ckptavg.weights import uniform
-from ckptavg.writers import Destination, destination, lay_out
-from ckptavg.writing import (
-    Progress,
-    check_output,
-    encode_provenance,
-    provenance_sources,
-    refuse_own_input,
-    write,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    import os
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-    from ckptavg.layout import Layout
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.norm.judging import Judge
     from ckptavg.tensors import AnyArray, DType
 
 log = logging.getLogger("ckptavg")
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Say nothing of what will be said again when it is done."""
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +78,8 @@ def refresh_checkpoint(
     max_shard_size: int | None = None,
     force: bool = False,
     fsync: bool = True,
+    judge: Judge | None = None,
+    ranks: Ranks | None = None,
     progress: Any = None,  # noqa: ANN401 - refresh_norm's
 ) -> RefreshReport:
     """Refresh the norm statistics of a checkpoint; all else is copied byte for byte.
@@ -123,112 +96,77 @@ def refresh_checkpoint(
         max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
+        judge: evaluates the checkpoint before and after, and may keep the old statistics.
+        ranks: the processes that share the pass, all of which call this; the first one writes.
         progress: hears of each batch.
 
     Raises:
         CkptAvgError: the checkpoint does not fit the model, the pass failed, or the output cannot
             be written. The checkpoint is as it was then.
     """
-    checkpoint = open_checkpoint(path, key=key)
-    replaces = output is None or _is_same(Path(output), path)
-    if replaces:
-        _check_in_place(checkpoint, allowed=in_place, named=output is not None)
-    target = _destination(
-        checkpoint, output, container=container, max_shard_size=max_shard_size, replaces=replaces
-    )
-    _check(checkpoint, target, force=force or replaces, replaces=replaces)
-    if target.kind in ("safetensors", "torch") and checkpoint.other_content:
-        log.info("only the state dict is written, not what else %s holds", path.name)
+    ranks = ranks or Ranks()
+    with ranks.together():
+        checkpoint = open_checkpoint(path, key=key)
+        rewriting = Rewriting(
+            checkpoint, output, in_place=in_place, container=container,
+            max_shard_size=max_shard_size, force=force,
+        )  # fmt: skip
+        if ranks.rank:
+            judge = None
+        before = None if judge is None else judge.measure(checkpoint)
+        refreshed, report = _refreshed(checkpoint, options, ranks, progress)
+        if judge is not None and before is not None:
+            report = replace(report, verdict=judge.verdict(before, judge.measure(refreshed)))
+        if ranks.rank == 0:
+            _write(rewriting, checkpoint, refreshed, report, seed=options.seed, fsync=fsync)
+        ranks.gather(None)  # only now it is there
+    return report
+
+
+def _refreshed(
+    checkpoint: Checkpoint,
+    options: RefreshOptions,
+    ranks: Ranks,
+    progress: Any,  # noqa: ANN401
+) -> tuple[Checkpoint, RefreshReport]:
+    """The checkpoint with other norm statistics."""
     seed_everything(options.seed)
     model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
-    layers = norm_layers(model)
     report = RefreshReport("none", 0, 0, 0, (), ())
+    layers = norm_layers(model)
     if layers:
-        report = _run(model, options, progress)
+        batches = make_batches(options.loader, options.loader_args)
+        forward = load_object(options.forward) if options.forward else None
+        report = refresh_norm(
+            model, batches, forward=forward, ranks=ranks, progress=progress, **options.others
+        )
     elif any(map(is_norm_statistic, checkpoint.tensors)):
         log.warning(
-            "the checkpoint has running statistics and the model no BatchNorm layer of torch's "
+            "the checkpoint has running statistics and the model no norm layer of torch's "
             "that tracks any (is it TorchScript?): they stay as they are"
         )
     else:
         log.info("the model has no norm layers that track statistics: a plain copy")
     used = [layers[layer.name] for layer in report.layers]
-    refreshed = checkpoint.with_values(_statistics(model, used, names, checkpoint))
-    entry = _provenance(checkpoint, report, options.seed)
-    _write(checkpoint, refreshed, target, entry, force=force or replaces, fsync=fsync)
-    return report
+    return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report
 
 
-def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:
-    if checkpoint.provenance is None and not allowed:
-        what = "is the checkpoint itself" if named else "is not of our making"
-        raise OutputError(
-            what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
-        )
-    if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
-        raise OutputError(
-            "is a directory without weights in safetensors files, and not written in place",
-            path=checkpoint.path,
-            remedy="write another output with -o",
-        )
-
-
-def _has_plain_weights(checkpoint: Checkpoint) -> bool:
-    """Whether a directory's weights are what would be written into it."""
-    names = (
-        huggingface.weight_files(checkpoint.path) if checkpoint.container == "huggingface" else ()
-    )
-    return bool(names) and all(".safetensors" in name for name in names)
-
-
-def _check(checkpoint: Checkpoint, target: Destination, *, force: bool, replaces: bool) -> None:
-    """Find out before the model is run whether the output can be put there."""
-    check_vacant(target.path, force=force)
-    if not replaces:
-        refuse_own_input(target.path, [part.path for part in checkpoint.parts])
-    with quietly():
-        _, layout = _lay_out(checkpoint, checkpoint, target, checkpoint.provenance or {})
-    check_output(target.path, layout, force=force)
-
-
-def _is_same(output: Path, path: Path) -> bool:
-    return not is_remote(path) and output.exists() and output.samefile(path)
-
-
-def _destination(
+def _write(
+    rewriting: Rewriting,
     checkpoint: Checkpoint,
-    output: str | os.PathLike[str] | None,
+    refreshed: Checkpoint,
+    report: RefreshReport,
     *,
-    container: str,
-    max_shard_size: int | None,
-    replaces: bool,
-) -> Destination:
-    """Where the result goes, and as what: in place nothing of a training checkpoint is lost.
-
-    Raises:
-        OutputError: the output's name does not say what it is to be, or not what it is in place.
-    """
-    holds_more = checkpoint.other_content or bool(checkpoint.other_entries)
-    if replaces and checkpoint.container == "torch" and holds_more:
-        container = "last"
-    target = destination(
-        output or checkpoint.path, checkpoint, container=container, max_shard_size=max_shard_size
-    )
-    kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
-    if replaces and target.kind not in ("container", kinds.get(checkpoint.container)):
-        raise OutputError(
-            f"is a {checkpoint.container} file by its content, and would become another in place",
-            path=checkpoint.path,
-            remedy="write another file with -o",
-        )
-    return target
-
-
-def _run(model: torch.nn.Module, options: RefreshOptions, progress: Any) -> RefreshReport:  # noqa: ANN401
-    batches = make_batches(options.loader, options.loader_args)
-    forward = load_object(options.forward) if options.forward else None
-    return refresh_norm(model, batches, forward=forward, progress=progress, **options.others)
+    seed: int,
+    fsync: bool,
+) -> None:
+    """Write the better one, unless it stands there already."""
+    keeps_old = report.verdict is not None and report.verdict.kept == "old"
+    if keeps_old and rewriting.replaces:
+        return
+    entry = provenance(checkpoint, None if keeps_old else report, seed)
+    rewriting.write(checkpoint if keeps_old else refreshed, entry, fsync=fsync)
 
 
 def _statistics(
@@ -262,123 +200,3 @@ def _statistics(
 def _fits(values: AnyArray, dtype: DType) -> bool:
     with np.errstate(over="ignore"):
         return bool(np.isfinite(values.astype(dtype.numpy).astype(np.float64)).all())
-
-
-def _provenance(checkpoint: Checkpoint, report: RefreshReport, seed: int) -> dict[str, Any]:
-    """The checkpoint's provenance, brought up to date."""
-    entry = checkpoint.provenance or {
-        "scheme": "none",
-        "sources": provenance_sources(_alone(checkpoint)),
-    }
-    state: dict[str, Any] = {"state": "none"}
-    if any(map(is_norm_statistic, checkpoint.tensors)):
-        state = entry.get("norm_stats", {"state": "unknown"})
-    if report.layers:
-        state = {
-            "state": "refreshed",
-            "estimator": report.estimator,
-            "batches": report.batches,
-            "samples": report.samples,
-            "seed": seed,
-        }
-    return {**entry, "version": __version__, "norm_stats": state}
-
-
-def _alone(checkpoint: Checkpoint) -> Variant:
-    source = Collection.of_one(checkpoint).sources[0]
-    return Variant("", (source,), (checkpoint.path.name,), uniform(1))
-
-
-def _lay_out(
-    original: Checkpoint, refreshed: Checkpoint, target: Destination, entry: dict[str, Any]
-) -> tuple[Plan, Layout]:
-    """The output with that provenance."""
-    collection = Collection.of_one(refreshed)
-    metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
-    plan = make_plan(collection, [uniform(1)], roles=["kept"] * len(collection.names))
-    places = [original.tensors[one.names[0]] for one in plan.outputs]
-    return plan, lay_out(
-        target, plan.outputs, metadata, original, places=places, mirrored=original.is_average
-    )
-
-
-def _write(
-    original: Checkpoint,
-    refreshed: Checkpoint,
-    target: Destination,
-    entry: dict[str, Any],
-    *,
-    force: bool,
-    fsync: bool,
-) -> None:
-    """Write the refreshed checkpoint with that provenance."""
-    plan, layout = _lay_out(original, refreshed, target, entry)
-    check_output(target.path, layout, force=force)
-    threads = default_threads(plan.used)
-    write(plan, [(target.path, layout)], force=force, fsync=fsync, threads=threads)
-
-
-def average_and_refresh(
-    inputs: Sequence[Path],
-    output: str | os.PathLike[str],
-    options: RefreshOptions,
-    *,
-    key: str | None = None,
-    container: Literal["weights", "last"] = "weights",
-    max_shard_size: int | None = None,
-    refresh_progress: Any = None,  # noqa: ANN401 - refresh_norm's
-    progress: Progress | None = None,
-    force: bool = False,
-    fsync: bool = True,
-    **others: Any,  # noqa: ANN401 - `average`'s
-) -> tuple[Summary, RefreshReport]:
-    """Average, and refresh the average, as one step: the output is there with both or not at all.
-
-    The average waits beside its destination, in a directory that goes away in any case.
-
-    Args:
-        inputs: as in `average`.
-        output: as in `average`.
-        options: the model, the loader and how to run them.
-        key: as in `average`.
-        container: as in `average`.
-        max_shard_size: as in `average`.
-        refresh_progress: hears of each batch.
-        progress: hears of the bytes averaged.
-        force: replace an existing output.
-        fsync: have the output on the disk before it gets its name.
-        others: the other keywords of `average`.
-
-    Raises:
-        CkptAvgError: what either of them raises.
-    """
-    target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
-    check_vacant(target, force=force)
-    with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=target.parent) as folder:
-        # With the slash that makes a directory of it, if there is one.
-        average_path = os.path.join(folder, target.name, "")  # noqa: PTH118
-        if not os.fspath(output).endswith(os.sep) and not target.is_dir():
-            average_path = average_path.rstrip(os.sep)
-        try:
-            summary = average(
-                inputs, average_path, key=key, container=container, max_shard_size=max_shard_size,
-                progress=progress, fsync=False, **others,
-            )  # fmt: skip
-        except OutputError as error:
-            error.path = target
-            raise
-        sources = [Path(source.path) for source in summary.sources]
-        refuse_own_input(target, [file for path in sources for file in (path, *path.rglob("*"))])
-        report = refresh_checkpoint(
-            Path(average_path), output, options, key=key if container == "last" else None,
-            container=container, max_shard_size=max_shard_size, force=force, fsync=fsync,
-            progress=refresh_progress,
-        )  # fmt: skip
-    return of_both(summary, target, report), report
-
-
-def of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
-    """The average's summary, made to speak of the file that the refresh has written."""
-    state = "refreshed" if report.layers else summary.norm_stats
-    size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
-    return replace(summary, output=str(output), norm_stats=state, bytes_written=size)

@@ -10,6 +10,8 @@ import torch
 
 from ckptavg.errors import RefreshError
 from ckptavg.factories import load_object, user_code
+from ckptavg.norm import libraries
+from ckptavg.norm.ranks import own_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,13 +24,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed % (1 << 64))
 
 
+def load_model(spec: str) -> Any:  # noqa: ANN401 - the user's own
+    """What a model's spec names: a model, or a callable that returns one.
+
+    Raises:
+        CkptAvgError: there is no such thing.
+    """
+    return libraries.maker(spec) or load_object(spec)
+
+
 def make_model(
     spec: str, arguments: Mapping[str, Any], device: torch.device | str | None
 ) -> torch.nn.Module:
     """The model that a spec names, or that the callable returns which it names.
 
     Args:
-        spec: `package.module:attr` or `path/to/file.py:attr`.
+        spec: `package.module:attr`, `path/to/file.py:attr`, `torchvision:NAME` or `timm:NAME`.
         arguments: keywords for the callable.
         device: where it is put; None for a GPU if there is one.
 
@@ -36,7 +47,7 @@ def make_model(
         RefreshError: it is no model, or does not go there.
         UserCodeError: the callable raised.
     """
-    made = load_object(spec)
+    made = load_model(spec)
     if isinstance(made, torch.nn.Module):
         _refuse_arguments(spec, arguments)
     elif callable(made):
@@ -44,7 +55,7 @@ def make_model(
             made = made(**arguments)
     if not isinstance(made, torch.nn.Module):
         raise RefreshError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = own_device(device)
     try:
         if torch.device(place).type == "meta":
             raise RefreshError("on device 'meta' nothing is computed")

@@ -42,7 +42,8 @@ class Ranks:
         """The value of each process, in the order of ranks; all have to call it.
 
         Raises:
-            PeerError: another has failed, or is gone.
+            PeerError: another has failed.
+            CkptAvgError: another is gone.
         """
         if self.size == 1:
             return [value]
@@ -53,7 +54,7 @@ class Ranks:
         try:
             dist.all_gather_object(found, value, group=self._group)
         except RuntimeError as error:
-            raise PeerError(f"another process is gone: {str(error).splitlines()[0]}") from error
+            raise CkptAvgError(f"another process is gone: {str(error).splitlines()[0]}") from error
         failed = [one for one in found if isinstance(one, _Failure)]
         if failed and not isinstance(value, _Failure):
             raise PeerError(failed[0].message)
@@ -90,7 +91,7 @@ class Ranks:
         failure = _Failure(f"process {self.rank} of {self.size} failed: {error}")
         try:
             found = self._gather(failure)
-        except PeerError:  # they are gone already
+        except CkptAvgError:  # they are gone already
             return
         first = next(rank for rank, one in enumerate(found) if isinstance(one, _Failure))
         if first != self.rank:
@@ -132,6 +133,8 @@ def from_environment() -> Iterator[Ranks]:
             remedy="start it with torchrun --no-python, or unset RANK to run it alone",
         ) from error
     try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(own_device(None))
         yield Ranks(dist.group.WORLD, store)
     finally:
         dist.destroy_process_group()
@@ -141,8 +144,10 @@ def _is_launched() -> bool:
     return all(name in os.environ for name in _VARIABLES) and os.environ["WORLD_SIZE"] != "1"
 
 
-def local_device() -> str:
-    """A GPU of this process's own if there are any, else the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+def own_device(wanted: torch.device | str | None) -> torch.device | str:
+    """The device that is meant; None for a GPU if there are any. Each process has its own GPU."""
+    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device) == "cuda" and _is_launched():
+        local, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
+        return f"cuda:{int(local) % max(1, count)}"
+    return device

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -76,6 +75,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether the refresh helped, on held-out batches.
+
+    Attributes:
+        before: metrics with the old statistics, by name.
+        after: metrics with the new ones.
+        metric: the one that counts.
+        kept: the statistics that were written.
+    """
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    metric: str
+    kept: Literal["old", "new"]
+
+
+@dataclass(frozen=True)
 class RefreshReport:
     """What a refresh did.
 
@@ -91,6 +107,7 @@ class RefreshReport:
         tol: the error at which the pass was to stop; None for none.
         converged: whether all layers came below that; None without `tol`.
         held_back: batches that were held back.
+        verdict: whether it helped; None where that was not asked for.
         statistics: what each refreshed layer held before, and holds now, by name.
     """
 
@@ -105,23 +122,24 @@ class RefreshReport:
     tol: float | None = None
     converged: bool | None = None
     held_back: int = 0
+    verdict: Verdict | None = None
     statistics: Mapping[str, tuple[Statistics, Statistics]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def as_dict(self, *, statistics: bool = False) -> dict[str, Any]:
-        """As JSON has it.
+        """As JSON shall have it.
 
         Args:
             statistics: with `old` and `new` statistics of each layer.
         """
         found = {key: value for key, value in vars(self).items() if key != "statistics"}
-        layers = [dataclasses.asdict(layer) for layer in self.layers]
         if statistics:
-            for layer in layers:
-                old, new = self.statistics[layer["name"]]
-                layer |= {"old": dataclasses.asdict(old), "new": dataclasses.asdict(new)}
-        return found | {"layers": layers, "unused": list(self.unused)}
+            found["layers"] = [
+                vars(layer) | dict(zip(("old", "new"), self.statistics[layer.name], strict=True))
+                for layer in self.layers
+            ]
+        return found
 
     def largest(self, measure: Callable[[LayerReport], float]) -> LayerReport:
         """The layer that has most of something; of equals the first."""

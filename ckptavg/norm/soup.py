@@ -22,7 +22,8 @@ from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.metrics import mode_of
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
-from ckptavg.norm.files import RefreshOptions, of_both, refresh_checkpoint
+from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
+from ckptavg.norm.together import of_both
 from ckptavg.output import check_vacant
 from ckptavg.schemes import parse
 from ckptavg.selection import Selection, Verdict, chosen

@@ -1,0 +1,214 @@
+"""Where a refreshed checkpoint goes: itself but for its norm statistics, or another container."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptavg import __version__
+from ckptavg.averages import default_threads
+from ckptavg.checkpoint import PROVENANCE
+from ckptavg.errors import OutputError
+from ckptavg.formats import huggingface
+from ckptavg.output import check_vacant
+from ckptavg.paths import is_remote
+from ckptavg.plan import make_plan
+from ckptavg.roles import is_norm_statistic
+from ckptavg.sources import Collection
+from ckptavg.summary import Variant
+from ckptavg.weights import uniform
+from ckptavg.writers import destination, lay_out
+from ckptavg.writing import (
+    check_output,
+    encode_provenance,
+    provenance_sources,
+    refuse_own_input,
+    write,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.layout import Layout
+    from ckptavg.norm.report import RefreshReport
+    from ckptavg.plan import Plan
+    from ckptavg.writers import Destination
+
+log = logging.getLogger("ckptavg")
+
+
+class Rewriting:
+    """A checkpoint, and where it goes with other norm statistics.
+
+    Whatever stands against that is found out here, before the model is run.
+
+    Args:
+        checkpoint: the checkpoint.
+        output: its destination; None for the checkpoint itself, which must be ours unless
+            `in_place`.
+        in_place: let a file that is not ours be replaced.
+        container: as in `refresh_checkpoint`.
+        max_shard_size: as in `refresh_checkpoint`.
+        force: replace an existing output.
+
+    Attributes:
+        replaces: the destination is the checkpoint itself.
+
+    Raises:
+        OutputError: it cannot go there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        output: str | os.PathLike[str] | None,
+        *,
+        in_place: bool,
+        container: str,
+        max_shard_size: int | None,
+        force: bool,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self.replaces = output is None or _is_same(Path(output), checkpoint.path)
+        if self.replaces:
+            _check_in_place(checkpoint, allowed=in_place, named=output is not None)
+        self._force = force or self.replaces
+        self._target = _destination(
+            checkpoint,
+            output,
+            container=container,
+            max_shard_size=max_shard_size,
+            replaces=self.replaces,
+        )
+        check_vacant(self._target.path, force=self._force)
+        if not self.replaces:
+            refuse_own_input(self._target.path, [part.path for part in checkpoint.parts])
+        with _quietly():
+            _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
+        check_output(self._target.path, layout, force=self._force)
+        if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
+            log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
+
+    def write(self, refreshed: Checkpoint, entry: dict[str, Any], *, fsync: bool) -> None:
+        """Write the checkpoint as it is now, with that provenance."""
+        plan, layout = self._lay_out(refreshed, entry)
+        check_output(self._target.path, layout, force=self._force)
+        write(
+            plan,
+            [(self._target.path, layout)],
+            force=self._force,
+            fsync=fsync,
+            threads=default_threads(plan.used),
+        )
+
+    def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
+        """The output with that provenance."""
+        original, collection = self._checkpoint, Collection.of_one(refreshed)
+        metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
+        plan = make_plan(collection, [uniform(1)], roles=["kept"] * len(collection.names))
+        places = [original.tensors[one.names[0]] for one in plan.outputs]
+        return plan, lay_out(
+            self._target, plan.outputs, metadata, original,
+            places=places, mirrored=original.is_average,
+        )  # fmt: skip
+
+
+def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) -> dict[str, Any]:
+    """The checkpoint's provenance, brought up to date.
+
+    Args:
+        checkpoint: as it was.
+        report: what the refresh did; None if the old statistics stay.
+        seed: of the random numbers.
+    """
+    entry = checkpoint.provenance or {
+        "scheme": "none",
+        "sources": provenance_sources(_alone(checkpoint)),
+    }
+    state: dict[str, Any] = {"state": "none"}
+    if any(map(is_norm_statistic, checkpoint.tensors)):
+        state = entry.get("norm_stats", {"state": "unknown"})
+    if report is not None and report.layers:
+        state = {
+            "state": "refreshed",
+            "estimator": report.estimator,
+            "batches": report.batches,
+            "samples": report.samples,
+            "seed": seed,
+        }
+    return {**entry, "version": __version__, "norm_stats": state}
+
+
+def _alone(checkpoint: Checkpoint) -> Variant:
+    source = Collection.of_one(checkpoint).sources[0]
+    return Variant("", (source,), (checkpoint.path.name,), uniform(1))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Say nothing of what will be said again when it is done."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:
+    if checkpoint.provenance is None and not allowed:
+        what = "is the checkpoint itself" if named else "is not of our making"
+        raise OutputError(
+            what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
+        )
+    if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
+        raise OutputError(
+            "is a directory without weights in safetensors files, and not written in place",
+            path=checkpoint.path,
+            remedy="write another output with -o",
+        )
+
+
+def _has_plain_weights(checkpoint: Checkpoint) -> bool:
+    """Whether a directory's weights are what would be written into it."""
+    names = (
+        huggingface.weight_files(checkpoint.path) if checkpoint.container == "huggingface" else ()
+    )
+    return bool(names) and all(".safetensors" in name for name in names)
+
+
+def _is_same(output: Path, path: Path) -> bool:
+    return not is_remote(path) and output.exists() and output.samefile(path)
+
+
+def _destination(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str] | None,
+    *,
+    container: str,
+    max_shard_size: int | None,
+    replaces: bool,
+) -> Destination:
+    """Where the result goes, and as what: in place nothing of a training checkpoint is lost.
+
+    Raises:
+        OutputError: the output's name does not say what it is to be, or not what it is in place.
+    """
+    holds_more = checkpoint.other_content or bool(checkpoint.other_entries)
+    if replaces and checkpoint.container == "torch" and holds_more:
+        container = "last"
+    target = destination(
+        output or checkpoint.path, checkpoint, container=container, max_shard_size=max_shard_size
+    )
+    kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
+    if replaces and target.kind not in ("container", kinds.get(checkpoint.container)):
+        raise OutputError(
+            f"is a {checkpoint.container} file by its content, and would become another in place",
+            path=checkpoint.path,
+            remedy="write another file with -o",
+        )
+    return target

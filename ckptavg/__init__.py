@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from ckptavg.averaging import average as average
     from ckptavg.averaging import average_many as average_many
     from ckptavg.errors import CkptAvgError as CkptAvgError
+    from ckptavg.norm.ranks import Ranks as Ranks
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
     from ckptavg.selection import Selection as Selection
 
 __version__ = "0.1.0"
 __all__ = [
     "CkptAvgError",
+    "Ranks",
     "Selection",
     "__version__",
     "average",
@@ -27,6 +29,7 @@ _HOMES = {
     "average": "ckptavg.averaging",
     "average_many": "ckptavg.averaging",
     "refresh_norm": "ckptavg.norm.refresh",
+    "Ranks": "ckptavg.norm.ranks",
     "Selection": "ckptavg.selection",
     "CkptAvgError": "ckptavg.errors",
 }

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from tests.oracle import StateDict
 
 RANKS = 4
-_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the host's name may resolve to nothing
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the host's name may resolve to nothing
 SHAPES: dict[str, tuple[int, ...]] = {
     "grid": (8, 6),
     "uneven": (7, 5),
@@ -64,7 +64,7 @@ def save_all(folder: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.gloo", str(rank), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": _LOOPBACK},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK},
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

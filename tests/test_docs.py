@@ -41,8 +41,10 @@ def test_the_readme_names_the_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     readme = (ROOT / "README.md").read_text()
     extras = set(project["optional-dependencies"])
-    assert extras == {"demo", "s3", "gcs", "test", "layouts", "timm", "dev"}
-    for extra in ("demo", "test", "s3", "gcs", "layouts", "timm"):
+    assert extras == {
+        *("demo", "s3", "gcs", "timm", "torchvision", "test", "layouts", "dev"),
+    }
+    for extra in ("demo", "test", "s3", "gcs", "layouts", "timm", "torchvision"):
         assert f"[{extra}]" in readme
 
 

@@ -1279,6 +1279,12 @@ class TestCommand:
         result = run("bn-refresh", path)
         assert "(estimator exact)" in result.stdout
 
+    def test_the_metric_of_the_selection_is_not_that_of_the_evaluation(self, net, tmp_path):
+        (tmp_path / "pyproject.toml").write_text(
+            '[tool.ckptavg]\nmetric = "val_loss"\nmode = "min"\n'
+        )
+        run("bn-refresh", ours(net.state_dict(), tmp_path), *SPECS)
+
     @pytest.mark.parametrize("as_json", [False, True])
     def test_average_refreshes_too(self, as_json, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)

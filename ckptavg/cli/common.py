@@ -19,9 +19,11 @@ from ckptavg.jsontext import to_text
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What a table that all commands share cannot mean: a model and a loader make `average` refresh as
-# well, and the loader of the training is not the one to evaluate with.
+# well, the loader of the training is not the one to evaluate with, and the metric that chooses
+# checkpoints is one that the training has recorded.
 _NOT_SHARED = {
     "average": {"model", "loader"},
+    "bn-refresh": {"metric", "mode"},
     "evaluate": {"loader", "metric"},
     "soup": {"loader", "metric"},
 }

@@ -47,12 +47,12 @@ def _is_pinnable(leaf: Any) -> bool:  # noqa: ANN401
     return callable(getattr(leaf, "pin_memory", None))
 
 
-def tensors(batch: Any) -> list[torch.Tensor]:  # noqa: ANN401
-    """All tensors in the batch, but for those within objects that move themselves."""
-    found: list[torch.Tensor] = []
+def leaves(batch: Any) -> list[Any]:  # noqa: ANN401
+    """All tensors in the batch, and the objects that move themselves."""
+    found = []
 
     def take(leaf: Any) -> Any:  # noqa: ANN401
-        found.extend([leaf] if isinstance(leaf, torch.Tensor) else [])
+        found.append(leaf)
         return leaf
 
     _changed(batch, take)

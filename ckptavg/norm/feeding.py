@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 
 from ckptavg.errors import RefreshError
 from ckptavg.factories import user_code
-from ckptavg.norm.batches import leading_size, moved, pinned, tensors
+from ckptavg.norm.batches import leading_size, leaves, moved, pinned
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -239,9 +239,12 @@ def on_device(
     ahead = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[int, Any, torch.cuda.Event] | None = None
     for number, batch in batches:
-        with user_code("moving a batch"), torch.cuda.stream(ahead):
+        # The memory of an object that moves itself could be given away while it is in use.
+        is_plain = all(isinstance(leaf, torch.Tensor) for leaf in leaves(batch))
+        stream = ahead if is_plain else torch.cuda.current_stream(device)
+        with user_code("moving a batch"), torch.cuda.stream(stream):
             here = moved(pinned(batch), device, formats)
-            arrived = ahead.record_event()
+            arrived = stream.record_event()
         if waiting is not None:
             yield _arrived(*waiting, device)
         waiting = number, here, arrived
@@ -258,6 +261,7 @@ def _arrived(
     """A batch that the device's own stream may use."""
     stream = torch.cuda.current_stream(device)
     stream.wait_event(event)
-    for tensor in tensors(batch):
-        tensor.record_stream(stream)
+    for leaf in leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            leaf.record_stream(stream)
     return number, batch

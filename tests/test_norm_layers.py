@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from ckptavg.errors import RefreshError
+from ckptavg.errors import RefreshError, UserCodeError
 from ckptavg.norm.layers import chosen_layers
 from ckptavg.norm.refresh import refresh_norm
 from tests.test_norm_refresh import (
@@ -140,7 +142,7 @@ class TestInstanceNorm:
     @pytest.mark.parametrize("estimator", ["paper", "torch", "exact"])
     def test_has_the_means_over_the_instances(self, estimator, name, memory_format):
         kind, shape = SHAPES[name]
-        layer = kind(3, affine=True, track_running_stats=True)
+        layer: Any = kind(3, affine=True, track_running_stats=True)
         model = nn.Sequential(layer, nn.Identity())
         batches = draw((16, 16, 5), *shape)
         report = refresh_norm(model, batches, estimator=estimator, memory_format=memory_format)
@@ -169,7 +171,7 @@ class TestInstanceNorm:
         torch.testing.assert_close(layer.running_var, own.running_var)
 
     def test_may_be_given_one_instance_without_a_batch(self):
-        layer = nn.InstanceNorm1d(3, track_running_stats=True)
+        layer: Any = nn.InstanceNorm1d(3, track_running_stats=True)
         [data] = draw((4,), 3, 9)
         refresh_norm(layer, list(data))
         expected = data.double().mean(2).mean(0)
@@ -244,7 +246,7 @@ class TestSubBatchNorm:
         ]
         assert report.unused == ()
         before.check(but=STATISTICS)
-        assert "does not take images in channels_last" in notices.text  # for its `view`
+        assert "trying contiguous images: view size is not" in notices.text
 
     def test_leaves_out_what_does_not_divide(self, notices):
         report = refresh_norm(sub_batch_net(), draw((8, 7), 3, 2, 4, 5))
@@ -307,3 +309,222 @@ def test_a_compiled_model_is_refreshed_as_it_is():
     refresh_norm(other, data_for("conv2d"))
     assert_same_statistics(model, other, 1e-12)
     assert [layer.name for layer in report.layers] == [f"_orig_mod.{n}" for n in ("1", "4", "7")]
+
+
+class Fixed(nn.BatchNorm2d):
+    """A subclass whose momentum is its own, as in copies of old code."""
+
+    def forward(self, values):
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            values * self.scale, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training, 0.1, self.eps,
+        )  # fmt: skip
+
+    scale = 10
+
+
+class Ghost(nn.BatchNorm2d):
+    def forward(self, values):
+        return torch.cat([super(Ghost, self).forward(10 * part) for part in values.chunk(2)])
+
+
+class Scheduled(nn.BatchNorm2d):
+    @property
+    def momentum(self):
+        return 0.3
+
+    @momentum.setter
+    def momentum(self, value):
+        pass
+
+    def forward(self, values):
+        return super().forward(10 * values)
+
+
+class ChannelsLast(nn.BatchNorm1d):
+    def forward(self, values):
+        return super().forward(10 * values.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "exact"])
+@pytest.mark.parametrize("kind", [Fixed, Ghost, Scheduled, ChannelsLast])
+def test_what_the_kernel_normalises_counts_whatever_the_layer_does(kind, estimator):
+    model = nn.Sequential(kind(3), nn.Identity())
+    if kind is ChannelsLast:
+        batches = [batch + torch.arange(3.0) for batch in draw((8, 8, 8, 6), 3, 3)]
+        everything = torch.cat(batches).double() * 10
+        axes: tuple[int, ...] = (0, 1)
+    else:
+        batches = draw((8, 8, 8, 6), 3, 5, 4)
+        everything, axes = torch.cat(batches).double() * 10, (0, 2, 3)
+    report = refresh_norm(model, batches, estimator=estimator, held_back=1)
+    everything = everything[8:]
+    layer: Any = model[0]
+    torch.testing.assert_close(
+        layer.running_mean.double(), everything.mean(axes), rtol=1e-3, atol=0
+    )
+    if estimator == "exact":
+        variance = everything.var(axes, correction=0)
+        torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-4, atol=0)
+    assert report.layers[0].gap is not None
+    assert report.layers[0].gap.mean < 0.5 > report.layers[0].gap.log_std
+
+
+def test_a_momentum_that_the_model_sets_anew_does_not_matter():
+    model, other, seen = make("conv2d"), make("conv2d"), []
+
+    def forward(model, batch):
+        seen.append(batch)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1 / len(seen)
+        return model(batch)
+
+    refresh_norm(model, data_for("conv2d"), forward=forward)
+    refresh_norm(other, data_for("conv2d"))
+    assert_same_statistics(model, other, 1e-12)
+
+
+class Rigid(nn.BatchNorm2d):
+    """Works with what it holds, whatever its mode."""
+
+    def forward(self, values):
+        return F.batch_norm(values, self.running_mean, self.running_var, training=False)
+
+
+def test_a_layer_that_is_frozen_by_its_own_forward_is_left_alone(notices):
+    model = nn.Sequential(nn.BatchNorm2d(3), Rigid(3), nn.BatchNorm2d(3))
+    disturb(model)
+    before = Snapshot(model)
+    refresh_norm(model, draw((8, 8), 3, 5, 4), estimator="exact")
+    before.check(but=[f"{number}.{name}" for number in (0, 2) for name in STATISTICS])
+    assert "1 norm layers took in no batch and keep their old statistics: 1" in notices.text
+    other = copy.deepcopy(model).eval()
+    other[0].train()
+    with torch.no_grad():
+        given = torch.cat([other[:2](batch) for batch in draw((8, 8), 3, 5, 4)]).double()
+    mean = given.mean((0, 2, 3))
+    torch.testing.assert_close(model[2].running_mean.double(), mean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_first_called_in_a_later_batch_is_listened_to():
+    class Now(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rest, self.calls = nn.BatchNorm2d(3), Ghost(3), 0
+
+        def forward(self, values):
+            values = self.first(values)
+            return self.rest(values) if len(values) == 6 else values
+
+    model, batches = Now(), draw((8, 8, 6, 6), 3, 5, 4)
+    report = refresh_norm(model, batches)
+    assert [layer.calls for layer in report.layers] == [4, 2]
+    assert model.rest.running_var is not None
+    assert float(model.rest.running_var.min()) > 90  # of ten times what has variance 1
+
+
+def test_layers_that_share_their_statistics_are_an_error():
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5))
+    for name in STATISTICS:
+        setattr(model[1], name, getattr(model[0], name))
+    with pytest.raises(
+        RefreshError, match="layer '1' has its running statistics in common with '0'"
+    ):
+        refresh_norm(model, data_for("mlp"))
+
+
+class TestBuffers:
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_that_the_model_writes_directly_come_back(self, fails):
+        class Direct(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.other = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+                self.count = 0
+
+            def forward(self, values):
+                self.count += 1
+                if fails and self.count == 3:
+                    explode()
+                return self.norm.forward(self.other(values))
+
+        model = Direct()
+        disturb(model)
+        before = Snapshot(model)
+        if fails:
+            with pytest.raises(UserCodeError):
+                refresh_norm(model, data_for("mlp"))
+        else:
+            refresh_norm(model, data_for("mlp"))
+        before.check(but=() if fails else [f"other.{name}" for name in STATISTICS])
+
+    def test_that_come_up_in_the_pass_go_again(self):
+        class Growing(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(5)
+                self.register_buffer("cache", None)
+                self.register_buffer("wide", torch.zeros(2))
+
+            def forward(self, values):
+                self.cache = values.clone()
+                self.register_buffer("late", values[:1].clone())
+                self.wide.data = torch.zeros(9)
+                return self.norm(values)
+
+        model = Growing()
+        before = Snapshot(model)
+        refresh_norm(model, data_for("mlp"))
+        assert (model.cache, model.wide.shape) == (None, (2,))
+        assert set(model.state_dict()) == {
+            "wide",
+            *(f"norm.{name}" for name in (*STATISTICS, "weight", "bias")),
+        }
+        before.check(but=STATISTICS)
+
+    def test_that_are_sparse_are_let_be(self):
+        class Graph(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(5)
+                self.links: torch.Tensor
+                self.register_buffer("links", torch.eye(16).to_sparse())
+
+            def forward(self, values):
+                return torch.sparse.mm(self.links, self.norm(values))
+
+        assert refresh_norm(Graph(), data_for("mlp")[:3]).batches == 3
+
+    def test_keep_their_storage_when_the_pass_fails(self):
+        flat = torch.arange(5.0)
+        model = nn.BatchNorm1d(5)
+        model._buffers["running_mean"] = flat[:5]
+
+        def forward(model, batch):
+            if not model.training:
+                explode()
+            return model(batch)
+
+        with pytest.raises(UserCodeError):
+            refresh_norm(model, data_for("mlp"), forward=forward, held_back=1)
+        assert flat.tolist() == [0, 1, 2, 3, 4]
+        assert model.running_mean.data_ptr() == flat.data_ptr()  # type: ignore[union-attr]
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_of_torchscript_parts_are_no_trouble(self):
+        traced = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 4, 4))
+        frozen = torch.jit.freeze(torch.jit.script(nn.Conv2d(3, 3, 1).eval()))
+        model = nn.Sequential(nn.BatchNorm2d(3), traced, frozen, nn.BatchNorm2d(3))
+        assert len(refresh_norm(model, draw((4, 4), 3, 4, 4)).layers) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_data_parallel_is_taken_off():
+    model, other = make("conv2d"), make("conv2d")
+    report = refresh_norm(nn.DataParallel(model), data_for("conv2d"))
+    refresh_norm(other, data_for("conv2d"))
+    assert_same_statistics(model, other, 1e-12)
+    assert [layer.name for layer in report.layers] == ["1", "4", "7"]

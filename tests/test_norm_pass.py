@@ -106,6 +106,13 @@ class TestTolerance:
         assert report.converged
         assert len(list(rest)) == 1000 - report.batches
 
+    @pytest.mark.parametrize(
+        "options", [{"held_back": -1}, {"max_samples": 0}, {"max_batches": 0}, {"device": "nope"}]
+    )
+    def test_and_other_numbers_have_to_be_possible(self, options):
+        with pytest.raises(RefreshError, match=r"limits begin at 1|there is no device 'nope'"):
+            refresh_norm(make("mlp"), data_for("mlp"), **options)
+
     @pytest.mark.parametrize("tol", [0, -1, math.nan, math.inf])
     def test_has_to_be_one(self, tol):
         with pytest.raises(RefreshError, match="the tolerance cannot be"):
@@ -114,6 +121,36 @@ class TestTolerance:
     def test_errors_of_a_single_batch_are_not_known(self):
         [layer, _] = refresh_norm(make("mlp"), data_for("mlp")[:1]).layers
         assert (layer.mean_error, layer.log_std_error) == (math.inf, math.inf)
+
+
+class TestErrors:
+    """Where the calls of a layer are not independent, or the variance is that of the means."""
+
+    @pytest.mark.parametrize("estimator", ["paper", "torch", "exact"])
+    def test_of_a_layer_that_is_called_often_are_those_of_its_batches(self, estimator):
+        model: Any = nn.Sequential(nn.BatchNorm1d(512))
+        data = draw((32,) * 40, 512, mean=0, std=1)
+
+        def forward(model, batch):
+            for _ in range(16):
+                model(batch)
+
+        [layer] = refresh_norm(model, data, forward=forward, estimator=estimator).layers
+        real = model[0].running_mean.double().square().mean().sqrt()
+        assert layer.calls == 16 * 40 == model[0].num_batches_tracked
+        assert float(real) <= layer.mean_error <= 1.3 * float(real)
+
+    @pytest.mark.parametrize("kind", ["pairs", "unlike"])
+    def test_of_a_variance_of_means_are_too(self, kind):
+        model: Any = nn.Sequential(nn.BatchNorm1d(512))
+        made = torch.Generator().manual_seed(0)
+        shift = torch.randn(60, 1, 512, generator=made)
+        size, scale = (2, 1.0) if kind == "pairs" else (64, 0.05)
+        data = torch.randn(60, size, 512, generator=made) * scale + (kind != "pairs") * shift
+        [layer] = refresh_norm(model, list(data), estimator="exact").layers
+        true = torch.tensor(1.0) if kind == "pairs" else torch.tensor(1 + scale**2)
+        real = (model[0].running_var.double() / true).log().square().mean().sqrt() / 2
+        assert layer.log_std_error == pytest.approx(float(real), rel=0.15)
 
 
 class Endless(IterableDataset[torch.Tensor]):
@@ -233,7 +270,44 @@ class TestMemoryFormat:
         refresh_norm(other, data_for("conv2d"), memory_format="contiguous")
         assert_same_statistics(model, other, 1e-12)
         before.check(but=STATISTICS)
-        assert notices.text.count("does not take images in channels_last") == 1
+        assert notices.text.count("trying contiguous images: view size") == 1
+
+    def test_is_given_up_after_a_batch_that_does_not_fit_too(self):
+        class Headed(nn.Sequential):
+            def forward(self, images):
+                found = images
+                for layer in list(self)[:-1]:
+                    found = layer(found)
+                return self[-1](found.view(len(images), -1)[:, :4])
+
+        model = Headed(*make("conv2d"), nn.BatchNorm1d(4))
+        report = refresh_norm(model, data_for("conv2d", (1, 8, 8)))
+        assert (report.batches, report.skipped) == (2, 1)
+
+    def test_is_given_up_with_the_batch_as_it_was(self):
+        """The first try has written into its images."""
+
+        class Writing(Viewing):
+            def forward(self, images):
+                images.sub_(5).div_(3)
+                return super().forward(images)
+
+        model, other = (Writing(*make("conv2d")) for _ in range(2))
+        refresh_norm(model, data_for("conv2d"))
+        refresh_norm(other, data_for("conv2d"), memory_format="contiguous")
+        assert_same_statistics(model, other, 1e-12)
+
+    def test_is_given_up_without_another_look_at_what_a_layer_normalises(self):
+        class Scaled(nn.BatchNorm2d):
+            def forward(self, values):
+                return super().forward(values * 2)
+
+        torch.manual_seed(0)
+        nets = [Viewing(nn.Conv2d(3, 8, 3), Scaled(8)) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        refresh_norm(nets[0], data_for("conv2d")[:1])
+        refresh_norm(nets[1], data_for("conv2d")[:1], memory_format="contiguous")
+        assert_same_statistics(nets[0], nets[1], 1e-12)
 
     def test_is_not_given_up_where_it_was_asked_for(self):
         model = Viewing(*make("conv2d"))
@@ -310,7 +384,9 @@ class TestVerify:
     def test_of_all_there_are_is_an_error(self):
         model = make("mlp")
         before = Snapshot(model)
-        with pytest.raises(RefreshError, match="the loader gave no batches"):
+        with pytest.raises(
+            RefreshError, match=r"all of the loader's batches were held back.*fewer"
+        ):
             refresh_norm(model, iter(data_for("mlp")), held_back=4)
         before.check()
 
@@ -320,6 +396,30 @@ class TestVerify:
         assert (report.held_back, report.batches) == (3, 5)
         report = refresh_norm(make("mlp"), data, held_back=3, max_samples=17)
         assert (report.held_back, report.batches) == (3, 3)
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_leaves_out_nan_and_nothing(self, strict, notices):
+        data = [torch.zeros(0, 5), data_for("mlp")[0] * math.nan, *data_for("mlp") * 3]
+        model = nn.Sequential(nn.BatchNorm1d(5))
+        if strict:
+            with pytest.raises(RefreshError, match="1 batches that were held back gave NaN"):
+                refresh_norm(model, data, held_back=3, strict=True)
+            return
+        [layer] = refresh_norm(model, data, held_back=3).layers
+        assert layer.gap is not None
+        assert layer.gap.mean < 1
+        assert "left out 1 batches that were held back, for NaN or Inf" in notices.text
+
+    def test_keeps_batches_whose_memory_the_loader_uses_again(self):
+        def reusing():
+            tensor = torch.zeros(64, 5)
+            for number in range(12):
+                tensor.copy_(draw((64,), 5, mean=50 if number < 2 else 0, seed=number)[0])
+                yield tensor
+
+        [layer] = refresh_norm(nn.Sequential(nn.BatchNorm1d(5)), reusing(), held_back=2).layers
+        assert layer.gap is not None
+        assert layer.gap.mean > 20
 
     def test_that_fails_leaves_the_model_as_it_was(self):
         class Evil(nn.Sequential):

@@ -411,7 +411,7 @@ def test_the_order_of_ranks_is_that_of_the_pass():
     from collections import Counter
 
     from ckptavg.norm.estimators import Channels, WeightedMoments
-    from ckptavg.norm.passing import Found
+    from ckptavg.norm.found import Found
 
     made = [
         Found(

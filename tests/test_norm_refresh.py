@@ -374,6 +374,14 @@ class TestOneValuePerChannel:
         refresh_norm(nn.Sequential(other, *head), [first, last], estimator=estimator)
         assert_same_statistics(model, other, 1e-12)
 
+    def test_nothing_of_it_is_left_for_batches_that_come_later(self):
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))
+        model = nn.Sequential(nn.BatchNorm2d(3), *head)
+        data = draw((8, 8, 1, 8, 8, 8), 3, 4, 4)
+        data[2][:] = torch.nan
+        report = refresh_norm(model, data, strict=True)
+        assert (report.batches, report.skipped, report.nonfinite) == (5, 1, 0)
+
     def test_nothing_but_such_batches_is_an_error(self):
         model = make("mlp")
         before = Snapshot(model)
@@ -794,7 +802,7 @@ class TestLayers:
         before.check(but=["used." + name for name in STATISTICS])
         assert report.unused == ("idle\n",)
         assert [layer.name for layer in report.layers] == ["used"]
-        assert "1 norm layers were never called and keep their old statistics: idle\\n" in (
+        assert "1 norm layers took in no batch and keep their old statistics: idle\\n" in (
             notices.text
         )
 
@@ -804,7 +812,7 @@ class TestLayers:
         report = refresh_norm(model, data_for("mlp"), forward=lambda *_: None)
         before.check()
         assert (report.layers, report.unused) == ((), ("1", "4"))
-        assert "2 norm layers were never called" in notices.text
+        assert "2 norm layers took in no batch" in notices.text
 
     def test_one_without_statistics_is_none(self):
         model = nn.Sequential(

@@ -132,8 +132,7 @@ def bn_refresh(
     say_report(console, report)
     if report.verdict is not None:
         _say_verdict(console, report.verdict)
-    kept = report.verdict is not None and report.verdict.kept == "old" and output is None
-    console.say(f"  {'left' if kept else 'wrote'} {printable(output or checkpoint)}")
+    console.say(f"  {'wrote' if report.written else 'left'} {printable(output or checkpoint)}")
     console.result(report.as_dict())
 
 

@@ -20,6 +20,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Any], Any]
 
 
+_HELD_BACK = 8  # batches
+
+
 def check_spec(
     _context: click.Context, _parameter: click.Parameter, value: str | None
 ) -> str | None:
@@ -122,8 +125,8 @@ OPTIONS: dict[str, Option] = {
         "--tol",
         type=click.FloatRange(0, min_open=True),
         metavar="T",
-        help="Stop when the mean and the log of the standard deviation are known to T standard "
-        "deviations in all layers, after 2,048 examples at least.",
+        help="Stop when in all layers the mean is known to T standard deviations, and the standard "
+        "deviation to a factor of 1 + T, after 2,048 examples at least.",
     ),
     "strict": click.option(
         "--strict",
@@ -140,10 +143,9 @@ OPTIONS: dict[str, Option] = {
         "--verify-batches",
         "held_back",
         type=click.IntRange(1),
-        default=8,
-        show_default=True,
         metavar="N",
-        help="How many, up to a quarter of all; they are kept in memory.",
+        help="The same with so many, up to a quarter of all; they are kept in memory.  "
+        f"[default: {_HELD_BACK}]",
     ),
     "device": click.option(
         "--device", help="Where the model runs.  [default: a GPU if there is one]"
@@ -198,8 +200,9 @@ def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshO
             *("train_mode", "max_samples", "max_batches", "tol", "strict", "held_back"),
         )
     }
-    if not options.pop("verify"):
-        others["held_back"] = 0
+    if others["held_back"] is None:
+        others["held_back"] = _HELD_BACK if options["verify"] else 0
+    del options["verify"]
     if not required and model is None and loader is None:
         return None
     require("a refresh", model=model, loader=loader)
@@ -232,7 +235,8 @@ def keywords(pairs: Iterable[str]) -> dict[str, Any]:
 def say_report(console: Console, report: RefreshReport) -> None:
     """A refresh's report for people."""
     if not report.layers:
-        console.say("no norm statistics to refresh")
+        idle = "no norm layer was called: nothing was refreshed"
+        console.say(idle if report.unused else "no norm statistics to refresh")
         return
     shared = f" in {report.processes} processes" if report.processes > 1 else ""
     console.say(

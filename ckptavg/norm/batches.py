@@ -47,6 +47,11 @@ def _is_pinnable(leaf: Any) -> bool:  # noqa: ANN401
     return callable(getattr(leaf, "pin_memory", None))
 
 
+def cloned(batch: Any) -> Any:  # noqa: ANN401
+    """The batch with tensors of its own."""
+    return _changed(batch, lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+
+
 def leaves(batch: Any) -> list[Any]:  # noqa: ANN401
     """All tensors in the batch, and the objects that move themselves."""
     found = []

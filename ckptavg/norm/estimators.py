@@ -15,6 +15,7 @@ How far the calls scatter says how far their mean may still be from that of endl
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -107,15 +108,22 @@ class WeightedMoments:
         values = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(4))
         return cls(channels, torch.zeros(layers, dtype=torch.int64), *weights, *values)
 
-    def update(self, weights: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        """Take in a call of each layer (West 1979).
+    def update(
+        self,
+        weights: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        calls: torch.Tensor | None = None,
+    ) -> None:
+        """Take in what each layer saw of a batch (West 1979).
 
         Args:
-            weights: of each layer's call, `[layers]`, float64; 0 for layers without one.
-            mean: of the calls, `[channels of all layers]`, float64; finite.
+            weights: of each layer's calls together, `[layers]`, float64; 0 for layers without any.
+            mean: of them, `[channels of all layers]`, float64; finite.
             variance: likewise.
+            calls: how many calls that were, `[layers]`; None for one each.
         """
-        self.calls += weights > 0
+        self.calls += weights > 0 if calls is None else calls
         self.weight += weights
         self.weight_squares += weights.square()
         share = self._per_channel(weights / self.weight.clamp(min=_TINY))
@@ -154,40 +162,68 @@ class WeightedMoments:
 
     def pooled_variance(self) -> torch.Tensor:
         """The variance of each channel, `[channels of all layers]`, float64, on the CPU."""
+        return self.variance.cpu() + self._between()
+
+    def _between(self) -> torch.Tensor:
+        """The variance of the means, where it is part of the whole."""
         between = self.mean_scatter.cpu() / self.channels.spread(self.weight.clamp(min=_TINY))
-        pooled = self.channels.spread(self.channels.pooled)
-        return self.variance.cpu() + torch.where(pooled > 0, between, 0)
+        return torch.where(self.channels.spread(self.channels.pooled) > 0, between, 0)
 
     def errors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """How far the estimates may still be from those of endless data like these.
 
-        A weighted mean over calls x_b that are drawn alike has the variance
+        A weighted mean over batches x_b that are drawn alike has the variance
         `s2 * sum(w_b^2) / sum(w_b)^2`, where `s2` is that of the x_b; it is taken from their
-        scatter. The root mean square over a layer's channels is raised to the upper end of its 95 %
-        interval, `sqrt(1 + 1.645 * sqrt(2 / channels))`, as if the channels were independent.
+        scatter. What several calls of a layer saw of one batch is one x_b. That of a variance of
+        means, B, which `exact` adds, is `2 * B^2` in place of `s2`. The root mean square over a
+        layer's channels is raised to the upper end of its 95 % interval,
+        `sqrt(1 + 1.645 * sqrt(2 / channels))`, as if the channels were independent.
 
         Returns:
             The error of the mean, in standard deviations, and that of the logarithm of the standard
-            deviation, both `[layers]`; inf for a layer of less than two calls.
+            deviation, both `[layers]`; inf for a layer that saw less than two batches.
         """
         scale = self.pooled_variance() + self.channels.spread(self.channels.eps)
         freedom = self.weight - self.weight_squares / self.weight.clamp(min=_TINY)
-        factor = self.weight_squares / (self.weight.square() * freedom)
+        share = self.weight_squares / self.weight.square()
+        factor = torch.where(freedom > self.weight * 1e-9, share / freedom, torch.inf)
+        of_means = self.mean_scatter.cpu() * self.channels.spread(factor)
+        of_variances = self.variance_scatter.cpu() * self.channels.spread(factor)
+        of_variances += 2 * self._between().square() * self.channels.spread(share)
         sizes = torch.tensor(self.channels.sizes, dtype=torch.float64)
-        factor = torch.where(self.calls > 1, factor, torch.inf)
-        factor = factor * (1 + _QUANTILE * (2 / sizes).sqrt())
-        means = self.mean_scatter.cpu() / scale
-        variances = self.variance_scatter.cpu() / (2 * scale).square()
-        by_mean, by_variance = (
-            torch.stack([part.mean() for part in self.channels.split(squares)])
-            for squares in (means, variances)
+        bound = 1 + _QUANTILE * (2 / sizes).sqrt()
+        return self._by_layer(of_means / scale, bound), (
+            self._by_layer(of_variances / (2 * scale).square(), bound)
         )
-        return (by_mean * factor).nan_to_num(torch.inf).sqrt(), (
-            (by_variance * factor).nan_to_num(torch.inf).sqrt()
-        )
+
+    def _by_layer(self, squares: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+        means = torch.stack([part.mean() for part in self.channels.split(squares)])
+        return (means * bound).nan_to_num(torch.inf).sqrt()
 
     def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
         """What each layer has, for each of its channels; one number where all layers agree."""
         if bool((values == values[0]).all()):
             return values[0]  # on the CPU: as a number, it goes with tensors of any device
-        return self.channels.spread(values).to(self.mean.device, non_blocking=True)
+        device = self.mean.device
+        return values.to(device)[_places(self.channels.sizes, device)]
+
+
+@functools.lru_cache(maxsize=8)
+def _places(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The layer of each channel, on a device."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+
+
+Round = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Weights, means and variances of a call of each layer."""
+
+
+def joined(rounds: Sequence[Round], channels: Channels) -> tuple[torch.Tensor, ...]:
+    """What `WeightedMoments.update` takes, out of all calls that the layers had in a batch."""
+    if len(rounds) == 1:
+        return *rounds[0], (rounds[0][0] > 0).long()
+    one_batch = WeightedMoments.empty(channels, rounds[0][1].device)
+    for one in rounds:
+        one_batch.update(*one)
+    variance = one_batch.pooled_variance().to(rounds[0][1].device)
+    return one_batch.weight, one_batch.mean, variance, one_batch.calls

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 try:
     import torch
@@ -29,7 +26,7 @@ from ckptavg.metrics import best, mode_of
 from ckptavg.norm.batches import default_forward, moved
 from ckptavg.norm.feeding import limited
 from ckptavg.norm.loading import load_weights
-from ckptavg.norm.making import load_model, make_batches, make_model, seed_everything
+from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
 from ckptavg.norm.measures import measure_of, name_of
 from ckptavg.norm.refresh import device_of, refresh_norm
 from ckptavg.selection import Selection, chosen
@@ -181,11 +178,11 @@ class Evaluator:
 
     def __init__(self, options: EvaluationOptions) -> None:
         self._options = options
-        # What a module draws while it is imported is drawn only once: not after the seed.
-        load_model(options.model)
-        seed_everything(options.seed)
+        metric = options.metric if options.metric and ":" in options.metric else None
+        refresh = None if options.refresh is None else options.refresh.loader
+        import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
         self._model = make_model(options.model, options.model_args, options.device)
-        self._random = _Random()
+        self._random = RandomState()
         self._passing = _passing_buffers(self._model)
         self._forward: Forward | None = load_object(options.forward) if options.forward else None
         self._measure = measure_of(options.metric, self._forward or default_forward)
@@ -248,23 +245,6 @@ class Evaluator:
             )
         self._loaders[spec] = made
         return made
-
-
-class _Random:
-    """The state of the generators that `seed_everything` seeds."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore(self) -> None:
-        """Go back to it."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
 
 
 def _passing_buffers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:

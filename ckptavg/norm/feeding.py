@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
+_NOTED = 1000  # batches whose order is compared
+
+Fingerprint = tuple[bool, list[int]]
+"""Whether it is of the examples' own numbers; and a checksum after each of the first batches."""
+
 Numbered = Iterator[tuple[int, Any]]
 """Batches with their numbers in the whole pass."""
 
@@ -74,11 +79,14 @@ def _dataset(batches: Any) -> Any:  # noqa: ANN401 - the user's own
     return batches.dataset if isinstance(batches, DataLoader) else batches
 
 
-def check_loader(batches: Iterable[Any], *, is_limited: bool, ends_early: bool) -> None:
+def check_loader(
+    batches: Iterable[Any], ranks: Ranks, *, is_limited: bool, ends_early: bool
+) -> None:
     """Refuse what may have no end, and warn of limits that take the first of something ordered.
 
     Args:
         batches: the loader.
+        ranks: the processes.
         is_limited: the number of batches or examples is.
         ends_early: the pass may end before the loader does.
 
@@ -94,6 +102,13 @@ def check_loader(batches: Iterable[Any], *, is_limited: bool, ends_early: bool) 
             "the loader is an IterableDataset without a length, and may be endless",
             remedy="say where to stop with --max-samples N or --max-batches N",
         )
+    sampler = _sampler(batches)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > ranks.size:
+        log.warning(
+            "the loader's DistributedSampler gives one part of %d of the data, and no other "
+            "process has the rest",
+            sampler.num_replicas,
+        )
     if ends_early and _is_ordered(batches):
         log.warning(
             "the loader does not shuffle, and the pass may end before it does: the statistics are "
@@ -102,9 +117,10 @@ def check_loader(batches: Iterable[Any], *, is_limited: bool, ends_early: bool) 
 
 
 def _is_ordered(batches: Iterable[Any]) -> bool:
-    if not isinstance(batches, DataLoader) or batches.batch_sampler is None:
-        return isinstance(batches, DataLoader) and isinstance(batches.sampler, SequentialSampler)
-    return isinstance(getattr(batches.batch_sampler, "sampler", None), SequentialSampler)
+    sampler = _sampler(batches)
+    return isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    )
 
 
 class Feed:
@@ -134,13 +150,15 @@ class Feed:
         self.held_back = held_back
         self._batches, self._rank, self._size = batches, ranks.rank, ranks.size
         self._most = None if max_batches is None else max_batches + held_back
-        self._samples, self._checksum = max_samples, 0
+        self._samples, self._checksums = max_samples, [0]
+        self._shares = ranks.size > 1 and _can_share(batches)
+        self._is_dealt = ranks.size > 1 and _deals_already(batches, ranks)
 
     def __iter__(self) -> Numbered:
         """The batches."""
-        if self._size > 1 and _deals_already(self._batches):
+        if self._is_dealt:
             yield from self._dealt_out()
-        elif self._size > 1 and _can_share(self._batches):
+        elif self._shares:
             numbers: deque[int] = deque()
             sampler = _Sampler(self._indices(numbers))
             for batch in limited(_with_batches(self._batches, sampler), None):  # type: ignore[arg-type]
@@ -148,18 +166,24 @@ class Feed:
         else:
             every = limited(self._batches, self._most)
             for number, batch in self._up_to_limit(enumerate(every), leading_size):
+                if self._size > 1:
+                    self._note(_beginning(batch))
                 if number % self._size == self._rank:
                     yield number, batch
 
-    def fingerprint(self) -> int:
+    def fingerprint(self) -> Fingerprint:
         """Of the order in which the examples come, which all processes must have in common."""
-        return self._checksum
+        return self._shares and not self._is_dealt, [] if self._is_dealt else self._checksums
+
+    def _note(self, what: bytes) -> None:
+        if len(self._checksums) < _NOTED:
+            self._checksums.append(zlib.crc32(what, self._checksums[-1]))
 
     def _indices(self, numbers: deque[int]) -> Iterator[Any]:
         """The indices of this process's batches; their numbers are added to `numbers`."""
         every = itertools.islice(iter(self._batches.batch_sampler), self._most)  # type: ignore[attr-defined]
         for number, indices in self._up_to_limit(enumerate(every), len):
-            self._checksum = zlib.crc32(repr(list(indices)).encode(), self._checksum)
+            self._note(repr(list(indices)).encode())
             if number % self._size == self._rank:
                 numbers.append(number)
                 yield indices
@@ -193,12 +217,37 @@ class _Sampler:
         return self._indices
 
 
-def _deals_already(batches: Iterable[Any]) -> bool:
+def _beginning(batch: Any) -> bytes:  # noqa: ANN401
+    """The first few numbers of a batch, where they can be had at no cost."""
+    first = next((leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor)), None)
+    if first is None or first.device.type != "cpu" or first.layout != torch.strided:
+        return b""
+    return repr((first.shape, first.detach().flatten()[:16].tolist())).encode()
+
+
+def _sampler(batches: Iterable[Any]) -> object:
+    """What decides on the order of a DataLoader's examples."""
     if not isinstance(batches, DataLoader):
+        return None
+    return getattr(batches.batch_sampler, "sampler", batches.batch_sampler) or batches.sampler
+
+
+def _deals_already(batches: Iterable[Any], ranks: Ranks) -> bool:
+    """Whether a DistributedSampler deals the batches out.
+
+    Raises:
+        RefreshError: to another number of processes.
+    """
+    sampler = _sampler(batches)
+    if not isinstance(sampler, DistributedSampler) or sampler.num_replicas == 1:
         return False
-    inner = getattr(batches.batch_sampler, "sampler", None)
-    samplers = (batches.sampler, batches.batch_sampler, inner)
-    return any(isinstance(one, DistributedSampler) and one.num_replicas > 1 for one in samplers)
+    if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+        raise RefreshError(
+            f"the loader's DistributedSampler is for process {sampler.rank} of "
+            f"{sampler.num_replicas}, and this is process {ranks.rank} of {ranks.size}",
+            remedy="let it find out by itself, or leave it out: batches are dealt out here",
+        )
+    return True
 
 
 def _can_share(batches: Iterable[Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 try:
-    import torch  # noqa: TC002 - whether it is there is found out here
+    import torch
 except ModuleNotFoundError as error:
     from ckptavg.errors import CkptAvgError
 
@@ -21,9 +21,9 @@ except ModuleNotFoundError as error:
 from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import load_object
 from ckptavg.formats import open_checkpoint
-from ckptavg.norm.layers import norm_layers
+from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights
-from ckptavg.norm.making import make_batches, make_model, seed_everything
+from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
 from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.norm.judging import Judge
+    from ckptavg.norm.layers import NormLayer
     from ckptavg.tensors import AnyArray, DType
 
 log = logging.getLogger("ckptavg")
@@ -117,8 +118,12 @@ def refresh_checkpoint(
         refreshed, report = _refreshed(checkpoint, options, ranks, progress)
         if judge is not None and before is not None:
             report = replace(report, verdict=judge.verdict(before, judge.measure(refreshed)))
-        if ranks.rank == 0:
-            _write(rewriting, checkpoint, refreshed, report, seed=options.seed, fsync=fsync)
+        keeps_old = report.verdict is not None and report.verdict.kept == "old"
+        if keeps_old and rewriting.replaces:
+            report = replace(report, written=False)
+        elif ranks.rank == 0:
+            entry = provenance(checkpoint, None if keeps_old else report, options.seed)
+            rewriting.write(checkpoint if keeps_old else refreshed, entry, fsync=fsync)
         ranks.gather(None)  # only now it is there
     return report
 
@@ -130,12 +135,15 @@ def _refreshed(
     progress: Any,  # noqa: ANN401
 ) -> tuple[Checkpoint, RefreshReport]:
     """The checkpoint with other norm statistics."""
-    seed_everything(options.seed)
+    import_all(options.seed, options.model)
     model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
     report = RefreshReport("none", 0, 0, 0, (), ())
-    layers = norm_layers(model)
+    layers = norm_layers(unwrapped(model))
     if layers:
+        state = RandomState()
+        import_all(options.seed, options.model, options.loader, options.forward)
+        state.restore()
         batches = make_batches(options.loader, options.loader_args)
         forward = load_object(options.forward) if options.forward else None
         report = refresh_norm(
@@ -149,24 +157,28 @@ def _refreshed(
     else:
         log.info("the model has no norm layers that track statistics: a plain copy")
     used = [layers[layer.name] for layer in report.layers]
+    _warn_of_frozen(report, layers, names)
     return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report
 
 
-def _write(
-    rewriting: Rewriting,
-    checkpoint: Checkpoint,
-    refreshed: Checkpoint,
-    report: RefreshReport,
-    *,
-    seed: int,
-    fsync: bool,
+def _warn_of_frozen(
+    report: RefreshReport, layers: Mapping[str, NormLayer], names: Mapping[str, str]
 ) -> None:
-    """Write the better one, unless it stands there already."""
-    keeps_old = report.verdict is not None and report.verdict.kept == "old"
-    if keeps_old and rewriting.replaces:
-        return
-    entry = provenance(checkpoint, None if keeps_old else report, seed)
-    rewriting.write(checkpoint if keeps_old else refreshed, entry, fsync=fsync)
+    """Speak of layers without a counter, as torchvision's frozen ones are in a checkpoint."""
+    uncounted = [
+        layer.name
+        for layer in report.layers
+        if layers[layer.name].num_batches_tracked is not None
+        and f"{layer.name}.running_mean" in names
+        and f"{layer.name}.num_batches_tracked" not in names
+    ]
+    if uncounted:
+        log.warning(
+            "the checkpoint counts no batches for %d of the refreshed layers, as of frozen ones: "
+            "if they were, leave them out with --skip-layers (the first is %s)",
+            len(uncounted),
+            printable(repr(uncounted[0])),
+        )
 
 
 def _statistics(
@@ -180,20 +192,26 @@ def _statistics(
     Raises:
         RefreshError: they do not fit into the checkpoint's dtype.
     """
-    buffers = {id(buffer) for layer in layers for buffer in layer.buffers(recurse=False)}
+    buffers = {buffer.data_ptr() for layer in layers for buffer in layer.buffers(recurse=False)}
     arrays: dict[int, AnyArray] = {}
     values: dict[str, AnyArray] = {}
     for name, buffer in model.state_dict(keep_vars=True).items():
-        if id(buffer) in buffers and name in names:
-            if id(buffer) not in arrays:
-                arrays[id(buffer)] = buffer.detach().cpu().double().numpy()
+        place = buffer.data_ptr() if isinstance(buffer, torch.Tensor) else None
+        if place in buffers and name in names:
+            if place not in arrays:
+                arrays[place] = buffer.detach().cpu().double().numpy()
             dtype = checkpoint.tensors[names[name]].dtype
-            if not _fits(arrays[id(buffer)], dtype):
+            if not _fits(arrays[place], dtype):
                 raise RefreshError(
                     f"{printable(name)!r} is too large for the checkpoint's {dtype.name}",
                     remedy="keep the checkpoint's norm statistics in float32",
                 )
-            values[names[name]] = arrays[id(buffer)]
+            values[names[name]] = arrays[place]
+    if layers and not arrays:
+        raise RefreshError(
+            "the model's state_dict does not hold the buffers of its norm layers, but copies",
+            remedy="let --model be the module within, whose state_dict is torch's own",
+        )
     return values
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
@@ -14,8 +15,6 @@ from ckptavg.errors import RefreshError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    import torch
 
 log = logging.getLogger("ckptavg")
 
@@ -58,10 +57,13 @@ def chosen_layers(
     Raises:
         RefreshError: an expression is none, or matches no layer; or none are left.
     """
-    found = norm_layers(model)
+    found = {
+        name: layer for name, layer in norm_layers(model).items() if not _is_named_frozen(layer)
+    }
     _speak_of_others(model, found)
     if not found:
         return {}
+    layers, skip_layers = ([one] if isinstance(one, str) else one for one in (layers, skip_layers))
     wanted, unwanted = _matching(found, layers), _matching(found, skip_layers)
     taken = {
         name: layer
@@ -77,8 +79,21 @@ def chosen_layers(
         log.info(
             "%d norm layers keep their statistics, as asked: %s", len(left), _some(map(repr, left))
         )
-    _refuse_lazy(taken)
+    _refuse_impossible(taken)
     return taken
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without `DataParallel` and `DistributedDataParallel`.
+
+    Those copy modules to other devices, and send buffers to other processes in each forward pass.
+    """
+    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, wrappers) else model
+
+
+def _is_named_frozen(module: torch.nn.Module) -> bool:
+    return "frozen" in type(module).__name__.lower()
 
 
 def _matching(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
@@ -107,12 +122,23 @@ def _is_frozen(layer: NormLayer) -> bool:
     return bool(parameters) and not any(one.requires_grad for one in parameters)
 
 
-def _refuse_lazy(layers: Mapping[str, NormLayer]) -> None:
+def _refuse_impossible(layers: Mapping[str, NormLayer]) -> None:
+    owners: dict[int, str] = {}
     for name, layer in layers.items():
-        if layer.running_mean is not None and is_lazy(layer.running_mean):
+        where = f"layer {printable(repr(name))}"
+        assert layer.running_mean is not None  # noqa: S101 - only such layers are refreshed
+        if is_lazy(layer.running_mean):
             raise RefreshError(
-                f"layer {printable(name)!r} is lazy and has no shape yet",
+                f"{where} is lazy and has no shape yet",
                 remedy="load weights into the model, or run it once",
+            )
+        if layer.running_mean.is_inference():
+            raise RefreshError(f"the buffers of {where} were made in torch.inference_mode()")
+        other = owners.setdefault(id(layer.running_mean), name)
+        if other != name:
+            raise RefreshError(
+                f"{where} has its running statistics in common with {printable(repr(other))}",
+                remedy="use one layer twice, or leave out both with --skip-layers",
             )
 
 

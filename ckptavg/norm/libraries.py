@@ -48,28 +48,36 @@ def maker(spec: str) -> Callable[..., Any] | None:
     return make(module, name)
 
 
-def _from_torchvision(torchvision: ModuleType, name: str) -> Callable[..., Any]:
+def _from_torchvision(torchvision: ModuleType, name: str) -> Callable[..., Any] | None:
     models = torchvision.models
     known = models.list_models()
     if name not in known:
+        if hasattr(torchvision, name):
+            return None  # an attribute like any other
         raise _unknown("torchvision", name, known)
     accepted = inspect.signature(models.get_model_builder(name)).parameters
     without = {key: None for key in ("weights", "weights_backbone") if key in accepted}
 
     def make(**arguments: Any) -> Any:  # noqa: ANN401
         _refuse_weights("torchvision", arguments)
-        return models.get_model(name, **without, **arguments)
+        return models.get_model(name, **without | arguments)
 
     return make
 
 
-def _from_timm(timm: ModuleType, name: str) -> Callable[..., Any]:
-    if not timm.is_model(name.partition(".")[0]):
+def _from_timm(timm: ModuleType, name: str) -> Callable[..., Any] | None:
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        if hasattr(timm, name):
+            return None
         raise _unknown("timm", name, timm.list_models())
+    tagged = [one for one in timm.list_pretrained() if one.partition(".")[0] == base]
+    if tag and name not in tagged:
+        raise _unknown("timm", name, tagged)
 
     def make(**arguments: Any) -> Any:  # noqa: ANN401
         _refuse_weights("timm", arguments)
-        return timm.create_model(name, pretrained=False, **arguments)
+        return timm.create_model(name, **{"pretrained": False, **arguments})
 
     return make
 
@@ -83,7 +91,7 @@ def _unknown(library: str, name: str, known: Iterable[str]) -> CkptAvgError:
 
 
 def _refuse_weights(library: str, arguments: dict[str, Any]) -> None:
-    given = next((key for key in _WEIGHTS[library] if key in arguments), None)
+    given = next((key for key in _WEIGHTS[library] if arguments.get(key)), None)
     if given is not None:
         raise CkptAvgError(
             f"--model-arg {given} would fetch weights, and the checkpoint has them",

@@ -24,6 +24,43 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed % (1 << 64))
 
 
+class RandomState:
+    """The state of the generators that `seed_everything` seeds."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        """Go back to it."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def import_all(seed: int, model: str, *others: str | None) -> None:
+    """Import what the specs name, and seed everything.
+
+    What a module draws while it is imported is drawn once: it is not to depend on what was drawn
+    before, and what is drawn later not on whether it was imported then.
+
+    Args:
+        seed: of all random numbers.
+        model: spec of the model.
+        others: specs of other things.
+    """
+    seed_everything(seed)
+    load_model(model)
+    for spec in others:
+        if spec is not None:
+            seed_everything(seed)
+            load_object(spec)
+    seed_everything(seed)
+
+
 def load_model(spec: str) -> Any:  # noqa: ANN401 - the user's own
     """What a model's spec names: a model, or a callable that returns one.
 

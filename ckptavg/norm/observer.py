@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import MethodType
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
 from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import user_code
-from ckptavg.norm.estimators import CallStatistics, EstimatorName
+from ckptavg.norm.estimators import CallStatistics, EstimatorName, Round
+from ckptavg.norm.kernels import KernelCall, KernelCalls
 from ckptavg.norm.layers import NormLayer, is_aggregating, norm_layers
 from ckptavg.norm.statistics import in_float64, input_statistics, instance_statistics
 
@@ -33,7 +30,6 @@ TrainMode = Literal["norm", "full"]
 Formats = Mapping[int, torch.memory_format]
 """Memory format of images, and so of the filters, by their number of dimensions."""
 
-_AGREEMENT = 1e-3  # of the standard deviation, and of the variance
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -61,7 +57,7 @@ def observed(
     """
     with ExitStack() as undo:
         layout = _set_up(model, layers, train_mode, formats, undo)
-        kernels = _KernelCalls()
+        kernels = KernelCalls()
         observers = [
             _observe(name, layer, kernels, undo, exact=estimator == "exact")
             for name, layer in layers.items()
@@ -75,29 +71,43 @@ def observed(
 @contextmanager
 def heard_in_eval(
     model: torch.nn.Module, layers: Mapping[str, NormLayer], formats: Formats
-) -> Iterator[dict[str, list[CallStatistics]]]:
-    """The model in eval mode, while the layers' inputs are listened to.
+) -> Iterator[list[tuple[str, CallStatistics]]]:
+    """The model in eval mode, while what the layers normalise is listened to.
 
     Yields:
-        What each layer was given, by name: biased variances, but for `InstanceNorm`.
+        Each call's layer by name, and what it was given: biased variances, but for `InstanceNorm`.
     """
-    heard: dict[str, list[CallStatistics]] = {name: [] for name in layers}
+    found: list[tuple[str, CallStatistics]] = []
     with ExitStack() as undo:
         _set_up(model, {}, "norm", formats, undo)
+        for module in model.modules():
+            if is_aggregating(module):
+                module.training = False
+        kernels = undo.enter_context(KernelCalls())
+
+        def hear(name: str, layer: NormLayer, given: torch.Tensor | None) -> None:
+            own = layer.running_mean
+            assert own is not None  # noqa: S101 - only such layers are listened to
+            heard = [one.input for one in kernels.heard if one.mean is own]
+            kernels.heard.clear()
+            inputs = heard or [_channels_second(given, own.numel(), name)]
+            of = instance_statistics if isinstance(layer, _InstanceNorm) else input_statistics
+            if inputs[0].numel():
+                found.append((name, of(*inputs)))
+
         for name, layer in layers.items():
 
-            def hear(
-                layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str = name
+            def hook(
+                layer: NormLayer,
+                args: tuple[Any, ...],
+                kwargs: Mapping[str, Any],
+                _: object,
+                name: str = name,
             ) -> None:
-                assert layer.running_mean is not None  # noqa: S101 - only such layers are heard
-                values = _channels_second(_input(args, kwargs), layer.running_mean.numel(), name)
-                of = instance_statistics if isinstance(layer, _InstanceNorm) else input_statistics
-                heard[name].append(of(values))
+                hear(name, layer, _input(args, kwargs))
 
-            undo.callback(layer.register_forward_pre_hook(hear, with_kwargs=True).remove)
-        for module in model.modules():
-            module.training = False
-        yield heard
+            undo.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        yield found
 
 
 def _set_up(
@@ -108,9 +118,10 @@ def _set_up(
     undo: ExitStack,
 ) -> ExitStack:
     """Modes, memory formats and the rest of the model; returns what undoes the memory formats."""
-    _keep_the_rest(model, layers, undo)
+    _keep_buffers(model, undo)
     _set_mode(model, layers, train_mode, undo)
     undo.enter_context(_not_compiled())
+    undo.enter_context(_not_synchronised())
     layout = undo.enter_context(ExitStack())
     _lay_out_weights(model, formats, layout)
     return layout
@@ -127,12 +138,12 @@ class Observation:
     def __init__(
         self,
         observers: list[_Observer],
-        kernels: _KernelCalls,
+        kernels: KernelCalls,
         layout: ExitStack,
         estimator: EstimatorName,
     ) -> None:
         self._observers, self._kernels, self._layout = observers, kernels, layout
-        self._estimator = estimator
+        self._estimator, self._is_first = estimator, True
         device = observers[0].device
         self._home = device
         few_bits = all(observer.dtype != torch.float64 for observer in observers)
@@ -141,17 +152,31 @@ class Observation:
 
     def watching(self) -> AbstractContextManager[object]:
         """To be entered for each batch: forgets the last one."""
-        self._kernels.seen.clear()
+        kernels = self._kernels
+        kernels.heard.clear()
+        # What was never called is no reason to listen; if it is called after all, see `overheard`.
+        listen = self._is_first or self.overheard
+        listen = listen or any(
+            observer.was_called and not observer.is_plain for observer in self._observers
+        )
         for observer in self._observers:
             observer.turn()
-        plain = all(observer.is_plain for observer in self._observers)
-        return nullcontext() if plain else self._kernels
+        self._is_first = False
+        return kernels if listen else nullcontext()
+
+    @property
+    def overheard(self) -> bool:
+        """Whether a layer was called for the first time while nobody listened to the kernels.
+
+        The batch has to go through the model once more.
+        """
+        return any(observer.overheard for observer in self._observers)
 
     def keep_contiguous(self) -> None:
         """Give the filters back the memory format that they had."""
         self._layout.close()
 
-    def seen(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def seen(self) -> list[Round]:
         """Weights, means and variances of first calls, of second calls, and so on.
 
         Each as `WeightedMoments` takes them, and copies of what the layers hold.
@@ -159,7 +184,7 @@ class Observation:
         most = max(len(observer.calls) for observer in self._observers)
         return [self._round(number) for number in range(most)]
 
-    def _round(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _round(self, number: int) -> Round:
         weights, means, variances = [], [], []
         for observer in self._observers:
             if number < len(observer.calls):
@@ -184,28 +209,38 @@ class Observation:
             observer.reset()
 
 
-def _keep_the_rest(
-    model: torch.nn.Module, layers: Mapping[str, NormLayer], undo: ExitStack
-) -> None:
-    """Have all other buffers put back, and the numbers that models keep beside them.
+def _keep_buffers(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Have all buffers put back, and the numbers that models keep beside them.
 
-    Counters, caches, the statistics of other layers; a number may say how long a cache is.
+    Counters, caches, statistics; a number may say how long a cache is.
     """
-    observed_ones = {id(layer) for layer in layers.values()}
     for module in model.modules():
         numbers = {key: value for key, value in vars(module).items() if type(value) in _SCALARS}
         undo.callback(vars(module).update, numbers)
-        if id(module) in observed_ones:
+        for buffer in module.buffers(recurse=False):
+            if not is_lazy(buffer) and buffer.layout == torch.strided:
+                undo.callback(_write_back, buffer, buffer.data, buffer.clone())
+        if isinstance(module, torch.jit.ScriptModule):
             continue
-        for name, buffer in module._buffers.items():  # noqa: SLF001
-            if buffer is not None and not is_lazy(buffer):
-                undo.callback(_put_back, module, name, buffer, buffer.clone())
+        passing = set(module._non_persistent_buffers_set)  # noqa: SLF001
+        undo.callback(_put_back, module, dict(module._buffers), passing)  # noqa: SLF001
 
 
 def _put_back(
-    module: torch.nn.Module, name: str, buffer: torch.Tensor, values: torch.Tensor
+    module: torch.nn.Module, buffers: dict[str, torch.Tensor | None], passing: set[str]
 ) -> None:
-    module._buffers[name] = buffer  # noqa: SLF001
+    """Have a module hold the buffers that it held, and no others."""
+    for held, before in (
+        (module._buffers, buffers),  # noqa: SLF001
+        (module._non_persistent_buffers_set, passing),  # noqa: SLF001
+    ):
+        held.clear()
+        held.update(before)  # type: ignore[arg-type]
+
+
+def _write_back(buffer: torch.Tensor, data: torch.Tensor, values: torch.Tensor) -> None:
+    if buffer.shape != values.shape or buffer.data_ptr() != data.data_ptr():
+        buffer.data = data if data.shape == values.shape else values
     # Its version does not tell: torch's kernels write into running statistics without a word.
     if not torch.equal(buffer, values):
         buffer.copy_(values)
@@ -219,15 +254,27 @@ def _not_compiled() -> AbstractContextManager[object]:
     return stance
 
 
+@contextmanager
+def _not_synchronised() -> Iterator[None]:
+    """Have SyncBatchNorm, and what is derived from it, work with its own process's batch.
+
+    With a process group it would sum over the processes, and refuse tensors on the CPU.
+    """
+    forward = torch.nn.SyncBatchNorm.forward
+    torch.nn.SyncBatchNorm.forward = _BatchNorm.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.SyncBatchNorm.forward = forward  # type: ignore[method-assign]
+
+
 def _lay_out_weights(model: torch.nn.Module, formats: Formats, undo: ExitStack) -> None:
     """Have filters in the images' memory format, or each call would convert them anew."""
     for module in model.modules():
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            continue
         weight = module._parameters.get("weight")  # noqa: SLF001 - computed ones are left alone
-        if (
-            isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
-            and type(weight) is torch.nn.Parameter
-            and weight.dim() in formats
-        ):
+        if type(weight) is torch.nn.Parameter and weight.dim() in formats:
             undo.callback(setattr, weight, "data", weight.data)
             weight.data = weight.data.contiguous(memory_format=formats[weight.dim()])
 
@@ -243,7 +290,8 @@ def _set_mode(
     `full` asks the model itself, whose `train` may know better, as `update_bn` does. To rest, only
     the flags are needed: an `eval` of the user's may do more, such as to merge weights.
     """
-    for module in model.modules():
+    modules = [module for module in model.modules() if hasattr(module, "training")]
+    for module in modules:  # frozen TorchScript has no mode
         undo.callback(setattr, module, "training", module.training)
     if train_mode == "full":
         with user_code("the model's train()"):
@@ -251,35 +299,21 @@ def _set_mode(
         for name, layer in norm_layers(model).items():
             layer.training = name in layers
     else:
-        for module in model.modules():
+        for module in modules:
             module.training = is_aggregating(module)
 
 
 def _observe(
-    name: str, layer: NormLayer, kernels: _KernelCalls, undo: ExitStack, *, exact: bool
+    name: str, layer: NormLayer, kernels: KernelCalls, undo: ExitStack, *, exact: bool
 ) -> _Observer:
     """Put a layer in training mode, with buffers to throw away, and hook it."""
-    buffers = dict(layer._buffers)  # noqa: SLF001
-    undo.callback(_restore, layer, buffers, layer.momentum, layer.track_running_stats)
-    layer.training, layer.momentum = True, 1.0
+    layer.training = True
     observer = _Observer(name, layer, kernels, exact=exact)
+    # For who uses them without calling the layer.
+    layer._buffers.update(_fresh_buffers(layer))  # noqa: SLF001
     undo.callback(layer.register_forward_pre_hook(observer.before, with_kwargs=True).remove)
     undo.callback(layer.register_forward_hook(observer.after, with_kwargs=True).remove)
-    if type(layer).forward is torch.nn.SyncBatchNorm.forward and "forward" not in vars(layer):
-        # With a process group it would sum over ranks, and refuse tensors on the CPU.
-        vars(layer)["forward"] = MethodType(_BatchNorm.forward, layer)
-        undo.callback(vars(layer).pop, "forward", None)
     return observer
-
-
-def _restore(
-    layer: NormLayer,
-    buffers: dict[str, torch.Tensor | None],
-    momentum: float | None,
-    tracks: bool,  # noqa: FBT001 - a value to be put back
-) -> None:
-    layer._buffers.update(buffers)  # noqa: SLF001
-    layer.momentum, layer.track_running_stats = momentum, tracks
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -309,10 +343,11 @@ def _refuse_one_value(
     values = _input(args, kwargs)
     if values is None:
         return
-    needed = layer.num_features
+    splits = getattr(layer, "num_splits", 1)
+    needed = layer.num_features if layer.running_mean is None else layer.running_mean.numel()
     if isinstance(layer, _InstanceNorm) and values.dim() != _dims_of_one(layer):
         needed *= len(values)
-    if values.numel() <= needed:
+    if values.numel() // (splits if isinstance(splits, int) else 1) <= needed:
         raise UnfitBatchError("less than two values per channel in a norm layer")
 
 
@@ -330,46 +365,6 @@ def _refuse_remainder(
         raise UnfitBatchError("a size that does not divide into a norm layer's splits")
 
 
-class _KernelCalls(TorchFunctionMode):
-    """Hears of torch's norm kernels what they normalise, and into which buffers they write.
-
-    Attributes:
-        seen: the buffer of the mean, and the input, of each call that takes in its input.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[object, torch.Tensor]] = []
-
-    def __torch_function__(
-        self,
-        func: Any,  # noqa: ANN401
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        kwargs = kwargs or {}
-        names = _KERNELS.get(func)
-        if names is not None:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if (given.get("training") or given.get("use_input_stats")) and given["momentum"] == 1:
-                self.seen.append((given["running_mean"], given["input"]))
-        return func(*args, **kwargs)
-
-
-def _names(function: Callable[..., object]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
-
-
-_NATIVE = ("input", "weight", "bias", "running_mean", "running_var")
-_KERNELS: dict[object, tuple[str, ...]] = {
-    functional.batch_norm: _names(functional.batch_norm),
-    functional.instance_norm: _names(functional.instance_norm),
-    torch.batch_norm: (*_NATIVE, "training", "momentum"),
-    torch.instance_norm: (*_NATIVE, "use_input_stats", "momentum"),
-}
-
-
 class _Observer:
     """The hooks of a layer: they keep what each call saw.
 
@@ -382,12 +377,14 @@ class _Observer:
     Attributes:
         calls: what was seen of the batch at hand.
         is_plain: the kernel is known to be called with the layer's own input.
+        was_called: in any batch.
+        overheard: called for the first time, while nobody listened to the kernels.
         channels: of the layer.
         device: of its buffers.
         dtype: of its buffers.
     """
 
-    def __init__(self, name: str, layer: NormLayer, kernels: _KernelCalls, *, exact: bool) -> None:
+    def __init__(self, name: str, layer: NormLayer, kernels: KernelCalls, *, exact: bool) -> None:
         assert layer.running_mean is not None  # noqa: S101 - only such layers are observed
         self.channels, self.device = layer.running_mean.numel(), layer.running_mean.device
         self.dtype = layer.running_mean.dtype
@@ -397,7 +394,8 @@ class _Observer:
         self._instances = isinstance(layer, _InstanceNorm)
         few_bits = layer.running_mean.dtype not in (torch.float32, torch.float64)
         self._from_input = exact or few_bits
-        self._has_own_ways: bool | None = None
+        self.was_called = self.overheard = False
+        self._own = layer.running_mean, layer.running_var
         self._buffers: list[dict[str, torch.Tensor]] = []
         self._others: list[dict[str, torch.Tensor]] = []
 
@@ -407,6 +405,7 @@ class _Observer:
         Whether those of the last batch hold NaN is not known yet: nobody has waited for them.
         """
         self.calls.clear()
+        self.overheard = False
         self._buffers, self._others = self._others, self._buffers
 
     def reset(self) -> None:
@@ -419,9 +418,14 @@ class _Observer:
         # A model may put parts of itself in eval mode: it would normalise with our buffers.
         if not layer.training:
             layer.training = True
+        if layer.momentum != 1:  # some have it follow a schedule
+            with suppress(AttributeError):
+                layer.momentum = 1.0
         self._tracks = layer.track_running_stats
         if len(self._buffers) == len(self.calls):
             self._buffers.append(_fresh_buffers(layer))
+            # A kernel that does not take in its input is to have what the layer holds.
+            self._kernels.instead[id(self._buffers[-1]["running_mean"])] = self._own
         layer._buffers.update(self._buffers[len(self.calls)])  # noqa: SLF001
 
     def after(
@@ -429,42 +433,36 @@ class _Observer:
     ) -> None:
         """Keep the statistics of this call."""
         given, own = _input(args, kwargs), self._buffers[len(self.calls)]["running_mean"]
-        heard = [] if self.is_plain else [one for mean, one in self._kernels.seen if mean is own]
-        kernel = self.is_plain or len(heard) == 1
-        if len(heard) == 1:
-            self.is_plain, given = heard[0] is given, heard[0]
-        if not self._tracks or not kernel:
-            kernel = self._tracks and not heard and self._goes_its_own_way(layer, given)
-        values = _channels_second(given, self.channels, self._name)
-        if kernel and not self._from_input:
-            self.calls.append(_from_buffers(layer, values, biased=self._exact))
-        elif self._instances:
-            self.calls.append(instance_statistics(values))
+        if not (self.is_plain or self.was_called or self._kernels.is_on):
+            self.overheard = True
+            return
+        self.was_called = True
+        every: list[KernelCall] = (
+            [] if self.is_plain else [one for one in self._kernels.heard if one.mean is own]
+        )
+        if every and not any(one.is_training for one in every):
+            return  # frozen: a layer that works with what it holds even in training mode
+        taken_in = [one for one in every if one.is_training]
+        if len(taken_in) == 1:
+            self.is_plain = taken_in[0].input is given and taken_in[0].momentum == 1
+        if self._tracks and not self._from_input and (self.is_plain or _is_one(taken_in)):
+            values = given if self.is_plain else taken_in[0].input
+            assert values is not None  # noqa: S101 - the kernel was given it
+            self.calls.append(_from_buffers(layer, values))
+            return
+        inputs = [one.input for one in taken_in]
+        if self.is_plain and given is not None:
+            inputs = [given]
+        inputs = inputs or [_channels_second(given, self.channels, self._name)]
+        if self._instances:
+            self.calls.append(instance_statistics(*inputs))
         else:
-            self.calls.append(input_statistics(values, correction=0 if self._exact else 1))
+            self.calls.append(input_statistics(*inputs, correction=0 if self._exact else 1))
 
-    def _goes_its_own_way(self, layer: NormLayer, given: torch.Tensor | None) -> bool:
-        """Whether a layer without a kernel tracked once, but not its input.
 
-        A subclass that computes its statistics itself, of what it scales or masks, say. That is
-        found out once: later calls must not wait for the device.
-        """
-        if self._has_own_ways is None:
-            inputs = _channels_second(given, self.channels, self._name)
-            found = _from_buffers(layer, inputs)
-            tracked = layer.num_batches_tracked
-            once = tracked is not None and int(tracked) == 1
-            touched = bool(found.mean.any()) or bool((found.variance != 1).any())
-            values = input_statistics(inputs, correction=1)
-            self._has_own_ways = once and touched and not _agree(found, values, layer.eps)
-            if self._has_own_ways:
-                self._from_input = False
-                log.warning(
-                    "layer %s normalises something else than its input: "
-                    "its own statistics are taken",
-                    printable(self._name),
-                )
-        return self._has_own_ways
+def _is_one(calls: list[KernelCall]) -> bool:
+    """Whether the kernel was called once, and has left that call's statistics."""
+    return len(calls) == 1 and calls[0].momentum == 1
 
 
 def _channels_second(values: torch.Tensor | None, channels: int, name: str) -> torch.Tensor:
@@ -493,18 +491,8 @@ def _fresh_buffers(layer: NormLayer) -> dict[str, torch.Tensor]:
     return found
 
 
-def _from_buffers(
-    layer: NormLayer, values: torch.Tensor, *, biased: bool = False
-) -> CallStatistics:
+def _from_buffers(layer: NormLayer, values: torch.Tensor) -> CallStatistics:
     """What the layer has left there; the input only says how much that was of."""
     assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
     count = values.numel() // max(1, values.shape[1])
-    variance = layer.running_var * ((count - 1) / count) if biased else layer.running_var
-    return CallStatistics(layer.running_mean, variance, count, len(values))
-
-
-def _agree(one: CallStatistics, other: CallStatistics, eps: float) -> bool:
-    scale = other.variance + eps
-    means = (one.mean - other.mean).abs() <= _AGREEMENT * scale.sqrt()
-    variances = (one.variance - other.variance).abs() <= _AGREEMENT * scale
-    return bool((means & variances).all())
+    return CallStatistics(layer.running_mean, layer.running_var, count, len(values))

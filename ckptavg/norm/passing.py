@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,10 @@ import torch
 
 from ckptavg.errors import RefreshError, UserCodeError, printable
 from ckptavg.factories import user_code
-from ckptavg.norm.batches import leading_size, moved
-from ckptavg.norm.estimators import Channels, WeightedMoments
+from ckptavg.norm.batches import cloned, leading_size, moved
+from ckptavg.norm.estimators import Channels, Round, WeightedMoments, joined
 from ckptavg.norm.feeding import on_device
+from ckptavg.norm.found import Found
 from ckptavg.norm.observer import UnfitBatchError
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ log = logging.getLogger("ckptavg")
 # Before they are seen, how the batches scatter says little.
 _LEAST_SAMPLES, _LEAST_BATCHES = 2048, 8
 _GROWTH = 1.05  # of the number of batches between two looks at how they scatter
-_SHOWN = 5
 
 
 class Runner:
@@ -77,81 +76,21 @@ class Runner:
         self.formats, self._is_changed = {}, True
 
 
-@dataclass
-class Found:
-    """What a pass has found so far.
+class Flag:
+    """Yes or no, on its way from the device; reading it waits for nothing that came later."""
 
-    Attributes:
-        moments: statistics of the layers.
-        batches: batches that were used.
-        samples: examples in them.
-        unfit: batches that a layer could not normalise, by the reason.
-        nonfinite: numbers of the batches that were left out for NaN or Inf.
-        culprit: name of the first layer that had any.
-        ended: there are no more batches.
-        fingerprint: of the order of the examples, where that is known.
-    """
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._arrived = value, None
+        if value.device.type == "cuda":
+            pinned = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value = pinned.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(value.device).record_event()
 
-    moments: WeightedMoments
-    batches: int = 0
-    samples: int = 0
-    unfit: Counter[str] = field(default_factory=Counter)
-    nonfinite: list[int] = field(default_factory=list)
-    culprit: str | None = None
-    ended: bool = False
-    fingerprint: int | None = None
-
-    def merged(self, other: Found) -> Found:
-        """What two processes have found."""
-        if self.ended and other.ended and self.fingerprint != other.fingerprint:
-            raise RefreshError(
-                "the processes draw the examples in different orders, so some would count twice",
-                remedy="seed the loader alike in all of them",
-            )
-        return Found(
-            self.moments.merged(other.moments),
-            self.batches + other.batches,
-            self.samples + other.samples,
-            self.unfit + other.unfit,
-            sorted(self.nonfinite + other.nonfinite),
-            self.culprit or other.culprit,
-            self.ended and other.ended,
-            self.fingerprint,
-        )
-
-    def check(self) -> None:
-        """Speak of the batches that were left out.
-
-        Raises:
-            RefreshError: none is left.
-        """
-        for reason, count in sorted(self.unfit.items()):
-            log.warning("left out %d batches with %s", count, reason)
-        if self.nonfinite:
-            log.warning(
-                "left out %d batches for NaN or Inf, first in layer %s: %s",
-                len(self.nonfinite),
-                printable(repr(self.culprit)),
-                ", ".join(f"number {number}" for number in self.nonfinite[:_SHOWN])
-                + (" and more" if len(self.nonfinite) > _SHOWN else ""),
-            )
-        if self.batches:
-            return
-        if self.nonfinite:
-            raise RefreshError(
-                "no batch could be used: the statistics of layer "
-                f"{printable(repr(self.culprit))} came out NaN or Inf in each",
-                remedy="look for NaN in the data, or for weights that overflow",
-            )
-        if self.unfit:
-            raise RefreshError(
-                f"no batch could be used: each had {next(iter(self.unfit))}",
-                remedy="make the loader's batches larger",
-            )
-        raise RefreshError(
-            "the loader gave no batches",
-            remedy="if it was used up before, name a callable that makes it anew",
-        )
+    def read(self) -> bool:
+        """The value."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
 
 
 @dataclass(frozen=True)
@@ -160,8 +99,8 @@ class _Staged:
 
     number: int
     samples: int
-    rounds: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    finite: torch.Tensor
+    rounds: list[Round]
+    finite: Flag
 
 
 class Pass:
@@ -227,7 +166,7 @@ class Pass:
     def _held_back(self, feed: Feed) -> Numbered:
         for number, batch in feed:
             if number < feed.held_back:
-                self.held_back.append(batch)
+                self.held_back.append(cloned(batch))  # some loaders fill one tensor again and again
             else:
                 yield number, batch
 
@@ -255,33 +194,39 @@ class Pass:
 
     def _through(self, number: int, batch: Any) -> _Staged | None:  # noqa: ANN401
         """Run a batch through the model; None if a layer could not normalise it."""
-        with self._seen.watching():
-            try:
-                self._run(batch)
-            except UnfitBatchError as error:
-                self.found.unfit[error.message] += 1
-                return None
-            except UserCodeError as error:
-                if not self._takes_another_format(error):
-                    raise
-                return self._through(number, batch)
-            finally:
-                self._may_change = False
+        untouched = cloned(batch) if self._may_change and self._run.formats else batch
+        try:
+            self._run_observed(batch)
+        except UnfitBatchError as error:
+            self.found.unfit[error.message] += 1
+            self._seen.reset()  # layers before that one may have seen NaN
+            return None
+        except UserCodeError as error:
+            if not self._takes_another_format(error):
+                raise
+            return self._through(number, untouched)
+        self._may_change = False
         rounds = self._seen.seen()
         parts = [self._is_finite(one).all() for _, *both in rounds for one in both]
         finite = torch.stack(parts).all() if parts else torch.tensor(data=True)
-        return _Staged(number, leading_size(batch), rounds, finite)
+        return _Staged(number, leading_size(batch), rounds, Flag(finite))
+
+    def _run_observed(self, batch: Any) -> None:  # noqa: ANN401
+        with self._seen.watching():
+            self._run(batch)
+        if self._seen.overheard:
+            with self._seen.watching():
+                self._run(batch)
 
     def _takes_another_format(self, error: UserCodeError) -> bool:
         """Whether the model's first batch may be tried again with contiguous images.
 
         `view` and custom kernels do not take all strides.
         """
-        if not (
-            self._may_change and self._run.formats and isinstance(error.__cause__, RuntimeError)
-        ):
+        is_possible = self._may_change and self._run.formats
+        if not is_possible or not isinstance(error.__cause__, RuntimeError):
             return False
-        log.info("the model does not take images in channels_last, and is given contiguous ones")
+        log.info("trying contiguous images: %s", str(error.__cause__).splitlines()[0])
         self._run.keep_contiguous()
         self._seen.keep_contiguous()
         return True
@@ -295,11 +240,11 @@ class Pass:
         last, self._staged = self._staged, staged
         if last is None:
             return
-        if not bool(last.finite):
+        if not last.finite.read():
             self._leave_out(last)
             return
-        for weights, mean, variance in last.rounds:
-            self.found.moments.update(weights, mean, variance)
+        if last.rounds:
+            self.found.moments.update(*joined(last.rounds, self._channels))
         self.found.batches += 1
         self.found.samples += last.samples
 

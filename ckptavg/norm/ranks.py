@@ -35,6 +35,7 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None = None, store: Any = None) -> None:  # noqa: ANN401
         self._group, self._store = group, store
+        self._told: Exception | None = None
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
 
@@ -53,7 +54,7 @@ class Ranks:
         found: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(found, value, group=self._group)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise CkptAvgError(f"another process is gone: {str(error).splitlines()[0]}") from error
         failed = [one for one in found if isinstance(one, _Failure)]
         if failed and not isinstance(value, _Failure):
@@ -62,7 +63,12 @@ class Ranks:
 
     def has_failed_peer(self) -> bool:
         """Whether another has failed, which the next `gather` raises: there is no need to go on."""
-        return self._store is not None and bool(self._store.check([_FAILED]))
+        if self._store is None:
+            return False
+        try:
+            return bool(self._store.check([_FAILED]))
+        except RuntimeError:  # who holds it is gone
+            return True
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -76,9 +82,11 @@ class Ranks:
         except PeerError:
             raise
         except Exception as error:
-            if self.size > 1:
+            if self.size > 1 and error is not self._told:
+                self._told = error
                 if self._store is not None:
-                    self._store.set(_FAILED, str(self.rank))
+                    with contextlib.suppress(RuntimeError):
+                        self._store.set(_FAILED, str(self.rank))
                 self._settle(error)
             raise
 

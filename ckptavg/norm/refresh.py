@@ -22,7 +22,7 @@ from ckptavg.errors import RefreshError
 from ckptavg.norm.batches import default_forward
 from ckptavg.norm.estimators import Channels, EstimatorName, WeightedMoments
 from ckptavg.norm.feeding import Feed, check_loader, cuts, known_length, on_device
-from ckptavg.norm.layers import chosen_layers, norm_layers
+from ckptavg.norm.layers import chosen_layers, norm_layers, unwrapped
 from ckptavg.norm.observer import Formats, TrainMode, heard_in_eval, observed
 from ckptavg.norm.passing import Pass, Runner
 from ckptavg.norm.ranks import Ranks
@@ -108,7 +108,9 @@ def refresh_norm(
     _check_choices(estimator, memory_format, train_mode, amp)
     if tol is not None and not 0 < tol < math.inf:
         raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
-    ranks = ranks or Ranks()
+    if min(held_back, *(0 if one is None else one - 1 for one in (max_samples, max_batches))) < 0:
+        raise RefreshError("limits begin at 1, and what is held back at 0")
+    ranks, model = ranks or Ranks(), unwrapped(model)
     with ranks.together():
         taken = chosen_layers(
             model, layers=layers, skip_layers=skip_layers, skip_frozen=skip_frozen
@@ -117,12 +119,12 @@ def refresh_norm(
             return RefreshReport(estimator, 0, 0, 0, (), ())
         ends_early = tol is not None or cuts(batches, max_batches, max_samples)
         is_limited = max_batches is not None or max_samples is not None
-        check_loader(batches, is_limited=is_limited, ends_early=ends_early)
+        check_loader(batches, ranks, is_limited=is_limited, ends_early=ends_early)
         feed = Feed(
             batches, ranks, max_batches=max_batches, max_samples=max_samples,
             held_back=_possible(held_back, batches),
         )  # fmt: skip
-        place = torch.device(device) if device is not None else device_of(model)
+        place = _device(device) or device_of(model)
         formats = _memory_formats(model, memory_format, place, amp)
         run = Runner(model, forward or default_forward, place, formats, bf16=amp is not None)
         setting = observed(
@@ -133,12 +135,20 @@ def refresh_norm(
                 run, seen, _channels(taken, estimator), list(taken),
                 strict=strict, may_change_format=memory_format == "auto",
             )  # fmt: skip
-            total = known_length(batches, max_batches)
+            total = known_length(batches)
+            total = None if total is None else total - feed.held_back
+            if max_batches is not None:
+                total = max_batches if total is None else min(total, max_batches)
             the_pass.go(feed, ranks, tol=tol, progress=_each(progress, total, ranks))
         found = the_pass.found
+        if feed.held_back and not (found.batches or found.unfit or found.nonfinite):
+            raise RefreshError(
+                "all of the loader's batches were held back, and none is left for the refresh",
+                remedy="hold back fewer (--verify-batches)",
+            )
         found.check()
         with stored(model, taken, found.moments) as new:
-            gaps = _gaps(run, new, the_pass.held_back, ranks) if held_back else {}
+            gaps = _gaps(run, new, the_pass.held_back, ranks, strict=strict) if held_back else {}
         return RefreshReport(
             estimator, found.batches, found.samples, found.unfit.total(),
             tuple(replace(layer, gap=gaps.get(layer.name)) for layer in new.layers()),
@@ -186,6 +196,13 @@ def _size(layer: NormLayer) -> int:
     return layer.running_mean.numel()
 
 
+def _device(wanted: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if wanted is None else torch.device(wanted)
+    except RuntimeError as error:
+        raise RefreshError(f"there is no device {wanted!r}") from error
+
+
 def _each(progress: Progress | None, total: int | None, ranks: Ranks) -> Callable[[], None] | None:
     """Tell of a batch of this process, which has its share of all of them."""
     if progress is None:
@@ -220,20 +237,36 @@ def _memory_formats(
     return {dims: formats[dims] for dims in used}
 
 
-def _gaps(run: Runner, new: Stored, held_back: Sequence[Any], ranks: Ranks) -> dict[str, Gap]:
-    """How far what the refreshed layers see in eval mode is from what they hold, by name."""
+def _gaps(
+    run: Runner, new: Stored, held_back: Sequence[Any], ranks: Ranks, *, strict: bool
+) -> dict[str, Gap]:
+    """How far what the refreshed layers see in eval mode is from what they hold, by name.
+
+    Raises:
+        RefreshError: they see NaN or Inf, if `strict`.
+    """
     layers = {
         name: layer for name, layer in norm_layers(run.model).items() if name in new.refreshed
     }
-    own: dict[str, WeightedMoments] = {}
+    own = {
+        name: WeightedMoments.empty(_channels({name: layer}, "exact"))
+        for name, layer in layers.items()
+    }
+    left_out = 0
     with torch.no_grad(), heard_in_eval(run.model, layers, run.formats) as heard:
         for _, batch in on_device(enumerate(held_back), run.device, run.formats):
+            heard.clear()
             run(batch)
-    for name, calls in heard.items():
-        own[name] = WeightedMoments.empty(_channels({name: layers[name]}, "exact"))
-        for call in calls:
-            weight = torch.tensor([call.weight("exact")], dtype=torch.float64)
-            own[name].update(weight, call.mean.cpu(), call.variance.cpu())
+            if all(bool(torch.isfinite(call.mean + call.variance).all()) for _, call in heard):
+                for name, call in heard:
+                    weight = torch.tensor([call.weight("exact")], dtype=torch.float64)
+                    own[name].update(weight, call.mean.cpu(), call.variance.cpu())
+            else:
+                left_out += 1
+    if left_out and strict:
+        raise RefreshError(f"{left_out} batches that were held back gave NaN or Inf in eval mode")
+    if left_out:
+        log.warning("left out %d batches that were held back, for NaN or Inf", left_out)
     everyone = ranks.gather(own)
     gaps = {}
     for name, layer in layers.items():

@@ -108,6 +108,7 @@ class RefreshReport:
         converged: whether all layers came below that; None without `tol`.
         held_back: batches that were held back.
         verdict: whether it helped; None where that was not asked for.
+        written: whether the checkpoint was; the old statistics may be in place already.
         statistics: what each refreshed layer held before, and holds now, by name.
     """
 
@@ -123,6 +124,7 @@ class RefreshReport:
     converged: bool | None = None
     held_back: int = 0
     verdict: Verdict | None = None
+    written: bool = True
     statistics: Mapping[str, tuple[Statistics, Statistics]] = field(
         default_factory=dict, repr=False, compare=False
     )

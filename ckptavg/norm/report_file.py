@@ -39,11 +39,13 @@ class ReportFile:
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
-        own = os.path.realpath(self._path)
-        if any(other is not None and os.path.realpath(other) == own for other in others):
-            raise OutputError(
-                "is the checkpoint or the output, and not for a report", path=self._path
-            )
+        own = Path(os.path.realpath(self._path))
+        for other in others:
+            whole = None if other is None else Path(os.path.realpath(other))
+            if whole is not None and (whole == own or whole in own.parents):
+                raise OutputError(
+                    "is the checkpoint or the output, and not for a report", path=self._path
+                )
         check_destination(self._path, force=force)
 
     def write(

@@ -9,38 +9,42 @@ from ckptavg.norm.estimators import CallStatistics
 _SLICE = 1 << 22  # elements that are held as float64 at a time
 
 
-def input_statistics(values: torch.Tensor, *, correction: int = 0) -> CallStatistics:
-    """Statistics of a layer's input, computed in float64 from the values themselves.
+def input_statistics(*inputs: torch.Tensor, correction: int = 0) -> CallStatistics:
+    """Statistics of what a layer normalises, computed in float64 from the values themselves.
 
     Args:
-        values: `[batch, channels, ...]`, any floating dtype.
+        inputs: `[batch, channels, ...]`, any floating dtype; several are parts of one call.
         correction: 1 for the unbiased variance.
     """
-    batch, channels = values.shape[:2]
-    count = values.numel() // max(1, channels)
-    axes = [axis for axis in range(values.dim()) if axis != 1]
-    rows = max(1, _SLICE // max(1, values[0].numel()))
     moments = None
-    for piece in torch.split(values.detach(), rows):
-        exact = in_float64(piece)
-        variance, mean = torch.var_mean(exact, axes, correction=0)
-        size = piece.numel() // max(1, channels)
-        found = (size, mean, variance * size)
-        moments = found if moments is None else _merged(moments, found)
+    for values in inputs:
+        channels = values.shape[1]
+        axes = [axis for axis in range(values.dim()) if axis != 1]
+        rows = max(1, _SLICE // max(1, values[0].numel()))
+        for piece in torch.split(values.detach(), rows):
+            variance, mean = torch.var_mean(in_float64(piece), axes, correction=0)
+            size = piece.numel() // max(1, channels)
+            found = (size, mean, variance * size)
+            moments = found if moments is None else _merged(moments, found)
     if moments is None:
         raise ValueError("an empty batch")
-    return CallStatistics(moments[1], moments[2] / (count - correction), count, batch)
+    batch = sum(len(values) for values in inputs)
+    return CallStatistics(moments[1], moments[2] / (moments[0] - correction), moments[0], batch)
 
 
-def instance_statistics(values: torch.Tensor) -> CallStatistics:
+def instance_statistics(*inputs: torch.Tensor) -> CallStatistics:
     """The means over a batch of each image's own mean and unbiased variance, in float64.
 
     That is what `InstanceNorm` tracks.
 
     Args:
-        values: `[batch, channels, ...]`, any floating dtype.
+        inputs: `[batch, channels, ...]`, any floating dtype; several are parts of one call.
     """
-    rows = [input_statistics(image[None], correction=1) for image in values.detach()]
+    rows = [
+        input_statistics(image[None], correction=1)
+        for values in inputs
+        for image in values.detach()
+    ]
     mean = torch.stack([row.mean for row in rows]).mean(0)
     variance = torch.stack([row.variance for row in rows]).mean(0)
     return CallStatistics(mean, variance, len(rows), len(rows))

@@ -39,7 +39,7 @@ def stored(
     """
     every = norm_layers(model)
     kept = [
-        (layer, name, buffer, buffer.clone())
+        (layer, name, buffer, buffer.data, buffer.clone())
         for layer in every.values()
         for name, buffer in layer._buffers.items()  # noqa: SLF001
         if buffer is not None
@@ -54,9 +54,10 @@ def stored(
         yield new
     except BaseException:
         with torch.no_grad():
-            for layer, name, buffer, values in kept:
+            for layer, name, buffer, data, values in kept:
                 layer._buffers[name] = buffer  # noqa: SLF001
-                buffer.data = values
+                buffer.data = data
+                buffer.copy_(values)
         raise
 
 
@@ -152,7 +153,7 @@ def _speak_of_unused(unused: tuple[str, ...]) -> None:
     """Name the layers that were never called."""
     if unused:
         log.warning(
-            "%d norm layers were never called and keep their old statistics: %s",
+            "%d norm layers took in no batch and keep their old statistics: %s",
             len(unused),
             ", ".join(printable(name) for name in unused),
         )

@@ -1,68 +1,112 @@
-"""One contender's pass over the batches, in a process of its own; prints the seconds it took."""
+"""One contender's pass over the batches, in a process of its own; prints the seconds it took.
+
+And `tolerances`: how near a pass comes that ends early.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg import refresh_norm
+from ckptavg.norm.ranks import from_environment
 
 if TYPE_CHECKING:
-    from tests.benchmarks.models import MODELS
-else:
-    from models import MODELS  # a script finds what is beside it, and knows of no package
+    from ckptavg.norm.estimators import EstimatorName
+    from ckptavg.norm.report import RefreshReport
 
 Batches = list[torch.Tensor]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_ESTIMATORS: tuple[EstimatorName, ...] = ("paper", "exact")
+_TOLERANCES = (0.05, 0.02, 0.01)
+_EXAMPLES, _FEATURES, _FACTORS, _BATCH_SIZE = 100_000, 32, 8, 128
+_WIDTHS = (64, 128, 256, 128)
 
 
 def main() -> None:
-    """`refresh_pass.py CONTENDER --model M --batches N --batch-size B`."""
+    """`refresh_pass.py CONTENDER --model M --batches N --shape B C H W`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("contender", choices=[*CONTENDERS, "differences"])
-    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("contender", choices=[*CONTENDERS, "shared"])
+    parser.add_argument("--model", required=True, help="its name in torchvision")
     parser.add_argument("--batches", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--shape", type=int, nargs="+", required=True, help="of a batch")
+    parser.add_argument("--difference", action="store_true", help="print that from update_bn")
     options = parser.parse_args()
     torch.manual_seed(0)
-    make, shape = MODELS[options.model]
-    model = make().eval()
-    batches = list(torch.randn(options.batches, options.batch_size, *shape))
-    if options.contender == "differences":
-        print(json.dumps(differences(model, batches)))
+    model = network(options.model)
+    images = torch.randn(options.batches, *options.shape)
+    if options.contender == "shared":
+        print(json.dumps(shared(model, images)))
         return
     prepare, go = CONTENDERS[options.contender]
-    model, batches = prepare(model, batches)
+    if options.difference:
+        print(json.dumps(from_torch(model, list(images), go)))
+        return
+    model, batches = prepare(model, list(images))
     go(model, batches[:1])
+    print(json.dumps(seconds(partial(go, model, batches))))
+
+
+def seconds(go: Callable[[], object], ready: Callable[[], object] | None = None) -> float:
+    """What a pass takes, once this process is ready for it.
+
+    The imports leave much that Python's collector goes through once, in about 0.15 s: in whichever
+    pass makes objects enough. So it does that beforehand.
+    """
+    gc.collect()
+    if ready is not None:
+        ready()
     begin = time.perf_counter()
-    go(model, batches)
-    print(json.dumps(time.perf_counter() - begin))
+    go()
+    return time.perf_counter() - begin
 
 
-def differences(model: nn.Module, batches: Batches) -> dict[str, float]:
+def network(name: str) -> nn.Module:
+    """As torchvision has it, with random weights."""
+    from torchvision.models import get_model  # what needs no model runs without it
+
+    model: nn.Module = get_model(name, weights=None).eval()
+    return model
+
+
+def shared(model: nn.Module, images: torch.Tensor) -> float:
+    """Seconds of a pass on one thread, with the processes that the environment speaks of."""
+    torch.set_num_threads(1)
+    with from_environment() as ranks:
+        refresh_norm(model, _loader(images[: ranks.size]), ranks=ranks)
+        go = partial(refresh_norm, model, _loader(images), ranks=ranks)
+        return seconds(go, ready=partial(ranks.gather, None))  # all begin at once
+
+
+def _loader(images: torch.Tensor) -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Of the batches in `images`, which are collated anew."""
+    return DataLoader(TensorDataset(images.flatten(0, 1)), batch_size=images.shape[1])
+
+
+def from_torch(model: nn.Module, batches: Batches, go: Go) -> float:
     """Largest difference of a mean from `update_bn`'s, in running standard deviations.
 
-    And of a standard deviation, relative to it: both by how `refresh_norm` lays out its images.
+    And of a standard deviation, relative to it.
     """
     expected = copy.deepcopy(model)
     update_bn(batches, expected)
-    found = {}
-    for memory_format in ("auto", "contiguous"):
-        own = copy.deepcopy(model)
-        refresh_norm(own, batches, estimator="torch", memory_format=memory_format)
-        found[memory_format] = max(
-            difference(one, other)
-            for one, other in zip(own.modules(), expected.modules(), strict=True)
-        )
-    return found
+    go(model, batches)
+    return max(
+        difference(one, other)
+        for one, other in zip(model.modules(), expected.modules(), strict=True)
+    )
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:
@@ -85,9 +129,15 @@ def as_it_is(model: nn.Module, batches: Batches) -> tuple[nn.Module, Batches]:
     return model, batches
 
 
+def with_statistics(model: nn.Module, batches: Batches) -> tuple[nn.Module, Batches]:
+    """With those of the first batch: without any, activations vanish or explode in eval mode."""
+    update_bn(batches[:1], model)
+    return model, batches
+
+
 def in_channels_last(model: nn.Module, batches: Batches) -> tuple[nn.Module, Batches]:
-    """Weights and images both."""
-    return weights_in_channels_last(model, [_last(batch) for batch in batches])
+    """Weights and images both, with statistics."""
+    return with_statistics(*weights_in_channels_last(model, [_last(batch) for batch in batches]))
 
 
 def weights_in_channels_last(model: nn.Module, batches: Batches) -> tuple[nn.Module, Batches]:
@@ -132,6 +182,11 @@ def refresh_contiguous(model: nn.Module, batches: Batches) -> None:
     refresh_norm(model, batches, estimator="torch", memory_format="contiguous")
 
 
+def refresh_bf16(model: nn.Module, batches: Batches) -> None:
+    """`refresh_norm` with the model in bfloat16."""
+    refresh_norm(model, batches, estimator="torch", amp="bf16")
+
+
 def update(model: nn.Module, batches: Batches) -> None:
     """torch's own."""
     update_bn(batches, model)
@@ -146,11 +201,89 @@ CONTENDERS: dict[str, tuple[Prepare, Go]] = {
     "refresh_norm, weights too": (weights_in_channels_last, refresh),
     "refresh_norm, exact": (as_it_is, refresh_exact),
     "refresh_norm, contiguous": (as_it_is, refresh_contiguous),
-    "eval forward": (as_it_is, forward),
+    "refresh_norm, bf16": (as_it_is, refresh_bf16),
+    "eval forward": (with_statistics, forward),
     "eval forward, channels_last": (in_channels_last, forward),
     "norm training, channels_last": (in_channels_last, forward_training),
 }
 """Name to how the model and the batches are laid out beforehand, untimed, and to what is timed."""
+
+
+def tolerances(runs: int) -> str:
+    """How many examples a pass takes by tolerance, and how far from all of them it ends.
+
+    In so many shuffled passes; errors and distances are the largest of any pass and layer. The
+    first line of each estimator is that of a pass over all examples.
+    """
+    torch.manual_seed(0)
+    data, model = TensorDataset(correlated()), perceptron()
+    lines = [
+        f"{_EXAMPLES:,} examples in batches of {_BATCH_SIZE}; {runs} runs; largest of all",
+        f"{'':20}{'':>10}{'stated error of':>20}{'real distance of':>20}",
+        f"{'estimator, tol':20}{'examples':>10}" + f"{'mean':>10}{'log std':>10}" * 2,
+    ]
+    for estimator in _ESTIMATORS:
+        expected, report = ended_by(None, model, data, estimator, 0)
+        lines.append(_row(f"{estimator}, none", report.samples, [(*_stated(report), 0.0, 0.0)]))
+        for tol in _TOLERANCES:
+            found = [ended_by(tol, model, data, estimator, number) for number in range(1, runs + 1)]
+            samples = statistics.median(one.samples for _, one in found)
+            errors = [(*_stated(one), *distances(own, expected)) for own, one in found]
+            lines.append(_row(f"{estimator}, {tol}", samples, errors))
+    return "\n".join(lines)
+
+
+def ended_by(
+    tol: float | None, model: nn.Module, data: TensorDataset, estimator: EstimatorName, seed: int
+) -> tuple[nn.Module, RefreshReport]:
+    """A copy of the model after a shuffled pass, and what that says of itself."""
+    own, order = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    loader = DataLoader(data, batch_size=_BATCH_SIZE, shuffle=True, generator=order)
+    return own, refresh_norm(own, loader, estimator=estimator, tol=tol)
+
+
+def correlated() -> torch.Tensor:
+    """Inputs that are mixed out of a few factors, with a little noise."""
+    mixed = torch.randn(_EXAMPLES, _FACTORS) @ torch.randn(_FACTORS, _FEATURES)
+    return mixed + 0.1 * torch.randn(_EXAMPLES, _FEATURES)
+
+
+def perceptron() -> nn.Module:
+    """Linear layers, each with its norm layer."""
+    layers: list[nn.Module] = []
+    before = _FEATURES
+    for width in _WIDTHS:
+        layers += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.ReLU()]
+        before = width
+    return nn.Sequential(*layers)
+
+
+def distances(found: nn.Module, expected: nn.Module) -> tuple[float, float]:
+    """Of the means, in standard deviations, and of the logarithms of the standard deviations.
+
+    Root mean squares over the channels, as the report has its errors, of the layer with most.
+    """
+    means, log_stds = [0.0], [0.0]
+    for one, other in zip(found.modules(), expected.modules(), strict=True):
+        if isinstance(one, nn.BatchNorm1d) and isinstance(other, nn.BatchNorm1d):
+            variance = _double(other.running_var) + other.eps
+            mean = _double(one.running_mean) - _double(other.running_mean)
+            log_std = ((_double(one.running_var) + one.eps) / variance).log() / 2
+            means.append(float((mean.square() / variance).mean().sqrt()))
+            log_stds.append(float(log_std.square().mean().sqrt()))
+    return max(means), max(log_stds)
+
+
+def _stated(report: RefreshReport) -> tuple[float, float]:
+    return (
+        report.largest(lambda layer: layer.mean_error).mean_error,
+        report.largest(lambda layer: layer.log_std_error).log_std_error,
+    )
+
+
+def _row(name: str, samples: float, errors: list[tuple[float, float, float, float]]) -> str:
+    largest = "".join(f"{max(column):>10.4f}" for column in zip(*errors, strict=True))
+    return f"{name:20}{samples:>10,.0f}{largest}"
 
 
 if __name__ == "__main__":

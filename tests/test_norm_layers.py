@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -528,3 +529,20 @@ def test_data_parallel_is_taken_off():
     refresh_norm(other, data_for("conv2d"))
     assert_same_statistics(model, other, 1e-12)
     assert [layer.name for layer in report.layers] == ["1", "4", "7"]
+
+
+def test_no_inputs_are_kept_while_the_kernels_are_listened_to():
+    """In the first batch all layers are; their inputs together are what a training keeps."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Counting(nn.Module):
+        def forward(self, values):
+            nonlocal most
+            alive.append(weakref.ref(values))
+            most = max(most, sum(one() is not None for one in alive))
+            return values + 1
+
+    model = nn.Sequential(*(part for _ in range(20) for part in (Counting(), nn.BatchNorm2d(3))))
+    refresh_norm(model, draw((4, 4), 3, 5, 5))
+    assert most <= 4

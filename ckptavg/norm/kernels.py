@@ -35,17 +35,36 @@ class KernelCalls(TorchFunctionMode):
     """Hears the calls of torch's norm kernels while it is entered.
 
     Attributes:
-        heard: the calls.
         is_on: it is entered.
-        instead: what a kernel that works with a buffer of the running mean, and does not take in
-            its input, is given in place of it and of the running variance; by the buffer's `id`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.heard: list[KernelCall] = []
         self.is_on = False
-        self.instead: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._heard: list[KernelCall] = []
+        # The buffer itself is among the values, or its `id` could become another's.
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def listen_to(
+        self, mean: torch.Tensor, instead: tuple[torch.Tensor | None, torch.Tensor | None]
+    ) -> None:
+        """Keep calls with a buffer of the running mean.
+
+        Args:
+            mean: the buffer.
+            instead: running mean and variance for a kernel that works with what they hold.
+        """
+        self._known[id(mean)] = mean, *instead
+
+    def forget(self) -> None:
+        """Forget what was heard and nobody has taken: it holds layers' inputs."""
+        self._heard.clear()
+
+    def take(self, mean: torch.Tensor) -> list[KernelCall]:
+        """The calls with this buffer, which are forgotten."""
+        found = [one for one in self._heard if one.mean is mean]
+        self._heard = [one for one in self._heard if one.mean is not mean]
+        return found
 
     def __enter__(self) -> Self:
         self.is_on = True
@@ -70,10 +89,13 @@ class KernelCalls(TorchFunctionMode):
         given = dict(zip(names, args, strict=False)) | kwargs
         is_training = bool(given.get("training") or given.get("use_input_stats"))
         mean = given.get("running_mean")
-        self.heard.append(KernelCall(mean, given["input"], is_training, given.get("momentum")))
-        if is_training or id(mean) not in self.instead:
+        known = self._known.get(id(mean))
+        if known is None:
             return func(*args, **kwargs)
-        given["running_mean"], given["running_var"] = self.instead[id(mean)]
+        self._heard.append(KernelCall(mean, given["input"], is_training, given.get("momentum")))
+        if is_training:
+            return func(*args, **kwargs)
+        _, given["running_mean"], given["running_var"] = known
         rest = args[len(names) :]  # what a native kernel has beside the named ones
         return func(
             *(given[name] for name in names[: len(args)]), *rest, **_named(given, names, args)

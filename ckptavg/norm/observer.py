@@ -88,14 +88,15 @@ def heard_in_eval(
         def hear(name: str, layer: NormLayer, given: torch.Tensor | None) -> None:
             own = layer.running_mean
             assert own is not None  # noqa: S101 - only such layers are listened to
-            heard = [one.input for one in kernels.heard if one.mean is own]
-            kernels.heard.clear()
+            heard = [one.input for one in kernels.take(own)]
             inputs = heard or [_channels_second(given, own.numel(), name)]
             of = instance_statistics if isinstance(layer, _InstanceNorm) else input_statistics
             if inputs[0].numel():
                 found.append((name, of(*inputs)))
 
         for name, layer in layers.items():
+            assert layer.running_mean is not None  # noqa: S101 - only such layers are listened to
+            kernels.listen_to(layer.running_mean, (layer.running_mean, layer.running_var))
 
             def hook(
                 layer: NormLayer,
@@ -153,7 +154,7 @@ class Observation:
     def watching(self) -> AbstractContextManager[object]:
         """To be entered for each batch: forgets the last one."""
         kernels = self._kernels
-        kernels.heard.clear()
+        kernels.forget()
         # What was never called is no reason to listen; if it is called after all, see `overheard`.
         listen = self._is_first or self.overheard
         listen = listen or any(
@@ -425,7 +426,7 @@ class _Observer:
         if len(self._buffers) == len(self.calls):
             self._buffers.append(_fresh_buffers(layer))
             # A kernel that does not take in its input is to have what the layer holds.
-            self._kernels.instead[id(self._buffers[-1]["running_mean"])] = self._own
+            self._kernels.listen_to(self._buffers[-1]["running_mean"], self._own)
         layer._buffers.update(self._buffers[len(self.calls)])  # noqa: SLF001
 
     def after(
@@ -437,9 +438,7 @@ class _Observer:
             self.overheard = True
             return
         self.was_called = True
-        every: list[KernelCall] = (
-            [] if self.is_plain else [one for one in self._kernels.heard if one.mean is own]
-        )
+        every = [] if self.is_plain else self._kernels.take(own)
         if every and not any(one.is_training for one in every):
             return  # frozen: a layer that works with what it holds even in training mode
         taken_in = [one for one in every if one.is_training]

@@ -32,16 +32,17 @@ def wide_net():
     """Layers of 64 to 256 channels, with a value of each for an example: the slowest to know."""
     torch.manual_seed(0)
     return nn.Sequential(
-        *(nn.Linear(32, 128), nn.BatchNorm1d(128), nn.ReLU()),
+        *(nn.Linear(256, 128), nn.BatchNorm1d(128), nn.ReLU()),
         *(nn.Linear(128, 256), nn.BatchNorm1d(256), nn.ReLU()),
         *(nn.Linear(256, 64), nn.BatchNorm1d(64)),
     )
 
 
-def shuffled(count, size, seed=0):
+def shuffled(count, size, seed=0, factors=256):
     made = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(32, 32, generator=made)
-    data = torch.randn(count, 32, generator=made) @ mixing
+    data = torch.randn(count, factors, generator=made)
+    if factors < 256:
+        data = data @ torch.randn(factors, 256, generator=made)
     return DataLoader(TensorDataset(data), size, shuffle=True, generator=made)
 
 
@@ -73,17 +74,19 @@ class TestTolerance:
         assert max(stated) <= 0.01
         assert all(real <= said for real, said in zip(distance(model, other), stated, strict=True))
 
-    def test_is_kept_nearly_always(self):
+    @pytest.mark.parametrize("factors", [256, 4])
+    def test_is_kept_nearly_always(self, factors):
+        """However much the channels have in common."""
         full = wide_net()
-        refresh_norm(full, shuffled(60_000, 500))
+        refresh_norm(full, shuffled(40_000, 500, factors=factors))
         kept = []
         for seed in range(25):
-            model, loader = wide_net(), shuffled(60_000, 100)
+            model, loader = wide_net(), shuffled(40_000, 100, factors=factors)
             assert loader.generator is not None
             loader.generator.manual_seed(1000 + seed)
             refresh_norm(model, loader, tol=0.03)
             kept.append(max(distance(model, full)) <= 0.03)
-        assert sum(kept) >= 23
+        assert sum(kept) >= 22
 
     def test_asks_for_2048_examples_and_8_batches(self):
         still = [torch.tensor([[1.0] * 5, [2.0] * 5] * 64)] * 40

@@ -195,6 +195,8 @@ class TestResult:
         for layer, other in zip(one.pop("layers"), three.pop("layers"), strict=True):
             assert layer.pop("name") == other.pop("name")
             assert layer.pop("gap") is other.pop("gap") is None
+            for error in ("mean_error", "log_std_error"):  # see how batches follow each other
+                assert other.pop(error) == pytest.approx(layer.pop(error), rel=0.5)
             assert other == pytest.approx(layer, rel=1e-4, abs=1e-6)
         assert one == three
 

@@ -16,7 +16,7 @@ How far the calls scatter says how far their mean may still be from that of endl
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -89,6 +89,9 @@ class WeightedMoments:
         mean_scatter: weighted sum of their squared deviations from that, likewise.
         variance: weighted mean of the variances, likewise.
         variance_scatter: weighted sum of their squared deviations from that, likewise.
+        overlaps: how much the channels of a layer have in common, `[2, 2, layers]`: for means and
+            variances the sums of `(d_b . d_b-1)^2` and of `|d_b|^2 |d_b-1|^2` over the batches'
+            deviations d_b from what was known before, in standard deviations.
     """
 
     channels: Channels
@@ -99,13 +102,16 @@ class WeightedMoments:
     mean_scatter: torch.Tensor
     variance: torch.Tensor
     variance_scatter: torch.Tensor
+    overlaps: torch.Tensor
+    _last: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def empty(cls, channels: Channels, device: torch.device | None = None) -> WeightedMoments:
         """Of no calls, with what is per channel on a device."""
         layers, count = len(channels.sizes), sum(channels.sizes)
-        weights = (torch.zeros(layers, dtype=torch.float64) for _ in range(2))
-        values = (torch.zeros(count, dtype=torch.float64, device=device) for _ in range(4))
+        weights = [torch.zeros(layers, dtype=torch.float64) for _ in range(2)]
+        values = [torch.zeros(count, dtype=torch.float64, device=device) for _ in range(4)]
+        values.append(torch.zeros(2, 2, layers, dtype=torch.float64, device=device))
         return cls(channels, torch.zeros(layers, dtype=torch.int64), *weights, *values)
 
     def update(
@@ -128,13 +134,26 @@ class WeightedMoments:
         self.weight_squares += weights.square()
         share = self._per_channel(weights / self.weight.clamp(min=_TINY))
         own = self._per_channel(weights)
-        for values, scatter, new in (
-            (self.mean, self.mean_scatter, mean),
-            (self.variance, self.variance_scatter, variance),
+        means, variances = mean - self.mean, variance - self.variance
+        for values, scatter, delta in (
+            (self.mean, self.mean_scatter, means),
+            (self.variance, self.variance_scatter, variances),
         ):
-            delta = new - values
             values.add_(delta * share)
-            scatter.add_(delta * (new - values) * own)
+            scatter.add_(delta * delta * (1 - share) * own)
+        self._compare(means, variances, (1 - share) * (own > 0))
+
+    def _compare(self, means: torch.Tensor, variances: torch.Tensor, scale: torch.Tensor) -> None:
+        """Hold a batch's deviations against those of the batch before."""
+        places = _places(self.channels.sizes, self.mean.device)
+        total = self.variance + self.channels.spread(self.channels.eps).to(self.mean.device)
+        now = means * (scale / total).sqrt(), variances * scale.sqrt() / total
+        for sums, own, before in zip(self.overlaps, now, self._last or now, strict=True):
+            if self._last is not None:
+                dots = torch.zeros(3, len(self.channels.sizes), dtype=own.dtype, device=own.device)
+                dots.index_add_(1, places, torch.stack([own * before, own**2, before**2]))
+                sums.add_(torch.stack([dots[0] ** 2, dots[1] * dots[2]]))
+        self._last = now
 
     def merged(self, other: WeightedMoments) -> WeightedMoments:
         """Those of both sets of calls together (Chan, Golub & LeVeque 1979, equation 2.1)."""
@@ -151,11 +170,12 @@ class WeightedMoments:
             self.mean_scatter + other.mean_scatter + means.square() * product,
             self.variance + variances * part,
             self.variance_scatter + other.variance_scatter + variances.square() * product,
+            self.overlaps + other.overlaps,
         )
 
     def on_cpu(self) -> WeightedMoments:
         """A copy for the other processes."""
-        values = (self.mean, self.mean_scatter, self.variance, self.variance_scatter)
+        values = self.mean, self.mean_scatter, self.variance, self.variance_scatter, self.overlaps
         weights = (self.calls.clone(), self.weight.clone(), self.weight_squares.clone())
         copies = (torch.empty_like(one, device="cpu").copy_(one) for one in values)
         return WeightedMoments(self.channels, *weights, *copies)
@@ -176,8 +196,9 @@ class WeightedMoments:
         `s2 * sum(w_b^2) / sum(w_b)^2`, where `s2` is that of the x_b; it is taken from their
         scatter. What several calls of a layer saw of one batch is one x_b. That of a variance of
         means, B, which `exact` adds, is `2 * B^2` in place of `s2`. The root mean square over a
-        layer's channels is raised to the upper end of its 95 % interval,
-        `sqrt(1 + 1.645 * sqrt(2 / channels))`, as if the channels were independent.
+        layer's channels is raised to the upper end of its 95 % interval: its square is that of a
+        chi-squared distribution with as many degrees of freedom as there are independent channels
+        (Satterthwaite 1946), of which the quantile is taken as in Wilson & Hilferty 1931.
 
         Returns:
             The error of the mean, in standard deviations, and that of the logarithm of the standard
@@ -190,15 +211,26 @@ class WeightedMoments:
         of_means = self.mean_scatter.cpu() * self.channels.spread(factor)
         of_variances = self.variance_scatter.cpu() * self.channels.spread(factor)
         of_variances += 2 * self._between().square() * self.channels.spread(share)
-        sizes = torch.tensor(self.channels.sizes, dtype=torch.float64)
-        bound = 1 + _QUANTILE * (2 / sizes).sqrt()
-        return self._by_layer(of_means / scale, bound), (
-            self._by_layer(of_variances / (2 * scale).square(), bound)
+        bound = self._bounds()
+        return self._by_layer(of_means / scale, bound[0]), (
+            self._by_layer(of_variances / (2 * scale).square(), bound[1])
         )
 
     def _by_layer(self, squares: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
         means = torch.stack([part.mean() for part in self.channels.split(squares)])
         return (means * bound).nan_to_num(torch.inf).sqrt()
+
+    def _bounds(self) -> torch.Tensor:
+        """The quantile over the mean, `[2, layers]`, for means and variances.
+
+        The trace of the squared covariance over the square of its trace is the inverse of the
+        number of independent channels; deviations of two batches that are independent give both.
+        """
+        common, all_of_it = self.overlaps.cpu().unbind(1)
+        least = 1 / torch.tensor(self.channels.sizes, dtype=torch.float64)
+        part = torch.where(all_of_it > 0, common / all_of_it, least).clamp(max=1)
+        ninth = 2 / 9 * torch.maximum(part, least)
+        return (1 - ninth + _QUANTILE * ninth.sqrt()) ** 3
 
     def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
         """What each layer has, for each of its channels; one number where all layers agree."""

@@ -31,7 +31,8 @@ Batches = list[torch.Tensor]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _ESTIMATORS: tuple[EstimatorName, ...] = ("paper", "exact")
 _TOLERANCES = (0.05, 0.02, 0.01)
-_EXAMPLES, _FEATURES, _FACTORS, _BATCH_SIZE = 100_000, 32, 8, 128
+_EXAMPLES, _FEATURES, _BATCH_SIZE = 100_000, 256, 128
+_FACTORS = (256, 8)  # how many independent ones the inputs are mixed out of
 _WIDTHS = (64, 128, 256, 128)
 
 
@@ -215,10 +216,17 @@ def tolerances(runs: int) -> str:
     In so many shuffled passes; errors and distances are the largest of any pass and layer. The
     first line of each estimator is that of a pass over all examples.
     """
+    return "\n\n".join(_tolerances(runs, factors) for factors in _FACTORS)
+
+
+def _tolerances(runs: int, factors: int) -> str:
     torch.manual_seed(0)
-    data, model = TensorDataset(correlated()), perceptron()
+    data, model = TensorDataset(correlated(factors)), perceptron()
     lines = [
-        f"{_EXAMPLES:,} examples in batches of {_BATCH_SIZE}; {runs} runs; largest of all",
+        (
+            f"{_EXAMPLES:,} examples mixed out of {factors} factors, in batches of {_BATCH_SIZE}; "
+            f"{runs} runs; largest of all"
+        ),
         f"{'':20}{'':>10}{'stated error of':>20}{'real distance of':>20}",
         f"{'estimator, tol':20}{'examples':>10}" + f"{'mean':>10}{'log std':>10}" * 2,
     ]
@@ -242,9 +250,9 @@ def ended_by(
     return own, refresh_norm(own, loader, estimator=estimator, tol=tol)
 
 
-def correlated() -> torch.Tensor:
-    """Inputs that are mixed out of a few factors, with a little noise."""
-    mixed = torch.randn(_EXAMPLES, _FACTORS) @ torch.randn(_FACTORS, _FEATURES)
+def correlated(factors: int) -> torch.Tensor:
+    """Inputs that are mixed out of so many factors, with a little noise."""
+    mixed = torch.randn(_EXAMPLES, factors) @ torch.randn(factors, _FEATURES)
     return mixed + 0.1 * torch.randn(_EXAMPLES, _FEATURES)
 
 

@@ -223,7 +223,8 @@ class TestResult:
         gaps = [[layer["gap"] for layer in found["layers"]] for found in (one, more)]
         for gap, other in zip(*gaps, strict=True):
             assert (gap is None) == ("--verify" not in arguments)
-            assert gap is None or other == pytest.approx(gap, rel=1e-3)
+            for name in gap or ():
+                assert other[name] == pytest.approx(gap[name], rel=0.5 if "noise" in name else 1e-3)
 
     def test_is_that_of_what_a_distributed_sampler_has_dealt_out(self, folder):
         arguments = ("--loader", "train.py:dealt", "--estimator", "exact")

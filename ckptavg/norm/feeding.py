@@ -57,13 +57,12 @@ def limited(
             return
 
 
-def known_length(batches: Any, most: int | None = None) -> int | None:  # noqa: ANN401
-    """How many batches there are, up to a limit, where the loader says so."""
+def known_length(batches: Any) -> int | None:  # noqa: ANN401
+    """How many batches there are, where the loader says so."""
     try:
-        known = len(batches)
-    except Exception:  # noqa: BLE001 - the user's own; it only goes into a progress bar
-        return most
-    return known if most is None else min(known, most)
+        return len(batches)
+    except Exception:  # noqa: BLE001 - the user's own
+        return None
 
 
 def cuts(batches: Iterable[Any], max_batches: int | None, max_samples: int | None) -> bool:

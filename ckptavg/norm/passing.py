@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ckptavg.norm.feeding import Feed, Numbered
-    from ckptavg.norm.observer import Formats, Observation
+    from ckptavg.norm.observer import Observation
     from ckptavg.norm.ranks import Ranks
+    from ckptavg.norm.setting import Formats
 
 log = logging.getLogger("ckptavg")
 

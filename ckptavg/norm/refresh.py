@@ -23,10 +23,11 @@ from ckptavg.norm.batches import default_forward
 from ckptavg.norm.estimators import Channels, EstimatorName, WeightedMoments
 from ckptavg.norm.feeding import Feed, check_loader, cuts, known_length, on_device
 from ckptavg.norm.layers import chosen_layers, norm_layers, unwrapped
-from ckptavg.norm.observer import Formats, TrainMode, heard_in_eval, observed
+from ckptavg.norm.observer import heard_in_eval, observed
 from ckptavg.norm.passing import Pass, Runner
 from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.report import Gap, RefreshReport, gap_between
+from ckptavg.norm.setting import Formats, TrainMode
 from ckptavg.norm.storing import Stored, stored
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def refresh_norm(
             new.unused,
             nonfinite=len(found.nonfinite), processes=ranks.size, tol=tol,
             converged=None if tol is None else the_pass.converged,
-            held_back=feed.held_back, statistics=new.statistics(),
+            held_back=feed.held_back, statistics=new.statistics,
         )  # fmt: skip
 
 

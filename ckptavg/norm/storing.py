@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import user_code
 from ckptavg.norm.layers import aggregating, norm_layers
 from ckptavg.norm.report import LayerReport, Statistics, changes, statistics_of
+from ckptavg.norm.setting import keep_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,27 +40,16 @@ def stored(
         RefreshError: a statistic is too large for a layer's dtype.
     """
     every = norm_layers(model)
-    kept = [
-        (layer, name, buffer, buffer.data, buffer.clone())
-        for layer in every.values()
-        for name, buffer in layer._buffers.items()  # noqa: SLF001
-        if buffer is not None
-    ]
     old = {name: statistics_of(layer) for name, layer in every.items()}
-    try:
+    with ExitStack() as undo:
+        keep_buffers(model, undo)
         with torch.no_grad():
             used = _store(layers, moments)
             joined = _aggregate(model, {name: layers[name] for name in used})
         new = Stored(every, layers, used + joined, old, moments)
         _speak_of_unused(new.unused)
         yield new
-    except BaseException:
-        with torch.no_grad():
-            for layer, name, buffer, data, values in kept:
-                layer._buffers[name] = buffer  # noqa: SLF001
-                buffer.data = data
-                buffer.copy_(values)
-        raise
+        undo.pop_all()
 
 
 class Stored:
@@ -84,6 +75,7 @@ class Stored:
         errors = (one.tolist() for one in moments.errors())
         self._errors = dict(zip(observed, zip(*errors, strict=True), strict=True))
 
+    @cached_property
     def statistics(self) -> dict[str, tuple[Statistics, Statistics]]:
         """What each refreshed layer held before, and holds now."""
         return {
@@ -99,7 +91,7 @@ class Stored:
                 *changes(old, new, self._every[name].eps),
                 *self._errors.get(name, ()),
             )
-            for name, (old, new) in self.statistics().items()
+            for name, (old, new) in self.statistics.items()
         ]
 
 

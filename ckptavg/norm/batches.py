@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
 from ckptavg.errors import RefreshError
+from ckptavg.factories import user_code
+
+Numbered = Iterator[tuple[int, Any]]
+"""Batches with their numbers in the whole pass."""
 
 
 def moved(
@@ -121,3 +125,48 @@ def _leading_size(batch: Any) -> int:  # noqa: ANN401
         return 0
     found = next((size for size in map(_leading_size, elements) if size), 0)
     return found or (len(batch) if isinstance(batch, list) else 0)
+
+
+def on_device(
+    batches: Numbered, device: torch.device, formats: Mapping[int, torch.memory_format]
+) -> Iterator[tuple[int, Any]]:
+    """The batches moved there, each while the device is busy with the one before.
+
+    To a GPU they go from pinned memory, on a stream of their own: the next batch is drawn and on
+    its way before the pass over the last one has ended.
+    """
+    if device.type != "cuda":
+        for number, batch in batches:
+            with user_code("moving a batch"):
+                here = moved(batch, device, formats)
+            yield number, here
+        return
+    ahead = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[int, Any, torch.cuda.Event] | None = None
+    for number, batch in batches:
+        # The memory of an object that moves itself could be given away while it is in use.
+        is_plain = all(isinstance(leaf, torch.Tensor) for leaf in leaves(batch))
+        stream = ahead if is_plain else torch.cuda.current_stream(device)
+        with user_code("moving a batch"), torch.cuda.stream(stream):
+            here = moved(pinned(batch), device, formats)
+            arrived = stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting, device)
+        waiting = number, here, arrived
+    if waiting is not None:
+        yield _arrived(*waiting, device)
+
+
+def _arrived(
+    number: int,
+    batch: Any,  # noqa: ANN401
+    event: torch.cuda.Event,
+    device: torch.device,
+) -> tuple[int, Any]:
+    """A batch that the device's own stream may use."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
+    for leaf in leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            leaf.record_stream(stream)
+    return number, batch

@@ -1,4 +1,4 @@
-"""The loader's batches: counted, dealt out to processes, on the model's device."""
+"""The loader's batches: counted, and dealt out to processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import logging
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 
 from ckptavg.errors import RefreshError
 from ckptavg.factories import user_code
-from ckptavg.norm.batches import leading_size, leaves, moved, pinned
+from ckptavg.norm.batches import Numbered, leading_size, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
     from ckptavg.norm.ranks import Ranks
 
@@ -27,9 +26,6 @@ _NOTED = 1000  # batches whose order is compared
 
 Fingerprint = tuple[bool, list[int]]
 """Whether it is of the examples' own numbers; and a checksum after each of the first batches."""
-
-Numbered = Iterator[tuple[int, Any]]
-"""Batches with their numbers in the whole pass."""
 
 
 def limited(
@@ -268,48 +264,3 @@ def _with_batches(loader: DataLoader[Any], sampler: Iterable[Any]) -> DataLoader
         batch_sampler=sampler,
         **{name: getattr(loader, name) for name in names},
     )
-
-
-def on_device(
-    batches: Numbered, device: torch.device, formats: Mapping[int, torch.memory_format]
-) -> Iterator[tuple[int, Any]]:
-    """The batches moved there, each while the device is busy with the one before.
-
-    To a GPU they go from pinned memory, on a stream of their own: the next batch is drawn and on
-    its way before the pass over the last one has ended.
-    """
-    if device.type != "cuda":
-        for number, batch in batches:
-            with user_code("moving a batch"):
-                here = moved(batch, device, formats)
-            yield number, here
-        return
-    ahead = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[int, Any, torch.cuda.Event] | None = None
-    for number, batch in batches:
-        # The memory of an object that moves itself could be given away while it is in use.
-        is_plain = all(isinstance(leaf, torch.Tensor) for leaf in leaves(batch))
-        stream = ahead if is_plain else torch.cuda.current_stream(device)
-        with user_code("moving a batch"), torch.cuda.stream(stream):
-            here = moved(pinned(batch), device, formats)
-            arrived = stream.record_event()
-        if waiting is not None:
-            yield _arrived(*waiting, device)
-        waiting = number, here, arrived
-    if waiting is not None:
-        yield _arrived(*waiting, device)
-
-
-def _arrived(
-    number: int,
-    batch: Any,  # noqa: ANN401
-    event: torch.cuda.Event,
-    device: torch.device,
-) -> tuple[int, Any]:
-    """A batch that the device's own stream may use."""
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(event)
-    for leaf in leaves(batch):
-        if isinstance(leaf, torch.Tensor):
-            leaf.record_stream(stream)
-    return number, batch

@@ -14,9 +14,8 @@ import torch
 
 from ckptavg.errors import RefreshError, UserCodeError, printable
 from ckptavg.factories import user_code
-from ckptavg.norm.batches import cloned, leading_size, moved
+from ckptavg.norm.batches import cloned, leading_size, moved, on_device
 from ckptavg.norm.estimators import Channels, Round, WeightedMoments, joined
-from ckptavg.norm.feeding import on_device
 from ckptavg.norm.found import Found
 from ckptavg.norm.observer import UnfitBatchError
 
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from ckptavg.norm.feeding import Feed, Numbered
+    from ckptavg.norm.batches import Numbered
+    from ckptavg.norm.feeding import Feed
     from ckptavg.norm.observer import Observation
     from ckptavg.norm.ranks import Ranks
     from ckptavg.norm.setting import Formats

@@ -19,9 +19,9 @@ import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ckptavg.errors import RefreshError
-from ckptavg.norm.batches import default_forward
+from ckptavg.norm.batches import default_forward, on_device
 from ckptavg.norm.estimators import Channels, EstimatorName, WeightedMoments
-from ckptavg.norm.feeding import Feed, check_loader, cuts, known_length, on_device
+from ckptavg.norm.feeding import Feed, check_loader, cuts, known_length
 from ckptavg.norm.layers import chosen_layers, norm_layers, unwrapped
 from ckptavg.norm.observer import heard_in_eval, observed
 from ckptavg.norm.passing import Pass, Runner

@@ -43,25 +43,20 @@ from ckptavg.errors import UserCodeError
 from ckptavg.norm.libraries import maker
 from tests.oracle import same_bits
 from tests.test_cli import run
-from tests.test_norm_refresh import STATISTICS, Snapshot, assert_same_statistics, draw, norms
+from tests.test_norm_refresh import (
+    STATISTICS,
+    Snapshot,
+    assert_same_statistics,
+    draw,
+    norms,
+    notices,
+)
+
+__all__ = ["notices"]  # a fixture
 
 tv: Any = torchvision.models
 timm_model: Callable[..., Any] = functools.partial(timm.create_model, num_classes=3)
 IMAGE, LARGE, VIDEO = (3, 32, 32), (3, 64, 64), (3, 4, 32, 32)
-
-
-@pytest.fixture(autouse=True)
-def notices(caplog):
-    """The package's log as a library has it, whatever ran before; and one thread: work is small."""
-    log = logging.getLogger("ckptavg")
-    before = log.propagate, log.level, log.handlers
-    log.propagate, log.handlers = True, []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    caplog.set_level(logging.INFO, logger="ckptavg")
-    yield caplog
-    torch.set_num_threads(threads)
-    log.propagate, log.level, log.handlers = before
 
 
 def worn(model: Any) -> Any:

@@ -250,6 +250,15 @@ class TestErrors:
         assert sum(exceeded) / len(exceeded) < 0.12
         assert 1 < sum(ratios) / len(ratios) < 1.5  # nor are they much too large
 
+    def test_of_channels_that_are_alike_are_those_of_one(self):
+        exceeded = []
+        for seed in range(80):
+            data = draw(0, 1, 1280, 1, seed=seed).expand(-1, 64)
+            found = estimate("paper", data.split(32))
+            real = float(found.mean.square().mean().sqrt()) / 0.5  # the standard deviation
+            exceeded.append(real > float(found.moments.errors()[0]))
+        assert sum(exceeded) / len(exceeded) < 0.12
+
     def test_fall_with_the_root_of_the_number_of_batches(self):
         [few, many] = [
             estimate("paper", draw(2, 1, count, 64).split(32)).moments.errors()

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ckptavg.tensors import AnyArray, DType
+from ckptavg.narrow import FORMATS, largest_code
 
-_FLOAT32 = np.dtype(np.float32)
+if TYPE_CHECKING:
+    from ckptavg.narrow import Narrow
+    from ckptavg.tensors import AnyArray, DType, Room
+
+_FLOAT32, _BOOL = np.dtype(np.float32), np.dtype(bool)
 
 
 def accumulator_dtype(dtype: DType) -> np.dtype[Any]:
@@ -22,50 +25,96 @@ def accumulator_dtype(dtype: DType) -> np.dtype[Any]:
     return np.dtype(np.complex128 if dtype.kind == "complex" else np.float64)
 
 
-def weighted(
-    values: AnyArray, weight: float, out: AnyArray | None, dtype: np.dtype[Any]
-) -> AnyArray:
-    """`weight * values` in the dtype of the sums; the values themselves where the weight is 1.
+class Sum:
+    """The sum of an output's terms, as float64 has it.
+
+    It is held in float32 as long as that is the very same: a sum of multiples of some spacing is
+    exact in any order while it is no larger than `2 ** 24` of them. Codes of 8 and 16 bits are so.
 
     Args:
-        values: of an input.
-        weight: of the input.
-        out: room for the product; None to make some.
-        dtype: float64 or complex128.
+        room: float64 or complex128, uninitialised, C-contiguous; the sum is held there.
+        narrow: the format of the terms, if they are scaled codes of one.
     """
-    if weight == 1:
-        return values
-    product: AnyArray = np.multiply(values, weight, out=out, dtype=dtype)
-    return product
+
+    def __init__(self, room: AnyArray, narrow: Narrow | None = None) -> None:
+        self._wide = room
+        self._single = room.reshape(-1).view(_FLOAT32)[: room.size].reshape(room.shape)
+        self._scale = narrow.scale if narrow else 1.0
+        self._limit = narrow.spacing * 2.0**24 if narrow else 0.0
+        self._bound = 0.0
+        self._held: AnyArray | None = None
+
+    def add(self, term: AnyArray, largest: float = np.inf) -> None:
+        """Add to the sum, or begin it: adding to 0 would lose -0.0.
+
+        Args:
+            term: of the room's shape.
+            largest: magnitude in it, if it is codes of the format.
+        """
+        self._bound += largest
+        if self._held is None:
+            self._held = self._single if self._bound <= self._limit else self._wide
+            np.copyto(self._held, term, casting="same_kind")
+            return
+        if self._bound > self._limit:
+            self._widen()
+        np.add(self._held, term, out=self._held)
+
+    def _widen(self) -> None:
+        if self._held is self._single:
+            np.copyto(self._wide, self._single.copy())  # both are the same memory
+            self._held = self._wide
+
+    def mean(self, divisor: float, dtype: DType, room: Room) -> AnyArray:
+        """The sum by the divisor, rounded to the output's dtype as `torch.Tensor.to` rounds.
+
+        The sum itself is gone then.
+        """
+        divisor *= self._scale
+        if dtype.bits > 32 or np.float32(divisor) != divisor:  # noqa: PLR2004
+            self._widen()
+        total = self._wide if self._held is self._wide else self._single
+        if divisor != 1:
+            # float64 rounded to float32 is what float32 divides to: it has over twice the digits.
+            np.divide(total, divisor, out=total)
+        return rounded(total, dtype, room)
 
 
-def accumulate(total: AnyArray, term: AnyArray, *, first: bool) -> None:
-    """Add to a sum (float64 or complex128), or begin it: adding to 0 would lose -0.0."""
-    if first:
-        np.copyto(total, term, casting="same_kind")
-    else:
-        np.add(total, term, out=total)
-
-
-def rounded(total: AnyArray, dtype: DType) -> AnyArray:
-    """The sum in the output's dtype, rounded as `torch.Tensor.to` does: by way of float32.
+def rounded(total: AnyArray, dtype: DType, room: Room) -> AnyArray:
+    """float64, float32 or complex128 in the output's dtype, rounded as `torch.Tensor.to` does.
 
     Returns:
-        A new array, or `total` itself where that is the dtype already.
+        Some of the room, or `total` itself where that is the dtype already.
     """
-    if dtype.kind == "float" and dtype.bits < 32:  # noqa: PLR2004
-        total = total.astype(_FLOAT32)
-    values: AnyArray = total.astype(dtype.numpy, copy=False)
-    return values
+    if dtype.kind == "float" and dtype.bits < 32:  # noqa: PLR2004 - by way of float32
+        total = _cast(total, _FLOAT32, room)
+    if dtype.name in FORMATS:
+        return FORMATS[dtype.name].narrow(total, dtype, room)
+    return _cast(total, dtype.numpy, room)
+
+
+def _cast(values: AnyArray, dtype: np.dtype[Any], room: Room) -> AnyArray:
+    if values.dtype == dtype:
+        return values
+    out = room(dtype.name, dtype)
+    np.copyto(out, values, casting="unsafe")
+    return out
+
+
+def all_finite(values: AnyArray, dtype: DType, room: Room) -> bool:
+    """Whether no value is NaN or Inf."""
+    if dtype.name in _CODES:
+        return largest_code(values) < _CODES[dtype.name]
+    return bool(np.isfinite(values, out=room("finite", _BOOL)).all())
 
 
 def nonfinite(values: AnyArray, dtype: DType) -> AnyArray:
     """Where values are NaN or Inf, as bools of the same shape."""
     if dtype.name not in _CODES:
         return ~np.isfinite(values)
-    mask = _CODES[dtype.name]
-    codes: AnyArray = values.view(f"u{dtype.itemsize}") & mask
-    odd: AnyArray = codes == mask
+    special = _CODES[dtype.name]
+    codes: AnyArray = values.view(f"u{dtype.itemsize}") & special
+    odd: AnyArray = codes == special
     return odd
 
 
@@ -76,5 +125,4 @@ _CODES = {
     "float16": 0x7C00,
     "float8_e5m2": 0x7C,
     "float8_e4m3fn": 0x7F,
-    "float8_e8m0fnu": 0xFF,
 }

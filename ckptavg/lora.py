@@ -23,7 +23,7 @@ from ckptavg.arithmetic import accumulator_dtype, rounded
 from ckptavg.checkpoint import read_view
 from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
 from ckptavg.lora_config import Config, joined_config
-from ckptavg.tensors import bytes_of
+from ckptavg.tensors import bytes_of, fresh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +113,7 @@ class _Factor:
         ]
         joined = sum(wide[1:], wide[0]) if self.kind == "bias" else np.concatenate(wide, axis=1)
         with np.errstate(over="ignore"):
-            values = rounded(joined, self.output.dtype)
+            values = rounded(joined, self.output.dtype, fresh(joined.shape))
         if not np.isfinite(values[np.isfinite(joined)]).all():
             raise ValueRangeError(
                 f"the average does not fit {self.output.dtype.name}", tensor=self.name

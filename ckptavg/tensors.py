@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +15,9 @@ import numpy.typing as npt
 Kind = Literal["float", "complex", "int", "bool", "packed"]
 AnyArray = npt.NDArray[Any]
 """An array of any dtype."""
+Room = Callable[[str, np.dtype[Any]], AnyArray]
+"""Gives uninitialised memory for as many values as are being worked on, by its purpose and dtype.
+Whoever does the same again and again uses the same memory: new pages cost more than the work."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,11 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         size == 1 or own == wanted
         for size, own, wanted in zip(shape, strides, expected, strict=True)
     )
+
+
+def fresh(shape: tuple[int, ...]) -> Room:
+    """New memory every time, for what is done once."""
+    return lambda _, dtype: np.empty(shape, dtype)
 
 
 def bytes_of(array: AnyArray) -> memoryview:

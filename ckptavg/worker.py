@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ckptavg.arithmetic import accumulate, accumulator_dtype, nonfinite, rounded, weighted
+from ckptavg.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
 from ckptavg.checkpoint import read_span, read_view
 from ckptavg.jobs import CHUNK, BadValueError
-from ckptavg.tensors import AnyArray, Tensor, bytes_of
+from ckptavg.narrow import FORMATS
+from ckptavg.tensors import AnyArray, Room, Tensor, bytes_of, fresh
 
 if TYPE_CHECKING:
     import threading
@@ -26,6 +27,7 @@ _WHOLE_AT_ONCE = 8 << 20
 """Bytes from which only one strided tensor at a time is held in memory."""
 
 
+_FLOAT32 = np.dtype(np.float32)
 _WIDEST = 16
 """Bytes of an element of complex128."""
 
@@ -50,9 +52,16 @@ class Worker:
         self, sinks: Sequence[Sink], whole: threading.Lock, *, allow_nonfinite: bool
     ) -> None:
         self._sinks, self._whole, self._allow = sinks, whole, allow_nonfinite
-        self._raw: AnyArray = np.empty(0, np.uint8)
-        self._rooms: AnyArray = np.empty(0, np.uint8)
-        self._totals: AnyArray = np.empty(0, np.uint8)
+        self._buffers: dict[str, AnyArray] = {}
+
+    def _buffer(self, purpose: str, count: int, dtype: np.dtype[Any]) -> AnyArray:
+        """Room for so many values, the same memory every time."""
+        held, size = self._buffers.get(purpose), count * dtype.itemsize
+        if held is None or held.nbytes < size:
+            # A whole number of elements of every dtype.
+            held = np.empty(-(-size // _WIDEST) * _WIDEST, np.uint8)
+            self._buffers[purpose] = held
+        return held[:size].view(dtype)
 
     def do(self, job: Job, start: int, count: int) -> int:
         """Do a chunk of a job; returns the bytes written."""
@@ -61,36 +70,24 @@ class Worker:
             with self._whole if large else contextlib.nullcontext():
                 return self._do_strided(job)
         itemsize = job.inputs[0].tensor.dtype.itemsize
-        self._raw = _grown(self._raw, count * itemsize)
 
         def read(entry: Input) -> AnyArray:
-            values = _buffer(self._raw, count, entry.tensor.dtype.numpy)
+            values = self._buffer("raw", count, entry.tensor.dtype.numpy)
             entry.part.read_into(entry.tensor.offset + start * itemsize, bytes_of(values))
             return values
+
+        def room(purpose: str, dtype: np.dtype[Any]) -> AnyArray:
+            return self._buffer(purpose, count, dtype)
 
         if job.copy:
             values = read(job.inputs[0])
             return sum(self._write(job, share, start, values) for share in job.shares)
-        totals = self._sums(job, count)
-        chunk = _Chunk(job, read, start, self._allow)
-        rooms = _buffer(self._rooms, 2 * count, totals[0].dtype)
-        chunk.accumulate(totals, rooms[:count], rooms[count:])
+        chunk = _Chunk(job, read, room, start, self._allow)
+        sums = chunk.sums()
         return sum(
             self._write(job, share, start, chunk.finish(share, total))
-            for share, total in zip(job.shares, totals, strict=True)
+            for share, total in zip(job.shares, sums, strict=True)
         )
-
-    def _sums(self, job: Job, count: int) -> list[AnyArray]:
-        """A sum for each output; and room for an input in its dtype, and for that with a weight."""
-        dtype = accumulator_dtype(job.dtype)
-        shares = len(job.shares)
-        self._totals = _grown(self._totals, shares * count * dtype.itemsize)
-        if any(weight not in (0, 1) for share in job.shares for weight in share.weights):
-            self._rooms = _grown(self._rooms, 2 * count * dtype.itemsize)
-        elif shares > 1:
-            self._rooms = _grown(self._rooms, count * dtype.itemsize)
-        whole = _buffer(self._totals, shares * count, dtype)
-        return [whole[number * count : (number + 1) * count] for number in range(shares)]
 
     def _write(self, job: Job, share: Share, start: int, values: AnyArray) -> int:
         data = bytes_of(values)
@@ -124,11 +121,8 @@ class Worker:
             def read(entry: Input, first: int = first) -> AnyArray:
                 return read_view(entry.part, _slab(entry.tensor, axis, first, first + rows))
 
-            dtype = accumulator_dtype(job.dtype)
-            totals = [np.empty(outs[0][place].shape, dtype) for _ in outs]
-            chunk = _Chunk(job, read, None, self._allow)
-            chunk.accumulate(totals, np.empty(totals[0].shape if len(outs) > 1 else 0, dtype), None)
-            for share, total, out in zip(job.shares, totals, outs, strict=True):
+            chunk = _Chunk(job, read, fresh(outs[0][place].shape), None, self._allow)
+            for share, total, out in zip(job.shares, chunk.sums(), outs, strict=True):
                 out[place] = chunk.finish(share, total)
         return sum(
             self._write(job, share, 0, out) for share, out in zip(job.shares, outs, strict=True)
@@ -142,51 +136,50 @@ class _Chunk:
     Attributes:
         job: the job.
         read: gives an input's values in the chunk.
+        room: gives uninitialised memory of the chunk's shape, by its purpose and dtype.
         start: its first element; None within a strided tensor.
         allow: let NaN and Inf of the inputs pass.
     """
 
     job: Job
     read: Read
+    room: Room
     start: int | None
     allow: bool
 
-    def accumulate(
-        self, totals: Sequence[AnyArray], wide: AnyArray, product: AnyArray | None
-    ) -> None:
-        """Read each input once, and add it to the sums that it is a part of.
-
-        Args:
-            totals: where the sum for each output is held.
-            wide: room for an input's values in the dtype of the sums, if there are several.
-            product: room for these with a weight.
-        """
-        begun = [False] * len(totals)
-        for number, entry in enumerate(self.job.inputs):
-            takers: defaultdict[float, list[int]] = defaultdict(list)
-            for at, share in enumerate(self.job.shares):
+    def sums(self) -> list[Sum]:
+        """Read each input once, and add it to the sums that it is a part of: one for each share."""
+        job, dtype = self.job, accumulator_dtype(self.job.dtype)
+        narrow = FORMATS.get(job.inputs[0].tensor.dtype.name)
+        sums = [Sum(self.room(f"sum {number}", dtype), narrow) for number in range(len(job.shares))]
+        for number, entry in enumerate(job.inputs):
+            takers: defaultdict[float, list[Sum]] = defaultdict(list)
+            for share, total in zip(job.shares, sums, strict=True):
                 if share.weights[number] != 0:
-                    takers[share.weights[number]].append(at)
+                    takers[share.weights[number]].append(total)
             if not takers:
                 continue
-            values = self.read(entry)
-            if len(takers) > 1 or len(next(iter(takers.values()))) > 1:
+            values, largest = self.read(entry), np.inf
+            if narrow is not None:
+                values, largest = narrow.widen(values, self.room("single", _FLOAT32))
+            elif len(takers) > 1 or len(next(iter(takers.values()))) > 1:
+                wide = self.room("wide", dtype)
                 np.copyto(wide, values, casting="same_kind")
                 values = wide
             # Averages over more and over fewer of the last checkpoints share many of their weights.
             for weight, several in takers.items():
-                term = weighted(values, weight, product, totals[0].dtype)
-                for at in several:
-                    accumulate(totals[at], term, first=not begun[at])
-                    begun[at] = True
+                term = values
+                if weight != 1:
+                    term = np.multiply(values, weight, out=self.room("product", dtype), dtype=dtype)
+                for total in several:
+                    total.add(term, largest if weight == 1 else np.inf)
+        return sums
 
-    def finish(self, share: Share, total: AnyArray) -> AnyArray:
+    def finish(self, share: Share, total: Sum) -> AnyArray:
         """Divide a sum, round it and check it."""
-        if share.divisor != 1:
-            np.divide(total, share.divisor, out=total)
-        values = rounded(total, self.job.dtype)
-        odd = nonfinite(values, self.job.dtype)
-        if odd.any():
+        values = total.mean(share.divisor, self.job.dtype, self.room)
+        if not all_finite(values, self.job.dtype, self.room):
+            odd = nonfinite(values, self.job.dtype)
             values = np.array(values)
             values[odd] = self._settle(share, odd, values[odd])
         if share.nonnegative and (values < 0).any():
@@ -210,7 +203,11 @@ class _Chunk:
             other = self.read(entry)[odd]
             same &= (other == first) | (np.isnan(other) & np.isnan(first))
             culprit = np.where((culprit < 0) & ~np.isfinite(other), number, culprit)
-        kept = rounded(first.astype(accumulator_dtype(job.dtype)), job.dtype)
+        kept = rounded(
+            first.astype(accumulator_dtype(job.dtype)),
+            job.dtype,
+            fresh(first.shape),
+        )
         misfit = (culprit < 0) | (same & np.isinf(first) & np.isnan(kept))
         wrong = misfit if self.allow else misfit | ~same
         if wrong.any():
@@ -225,16 +222,6 @@ class _Chunk:
     def _element(self, where: AnyArray, position: int) -> int | None:
         """Which element of the job the n-th marked one is."""
         return None if self.start is None else self.start + int(np.flatnonzero(where)[position])
-
-
-def _grown(buffer: AnyArray, size: int) -> AnyArray:
-    """A buffer of at least so many bytes, and a whole number of elements of every dtype."""
-    return buffer if buffer.nbytes >= size else np.empty(-(-size // _WIDEST) * _WIDEST, np.uint8)
-
-
-def _buffer(held: AnyArray, count: int, dtype: np.dtype[Any]) -> AnyArray:
-    """The beginning of a buffer as so many values; none where it has no room."""
-    return held[: count * dtype.itemsize].view(dtype)
 
 
 def _widest(tensor: Tensor) -> int:

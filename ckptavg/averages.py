@@ -21,6 +21,7 @@ from ckptavg.order import labels
 from ckptavg.output import check_parent
 from ckptavg.parts import any_remote
 from ckptavg.paths import as_path, is_remote
+from ckptavg.pauses import collector_at_rest
 from ckptavg.plan import Plan, make_plan
 from ckptavg.roles import is_norm_statistic
 from ckptavg.selection import Selection, chosen, select
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.layout import Layout
+    from ckptavg.norm.ranks import Ranks
     from ckptavg.paths import PathLike
     from ckptavg.schemes import Scheme
     from ckptavg.sources import Collection, Source
@@ -79,6 +81,7 @@ class Options:
     threads: int | None = None
     dry_run: bool = False
     progress: Progress | None = None
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no option has.
@@ -183,6 +186,12 @@ class Averages:
         self, variants: Sequence[Variant], output_of: Callable[[Variant], PathLike]
     ) -> tuple[Summary, ...]:
         """Make all of them from one read."""
+        with collector_at_rest():
+            return self._make(variants, output_of)
+
+    def _make(
+        self, variants: Sequence[Variant], output_of: Callable[[Variant], PathLike]
+    ) -> tuple[Summary, ...]:
         options = self._options
         taken = {source for variant in variants for source in variant.sources}
         ordered = self._found.sources if self._base is None else variants[0].sources
@@ -226,6 +235,7 @@ class Averages:
                 [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)],
                 force=options.force, fsync=options.fsync, threads=threads,
                 allow_nonfinite=options.allow_nonfinite, progress=options.progress,
+                ranks=options.ranks,
             )  # fmt: skip
         return tuple(
             summarise(

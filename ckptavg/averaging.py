@@ -15,6 +15,7 @@ from ckptavg.weights import Weights, explicit
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from ckptavg.norm.ranks import Ranks
     from ckptavg.paths import PathLike
     from ckptavg.selection import Selection
     from ckptavg.summary import Summary
@@ -45,6 +46,7 @@ def average(
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Summary:
     """Average checkpoints into one, in memory that does not grow with them.
 
@@ -82,6 +84,8 @@ def average(
             most, and for 16 where bytes come over a network.
         dry_run: write nothing, only say what would be done.
         progress: hears of the bytes written.
+        ranks: the processes that do it together, on a file system that all of them see; each calls
+            this with the same arguments.
 
     Raises:
         CkptAvgError: the checkpoints do not fit together, hold what cannot be averaged, or the
@@ -92,7 +96,7 @@ def average(
         drop_aliases=drop_aliases, dtype=dtype, ints=ints, norm_stats=norm_stats, lora=lora,
         allow_nonfinite=allow_nonfinite, expect=expect, force=force, fsync=fsync,
         container=container, max_shard_size=max_shard_size, threads=threads, dry_run=dry_run,
-        progress=progress,
+        progress=progress, ranks=ranks,
     )  # fmt: skip
     schemes = _schemes(weights)
     if len(schemes) != 1:
@@ -146,7 +150,7 @@ def average_many(
     )
     made = not folder.exists() and not checked.dry_run
     if made:
-        folder.mkdir()
+        folder.mkdir(exist_ok=checked.ranks is not None)  # another process may be faster
     try:
         return run.make(variants, lambda variant: os.path.join(folder, run.file_name(variant)))  # noqa: PTH118 - keeps the slash
     except BaseException:

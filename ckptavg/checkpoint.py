@@ -157,7 +157,8 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
     """
     taken, names = "", list(checkpoint.tensors)
     while names:
-        others = [name for name in names if name != f"{taken}n_averaged"]
+        counter = f"{taken}n_averaged"
+        others = [name for name in names if name != counter]
         if others and all(name.startswith(f"{taken}module.") for name in others):
             names, taken = others, f"{taken}module."
         elif inner := next(

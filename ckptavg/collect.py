@@ -15,7 +15,8 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.lora import is_lora
 from ckptavg.lora_config import scales_beside
 from ckptavg.order import DIGITS, in_order, labels, natural
-from ckptavg.sources import Collection, Source, compare, locate
+from ckptavg.pauses import collector_at_rest
+from ckptavg.sources import Collection, Source, compare, locate, locate_alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,7 +104,17 @@ def survey(
         SelectionError: there are none.
         FormatError: one of them is damaged or of an unknown kind.
     """
-    gathered = _Gathered(any_rank=any_rank)
+    with collector_at_rest():
+        return _survey(inputs, key, keep_prefix, _Gathered(any_rank=any_rank), wanted)
+
+
+def _survey(
+    inputs: Sequence[Path],
+    key: str | None,
+    keep_prefix: bool,  # noqa: FBT001
+    gathered: _Gathered,
+    wanted: Callable[[str], str | None] | None,
+) -> Survey:
     taken_off: dict[str, int] = defaultdict(int)
     found = find(inputs)
     names = labels([path for path, _ in found]) if found else ()
@@ -173,6 +184,9 @@ class _Gathered:
             if checkpoint.tensors is reference.tensors:
                 alike = replace(sources[0], checkpoint=replace(checkpoint, tensors={}))
                 sources.append(alike)
+                return
+            if (located := locate_alike(reference.tensors, checkpoint)) is not None:
+                sources.append(located)
                 return
             if next(compare(reference, checkpoint, any_rank=self._any_rank), None) is None:
                 sources.append(locate(reference.tensors, checkpoint))

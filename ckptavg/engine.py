@@ -6,6 +6,7 @@ numpy and the kernel work without the interpreter's lock, so a few threads share
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from typing import TYPE_CHECKING
@@ -27,7 +28,13 @@ _REPORT_EVERY = 16 << 20
 
 
 def execute(
-    jobs: Iterator[Job], sinks: Sequence[Sink], threads: int, *, allow_nonfinite: bool = False
+    jobs: Iterator[Job],
+    sinks: Sequence[Sink],
+    threads: int,
+    *,
+    allow_nonfinite: bool = False,
+    every: int = 1,
+    first: int = 0,
 ) -> Generator[int, None, None]:
     """Do the jobs; yields the bytes written since the last time.
 
@@ -36,11 +43,14 @@ def execute(
         sinks: where it goes, one for each output.
         threads: how many work at once.
         allow_nonfinite: let NaN and Inf of the inputs pass.
+        every: do one of so many chunks; the others are other processes'.
+        first: the first of them.
 
     Raises:
         BadValueError: an input is NaN or Inf, or the result does not fit the output's dtype.
     """
-    crew = _Crew(jobs, sinks, allow_nonfinite=allow_nonfinite)
+    own = itertools.islice(chunks(jobs), first, None, every)
+    crew = _Crew(own, sinks, allow_nonfinite=allow_nonfinite)
     try:
         crew.start(threads)
         yield from crew.reports()
@@ -52,9 +62,13 @@ class _Crew:
     """Threads that take chunks from one list, and the queue in which they report."""
 
     def __init__(
-        self, jobs: Iterator[Job], sinks: Sequence[Sink], *, allow_nonfinite: bool
+        self,
+        chunks: Iterator[tuple[Job, int, int]],
+        sinks: Sequence[Sink],
+        *,
+        allow_nonfinite: bool,
     ) -> None:
-        self._chunks = chunks(jobs)
+        self._chunks = chunks
         self._turn, self._stopping = threading.Lock(), threading.Event()
         self._whole = threading.Lock()
         self._sinks, self._allow = sinks, allow_nonfinite

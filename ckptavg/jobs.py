@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import CkptAvgError
+from ckptavg.gathered import Gathered
 from ckptavg.tensors import BY_NAME, Tensor
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def chunks(jobs: Iterator[Job]) -> Iterator[tuple[Job, int, int]]:
     for job in jobs:
         # Each output has a sum of its own.
         size = CHUNK if len(job.shares) == 1 else _chunk_for(len(job.shares))
+        if isinstance(job.inputs[0].part, Gathered):
+            size *= 4  # each chunk goes through much of the files
         if job.strided:
             yield job, 0, job.count
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -111,6 +112,11 @@ class Layout:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+    @property
+    def bases(self) -> list[int]:
+        """The offset at which each of the files begins."""
+        return list(accumulate((file.size for file in self.files.values()), initial=0))[:-1]
 
     @property
     def is_directory(self) -> bool:

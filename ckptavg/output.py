@@ -76,13 +76,17 @@ class OutputFile:
         layout: its size, and what stands around the tensors.
         force: replace what is there.
         fsync: have it on the disk before it gets its name.
+        shared: other processes write to it as well, which find it by its temporary name.
 
     Raises:
         OutputError: there is no room, or the disk fails.
     """
 
-    def __init__(self, path: Path, layout: FileLayout, *, force: bool, fsync: bool) -> None:
+    def __init__(
+        self, path: Path, layout: FileLayout, *, force: bool, fsync: bool, shared: bool = False
+    ) -> None:
         self.path, self._layout, self._force, self._fsync = path, layout, force, fsync
+        self._shared = shared
         self._temporary: Path | None = None
         self._syncer: _Syncer | None = None
 
@@ -123,12 +127,18 @@ class OutputFile:
 
     def _create(self) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC
-        if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+        if not self._shared and hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
             # Not every file system knows it; NFS does not.
             with contextlib.suppress(OSError):
                 return os.open(self.path.parent, flags | os.O_TMPFILE, _MODE)
         self._temporary = self._beside()
         return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
+
+    @property
+    def temporary(self) -> tuple[Path, ...]:
+        """Where other processes find it, while it is written."""
+        assert self._temporary is not None, "a file that is not shared has no name"  # noqa: S101
+        return (self._temporary,)
 
     def _beside(self) -> Path:
         return self.path.with_name(f".ckptavg-{secrets.token_hex(4)}.tmp")
@@ -214,7 +224,9 @@ class OutputFile:
             if os.path.lexists(self.path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
             temporary.rename(self.path)
-            self._temporary = None
+        else:
+            temporary.unlink()  # now: a directory around it may get another name
+        self._temporary = None
 
     def _sync_directory(self) -> None:
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)

@@ -10,7 +10,6 @@ import bisect
 import contextlib
 import ctypes
 import errno
-import itertools
 import os
 import secrets
 import shutil
@@ -88,16 +87,18 @@ class OutputDirectory:
         layout: its files.
         force: replace what is there.
         fsync: have it on the disk before it gets its name.
+        shared: other processes write to it as well, which find its files by their names.
 
     Raises:
         OutputError: there is no room, or the disk fails.
     """
 
-    def __init__(self, path: Path, layout: Layout, *, force: bool, fsync: bool) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, *, force: bool, fsync: bool, shared: bool = False
+    ) -> None:
         self.path = path.resolve() if path.is_symlink() else path
         self._layout, self._force, self._fsync = layout, force, fsync
-        sizes = [file.size for file in layout.files.values()]
-        self._bases = list(itertools.accumulate(sizes, initial=0))[:-1]
+        self._bases, self._shared = layout.bases, shared
         self._files: list[OutputFile] = []
         self._stack = contextlib.ExitStack()
 
@@ -110,7 +111,9 @@ class OutputDirectory:
                 for name, layout in self._layout.files.items():
                     path = self._folder / name
                     path.parent.mkdir(exist_ok=True)
-                    file = OutputFile(path, layout, force=False, fsync=self._fsync)
+                    file = OutputFile(
+                        path, layout, force=False, fsync=self._fsync, shared=self._shared
+                    )
                     self._files.append(stack.enter_context(file))
             self._stack = stack.pop_all()
         return self
@@ -122,6 +125,11 @@ class OutputDirectory:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    @property
+    def temporary(self) -> tuple[Path, ...]:
+        """Where other processes find its files, while they are written."""
+        return tuple(path for file in self._files for path in file.temporary)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`. Safe from several threads at once."""

@@ -14,18 +14,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.errors import SelectionError, ValueRangeError, printable
+from ckptavg.gathered import SMALL, Gathered
 from ckptavg.jobs import BadValueError, Input, Job, Share
 from ckptavg.layout import Layout, OutputTensor
 from ckptavg.roles import Role, decide_roles, refuse_quantised
 from ckptavg.runs import Integers, runs
+from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from ckptavg.sources import Collection, Source
-    from ckptavg.tensors import DType, Tensor
+    from ckptavg.tensors import DType
     from ckptavg.weights import Weights
+
+_Pieces = tuple[Integers | slice, tuple[Integers, Integers]]
+"""Indices of tensors, and where each begins and ends if they stand one after the other."""
 
 log = logging.getLogger("ckptavg")
 
@@ -139,11 +144,21 @@ class Plan:
         nbytes = np.array([planned.tensor.nbytes for planned in self.tensors], np.int64)
         distinct = {id(source.offsets): source for source in self.used}.values()
         places = [(source.parts[order], source.offsets[order]) for source in distinct]
-        for first, last in runs(nbytes, places, self._keys(layouts)):
-            itemsize = self.tensors[first].tensor.dtype.itemsize
-            count = int(nbytes[first:last].sum()) // itemsize
-            if count:
-                yield from self._jobs(first, count, layouts)
+        keys = list(self._keys(layouts))
+        pieces = list(runs(nbytes, places, keys))[::-1]
+        for first, last in runs(nbytes, (), keys):
+            inside = []
+            while pieces and pieces[-1][0] < last:
+                inside.append(pieces.pop())
+            size = int(nbytes[first:last].sum())
+            if len(inside) > 1 and size < SMALL * len(inside):
+                ends = np.cumsum(nbytes[first:last])
+                gathered = _as_slice(order[first:last]), (ends - nbytes[first:last], ends)
+                yield from self._jobs(first, size, layouts, gathered)
+                continue
+            for begin, end in inside:
+                if count := int(nbytes[begin:end].sum()):
+                    yield from self._jobs(begin, count, layouts)
         for output, layout in enumerate(layouts):
             for copied in layout.copies:
                 yield Job.copy_of(copied, output)
@@ -170,8 +185,21 @@ class Plan:
         known = {trait: number for number, trait in enumerate(dict.fromkeys(traits))}
         yield np.array([known[trait] for trait in traits], np.int64)
 
-    def _jobs(self, position: int, count: int, layouts: Sequence[Layout]) -> Iterator[Job]:
-        """One job for all outputs, or one for each checkpoint that some of them copy."""
+    def _jobs(
+        self,
+        position: int,
+        size: int,
+        layouts: Sequence[Layout],
+        gathered: _Pieces | None = None,
+    ) -> Iterator[Job]:
+        """One job for all outputs, or one for each checkpoint that some of them copy.
+
+        Args:
+            position: of the first tensor.
+            size: bytes of an input.
+            layouts: of the outputs.
+            gathered: the tensors, if these are no neighbours in the inputs.
+        """
         planned = self.tensors[position]
         everything = range(len(self.columns))
         if planned.role == "averaged":
@@ -184,8 +212,8 @@ class Plan:
                 by_sources.setdefault((self.columns[output].last,), []).append(output)
         for sources, outputs in by_sources.items():
             yield Job(
-                inputs=tuple(self._input(self.used[index], planned) for index in sources),
-                count=count,
+                inputs=tuple(self._input(self.used[index], planned, gathered) for index in sources),
+                count=size // planned.tensor.dtype.itemsize,
                 copy=planned.copied,
                 dtype=planned.output.dtype,
                 shares=tuple(self._share(position, output, layouts[output]) for output in outputs),
@@ -193,7 +221,13 @@ class Plan:
             )
 
     @staticmethod
-    def _input(source: Source, planned: Planned) -> Input:
+    def _input(source: Source, planned: Planned, gathered: _Pieces | None) -> Input:
+        if gathered is not None:
+            indices, extents = gathered
+            parts, dtype = source.checkpoint.parts, planned.tensor.dtype
+            numbers, offsets = source.parts[indices], source.offsets[indices]
+            together = Gathered(parts, numbers, offsets, extents, source.path)
+            return Input(together, Tensor(dtype, (together.size // dtype.itemsize,), 0, 0))
         part = source.checkpoint.parts[source.parts[planned.index]]
         return Input(part, source.tensor(planned.index, planned.tensor))
 
@@ -301,11 +335,21 @@ def _planned(
         yield Planned(index, tensor, roles[index], output)
 
 
+def _as_slice(indices: Integers) -> Integers | slice:
+    """The same indices as a slice if they are one: what it takes of an array is no copy."""
+    first, last = int(indices[0]), int(indices[-1])
+    if np.array_equal(indices, np.arange(first, last + 1)):
+        return slice(first, last + 1)
+    return indices
+
+
 def find_ties(tensors: Sequence[Tensor], sources: Sequence[Source]) -> dict[int, list[int]]:
     """Tensors that are the same bytes in every checkpoint, by the first of them.
 
     Empty tensors are never tied: they all are at the same place, which is none.
     """
+    if not sources[0].strides and len(np.unique(sources[0].offsets)) == len(tensors):
+        return {index: [index] for index in range(len(tensors))}
     ties: dict[int, list[int]] = {}
     by_place: defaultdict[object, list[int]] = defaultdict(list)
     reference = sources[0]

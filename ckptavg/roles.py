@@ -42,12 +42,21 @@ def refuse_quantised(collection: Collection) -> None:
     Raises:
         FormatError: the first such tensor.
     """
+    by_last = _by_last_part(collection.names)
     scaled = {
         name.rpartition(".")[0]
-        for name in collection.names
-        if re.search("scale|zero", name.rpartition(".")[2])
+        for last, names in by_last.items()
+        if re.search("scale|zero", last)
+        for name in names
     }
-    for name, tensor in collection.tensors.items():
+    # Few of the names are looked at one by one: of a hundred thousand that would take a while.
+    packed = any(tensor.dtype.kind == "packed" for tensor in collection.described)
+    every = packed or bool(scaled) or any("quant_state." in name for name in collection.names)
+    named = [
+        name for last, names in by_last.items() if _QUANTISED.fullmatch(last) for name in names
+    ]
+    for name in collection.names if every else named:
+        tensor = collection.tensors[name]
         beside_scales = name in scaled or name.rpartition(".")[0] in scaled
         if (
             tensor.dtype.kind == "packed"
@@ -60,6 +69,14 @@ def refuse_quantised(collection: Collection) -> None:
                 tensor=name,
                 remedy="average the checkpoints before they are quantised",
             )
+
+
+def _by_last_part(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names by what follows their last dot."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name[name.rfind(".") + 1 :], []).append(name)
+    return found
 
 
 def _may_be_codes(name: str, tensor: Tensor) -> bool:

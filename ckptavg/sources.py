@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ckptavg.errors import printable
 from ckptavg.lora import has_rank
 from ckptavg.order import labels
+from ckptavg.table import Table
 from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -142,3 +143,15 @@ def locate(reference: Mapping[str, Tensor], checkpoint: Checkpoint) -> Source:
             if tensor.shape != like.shape
         },
     )
+
+
+def locate_alike(reference: Mapping[str, Tensor], checkpoint: Checkpoint) -> Source | None:
+    """The same for checkpoints that are quickly compared; None if they may differ."""
+    tensors = checkpoint.tensors
+    if not isinstance(reference, Table) or not isinstance(tensors, Table):
+        return None
+    offsets = tensors.offsets_like(reference)
+    if offsets is None:
+        return None
+    parts = np.broadcast_to(np.int32(0), offsets.shape)
+    return Source(replace(checkpoint, tensors={}), parts, offsets, {})

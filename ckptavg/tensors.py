@@ -20,9 +20,9 @@ Room = Callable[[str, np.dtype[Any]], AnyArray]
 Whoever does the same again and again uses the same memory: new pages cost more than the work."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType:
-    """An element type.
+    """An element type. There is one object for each: they are compared by identity.
 
     Attributes:
         name: torch's name, such as `bfloat16`.

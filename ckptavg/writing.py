@@ -14,12 +14,14 @@ from ckptavg.jobs import BadValueError
 from ckptavg.output import OutputFile, check_destination
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
 from ckptavg.paths import is_remote
+from ckptavg.shared_output import JoinedOutput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.layout import Layout
+    from ckptavg.norm.ranks import Ranks
     from ckptavg.plan import Plan
     from ckptavg.sources import Source
     from ckptavg.summary import Variant
@@ -74,8 +76,20 @@ def write(
     threads: int,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Carry a plan out: the outputs are complete afterwards, or were never there.
+
+    Args:
+        plan: what is to be done.
+        outputs: where each goes, and what stands around its tensors.
+        force: replace what is there.
+        fsync: have the outputs on the disk before they get their names.
+        threads: how many work at once.
+        allow_nonfinite: let NaN and Inf pass.
+        progress: hears of the bytes written.
+        ranks: the processes that do it together, each its share of the chunks; the first one makes
+            the outputs and gives them their names.
 
     Raises:
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
@@ -83,26 +97,57 @@ def write(
     """
     layouts = [layout for _, layout in outputs]
     total = sum(_bytes_made(plan, layout) for layout in layouts)
-    written = 0
+    written, rank, size = 0, *((ranks.rank, ranks.size) if ranks else (0, 1))
     with contextlib.ExitStack() as stack:
-        sinks = [_open(path, layout, force=force, fsync=fsync) for path, layout in outputs]
-        for sink in sinks:
-            stack.enter_context(sink)
-        steps = execute(plan.jobs(layouts), sinks, threads, allow_nonfinite=allow_nonfinite)
+        sinks = _enter(stack, outputs, force=force, fsync=fsync, ranks=ranks)
+        steps = execute(
+            plan.jobs(layouts), sinks, threads, allow_nonfinite=allow_nonfinite,
+            every=size, first=rank,
+        )  # fmt: skip
         with contextlib.closing(steps):
             try:
                 for done in steps:
                     written += done
                     if progress is not None:
-                        progress(done, total)
+                        progress(done, total // size)
             except BadValueError as error:
                 raise plan.name_of(error) from error
         for source in plan.used:
             for part in source.checkpoint.parts:
                 part.check_unchanged()
+        for sink in sinks:
+            if isinstance(sink, JoinedOutput):
+                sink.finish()
+        written = sum(ranks.gather(written)) if ranks else written
         if written != total:
             raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
-        _commit(sinks, force=force)
+        _commit([sink for sink in sinks if not isinstance(sink, JoinedOutput)], force=force)
+        if ranks is not None:
+            ranks.gather(None)  # none says that it is done before the outputs have their names
+
+
+def _enter(
+    stack: contextlib.ExitStack,
+    outputs: Sequence[tuple[Path, Layout]],
+    *,
+    force: bool,
+    fsync: bool,
+    ranks: Ranks | None,
+) -> list[OutputFile | OutputDirectory | JoinedOutput]:
+    """Make the outputs, or join those that the first process has made."""
+    if ranks is None or ranks.rank == 0:
+        together = ranks is not None and ranks.size > 1
+        made = [_open(path, layout, force, fsync, shared=together) for path, layout in outputs]
+        for sink in made:
+            stack.enter_context(sink)
+        if ranks is not None:
+            ranks.gather([sink.temporary for sink in made] if together else None)
+        return [*made]
+    joined: list[OutputFile | OutputDirectory | JoinedOutput] = []
+    found: list[list[tuple[Path, ...]] | None] = ranks.gather(None)
+    for (path, layout), temporary in zip(outputs, found[0] or (), strict=True):
+        joined.append(stack.enter_context(JoinedOutput(path, layout, temporary, fsync=fsync)))
+    return joined
 
 
 def _commit(sinks: Sequence[OutputFile | OutputDirectory], *, force: bool) -> None:
@@ -131,11 +176,16 @@ def _bytes_made(plan: Plan, layout: Layout) -> int:
 
 
 def _open(
-    output: Path, layout: Layout, *, force: bool, fsync: bool
+    output: Path,
+    layout: Layout,
+    force: bool,  # noqa: FBT001
+    fsync: bool,  # noqa: FBT001
+    *,
+    shared: bool,
 ) -> OutputFile | OutputDirectory:
     if layout.is_directory:
-        return OutputDirectory(output, layout, force=force, fsync=fsync)
-    return OutputFile(output, layout.files[""], force=force, fsync=fsync)
+        return OutputDirectory(output, layout, force=force, fsync=fsync, shared=shared)
+    return OutputFile(output, layout.files[""], force=force, fsync=fsync, shared=shared)
 
 
 def encode_provenance(entry: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -23,8 +24,10 @@ from ckptavg.cli.selection_options import selection_options, take_selection
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from ckptavg.norm.ranks import Ranks
     from ckptavg.summary import SourceSummary, Summary
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -141,7 +144,8 @@ def average(
 
     INPUT is a directory of checkpoints, or checkpoints, or a URL of either: .safetensors, what
     torch.save wrote, directories of Hugging Face's libraries and of torch.distributed.checkpoint.
-    With --model and --loader the BatchNorm statistics are refreshed as well.
+    With --model and --loader the BatchNorm statistics are refreshed as well. Under `torchrun
+    --no-python` the processes share the work, on a file system that all of them see.
     """
     console = Console(as_json=as_json, quiet=quiet)
     refresh = take_refresh_options(options, required=False)
@@ -159,10 +163,10 @@ def average(
             raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
         if options.pop("update"):
             raise click.UsageError("--update makes one average: one --last and one of --weights")
-        with console.progress("averaging", "B") as progress:
+        with _ranks(console) as ranks, console.progress("averaging", "B") as progress:
             summaries = average_many(
                 inputs, output, last=last, weights=weights, select=select, progress=progress,
-                **options,
+                ranks=ranks, **options,
             )  # fmt: skip
         for summary in summaries:
             _say(console, summary, summary.output)
@@ -171,8 +175,8 @@ def average(
     select = dataclasses.replace(select, last=last[0] if last else None)
     options |= {"weights": weights, "select": select}
     if refresh is None or dry_run:
-        with console.progress("averaging", "B") as progress:
-            summary = run(inputs, output, progress=progress, **options)
+        with _ranks(console) as ranks, console.progress("averaging", "B") as progress:
+            summary = run(inputs, output, progress=progress, ranks=ranks, **options)
         _say(console, summary, output)
         console.result(summary)
         return
@@ -190,6 +194,23 @@ def average(
     _say(console, summary, output, refreshed=True)
     say_report(console, report)
     console.result({**vars(summary), "refresh": report.as_dict()})
+
+
+@contextlib.contextmanager
+def _ranks(console: Console) -> Iterator[Ranks | None]:
+    """The processes that `torchrun` has started for this, which fail together; None if alone."""
+    from ckptavg.launched import is_launched
+
+    if not is_launched():
+        yield None
+        return
+    from ckptavg.norm.ranks import from_environment
+
+    with from_environment() as ranks:
+        if ranks.rank:
+            console.mute()
+        with ranks.together():
+            yield ranks
 
 
 def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = False) -> None:

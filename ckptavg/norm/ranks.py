@@ -13,13 +13,13 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ckptavg.errors import CkptAvgError, PeerError
+from ckptavg.launched import is_launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Value = TypeVar("Value")
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FOR_PEERS = timedelta(minutes=5)  # until all processes are there
 _FOR_WORK = timedelta(days=7)  # until the slowest has done its share
 _FAILED = "ckptavg/failed"
@@ -120,7 +120,7 @@ def from_environment() -> Iterator[Ranks]:
     Raises:
         CkptAvgError: the others do not come.
     """
-    if not _is_launched():
+    if not is_launched():
         yield Ranks()
         return
     size = os.environ["WORLD_SIZE"]
@@ -148,14 +148,10 @@ def from_environment() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _is_launched() -> bool:
-    return all(name in os.environ for name in _VARIABLES) and os.environ["WORLD_SIZE"] != "1"
-
-
 def own_device(wanted: torch.device | str | None) -> torch.device | str:
     """The device that is meant; None for a GPU if there are any. Each process has its own GPU."""
     device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(device) == "cuda" and _is_launched():
+    if str(device) == "cuda" and is_launched():
         local, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
         return f"cuda:{int(local) % max(1, count)}"
     return device

@@ -10,9 +10,14 @@ from ckptavg.layout import FileLayout, Layout, OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
+    from ckptavg.tensors import DType
+
+_LENGTH = 8
 _ALIGNMENT = 8
+_quote = json.JSONEncoder(ensure_ascii=False).encode
 _LONGEST_HEADER = 100_000_000  # what the reference reader accepts
 
 
@@ -24,35 +29,53 @@ def lay_out_safetensors(
     Raises:
         OutputError: the format has no such dtype or name, or the header grows too long.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    relative: list[tuple[int, ...]] = []
+    entries = [f'"__metadata__":{_to_json(dict(sorted(metadata.items())))}']
+    taken = {"__metadata__"}
+    kinds: dict[tuple[DType, tuple[int, ...]], str] = {}
+    relative: list[list[int]] = []
     end = 0
     for tensor in tensors:
-        if tensor.dtype.code is None:
-            raise OutputError(
-                f"safetensors has no {tensor.dtype.name}",
-                path=path,
-                tensor=tensor.names[0],
-                remedy="write a .pt",
-            )
-        starts = tuple(end + index * tensor.nbytes for index in range(len(tensor.names)))
-        for name, start in zip(tensor.names, starts, strict=True):
-            _check_name(path, name, header)
-            header[name] = {
-                "dtype": tensor.dtype.code,
-                "shape": tensor.shape,
-                "data_offsets": (start, start + tensor.nbytes),
-            }
+        kind = kinds.get((tensor.dtype, tensor.shape))
+        if kind is None:
+            kind = kinds[tensor.dtype, tensor.shape] = _encode_kind(path, tensor)
+        starts = []
+        for name in tensor.names:
+            _check_name(path, name, taken)
+            taken.add(name)
+            starts.append(end)
+            # A hundred thousand of them are written twice as fast as json writes dictionaries.
+            entries.append(f"{_quote(name)}:{kind}[{end},{(end := end + tensor.nbytes)}]}}")
         relative.append(starts)
-        end += len(starts) * tensor.nbytes
-    head = _encode(header)
-    if len(head) > _LONGEST_HEADER:
-        raise OutputError(f"its header would be {len(head)} bytes long", path=path)
-    targets = tuple(tuple(len(head) + start for start in starts) for starts in relative)
-    return Layout({"": FileLayout(len(head) + end, ((0, head),))}, targets)
+    text = f"{{{','.join(entries)}}}".encode()
+    del entries
+    padding = b" " * (-len(text) % _ALIGNMENT)
+    length = len(text) + len(padding)
+    if length > _LONGEST_HEADER:
+        raise OutputError(f"its header would be {length} bytes long", path=path)
+    begin = _LENGTH + length
+    blobs = (
+        (0, length.to_bytes(_LENGTH, "little")),
+        (_LENGTH, text),
+        (begin - len(padding), padding),
+    )
+    targets = tuple(tuple([begin + start for start in starts]) for starts in relative)
+    return Layout({"": FileLayout(begin + end, blobs)}, targets)
 
 
-def _check_name(path: Path, name: str, taken: Mapping[str, object]) -> None:
+def _encode_kind(path: Path, tensor: OutputTensor) -> str:
+    """An entry's text up to the offsets."""
+    if tensor.dtype.code is None:
+        raise OutputError(
+            f"safetensors has no {tensor.dtype.name}",
+            path=path,
+            tensor=tensor.names[0],
+            remedy="write a .pt",
+        )
+    shape = ",".join(map(str, tensor.shape))
+    return f'{{"dtype":"{tensor.dtype.code}","shape":[{shape}],"data_offsets":'
+
+
+def _check_name(path: Path, name: str, taken: AbstractSet[str]) -> None:
     """A torch file can hold names that this format cannot: its own key, and what is no text."""
     try:
         name.encode()
@@ -62,8 +85,5 @@ def _check_name(path: Path, name: str, taken: Mapping[str, object]) -> None:
         raise OutputError("its name is taken in safetensors", path=path, tensor=name)
 
 
-def _encode(header: Mapping[str, object]) -> bytes:
-    """The length and the header, padded with spaces so that the tensors are aligned."""
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+def _to_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

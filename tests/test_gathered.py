@@ -1,0 +1,171 @@
+"""Tensors in another order in every file, and what goes wrong with them."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+import ckptavg
+from ckptavg import plan
+from ckptavg.errors import CkptAvgError, FormatError, ValueRangeError
+from ckptavg.formats import safetensors
+from ckptavg.gathered import Gathered
+from ckptavg.parts import Memory
+
+
+def _write(path, tensors):
+    header, data = {"__metadata__": {"step": path.stem.split("_")[1]}}, b""
+    for name, values in tensors.items():
+        raw = np.ascontiguousarray(values).tobytes()
+        codes = {"f": "F32", "e": "F16", "q": "I64"}
+        header[name] = {
+            "dtype": codes[values.dtype.char.replace("l", "q")],
+            "shape": list(values.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def _run(folder, count=5, tensors=3000):
+    """Checkpoints whose tensors stand in any order; returns their means by name."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    shapes = [(generator.integers(0, 9), generator.integers(1, 9)) for _ in range(tensors)]
+    shapes[7] = (np.int64(300), np.int64(300))
+    dtypes = [np.float16 if number % 11 == 0 else np.float32 for number in range(tensors)]
+    sums: dict[str, np.ndarray] = {}
+    for step in range(count):
+        names = [f"layer.{number}.weight" for number in range(tensors)]
+        generator.shuffle(names)
+        state = {}
+        for name in names:
+            number = int(name.split(".")[1])
+            state[name] = generator.standard_normal(shapes[number]).astype(dtypes[number])
+            sums[name] = sums.get(name, 0) + state[name].astype(np.float64)
+        state["counter"] = np.array([3], np.int64)
+        _write(folder / f"step_{step}.safetensors", state)
+    means = {name: (total / count).astype(np.float32) for name, total in sums.items()}
+    return {name: mean.astype(dtypes[int(name.split(".")[1])]) for name, mean in means.items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gathered") / "run"
+    return folder, _run(folder)
+
+
+def test_any_order_has_the_same_mean(run, tmp_path, monkeypatch):
+    folder, means = run
+    made = []
+
+    def make(*args):
+        made.append(args)
+        return Gathered(*args)
+
+    monkeypatch.setattr(plan, "Gathered", make)
+    ckptavg.average(folder, tmp_path / "o.safetensors")
+    found = load_file(tmp_path / "o.safetensors")
+    assert made
+    assert found.pop("counter") == [3]
+    assert found.keys() == means.keys()
+    for name, mean in means.items():
+        assert np.array_equal(found[name], mean), name
+
+
+def test_a_value_that_is_none_is_named(run, tmp_path):
+    folder, means = run
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    wrong = tmp_path / "step_2.safetensors"
+    state = load_file(wrong)
+    state["layer.2000.weight"] = np.full_like(means["layer.2000.weight"], np.nan)
+    _write(wrong, {name: state[name] for name in sorted(state)})
+    if not state["layer.2000.weight"].size:
+        pytest.skip("an empty tensor")
+    with pytest.raises(ValueRangeError, match=r"step_2\.safetensors: layer\.2000\.weight: elem"):
+        ckptavg.average(tmp_path, tmp_path / "o.safetensors")
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_another_shape_in_one_of_them_is_an_error(run, tmp_path):
+    folder, _ = run
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(tmp_path / "step_3.safetensors")
+    state["layer.7.weight"] = state["layer.7.weight"].reshape(90_000)
+    _write(tmp_path / "step_3.safetensors", state)
+    with pytest.raises(CkptAvgError, match=r"layer\.7\.weight: shape"):
+        ckptavg.average(tmp_path, tmp_path / "o.safetensors")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5000), st.integers(1, 900)), min_size=1),
+    st.data(),
+)
+def test_pieces_are_read_as_one(pieces, data):
+    generator = np.random.default_rng(0)
+    parts = [Memory(Path(), bytearray(generator.bytes(6000))) for _ in range(3)]
+    numbers, offsets, sizes = (np.array(column) for column in zip(*pieces, strict=True))
+    ends = np.cumsum(sizes)
+    together = Gathered(parts, numbers, offsets, (ends - sizes, ends), Path())
+    whole = b"".join(bytes(parts[n].data[at : at + size]) for n, at, size in pieces)
+    begin = data.draw(st.integers(0, len(whole) - 1))
+    end = data.draw(st.integers(begin + 1, len(whole)))
+    out = bytearray(end - begin)
+    together.read_into(begin, memoryview(out))
+    assert out == whole[begin:end]
+
+
+def _header(path, text):
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(4096))
+    return safetensors.open_checkpoint(path, None)
+
+
+_A = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{{{_A},{_A}}}",
+        f'{{"a":0,{_A}}}',
+        f'{{"a":{{}},{_A}}}',
+        '{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[4]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,36893488147419103232]}}',
+        '{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}',
+        '{"a":{"dtype":"F32","shape":"1","data_offsets":[0,4]}}',
+        '{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[1],"offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
+        f'{{{_A},"b":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}',
+        f'{{{_A},"b":{{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}}}',
+        f"[{_A}]",
+        '"a"',
+    ],
+)
+def test_no_shortcut_lets_a_damaged_header_pass(tmp_path, text):
+    assert safetensors._parse_columns(text) is None
+    with pytest.raises(FormatError):
+        _header(tmp_path / "x.safetensors", text)
+
+
+def test_the_shortcut_is_taken(run):
+    folder, _ = run
+    path = folder / "step_0.safetensors"
+    checkpoint = safetensors.open_checkpoint(path, None)
+    raw = path.read_bytes()
+    slow = safetensors._parse_entries(raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode())
+    assert type(checkpoint.tensors).__name__ == "Table"
+    assert list(checkpoint.tensors.items()) == list(slow.tensors.items())

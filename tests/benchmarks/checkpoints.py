@@ -41,14 +41,25 @@ def main() -> None:
     parser.add_argument("--dtype", choices=CODES, default="float32")
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--container", choices=["safetensors", "torch"], default="safetensors")
+    parser.add_argument("--vectors", action="store_true", help="all tensors are alike, and 1-D")
+    parser.add_argument("--shuffled", action="store_true", help="each file in an order of its own")
+    parser.add_argument("--adam", action="store_true", help="with an optimizer's state (torch)")
     options = parser.parse_args()
-    shapes = model(int(options.gigabytes * 1e9), _dtype(options.dtype).itemsize, options.tensors)
+    nbytes, itemsize = int(options.gigabytes * 1e9), _dtype(options.dtype).itemsize
+    shapes = model(nbytes, itemsize, options.tensors)
+    if options.vectors:
+        count = max(1, nbytes // itemsize // options.tensors)
+        shapes = {f"model.layers.{number}.weight": (count,) for number in range(options.tensors)}
     pieces = Pieces(_dtype(options.dtype))
     for number in range(1, options.checkpoints + 1):
         path = options.folder / f"step_{number * 1000}.safetensors"
+        if options.shuffled:
+            names = list(shapes)
+            np.random.default_rng(number).shuffle(names)
+            shapes = {name: shapes[name] for name in names}
         write(path, CODES[options.dtype], shapes, pieces)
         if options.container == "torch":
-            as_torch_file(path)
+            as_torch_file(path, adam=options.adam)
 
 
 def model(nbytes: int, itemsize: int, tensors: int) -> Shapes:
@@ -99,12 +110,24 @@ def write(path: Path, code: str, shapes: Shapes, pieces: Pieces) -> None:
             end -= file.write(pieces.next(end))
 
 
-def as_torch_file(path: Path) -> None:
-    """Put what `torch.save` makes of it in the place of a safetensors file."""
+def as_torch_file(path: Path, *, adam: bool) -> None:
+    """Put what `torch.save` makes of it in the place of a safetensors file.
+
+    Args:
+        path: the file.
+        adam: make it a training checkpoint, with two moments of each weight.
+    """
     import torch
     from safetensors.torch import load_file
 
-    torch.save(load_file(path), path.with_suffix(".pt"))
+    weights = load_file(path)
+    moments = {
+        number: {"step": torch.tensor(1.0), "exp_avg": weight * 0.1, "exp_avg_sq": weight**2}
+        for number, weight in enumerate(weights.values())
+    }
+    groups = [{"lr": 1e-3, "params": list(moments)}]
+    state = {"state_dict": weights, "optimizer": {"state": moments, "param_groups": groups}}
+    torch.save({**state, "epoch": 1} if adam else weights, path.with_suffix(".pt"))
     path.unlink()
 
 

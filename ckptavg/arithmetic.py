@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.narrow import FORMATS, largest_code
+from ckptavg.narrow import format_of, largest_code
 
 if TYPE_CHECKING:
     from ckptavg.narrow import Narrow
@@ -71,7 +71,7 @@ class Sum:
         The sum itself is gone then.
         """
         divisor *= self._scale
-        if dtype.bits > 32 or np.float32(divisor) != divisor:  # noqa: PLR2004
+        if dtype.bits > 32 or float(np.float32(divisor)) != divisor:  # noqa: PLR2004
             self._widen()
         total = self._wide if self._held is self._wide else self._single
         if divisor != 1:
@@ -88,8 +88,8 @@ def rounded(total: AnyArray, dtype: DType, room: Room) -> AnyArray:
     """
     if dtype.kind == "float" and dtype.bits < 32:  # noqa: PLR2004 - by way of float32
         total = _cast(total, _FLOAT32, room)
-    if dtype.name in FORMATS:
-        return FORMATS[dtype.name].narrow(total, dtype, room)
+    if (form := format_of(dtype)) is not None:
+        return form.narrow(total, dtype, room)
     return _cast(total, dtype.numpy, room)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,8 +155,9 @@ def average_many(
     try:
         return run.make(variants, lambda variant: os.path.join(folder, run.file_name(variant)))  # noqa: PTH118 - keeps the slash
     except BaseException:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        if made:
+            with contextlib.suppress(OSError):  # not empty, or another process was faster
+                folder.rmdir()
         raise
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 def is_launched() -> bool:
@@ -14,18 +15,26 @@ def is_launched() -> bool:
     What a training script starts by itself has the script's variables, and nobody to work with.
     """
     variables = all(name in os.environ for name in _VARIABLES) and os.environ["WORLD_SIZE"] != "1"
-    return variables and not _is_child_of_a_rank()
+    return variables and not _comes_from_a_rank()
 
 
-def _is_child_of_a_rank() -> bool:
-    """Whether the process that started this one is a rank's own script (where /proc tells it).
+def is_launched_by_torchrun() -> bool:
+    """Whether that is sure: a container or a shell may have the variables for other commands."""
+    return _OF_TORCHRUN in os.environ and is_launched()
 
-    A shell that `torchrun` has started in order to start us is none.
+
+def _comes_from_a_rank() -> bool:
+    """Whether a rank's own script started this, itself or by way of a shell (where /proc tells).
+
+    `torchrun` has no rank, and a shell that it started in order to start us is no script.
     """
-    parent = Path("/proc", str(os.getppid()))
+    rank, process = f"RANK={os.environ['RANK']}".encode(), Path("/proc", str(os.getppid()))
     try:
-        started_with = (parent / "environ").read_bytes().split(b"\0")
-        program = os.path.basename(os.readlink(parent / "exe"))  # noqa: PTH115, PTH119
+        while rank in (process / "environ").read_bytes().split(b"\0"):
+            if (process / "exe").readlink().name.startswith("python"):
+                return True
+            status = (process / "stat").read_text()
+            process = Path("/proc", status.rpartition(")")[2].split()[1])
     except OSError:
         return False
-    return f"RANK={os.environ['RANK']}".encode() in started_with and program.startswith("python")
+    return False

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MANTISSA, _BIAS = 23, 127  # of float32
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 _SIGNED, _UNSIGNED = ({size: np.dtype(f"{kind}{size}") for size in (1, 2)} for kind in "iu")
+_SUBNORMAL = np.array([1], np.int32).view(np.float32)
 _EXPONENT = np.int32(0xFF << _MANTISSA)
 
 
@@ -140,3 +141,12 @@ FORMATS = {
     "float8_e4m3fn": Narrow(8, 3, 7, 0x7F),
 }
 """By torch's name. bfloat16 is not among them: ml_dtypes is as fast there."""
+
+
+def format_of(dtype: DType) -> Narrow | None:
+    """The format of a dtype; None where it has to go the libraries' way.
+
+    So do all where the processor takes subnormal numbers for zero (`torch.set_flush_denormal`).
+    """
+    found = FORMATS.get(dtype.name)
+    return found if found is not None and (_SUBNORMAL * np.float32(1)).all() else None

@@ -12,7 +12,7 @@ import numpy as np
 from ckptavg.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
 from ckptavg.checkpoint import read_span, read_view
 from ckptavg.jobs import CHUNK, BadValueError
-from ckptavg.narrow import FORMATS
+from ckptavg.narrow import format_of
 from ckptavg.tensors import AnyArray, Room, Tensor, bytes_of, fresh
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class _Chunk:
     def sums(self) -> list[Sum]:
         """Read each input once, and add it to the sums that it is a part of: one for each share."""
         job, dtype = self.job, accumulator_dtype(self.job.dtype)
-        narrow = FORMATS.get(job.inputs[0].tensor.dtype.name)
+        narrow = format_of(job.inputs[0].tensor.dtype)
         sums = [Sum(self.room(f"sum {number}", dtype), narrow) for number in range(len(job.shares))]
         for number, entry in enumerate(job.inputs):
             takers: defaultdict[float, list[Sum]] = defaultdict(list)

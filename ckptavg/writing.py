@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.engine import execute
-from ckptavg.errors import OutputError
+from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.jobs import BadValueError
 from ckptavg.output import OutputFile, check_destination
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
@@ -99,7 +100,7 @@ def write(
     total = sum(_bytes_made(plan, layout) for layout in layouts)
     written, rank, size = 0, *((ranks.rank, ranks.size) if ranks else (0, 1))
     with contextlib.ExitStack() as stack:
-        sinks = _enter(stack, outputs, force=force, fsync=fsync, ranks=ranks)
+        sinks = _enter(stack, plan, outputs, force=force, fsync=fsync, ranks=ranks)
         steps = execute(
             plan.jobs(layouts), sinks, threads, allow_nonfinite=allow_nonfinite,
             every=size, first=rank,
@@ -110,11 +111,11 @@ def write(
                     written += done
                     if progress is not None:
                         progress(done, total // size)
+                    if ranks is not None and ranks.has_failed_peer():
+                        break  # gathering says so
             except BadValueError as error:
                 raise plan.name_of(error) from error
-        for source in plan.used:
-            for part in source.checkpoint.parts:
-                part.check_unchanged()
+        _check_unchanged(plan)
         for sink in sinks:
             if isinstance(sink, JoinedOutput):
                 sink.finish()
@@ -128,26 +129,58 @@ def write(
 
 def _enter(
     stack: contextlib.ExitStack,
+    plan: Plan,
     outputs: Sequence[tuple[Path, Layout]],
     *,
     force: bool,
     fsync: bool,
     ranks: Ranks | None,
 ) -> list[OutputFile | OutputDirectory | JoinedOutput]:
-    """Make the outputs, or join those that the first process has made."""
+    """Make the outputs, or join those that the first process has made.
+
+    Raises:
+        OutputError: they cannot be made.
+        CkptAvgError: the processes do not have the same to do.
+    """
+    together = ranks is not None and ranks.size > 1
+    made: list[OutputFile | OutputDirectory] = []
     if ranks is None or ranks.rank == 0:
-        together = ranks is not None and ranks.size > 1
         made = [_open(path, layout, force, fsync, shared=together) for path, layout in outputs]
         for sink in made:
             stack.enter_context(sink)
-        if ranks is not None:
-            ranks.gather([sink.temporary for sink in made] if together else None)
+    if ranks is None or not together:
         return [*made]
-    joined: list[OutputFile | OutputDirectory | JoinedOutput] = []
-    found: list[list[tuple[Path, ...]] | None] = ranks.gather(None)
-    for (path, layout), temporary in zip(outputs, found[0] or (), strict=True):
-        joined.append(stack.enter_context(JoinedOutput(path, layout, temporary, fsync=fsync)))
-    return joined
+    found = ranks.gather((_digest(plan, outputs), [sink.temporary for sink in made]))
+    if len({digest for digest, _ in found}) > 1:
+        raise CkptAvgError(
+            "the processes' checkpoints or options are not the same",
+            remedy="wait until the training has finished writing, and start again",
+        )
+    if made:
+        return [*made]
+    return [
+        stack.enter_context(JoinedOutput(path, layout, temporary, fsync=fsync))
+        for (path, layout), temporary in zip(outputs, found[0][1], strict=True)
+    ]
+
+
+def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
+    """What tells whether other processes are about to do the same."""
+    digest = hashlib.sha256()
+    for source in plan.used:
+        digest.update(repr((source.checkpoint.digest, source.checkpoint.size)).encode())
+    for column, (path, layout) in zip(plan.columns, outputs, strict=True):
+        digest.update(repr((path.name, column, layout.targets, layout.bases)).encode())
+        for file in layout.files.values():
+            for offset, blob in file.blobs:
+                digest.update(offset.to_bytes(8, "little") + blob)
+    return digest.hexdigest()
+
+
+def _check_unchanged(plan: Plan) -> None:
+    for source in plan.used:
+        for part in source.checkpoint.parts:
+            part.check_unchanged()
 
 
 def _commit(sinks: Sequence[OutputFile | OutputDirectory], *, force: bool) -> None:

@@ -31,16 +31,20 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def launch(*arguments, code=0):
+_PYTHON = (sys.executable, "-m", "ckptavg", "average")
+
+
+def launch(*arguments, code=0, by_rank=False):
     """Run the command in so many processes; returns what each has printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ours = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ours |= {"TORCHELASTIC_RUN_ID": "none"}
     ours |= {"GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "ckptavg", "average", *map(str, arguments)],
+            [*_PYTHON, *map(str, arguments[rank] if by_rank else arguments)],
             env=os.environ | ours | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -108,3 +112,22 @@ def test_what_a_rank_starts_by_itself_is_alone():
             env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert result.stdout.strip() == expected
+
+
+def test_processes_that_see_other_checkpoints_end_at_once(checkpoints, tmp_path):
+    more = tmp_path / "more"
+    more.mkdir()
+    for path in sorted(checkpoints.iterdir())[1:]:
+        (more / path.name).hardlink_to(path)
+    output = tmp_path / "o.safetensors"
+    each = [(folder, "-o", output) for folder in (checkpoints, more, checkpoints)]
+    outputs = launch(*each, code=1, by_rank=True)
+    assert any("not the same" in err for _, err in outputs), outputs
+    assert [path.name for path in tmp_path.iterdir()] == ["more"]
+
+
+def test_variables_of_something_else_are_no_reason_to_wait(checkpoints, tmp_path):
+    ours = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [*_PYTHON, checkpoints, "-o", tmp_path / "o.safetensors", "--quiet"]
+    subprocess.run(command, env=os.environ | ours, check=True, timeout=30)
+    assert (tmp_path / "o.safetensors").exists()

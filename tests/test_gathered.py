@@ -161,6 +161,13 @@ def test_no_shortcut_lets_a_damaged_header_pass(tmp_path, text):
         _header(tmp_path / "x.safetensors", text)
 
 
+def test_an_empty_tensor_behind_the_one_that_begins_with_it(tmp_path):
+    whole = '{"w":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]},'
+    empty = '"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    found = _header(tmp_path / "x.safetensors", whole + empty).tensors
+    assert {name: tensor.shape for name, tensor in found.items()} == {"w": (1024,), "e": (0,)}
+
+
 def test_the_shortcut_is_taken(run):
     folder, _ = run
     path = folder / "step_0.safetensors"

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import ckptavg
 from ckptavg.arithmetic import Sum, all_finite, rounded
 from ckptavg.narrow import FORMATS
 from ckptavg.tensors import BY_NAME, fresh
+from tests.oracle import save_run
 
 pytestmark = pytest.mark.parametrize("name", FORMATS)
 
@@ -98,3 +102,27 @@ def test_minus_zero_is_not_lost(name):
     for _ in range(3):
         total.add(*form.widen(zeros, np.empty(5, np.float32)))
     assert np.signbit(total.mean(3, BY_NAME[name], fresh((5,))).astype(np.float32)).all()
+
+
+def test_divisors_that_float32_does_not_have(name):
+    form, numbers = FORMATS[name], _finite(name)
+    numbers = numbers[np.abs(numbers.astype(np.float32)) < 1]
+    total = Sum(np.empty(len(numbers)), form)
+    total.add(*form.widen(numbers, np.empty(len(numbers), np.float32)))
+    found = total.mean(0.001, BY_NAME["float32"], fresh(numbers.shape))
+    assert np.array_equal(found, (numbers.astype(np.float64) / 0.001).astype(np.float32))
+
+
+def test_subnormal_numbers_survive_a_processor_that_flushes_them(name, tmp_path):
+    dtype = getattr(torch, name)
+    smallest = torch.full((4,), 3.0, dtype=torch.float64) * FORMATS[name].spacing
+    states = [{"a": (smallest / FORMATS[name].scale).to(dtype)} for _ in range(2)]
+    save_run(tmp_path / "run", states)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    try:
+        ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
+    finally:
+        torch.set_flush_denormal(False)
+    found = load_file(tmp_path / "o.safetensors")["a"]
+    assert torch.equal(found.view(torch.uint8), states[0]["a"].view(torch.uint8))

@@ -199,9 +199,9 @@ def average(
 @contextlib.contextmanager
 def _ranks(console: Console) -> Iterator[Ranks | None]:
     """The processes that `torchrun` has started for this, which fail together; None if alone."""
-    from ckptavg.launched import is_launched
+    from ckptavg.launched import is_launched_by_torchrun
 
-    if not is_launched():
+    if not is_launched_by_torchrun():
         yield None
         return
     from ckptavg.norm.ranks import from_environment

@@ -218,15 +218,25 @@ class Console:
         # tqdm's import takes 0.1 s, a tenth of averaging 8 GB; click is here already.
         with contextlib.ExitStack() as stack:
             bars: list[_Bar] = []
-            begun = time.monotonic()
+            begun = shown = time.monotonic()
+            waiting = 0
 
             def advance(done: int, total: int | None) -> None:
+                nonlocal shown, waiting
                 if not bars:
                     bars.append(stack.enter_context(_bar(what, unit, total, begun)))
-                bars[0].update(done)
+                waiting += done
+                now = time.monotonic()
+                # Drawing it keeps the others from the interpreter.
+                if now - shown >= _REDRAW or bars[0].pos + waiting == total:
+                    bars[0].update(waiting)
+                    shown, waiting = now, 0
 
             yield advance
 
+
+_REDRAW = 0.1
+"""Seconds between two states of a bar."""
 
 if TYPE_CHECKING:
     _Bar = click._termui_impl.ProgressBar[int]  # noqa: SLF001

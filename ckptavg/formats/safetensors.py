@@ -13,7 +13,6 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,7 +200,7 @@ def _parse_entries(text: str) -> _Header:
     return _Header(dict(in_order), metadata, end)
 
 
-_ENTRY = itemgetter("dtype", "shape", "data_offsets")
+_KEYS = ("dtype", "shape", "data_offsets")
 _COLONS = 4
 """Of an entry: behind its name, and behind each of its three keys."""
 
@@ -216,18 +215,20 @@ def _parse_columns(text: str) -> _Header | None:
         return None
     try:
         entries = json.loads(text)
-        dtypes, shapes, offsets = zip(*map(_ENTRY, entries.values()), strict=True)
+        values = entries.values()
+        dtypes, shapes, offsets = ([value[key] for value in values] for key in _KEYS)
         lists = {*map(type, shapes), *map(type, offsets)}
         whole = {*map(type, chain.from_iterable(shapes)), *map(type, chain.from_iterable(offsets))}
         places = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
-        named = list(zip(dtypes, map(tuple, shapes), strict=True))
-        kinds = {kind: number for number, kind in enumerate(dict.fromkeys(named))}
+        kinds: dict[tuple[Any, tuple[Any, ...]], int] = {}
+        named = zip(dtypes, map(tuple, shapes), strict=True)
+        numbers = np.array([kinds.setdefault(kind, len(kinds)) for kind in named], np.int32)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
     # Each key of the text has a colon, so that with as many as there must be none comes twice.
     if (
         text.count(":") != _COLONS * len(entries)
-        or {*map(len, entries.values())} != {_COLONS - 1}
+        or {*map(len, values)} != {_COLONS - 1}
         or lists != {list}
         or whole != {int}
         or {*map(len, offsets)} != {2}
@@ -235,14 +236,13 @@ def _parse_columns(text: str) -> _Header | None:
         or not all(_is_kind(dtype, shape) for dtype, shape in kinds)
     ):
         return None
-    numbers = np.array(list(map(kinds.__getitem__, named)), np.int32)
     names = list(entries)
-    del entries, dtypes, shapes, offsets, named
+    del entries, values, dtypes, shapes, offsets
     known = [(BY_CODE[dtype], shape) for dtype, shape in kinds]
     sizes = np.array([dtype.nbytes(math.prod(shape)) for dtype, shape in known], np.int64)
     begins, ends = places.T
     order = np.lexsort((ends, begins))
-    if (begins[1:] < begins[:-1]).any():
+    if (order[1:] < order[:-1]).any():  # empty tensors begin where others do
         names = [names[index] for index in order.tolist()]
     begins, ends, numbers = begins[order], ends[order], numbers[order]
     # The format has no gaps and no overlaps: each tensor begins where the last one ended.

@@ -269,7 +269,7 @@ def adam(bench: Bench) -> None:
     for state in ("cold", "warm"):
         found = bench.time(folder, commands, cold=state == "cold", runs=max(1, bench.runs - 2))
         bench.heading(f"6 x 1.2 GB .pt with Adam state, {state}", found)
-        # In the page cache, reading costs less than the rest of the work: torch.load is what counts.
+        # In the page cache, `cat` costs less than the rest of the work.
         for other in ("cat", "torch.load") if state == "cold" else ("torch.load",):
             value = 1 / ratio(found, "average --no-fsync", (1, other))
             what = f".pt with Adam state, {state}: times as fast as {other} of the files"

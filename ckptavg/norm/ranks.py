@@ -39,6 +39,14 @@ class Ranks:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
 
+    def leave(self) -> None:
+        """Let go of the others.
+
+        An error's frames may hold this object until the interpreter ends, and torch's threads, if
+        they end only then, at times take the process with them (SIGABRT).
+        """
+        self._group = self._store = None
+
     def gather(self, value: Value) -> list[Value]:
         """The value of each process, in the order of ranks; all have to call it.
 
@@ -143,7 +151,12 @@ def from_environment() -> Iterator[Ranks]:
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(own_device(None))
-        yield Ranks(dist.group.WORLD, store)
+        ranks = Ranks(dist.group.WORLD, store)
+        del store
+        try:
+            yield ranks
+        finally:
+            ranks.leave()
     finally:
         dist.destroy_process_group()
 

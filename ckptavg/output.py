@@ -68,6 +68,13 @@ def check_parent(path: Path) -> None:
         raise OutputError(f"{printable(path.parent)} is not to be written to", path=path)
 
 
+def write_all(fd: int, offset: int, data: memoryview) -> None:
+    """Write all of `data`, which the system may take in pieces."""
+    while len(data):
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
 class OutputFile:
     """The output while it is being written: a context that leaves nothing behind unless committed.
 
@@ -156,9 +163,7 @@ class OutputFile:
         """Write all of `data` at `offset`. Safe from several threads at once."""
         size = len(data)
         with self._explained():
-            while len(data):
-                count = os.pwrite(self._fd, data, offset)
-                data, offset = data[count:], offset + count
+            write_all(self._fd, offset, data)
         if self._syncer is not None:
             self._syncer.written(size)
 

@@ -7,11 +7,11 @@ import os
 from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError
+from ckptavg.output import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-    from types import TracebackType
 
     from ckptavg.layout import Layout
 
@@ -50,12 +50,7 @@ class JoinedOutput:
             ) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -65,11 +60,8 @@ class JoinedOutput:
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`. Safe from several threads at once."""
         number = bisect.bisect_right(self._bases, offset) - 1
-        offset -= self._bases[number]
         try:
-            while len(data):
-                count = os.pwrite(self._fds[number], data, offset)
-                data, offset = data[count:], offset + count
+            write_all(self._fds[number], offset - self._bases[number], data)
         except OSError as error:
             raise OutputError(f"cannot write it: {error.strerror}", path=self.path) from error
 

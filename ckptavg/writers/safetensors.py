@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _LENGTH = 8
 _ALIGNMENT = 8
-_quote = json.JSONEncoder(ensure_ascii=False).encode
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LONGEST_HEADER = 100_000_000  # what the reference reader accepts
 
 
@@ -44,7 +44,7 @@ def lay_out_safetensors(
             taken.add(name)
             starts.append(end)
             # A hundred thousand of them are written twice as fast as json writes dictionaries.
-            entries.append(f"{_quote(name)}:{kind}[{end},{(end := end + tensor.nbytes)}]}}")
+            entries.append(f"{_to_json(name)}:{kind}[{end},{(end := end + tensor.nbytes)}]}}")
         relative.append(starts)
     text = f"{{{','.join(entries)}}}".encode()
     del entries
@@ -83,7 +83,3 @@ def _check_name(path: Path, name: str, taken: AbstractSet[str]) -> None:
         raise OutputError("its name is no text", path=path, tensor=name) from error
     if name in taken:
         raise OutputError("its name is taken in safetensors", path=path, tensor=name)
-
-
-def _to_json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckptavg.checkpoint import read_view
-from ckptavg.runs import Integers, runs
+from ckptavg.runs import Integers, run_edges
 from ckptavg.tensors import bytes_of
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def differing(
     flat = np.array([index for index in indices if index not in unlike], int)
     nbytes = np.array([tensors[index].nbytes for index in flat], np.int64)
     places = [(source.parts[flat], source.offsets[flat]) for source in (one, other)]
-    for first, last in runs(nbytes, places):
+    for first, last in itertools.pairwise(run_edges(nbytes, places).tolist()):
         yield from _differing_in_run(flat[first:last], nbytes[first:last], one, other)
 
 

@@ -20,7 +20,7 @@ SMALL = 64 << 10
 
 _GAP = 16 << 10
 """Bytes that are read in vain sooner than that another read is begun."""
-_BLOCK = 4 << 20
+_BLOCK = 1 << 20
 """Bytes in which neighbouring pieces are read together."""
 
 _own = threading.local()

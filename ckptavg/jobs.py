@@ -107,7 +107,7 @@ def chunks(jobs: Iterator[Job]) -> Iterator[tuple[Job, int, int]]:
         # Each output has a sum of its own.
         size = CHUNK if len(job.shares) == 1 else _chunk_for(len(job.shares))
         if isinstance(job.inputs[0].part, Gathered):
-            size *= 4  # each chunk goes through much of the files
+            size *= 2  # each chunk goes through much of the files
         if job.strided:
             yield job, 0, job.count
         else:

@@ -5,6 +5,7 @@ All validation that headers allow happens here, before any output exists.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ckptavg.gathered import SMALL, Gathered
 from ckptavg.jobs import BadValueError, Input, Job, Share
 from ckptavg.layout import Layout, OutputTensor
 from ckptavg.roles import Role, decide_roles, refuse_quantised
-from ckptavg.runs import Integers, runs
+from ckptavg.runs import Integers, run_edges
 from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -142,26 +143,31 @@ class Plan:
         """The jobs in the order of the outputs; neighbours in every file are joined into one."""
         order = np.array([planned.index for planned in self.tensors], np.int64)
         nbytes = np.array([planned.tensor.nbytes for planned in self.tensors], np.int64)
-        distinct = {id(source.offsets): source for source in self.used}.values()
-        places = [(source.parts[order], source.offsets[order]) for source in distinct]
-        keys = list(self._keys(layouts))
-        pieces = list(runs(nbytes, places, keys))[::-1]
-        for first, last in runs(nbytes, (), keys):
-            inside = []
-            while pieces and pieces[-1][0] < last:
-                inside.append(pieces.pop())
+        wholes, pieces = self._edges(order, nbytes, layouts)
+        for first, last in itertools.pairwise(wholes.tolist()):
+            one, other = np.searchsorted(pieces, (first, last)).tolist()
             size = int(nbytes[first:last].sum())
-            if len(inside) > 1 and size < SMALL * len(inside):
+            if other - one > 1 and size < SMALL * (other - one):
                 ends = np.cumsum(nbytes[first:last])
                 gathered = _as_slice(order[first:last]), (ends - nbytes[first:last], ends)
                 yield from self._jobs(first, size, layouts, gathered)
                 continue
-            for begin, end in inside:
+            for begin, end in itertools.pairwise(pieces[one : other + 1].tolist()):
                 if count := int(nbytes[begin:end].sum()):
                     yield from self._jobs(begin, count, layouts)
         for output, layout in enumerate(layouts):
             for copied in layout.copies:
                 yield Job.copy_of(copied, output)
+
+    def _edges(
+        self, order: Integers, nbytes: Integers, layouts: Sequence[Layout]
+    ) -> tuple[Integers, Integers]:
+        """Edges of what is alike, and, among these, of neighbours in every checkpoint too."""
+        distinct = {id(source.offsets): source for source in self.used}.values()
+        rows = _as_slice(order)
+        places = ((source.parts[rows], source.offsets[rows]) for source in distinct)
+        keys = list(self._keys(layouts))
+        return run_edges(nbytes, (), keys), run_edges(nbytes, places, keys)
 
     def _keys(self, layouts: Sequence[Layout]) -> Iterator[Integers]:
         """What must not change along a run, beside the inputs' places."""
@@ -337,6 +343,8 @@ def _planned(
 
 def _as_slice(indices: Integers) -> Integers | slice:
     """The same indices as a slice if they are one: what it takes of an array is no copy."""
+    if not len(indices):
+        return indices
     first, last = int(indices[0]), int(indices[-1])
     if np.array_equal(indices, np.arange(first, last + 1)):
         return slice(first, last + 1)

@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 Integers = npt.NDArray[np.integer]
 
 
-def runs(
+def run_edges(
     nbytes: Integers,
     places: Iterable[tuple[Integers, Integers]],
     keys: Iterable[Integers] = (),
-) -> Iterator[tuple[int, int]]:
+) -> Integers:
     """Split a sequence of tensors where they stop being neighbours.
 
     Args:
@@ -26,16 +26,15 @@ def runs(
             both. A run goes on where each tensor begins at the last one's end in all of them.
         keys: further arrays, `[num_tensors]`; a run goes on where they do not change.
 
-    Yields:
-        Half-open ranges of positions.
+    Returns:
+        Where each of the runs begins, and where the last one ends; one number if there is none.
     """
     if not len(nbytes):
-        return
+        return np.zeros(1, np.int64)
     starts = np.zeros(len(nbytes), bool)
     starts[0] = True
     for parts, offsets in places:
         starts[1:] |= (parts[1:] != parts[:-1]) | (offsets[1:] != offsets[:-1] + nbytes[:-1])
     for key in keys:
         starts[1:] |= key[1:] != key[:-1]
-    edges = np.flatnonzero(starts).tolist()
-    yield from zip(edges, [*edges[1:], len(nbytes)], strict=True)
+    return np.append(np.flatnonzero(starts), len(nbytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -39,6 +40,25 @@ class Table(Mapping[str, Tensor]):
         offsets: npt.NDArray[np.int64],
     ) -> None:
         self._names, self._kinds, self._numbers, self._offsets = names, kinds, numbers, offsets
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Table:
+        """The same tensors as columns."""
+        kinds = {(tensor.dtype, tensor.shape): 0 for tensor in tensors.values()}
+        kinds = {kind: number for number, kind in enumerate(kinds)}
+        numbers = [kinds[tensor.dtype, tensor.shape] for tensor in tensors.values()]
+        offsets = [tensor.offset for tensor in tensors.values()]
+        return Table(
+            list(tensors), list(kinds), np.array(numbers, np.int32), np.array(offsets, np.int64)
+        )
+
+    @property
+    def end(self) -> int:
+        """Where the last tensor ends, in bytes; 0 if there is none."""
+        if not self._names:
+            return 0
+        dtype, shape = self._kinds[int(self._numbers[-1])]
+        return int(self._offsets[-1]) + dtype.nbytes(math.prod(shape))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._places[name]]

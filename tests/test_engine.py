@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError
 from ckptavg.jobs import CHUNK, Input, Job, Share
 from ckptavg.parts import Memory
-from ckptavg.runs import runs
+from ckptavg.runs import run_edges
 from ckptavg.tensors import BY_NAME, Tensor
 from tests.oracle import naive_mean, same_bits
 
@@ -121,7 +122,7 @@ def test_runs_cover_everything_once_and_only_neighbours(data):
     gaps = data.draw(st.lists(st.integers(0, 1), min_size=len(sizes), max_size=len(sizes)))
     offsets = np.cumsum(sizes) - sizes + np.cumsum(np.array(gaps, np.int64))
     parts = np.zeros(len(sizes), np.int32)
-    found = list(runs(sizes, [(parts, offsets)]))
+    found = list(itertools.pairwise(run_edges(sizes, [(parts, offsets)]).tolist()))
     assert [position for first, last in found for position in range(first, last)] == list(
         range(len(sizes))
     )

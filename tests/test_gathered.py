@@ -173,6 +173,41 @@ def test_the_shortcut_is_taken(run):
     path = folder / "step_0.safetensors"
     checkpoint = safetensors.open_checkpoint(path, None)
     raw = path.read_bytes()
-    slow = safetensors._parse_entries(raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode())
-    assert type(checkpoint.tensors).__name__ == "Table"
-    assert list(checkpoint.tensors.items()) == list(slow.tensors.items())
+    text = raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode()
+    metadata, slow = safetensors._parse_entries(text)
+    quick = safetensors._parse_columns(safetensors._split_metadata(text)[1])
+    assert quick is not None
+    assert list(checkpoint.tensors.items()) == list(slow.items()) == list(quick.items())
+    assert checkpoint.metadata == metadata
+
+
+@pytest.mark.parametrize("names", ["ab", ["a},", "b"], ["},", "}"], ["a},{", ":},"], "aa"])
+@pytest.mark.parametrize("size", [1, 60, 90, 1000])
+def test_a_header_is_the_same_in_slices_of_any_size(names, size, tmp_path, monkeypatch):
+    names = [*names, "x", "y"]
+    sizes = [0, 1, 2, 4093]
+    entries = []
+    for name, size_of, begin in zip(names, sizes, [0, 0, 1, 3], strict=True):
+        end = begin + size_of
+        entries.append(
+            f'"{name}":{{"dtype":"U8","shape":[{size_of}],"data_offsets":[{begin},{end}]}}'
+        )
+    text = f"{{{','.join(entries)}}}"
+    monkeypatch.setattr(safetensors, "_SLICE", size)
+    if len(set(names)) < len(names):
+        with pytest.raises(FormatError, match="the same key twice"):
+            _header(tmp_path / "x.safetensors", text)
+        return
+    found = _header(tmp_path / "x.safetensors", text).tensors
+    assert [tensor.offset for tensor in found.values()] == [0, 0, 1, 3]
+    assert [tensor.shape for tensor in found.values()] == [(size,) for size in sizes]
+    assert list(found) == names
+
+
+def test_a_header_is_forgotten_with_its_checkpoint(run):
+    folder, _ = run
+    one = safetensors.open_checkpoint(folder / "step_0.safetensors", None)
+    other = safetensors.open_checkpoint(folder / "step_0.safetensors", None)
+    assert one.tensors is other.tensors
+    del one, other
+    assert safetensors._last is None

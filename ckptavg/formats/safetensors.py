@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass
+import weakref
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ from ckptavg.table import Table
 from ckptavg.tensors import BY_CODE, Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from ckptavg.parts import ByteSource
+    from ckptavg.runs import Integers
 
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
@@ -38,24 +39,10 @@ _SPACES = " \t\r\n"  # JSON's; writers pad the header with some
 _FIRST_IS_METADATA = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"__metadata__"[ \t\r\n]*:[ \t\r\n]*')
 _NEXT_ENTRY = re.compile(r'[ \t\r\n]*(,[ \t\r\n]*(?=")|(?=\}))')
 
-# Checkpoints of one run have the same header but for its metadata: the last one is kept, and the
-# bytes that follow the metadata.
-_last: tuple[bytes, _Header] | None = None
 
-
-@dataclass(frozen=True)
-class _Header:
-    """What stands in a header.
-
-    Attributes:
-        tensors: in the order of their bytes.
-        metadata: if it is not before them.
-        end: of the last tensor, in bytes.
-    """
-
-    tensors: Mapping[str, Tensor]
-    metadata: dict[str, str] | None
-    end: int
+# Checkpoints of one run have the same header but for its metadata: of the last one, as long as a
+# checkpoint has its tensors, the bytes that follow the metadata.
+_last: tuple[bytes, weakref.ref[Table]] | None = None
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -73,18 +60,15 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=path)
     file = open_source(path)
     try:
-        digest, leading, header = _read(file)
+        digest, metadata, tensors = _read(file)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"damaged header: {printable(error)}", path=path) from error
-    if leading is not None and header.metadata is not None:
-        raise FormatError("damaged header: metadata twice", path=path)
-    _check_size(file, header.end)
-    metadata = leading or header.metadata or {}
+    _check_size(file, tensors.end)
     return Checkpoint(
         path=path,
         container="safetensors",
         parts=(file,),
-        tensors=header.tensors,
+        tensors=tensors,
         metadata=metadata,
         digest=digest,
         facts={
@@ -154,11 +138,10 @@ def _parse(text: str) -> dict[str, Any]:
 _STAND_IN = '"":0}'
 
 
-def _read(file: ByteSource) -> tuple[str, dict[str, str] | None, _Header]:
-    """The header's digest, the metadata that stand first, and the rest.
+def _read(file: ByteSource) -> tuple[str, dict[str, str], Table]:
+    """The header's digest, the metadata, and the tensors: the very same for the same text.
 
-    For the same rest it is the very same object. What is no longer needed goes at once: a header of
-    100,000 tensors has 10 MB, and the objects that it becomes take 60 MB for a while.
+    What is no longer needed goes at once: a header of 100,000 tensors has 10 MB.
 
     Raises:
         ValueError: says what is wrong with it.
@@ -168,24 +151,34 @@ def _read(file: ByteSource) -> tuple[str, dict[str, str] | None, _Header]:
     file.start = _LENGTH + len(raw)
     digest = hashlib.sha256(raw).hexdigest()
     raw = raw.rstrip(_SPACES.encode())
-    kept, _last = _last, None
-    if kept is not None and raw.endswith(kept[0]):
+    if _last is not None and raw.endswith(_last[0]) and (known := _last[1]()) is not None:
         with contextlib.suppress(ValueError):
-            metadata, rest = _split_metadata(raw[: -len(kept[0])].decode() + _STAND_IN)
+            leading, rest = _split_metadata(raw[: -len(_last[0])].decode() + _STAND_IN)
             if rest == "{" + _STAND_IN:
-                _last = kept
-                return digest, metadata, kept[1]
-    del kept
+                return digest, leading or {}, known
+        del known
+    _last = None
     text = raw.decode()
     del raw
-    metadata, text = _split_metadata(text)
-    header = _parse_columns(text) or _parse_entries(text)
-    _last = text[1:].encode(), header
-    return digest, metadata, header
+    leading, text = _split_metadata(text)
+    tensors = _parse_columns(text)
+    if tensors is not None:
+        _last = text[1:].encode(), weakref.ref(tensors, _forget)
+        return digest, leading or {}, tensors
+    metadata, tensors = _parse_entries(text)
+    if leading is not None and metadata is not None:
+        raise ValueError("metadata twice")
+    return digest, leading or metadata or {}, tensors
 
 
-def _parse_entries(text: str) -> _Header:
-    """The header, entry by entry; ValueError says which one is wrong."""
+def _forget(gone: weakref.ref[Table]) -> None:
+    global _last  # noqa: PLW0603
+    if _last is not None and _last[1] is gone:
+        _last = None
+
+
+def _parse_entries(text: str) -> tuple[dict[str, str] | None, Table]:
+    """The metadata and the tensors, entry by entry; ValueError says which one is wrong."""
     entries = _parse(text)
     metadata = _checked(entries.pop(_METADATA)) if _METADATA in entries else None
     tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
@@ -197,34 +190,77 @@ def _parse_entries(text: str) -> _Header:
                 f"{printable(name)}: begins at byte {tensor.offset} of the data, not at {end}"
             )
         end += tensor.nbytes
-    return _Header(dict(in_order), metadata, end)
+    return metadata, Table.of(dict(in_order))
 
 
 _KEYS = ("dtype", "shape", "data_offsets")
 _COLONS = 4
 """Of an entry: behind its name, and behind each of its three keys."""
 
+_SLICE = 256 << 10
+"""Characters of a header that become objects at a time: these stay in a core's cache."""
 
-def _parse_columns(text: str) -> _Header | None:
-    """The header, if nothing is wrong with it: column by column, without a step for each entry.
+_Kinds = dict[tuple[Any, tuple[Any, ...]], int]
+
+
+def _parse_columns(text: str) -> Table | None:
+    """The tensors, if nothing is wrong with them: column by column, without a step for each entry.
 
     Returns:
         None where something is unusual: what it is, `_parse_entries` finds out.
     """
     if "\\" in text:
         return None
+    names: list[str] = []
+    kinds: _Kinds = {}
+    columns = []
     try:
-        entries = json.loads(text)
-        values = entries.values()
-        dtypes, shapes, offsets = ([value[key] for value in values] for key in _KEYS)
-        lists = {*map(type, shapes), *map(type, offsets)}
-        whole = {*map(type, chain.from_iterable(shapes)), *map(type, chain.from_iterable(offsets))}
-        places = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
-        kinds: dict[tuple[Any, tuple[Any, ...]], int] = {}
-        named = zip(dtypes, map(tuple, shapes), strict=True)
-        numbers = np.array([kinds.setdefault(kind, len(kinds)) for kind in named], np.int32)
+        for piece in _slices(text):
+            found = _columns(piece, kinds)
+            if found is None:
+                return None
+            names += found[0]
+            columns.append(found[1:])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
+    if len(set(names)) != len(names) or not all(_is_kind(dtype, shape) for dtype, shape in kinds):
+        return None
+    numbers, begins, ends = map(np.concatenate, zip(*columns, strict=True))
+    known = [(BY_CODE[dtype], shape) for dtype, shape in kinds]
+    sizes = np.array([dtype.nbytes(math.prod(shape)) for dtype, shape in known], np.int64)
+    order = np.lexsort((ends, begins))
+    if (order[1:] < order[:-1]).any():  # empty tensors begin where others do
+        names = [names[index] for index in order.tolist()]
+    begins, ends, numbers = begins[order], ends[order], numbers[order]
+    # The format has no gaps and no overlaps: each tensor begins where the last one ended.
+    if begins[0] or (ends - begins != sizes[numbers]).any() or (begins[1:] != ends[:-1]).any():
+        return None
+    return Table(names, known, numbers, begins)
+
+
+def _slices(text: str) -> Iterator[str]:
+    """The header as several, of some entries each.
+
+    Cut elsewhere than between two entries, a slice is no JSON: without escapes, each name and each
+    entry has its closing mark in the same slice as its opening one.
+    """
+    start, opening = 0, ""
+    while (cut := text.find('},"', start + _SLICE)) >= 0:
+        yield opening + text[start : cut + 1] + "}"
+        start, opening = cut + 2, "{"
+    yield opening + text[start:]
+
+
+def _columns(text: str, kinds: _Kinds) -> tuple[list[str], Integers, Integers, Integers] | None:
+    """Names, numbers of their kinds, first and last bytes; None where something is unusual."""
+    entries = json.loads(text)
+    values = entries.values()
+    dtypes, shapes, offsets = ([value[key] for value in values] for key in _KEYS)
+    places = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
+    named = zip(dtypes, map(tuple, shapes), strict=True)
+    numbers = np.array([kinds.setdefault(kind, len(kinds)) for kind in named], np.int32)
+    lists = {*map(type, shapes), *map(type, offsets)}
+    whole = {*map(type, chain.from_iterable(shapes)), *map(type, chain.from_iterable(offsets))}
     # Each key of the text has a colon, so that with as many as there must be none comes twice.
     if (
         text.count(":") != _COLONS * len(entries)
@@ -233,22 +269,9 @@ def _parse_columns(text: str) -> _Header | None:
         or whole != {int}
         or {*map(len, offsets)} != {2}
         or places.min() < 0
-        or not all(_is_kind(dtype, shape) for dtype, shape in kinds)
     ):
         return None
-    names = list(entries)
-    del entries, values, dtypes, shapes, offsets
-    known = [(BY_CODE[dtype], shape) for dtype, shape in kinds]
-    sizes = np.array([dtype.nbytes(math.prod(shape)) for dtype, shape in known], np.int64)
-    begins, ends = places.T
-    order = np.lexsort((ends, begins))
-    if (order[1:] < order[:-1]).any():  # empty tensors begin where others do
-        names = [names[index] for index in order.tolist()]
-    begins, ends, numbers = begins[order], ends[order], numbers[order]
-    # The format has no gaps and no overlaps: each tensor begins where the last one ended.
-    if begins[0] or (ends - begins != sizes[numbers]).any() or (begins[1:] != ends[:-1]).any():
-        return None
-    return _Header(Table(names, known, numbers, begins), None, int(ends[-1]))
+    return list(entries), numbers, places[:, 0], places[:, 1]
 
 
 def _is_kind(dtype: object, shape: tuple[int, ...]) -> bool:

@@ -314,6 +314,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the inputs' sizes")
     parser.add_argument("--folder", type=Path, help="where the files go, on the disk in question")
     options = parser.parse_args()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=options.folder, prefix="ckptavg-benchmark-"))
     try:
         bench = Bench(options, scratch)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.parts import Memory, Part
+from ckptavg.jsontext import from_text
+from ckptavg.parts import Memory, Part, Readable
 from ckptavg.tensors import AnyArray, Tensor, bytes_of
 from ckptavg.training import TrainingRecord
 
@@ -86,7 +86,7 @@ class Checkpoint:
     def provenance(self) -> dict[str, Any] | None:
         """Our own entry in the metadata, if this tool made the file."""
         try:
-            entry = json.loads(self.metadata.get(PROVENANCE, "null"))
+            entry = from_text(self.metadata.get(PROVENANCE, "null"))
         except (ValueError, RecursionError):
             return None
         return entry if isinstance(entry, dict) else None
@@ -119,7 +119,7 @@ class Checkpoint:
         return replace(self, parts=(*self.parts, memory), tensors=tensors)
 
 
-def read_view(part: Part, tensor: Tensor) -> AnyArray:
+def read_view(part: Readable, tensor: Tensor) -> AnyArray:
     """The tensor as an array `[*shape]` with the file's strides. Reads its span once.
 
     The span is what lies between its first and its last element; for a view of a larger storage
@@ -128,7 +128,7 @@ def read_view(part: Part, tensor: Tensor) -> AnyArray:
     return read_span(part, tensor)[1]
 
 
-def read_span(part: Part, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
+def read_span(part: Readable, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
     """The bytes from a tensor's first element to its last one, and the tensor as a view of them."""
     itemsize = tensor.dtype.itemsize
     strides = tensor.element_strides

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.jsontext import from_text
 from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _absent(path: Path, metric: str, there: Iterable[str]) -> SelectionError:
 
 def _of_json(path: Path, text: str, metric: str) -> list[tuple[str, object]]:
     try:
-        root = json.loads(text, object_pairs_hook=_unique)
+        root = from_text(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is no valid JSON: {printable(error)}", path=path) from error
     if isinstance(root, dict) and isinstance(root.get("evaluations"), list):
@@ -226,10 +226,3 @@ def _listed(path: Path, entries: Sequence[object]) -> Iterable[tuple[str, Mappin
         yield name, metrics
         if isinstance(entry.get("path"), str) and (place := os.path.abspath(entry["path"])) != name:  # noqa: PTH100
             yield place, metrics
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("the same key twice")
-    return found

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 _MOST_OPEN = 64
 
 
-class Part(Protocol):
+class Readable(Protocol):
+    """What bytes are read from by offset."""
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` (bytes, writable) from `offset`. Safe from several threads at once."""
+
+
+class Part(Readable, Protocol):
     """A piece of a checkpoint that is read by offset."""
 
     @property
@@ -35,9 +42,6 @@ class Part(Protocol):
     @property
     def identity(self) -> Hashable:
         """What tells one file from all others, under whatever name; None where it is no file."""
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` (bytes, writable) from `offset`. Safe from several threads at once."""
 
     def check_unchanged(self) -> None:
         """Raise if what was planned with is no longer what is there."""
@@ -171,6 +175,8 @@ class File(ByteSource):
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise CkptAvgError(f"cannot read it: {error.strerror}", path=self.path) from error
+        except ValueError as error:
+            raise CkptAvgError("has a name that no file can have", path=self.path) from error
 
     def _identify(self, fd: int) -> Identity:
         status = os.fstat(fd)

@@ -41,17 +41,6 @@ class Table(Mapping[str, Tensor]):
     ) -> None:
         self._names, self._kinds, self._numbers, self._offsets = names, kinds, numbers, offsets
 
-    @staticmethod
-    def of(tensors: Mapping[str, Tensor]) -> Table:
-        """The same tensors as columns."""
-        kinds = {(tensor.dtype, tensor.shape): 0 for tensor in tensors.values()}
-        kinds = {kind: number for number, kind in enumerate(kinds)}
-        numbers = [kinds[tensor.dtype, tensor.shape] for tensor in tensors.values()]
-        offsets = [tensor.offset for tensor in tensors.values()]
-        return Table(
-            list(tensors), list(kinds), np.array(numbers, np.int32), np.array(offsets, np.int64)
-        )
-
     @property
     def end(self) -> int:
         """Where the last tensor ends, in bytes; 0 if there is none."""

@@ -21,7 +21,7 @@ SECONDS = 5
 MEMORY = 300 << 20
 
 
-def text(value):
+def text(value: str) -> bytes:
     encoded = value.encode()
     return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
 
@@ -34,7 +34,7 @@ def stack_global(module, name):
     return text(module) + text(name) + pickle.STACK_GLOBAL
 
 
-def stop(body, protocol=4):
+def stop(body: bytes, protocol: int = 4) -> bytes:
     return pickle.PROTO + bytes([protocol]) + body + pickle.STOP
 
 
@@ -50,7 +50,7 @@ def nested(opening, closing, depth):
     return opening * depth + closing * depth
 
 
-def tuple_dag(depth):
+def tuple_dag(depth: int) -> bytes:
     """A tuple of 2 ** depth leaves out of 3 * depth bytes."""
     return b")" + b"2\x86" * depth
 
@@ -177,6 +177,29 @@ BODIES = {
     + put(9)
     + named("m", "f")
     + b"".join(get(9) + b"N" + text(str(index)) + b"\x86R" for index in range(100_000)),
+    "DAG as the name of an attribute": named("builtins", "getattr")
+    + b"N"
+    + tuple_dag(200)
+    + b"\x86R",
+    "a key without end in many dicts": b"}("
+    + BIG_TEXT
+    + b"N"
+    + b"".join(text(str(index)) + b"}" + get(0) + b"Ns" for index in range(2_000))
+    + b"u",
+    "state dicts below a key without end": b"}"
+    + BIG_TEXT
+    + b"}("
+    + b"".join(
+        text(str(index))
+        + b"}"
+        + text("w")
+        + named("torch._utils", "_rebuild_tensor")
+        + b"("
+        + STORAGE
+        + b"K\0))tRs"
+        for index in range(900)
+    )
+    + b"us",
     "a chain of attributes": named("builtins", "getattr")
     + put(9)
     + named("m", "f")

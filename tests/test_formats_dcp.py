@@ -531,6 +531,15 @@ def endless_place(metadata: Metadata) -> None:
     metadata.planner_data["model.w"] = ("model",) * 1000
 
 
+def huge_place(metadata: Metadata) -> None:
+    metadata.planner_data["model.w"] = ("model", 2**61 - 1)  # whose hash is that of 0
+
+
+def far_piece(metadata: Metadata) -> None:
+    piece = ChunkStorageMetadata(torch.Size([2**61 - 1, 0]), torch.Size([1, 1]))
+    tensors_of(metadata, "model.w").chunks[0] = piece
+
+
 def endless_shape(metadata: Metadata) -> None:
     tensors_of(metadata, "model.w").size = torch.Size([1] * 1000)
 
@@ -578,11 +587,14 @@ def complaint(
         (in_metadata(one_place), ".metadata", "is in the place of another entry"),
         (in_metadata(no_place), ".metadata", "no valid place in the state dict"),
         (in_metadata(endless_place), ".metadata", "no valid place in the state dict"),
+        (in_metadata(huge_place), ".metadata", "no valid place in the state dict"),
         (in_metadata(endless_shape), ".metadata", "model.w: has no valid shape"),
+        (in_metadata(far_piece), ".metadata", "model.w: has no valid shape"),
         (item(relative_path="/etc/passwd"), ".metadata", "outside the checkpoint"),
         (item(relative_path="../c2/__0_0.distcp"), ".metadata", "outside the checkpoint"),
         (item(relative_path=""), ".metadata", "outside the checkpoint"),
         (item(relative_path="a\0b"), ".metadata", "outside the checkpoint"),
+        (item(relative_path="\ud800"), "\\ud800", "model.w: has a name that no file can have"),
         (item(relative_path=7), ".metadata", "outside the checkpoint"),
         (item(offset=-1), ".metadata", "no valid place in its file"),
         (item(length=10**9), "__0_0.distcp", "truncated"),

@@ -267,7 +267,7 @@ def storage(key="7", size=4, view: object = None, kind="FloatStorage", module="t
         b"("
         + short("storage")
         + named(module, kind)
-        + short(key)
+        + (short if len(key) < 256 else text)(key)
         + short("cuda:0")
         + plain(size)
         + plain(view)
@@ -382,6 +382,7 @@ GOOD = state_of(w=tensor(storage()))
         ("piece", state_of(w=tensor(storage(view=3))), FOUR, {}),
         ("beyond", state_of(w=tensor(storage(view=("8", 1, 2)), 0, (3,))), FOUR, {}),
         ("beyond", state_of(w=tensor(storage(), 1)), FOUR, {}),
+        ("endless key", state_of(w=tensor(storage(key="7" * 2_000))), FOUR, {}),
         ("persistent id", stop(text("x") + b"Q"), FOUR, {}),
         ("persistent id", stop(b"(" + text("storage") + b"NNNNNtQ"), FOUR, {}),
         ("damaged pickle", stop(b"\xff"), FOUR, {}),

@@ -225,6 +225,7 @@ def test_strided_tensors_of_every_kind_are_read_in_c_order(tmp_path):
         "empty, strided": torch.empty(4, 0).t(),
         "one, strided": torch.as_strided(torch.arange(4), (1, 1), (7, 9)),
         "last": torch.arange(10)[9:],
+        "one, far from the next": torch.as_strided(torch.arange(4), (1, 2, 2), (2**61, 1, 2)),
     }
     opened = open_checkpoint(save(state, tmp_path / "x.pt"))
     assert_same(opened, state)

@@ -86,9 +86,12 @@ class TestIndex:
             ("", "is no valid JSON"),
             ("\udcff", "is no valid JSON"),
             ("[" * 100_000, "is no valid JSON"),
-            (f'{{"weight_map": {{"a": "{ONE}", "a": "{TWO}"}}}}', "'a' twice"),
-            ('{"weight_map": {"a": "x"}, "weight_map": {"b": "x"}}', "'weight_map' twice"),
-            ('{"a\\u001b[31m": 1, "a\\u001b[31m": 2}', r"'a\x1b[31m' twice"),
+            (f'{{"weight_map": {{"a": "{ONE}", "a": "{TWO}"}}}}', "the same key twice: a"),
+            (
+                '{"weight_map": {"a": "x"}, "weight_map": {"b": "x"}}',
+                "the same key twice: weight_map",
+            ),
+            ('{"a\\u001b[31m": 1, "a\\u001b[31m": 2}', r"the same key twice: a\x1b[31m"),
         ],
     )
     def test_that_is_none_is_an_error(self, tmp_path, text, message):
@@ -121,6 +124,12 @@ class TestShards:
         folder = save_shards(tmp_path / "x")
         (folder / TWO).unlink()
         with pytest.raises(FormatError, match=f"{TWO}: is missing: {INDEX} names it"):
+            open_checkpoint(folder)
+
+    def test_with_a_name_that_is_too_long_are_named(self, tmp_path):
+        folder = save_shards(tmp_path / "x")
+        write_index(folder, {"a": ONE, "b": "x" * 256})
+        with pytest.raises(FormatError, match=f"cannot be read: .*; {INDEX} names it"):
             open_checkpoint(folder)
 
     @pytest.mark.parametrize("link", [os.link, os.symlink])

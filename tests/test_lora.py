@@ -337,6 +337,8 @@ def test_equal_factors_under_one_alpha_are_one_adapter(tmp_path):
         ({"alpha_pattern": {"(" * 400 + ")" * 400: 4}}, "is too intricate"),
         ({"alpha_pattern": {"(a+)+c": 4}}, r"'\(a\+\)\+c' is too intricate"),
         ({"alpha_pattern": {"a*a*a*a*a*c": 4}}, "is too intricate"),
+        ({"alpha_pattern": {"a?" * 28 + "a" * 28 + "c": 4}}, "is too intricate"),
+        ({"alpha_pattern": {"(a|aa)" * 28 + "c": 4}}, "is too intricate"),
         ({"alpha_pattern": {"\x1b[31m(": 4}}, r"x1b\[31m\(' is no pattern"),
         ({"alpha_pattern": {".*": "4"}}, "no lora_alpha"),
         ({"alpha_pattern": {".*": 10**400}}, "no lora_alpha"),
@@ -358,6 +360,18 @@ def test_a_scale_that_makes_no_sense_is_one_line(tmp_path, config, message):
     assert str(caught.value).startswith(f"{tmp_path}/run/checkpoint-0/adapter_config.json: ")
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+def test_nobody_hears_what_python_thinks_of_a_pattern(tmp_path):
+    two_adapters(tmp_path, [{"alpha_pattern": {"[[q]": 4}}, {}])
+    ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")  # warnings are errors here
+
+
+def test_a_name_too_long_to_be_matched_is_one_line(tmp_path):
+    states = [random_factors(2, seed, modules=("." * 500,)) for seed in range(2)]
+    two_adapters(tmp_path, [{"alpha_pattern": {".*.*.*z": 4}}, {}], states)
+    with pytest.raises(FormatError, match=r"'\.\*\.\*\.\*z' is too intricate"):
+        ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
 
 
 def test_an_integer_of_too_many_digits_is_one_line(tmp_path):

@@ -27,6 +27,7 @@ Offsets = tuple[int, ...]
 _MOST_PIECES = 5_000_000
 _LONGEST_PLACE = 100
 _MOST_DIMENSIONS = 64
+_LARGEST_NUMBER = 1 << 60  # a number's hash is what is left of it after division by 2**61 - 1
 
 
 class Item(NamedTuple):
@@ -86,7 +87,7 @@ class Metadata:
         if (
             not isinstance(place, tuple)
             or not 1 <= len(place) <= _LONGEST_PLACE
-            or not all(isinstance(key, str | int) for key in place)
+            or not all(isinstance(key, str) or _is_small(key) for key in place)
         ):
             raise self._fault("has no valid place in the state dict", name)
         return place
@@ -167,11 +168,11 @@ class Metadata:
         return None
 
     def _numbers(self, value: object, name: str) -> tuple[int, ...]:
-        """A `torch.Size`: no negative numbers, none of more than 62 bits."""
+        """A `torch.Size`: no negative numbers, and none so large that others have its hash."""
         if (
             not isinstance(value, tuple)
             or len(value) > _MOST_DIMENSIONS
-            or not all(type(number) is int and 0 <= number < 1 << 62 for number in value)
+            or not all(_is_small(number) and number >= 0 for number in value)
         ):
             raise self._fault("has no valid shape", name)
         return value
@@ -199,6 +200,11 @@ class Metadata:
 
 _CHUNK = ("offsets", "sizes")
 _INFO = ("relative_path", "offset", "length")
+
+
+def _is_small(value: object) -> bool:
+    """Whether it is a whole number, of those that each have a hash of their own."""
+    return type(value) is int and abs(value) < _LARGEST_NUMBER
 
 
 def _names(descriptors: object) -> str:

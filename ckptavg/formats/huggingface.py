@@ -7,7 +7,6 @@ transformers, PEFT and diffusers (`save_pretrained`), the Trainer (`checkpoint-5
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from dataclasses import replace
@@ -18,10 +17,11 @@ from ckptavg import formats
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.recorded import trainer_record
 from ckptavg.formats.torchzip import Archive
+from ckptavg.jsontext import from_text
 from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from ckptavg.checkpoint import Checkpoint
@@ -50,7 +50,8 @@ _SHARD = re.compile(rf"({'|'.join(_STEMS)})-\d+-of-\d+\.(safetensors|bin)")
 # Beside a folder's own checkpoint stand these: a bare `global_step100/` among others is a
 # checkpoint itself, and what holds it is but a directory of checkpoints.
 _BESIDE_FOLDERS = {"trainer_state.json", "random_states_0.pkl"}
-_LARGEST_JSON = 256 << 20
+_LARGEST_JSON = 64 << 20
+_LARGEST_STEP = 1 << 63
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -129,7 +130,7 @@ def _open_shards(path: Path, index: str, key: str | None) -> Iterator[Checkpoint
     seen: dict[object, str] = {}
     for shard in sorted(wanted):
         file = path / shard
-        if not file.is_file():
+        if not _is_file(file, index):
             raise FormatError(f"is missing: {index} names it", path=file)
         opened = formats.open_checkpoint(file, key=key)
         twin = seen.setdefault(opened.parts[0].identity, shard)
@@ -137,6 +138,15 @@ def _open_shards(path: Path, index: str, key: str | None) -> Iterator[Checkpoint
             raise FormatError(f"is the same file as {printable(twin)}: a shard twice", path=file)
         _check_names(file, index, wanted[shard], opened.tensors)
         yield opened
+
+
+def _is_file(file: Path, index: str) -> bool:
+    try:
+        return file.is_file()
+    except OSError as error:  # of a name that is too long, say
+        raise FormatError(
+            f"cannot be read: {error.strerror}; {index} names it", path=file
+        ) from error
 
 
 def _check_names(file: Path, index: str, wanted: set[str], found: Mapping[str, Tensor]) -> None:
@@ -206,20 +216,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if source.size > _LARGEST_JSON:
         raise FormatError(f"is {source.size} bytes long", path=path)
     try:
-        found = json.loads(source.read(0, source.size), object_pairs_hook=_unique)
+        found = from_text(source.read(0, source.size).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is no valid JSON: {printable(error)}", path=path) from error
     if not isinstance(found, dict):
         raise FormatError("is no JSON object", path=path)
-    return found
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} twice")
-        found[key] = value
     return found
 
 
@@ -232,7 +233,7 @@ def _trainer(path: Path) -> tuple[dict[str, int | float], TrainingRecord | None]
     record = trainer_record(said, _scheduler(path))
     facts: dict[str, int | float] = {}
     step = said.get("global_step")
-    if type(step) is int and step >= 0:
+    if type(step) is int and 0 <= step < _LARGEST_STEP:
         facts["global_step"] = step
     if record.learning_rate is not None:
         facts["learning_rate"] = record.learning_rate

@@ -35,6 +35,7 @@ _MOST_KEPT = 100_000
 _MOST_VALUES = 1_000
 _DEEPEST = 5
 _LONGEST_NAME = 200
+_LONGEST_SCALAR = 8
 _OF_SCHEDULERS = ("last_epoch", "_last_lr", "_schedulers")
 # In the log of the Trainer, what stands beside the metrics.
 _NO_METRICS = ("epoch", "step", "learning_rate", "total_flos")
@@ -155,7 +156,8 @@ def _numpy_number(value: Placeholder) -> float | None:
     dtype, data = value.arguments
     if isinstance(data, Placeholder) and data.origin == "_codecs.encode" and data.arguments:
         text = data.arguments[0]
-        data = text.encode("latin-1", "ignore") if isinstance(text, str) else None
+        is_short = isinstance(text, str) and len(text) <= _LONGEST_SCALAR
+        data = str(text).encode("latin-1", "ignore") if is_short else None
     kind = dtype.arguments[0] if isinstance(dtype, Placeholder) and dtype.arguments else None
     code = _NUMPY_CODES.get(kind) if isinstance(kind, str) else None
     if code is None or not isinstance(data, bytes) or len(data) != struct.calcsize(code):

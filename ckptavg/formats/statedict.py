@@ -26,6 +26,7 @@ _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler",
 _NO_WEIGHTS = ("frozen_param_fragments",)
 _DEEPEST = 2
 _MOST = 1_000
+_LONGEST_NAME = 1_000  # of what holds a state dict; mappings without end can share a longer one
 
 
 def find_state_dicts(root: object, path: Path | None = None, key: str | None = None) -> StateDicts:
@@ -151,7 +152,7 @@ class _Finder:
             return
         before = len(self.found)
         for name, item in node.items():
-            if not isinstance(name, str) or is_training(name):
+            if not isinstance(name, str) or len(name) > _LONGEST_NAME or is_training(name):
                 continue
             # Further down a model is rather one of a configuration.
             value = self.modules.state_dict(item) if is_module(item) and not path else item

@@ -43,6 +43,7 @@ _HEAD = re.compile(
 _BUFFER = 64 << 10  # bytes that are read at a time, so up to which the storages' are read in vain
 _COUNT = 8  # bytes of the number before a storage
 _LARGEST_SIZE = 1 << 62
+_LONGEST_KEY = 1_000  # characters; torch's are numbers
 
 
 def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' common signature
@@ -100,6 +101,8 @@ class LegacyUnpickler(InertUnpickler):
         itemsize = storage_itemsize(kind)
         if itemsize is None:
             refuse("a storage of an unknown type")
+        if len(key) > _LONGEST_KEY:  # the name of each view has it
+            refuse("a storage with an endless key")
         if not 0 <= size < _LARGEST_SIZE:
             refuse("a storage of an impossible size")
         first_size, first_itemsize = self.storages.setdefault(key, (size, itemsize))

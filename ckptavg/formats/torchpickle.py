@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Expanded tensors repeat their bytes, and have to be held in memory whole.
 _LARGEST_REPEATED, _MOST_REPEATED = 1 << 28, 16
+_LONGEST_LABEL = 300
 
 Places = Callable[[Mapping[str, str]], Mapping[str, tuple[int, int]]]
 """Where storages begin in the file, and their bytes; missing ones are left out.
@@ -61,7 +62,10 @@ def describe(
     entries = found[taken]
     values = {name: value for name, value in entries.items() if is_tensor(value)}
     others = {name: value for name, value in entries.items() if name not in values}
-    inner = {f"{name}: {number}": tensor for number, (name, tensor) in enumerate(_inner(others))}
+    inner = {
+        f"{name[:_LONGEST_LABEL]}: {number}": tensor
+        for number, (name, tensor) in enumerate(_inner(others))
+    }
     located = locate(file.path, values, places)
     inner_located = locate(file.path, inner, places)
     return Checkpoint(
@@ -159,10 +163,14 @@ def _locate(path: Path, name: str, value: object, places: Mapping[str, tuple[int
     ):
         raise FormatError("has no valid shape and strides", path=path, tensor=name)
     itemsize = value.dtype.itemsize
+    # Of one index along an axis the stride says nothing: any number may stand there.
+    steps = tuple(
+        step if extent > 1 else 1 for extent, step in zip(value.shape, value.strides, strict=True)
+    )
     start, size = _storage(path, name, value.storage, places)
     if (value.offset + span_elements(value.shape, value.strides)) * itemsize > size:
         raise FormatError(f"reaches beyond its storage of {size} bytes", path=path, tensor=name)
-    strides = None if is_contiguous(value.shape, value.strides) else value.strides
+    strides = None if is_contiguous(value.shape, steps) else steps
     nbytes = math.prod(value.shape) * itemsize
     if strides is not None and nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
         raise FormatError(f"repeats {size} bytes to {nbytes}", path=path, tensor=name)

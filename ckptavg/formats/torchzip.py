@@ -87,6 +87,9 @@ class Archive:
         records = {entry.filename: entry for entry in entries}
         if len(records) != len(entries):
             raise FormatError("has two records of one name", path=file.path)
+        for name in records:
+            if name.startswith("/") or ".." in name.split("/"):
+                raise FormatError(f"has a record outside: {printable(name)}", path=file.path)
         _refuse_programs(file.path, records)
         pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:

@@ -36,7 +36,7 @@ _MOST_GLOBALS = 10_000
 _LONGEST_GLOBAL = 1_000
 # What calls may copy of their arguments: a bit, and several times what the pickle spells out.
 _FREE_COPIES = 1 << 20
-_COPIES_PER_BYTE = 4
+_COPIES_PER_BYTE = 2
 _COPIED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
 
 
@@ -132,6 +132,8 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python machi
             return self._call(inner, inner_arguments)
         if function is look_up:
             owner, name = arguments
+            if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
+                refuse("an attribute whose name is no text")
             return self.find_class(getattr(owner, "origin", "?"), name)
         return function(*arguments)
 

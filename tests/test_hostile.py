@@ -1,0 +1,73 @@
+"""Files that are damaged or made to do harm: one line, soon, in little memory, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckptavg.errors import CkptAvgError
+from ckptavg.formats import open_checkpoint
+from tests.hostile_files import KINDS, MEMORY, SECONDS, _every_cut
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What came of each, in processes of their own."""
+    folder = tmp_path_factory.mktemp("hostile")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile_files", str(folder)],
+        check=True, capture_output=True, cwd=ROOT,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_one_line_and_nothing_else(outcomes, kind):
+    code, said, seconds, memory, nothing_left = outcomes[kind]
+    assert code == "1", said
+    assert said.startswith("ckptavg: error: ")
+    assert said.endswith("\n")
+    assert said[:-1].isprintable(), said
+    assert len(said) < 2_000
+    assert seconds < SECONDS
+    assert memory < MEMORY
+    assert nothing_left
+
+
+def test_every_beginning_of_a_file_is_refused_by_name(tmp_path):
+    _every_cut(tmp_path / "cut")
+    for path in (tmp_path / "cut").iterdir():
+        with pytest.raises(CkptAvgError) as caught:
+            open_checkpoint(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_flipped_bytes_are_read_or_refused_in_one_line(tmp_path, kind):
+    state = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
+    path = tmp_path / f"x.{kind}"
+    save_file(state, path) if kind == "safetensors" else torch.save(state, path)
+    whole, made = path.read_bytes(), random.Random(0)  # noqa: S311
+    for _ in range(1_000):
+        data = bytearray(whole)
+        for _ in range(made.choice([1, 1, 2, 8])):
+            data[made.randrange(len(data))] ^= 1 << made.randrange(8)
+        path.write_bytes(data)
+        try:
+            opened = open_checkpoint(path)
+            for name in opened.tensors:
+                opened.read(name)
+        except CkptAvgError as error:
+            said = str(error)
+            assert said.startswith(f"{path}: ")
+            assert said.isprintable()

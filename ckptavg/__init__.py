@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.ranks import Ranks as Ranks
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
     from ckptavg.selection import Selection as Selection
+    from ckptavg.verifying import verify as verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "average",
     "average_many",
     "refresh_norm",
+    "verify",
 ]
 
 _HOMES = {
     "average": "ckptavg.averaging",
     "average_many": "ckptavg.averaging",
     "refresh_norm": "ckptavg.norm.refresh",
+    "verify": "ckptavg.verifying",
     "Ranks": "ckptavg.norm.ranks",
     "Selection": "ckptavg.selection",
     "CkptAvgError": "ckptavg.errors",

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from ckptavg import __version__
+from ckptavg import __version__, digests
 from ckptavg.checkpoint import PROVENANCE
 from ckptavg.collect import survey
 from ckptavg.compare import fingerprints
@@ -39,7 +39,7 @@ from ckptavg.writing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.checkpoint import Checkpoint
@@ -81,6 +81,8 @@ class Options:
     threads: int | None = None
     dry_run: bool = False
     progress: Progress | None = None
+    hash: bool = False
+    hash_progress: Progress | None = None
     ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +118,14 @@ class Options:
     def exact(self) -> bool:
         """Whether products of LoRA factors are averaged."""
         return self.lora == "exact"
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the values of the output depend on, where it is not as it usually is."""
+        usual = Options()
+        names = ("dtype", "norm_stats", "lora", "keep_prefix", "update")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
 
 class Averages:
@@ -222,15 +232,29 @@ class Averages:
             _check_order(collection, target, plan.last(number).checkpoint)
         # Of joined factors the last checkpoint's are gone, and such averages are not updated.
         contents = None if options.exact else fingerprints(collection)
-        layouts = [
-            self._layout(plan, number, variant, target, replaced=replaced, contents=contents)
-            for number, (variant, target) in enumerate(zip(variants, targets, strict=True))
-        ]
+
+        def lay_out_all(hashes: Mapping[Path, str] | None) -> list[Layout]:
+            return [
+                self._layout(
+                    plan, number, variant, target,
+                    replaced=replaced, contents=contents, hashes=hashes,
+                )
+                for number, (variant, target) in enumerate(zip(variants, targets, strict=True))
+            ]  # fmt: skip
+
+        read = [source.checkpoint for source in plan.used]
+        unknown = {path: digests.UNKNOWN for one in read for path in digests.files(one)}
+        layouts = lay_out_all(unknown if options.hash else None)
         for target, layout in zip(targets, layouts, strict=True):
             self._check(target, layout, several=len(targets) > 1)
         threads = options.threads or default_threads(plan.used)
+        made: Sequence[str | None] = [None] * len(targets)
+        hashes: dict[Path, str] = {}
         if not options.dry_run:
-            write(
+            if options.hash:
+                hashes = self._hash(read, threads)
+                layouts = lay_out_all(hashes)
+            made = write(
                 plan,
                 [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)],
                 force=options.force, fsync=options.fsync, threads=threads,
@@ -241,9 +265,21 @@ class Averages:
             summarise(
                 plan, variant, layout, target.path,
                 norm_stats=_norm_state(plan), written=not options.dry_run, threads=threads,
+                sha256=digest, hashes=hashes,
             )
-            for variant, layout, target in zip(variants, layouts, targets, strict=True)
+            for variant, layout, target, digest in zip(
+                variants, layouts, targets, made, strict=True
+            )
         )  # fmt: skip
+
+    def _hash(self, checkpoints: Sequence[Checkpoint], threads: int) -> dict[Path, str]:
+        """The digests of all files that are read; of several processes, each makes its share."""
+        options, ranks = self._options, self._options.ranks
+        own = checkpoints if ranks is None else checkpoints[ranks.rank :: ranks.size]
+        found = digests.of_files(own, threads, options.hash_progress)
+        for others in () if ranks is None else ranks.gather(found):
+            found |= others
+        return found
 
     def _join(
         self, collection: Collection, weights: Weights, target: Destination
@@ -286,6 +322,7 @@ class Averages:
         *,
         replaced: dict[str, bytes],
         contents: dict[Source, str] | None,
+        hashes: Mapping[Path, str] | None,
     ) -> Layout:
         """An output's layout with its provenance in it."""
         source = plan.last(number)
@@ -297,12 +334,18 @@ class Averages:
             outputs = tuple(
                 OutputTensor(one.names[:1], one.dtype, one.shape, one.nbytes) for one in outputs
             )
-        sources = provenance_sources(variant, contents)
+        sources = provenance_sources(variant, contents, hashes)
+        if self._base is not None:
+            sources = folded_sources(self._base, sources)
+        recorded = self._options.recorded
         metadata[PROVENANCE] = encode_provenance(
             {
                 "version": __version__,
                 "scheme": variant.weights.scheme,
-                "sources": sources if self._base is None else folded_sources(self._base, sources),
+                "sources": sources,
+                "divisor": variant.weights.divisor,
+                **({"options": recorded} if recorded else {}),
+                **({"sha256": digests.UNKNOWN} if hashes else {}),
                 "roles": plan.counts,
                 **({"key": last.key} if last.key else {}),
                 **({"selection": variant.rules} if variant.rules else {}),

@@ -47,6 +47,8 @@ def average(
     threads: int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    hash: bool = False,  # noqa: A002 - the option's name
+    hash_progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> Summary:
     """Average checkpoints into one, in memory that does not grow with them.
@@ -85,6 +87,8 @@ def average(
             most, and for 16 where bytes come over a network.
         dry_run: write nothing, only say what would be done.
         progress: hears of the bytes written.
+        hash: record SHA-256 of the checkpoints' files and of the output's tensors.
+        hash_progress: hears of the bytes hashed.
         ranks: the processes that do it together, on a file system that all of them see; each calls
             this with the same arguments.
 
@@ -97,7 +101,7 @@ def average(
         drop_aliases=drop_aliases, dtype=dtype, ints=ints, norm_stats=norm_stats, lora=lora,
         allow_nonfinite=allow_nonfinite, expect=expect, force=force, fsync=fsync,
         container=container, max_shard_size=max_shard_size, threads=threads, dry_run=dry_run,
-        progress=progress, ranks=ranks,
+        progress=progress, hash=hash, hash_progress=hash_progress, ranks=ranks,
     )  # fmt: skip
     schemes = _schemes(weights)
     if len(schemes) != 1:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.jobs import chunks
+from ckptavg.pauses import signals_waiting
 from ckptavg.worker import Worker
 
 if TYPE_CHECKING:
@@ -79,13 +80,14 @@ class _Crew:
         """Set them to work; fewer of them where the system has no more to give."""
         for _ in range(threads):
             thread = threading.Thread(target=self._work, daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:
-                if not self._threads:
-                    raise CkptAvgError(f"cannot start a thread: {error}") from error
-                break
-            self._threads.append(thread)
+            with signals_waiting():
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    if not self._threads:
+                        raise CkptAvgError(f"cannot start a thread: {error}") from error
+                    break
+                self._threads.append(thread)
 
     def reports(self) -> Iterator[int]:
         """Bytes of each chunk; raises the first failure once all have stopped."""

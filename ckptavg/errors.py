@@ -96,6 +96,10 @@ class OutputError(CkptAvgError):
     """The output cannot be written."""
 
 
+class VerificationError(CkptAvgError):
+    """An average is not what it says of itself, or not what its checkpoints give."""
+
+
 class RefreshError(CkptAvgError):
     """The norm statistics cannot be refreshed with this model and this loader."""
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import threading
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from ckptavg import scratch
 from ckptavg.errors import OutputError, printable
 
 if TYPE_CHECKING:
@@ -68,6 +68,49 @@ def check_parent(path: Path) -> None:
         raise OutputError(f"{printable(path.parent)} is not to be written to", path=path)
 
 
+def check_room(path: Path, size: int) -> None:
+    """Find out before the work starts whether so many bytes are free beside a path.
+
+    Raises:
+        OutputError: they are not.
+    """
+    try:
+        found = os.statvfs(path.parent)
+    except OSError:
+        return
+    blocks = found.f_bavail if os.geteuid() else found.f_bfree  # some are kept for root
+    free = blocks * found.f_frsize
+    if found.f_blocks and free < size:  # a file system that does not count has no blocks
+        raise OutputError(
+            f"cannot write it: {os.strerror(errno.ENOSPC)} "
+            f"({size} bytes are needed, {free} are free)",
+            path=path,
+        )
+
+
+def identify(path: Path) -> tuple[int, ...] | None:
+    """What tells whether it is another file or directory now; None if there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def refuse_another(path: Path, known: tuple[int, ...] | None) -> None:
+    """Refuse to replace what has come there since `known` was found out.
+
+    Raises:
+        OutputError: somebody else has written it.
+    """
+    if identify(path) not in (None, known):
+        raise OutputError(
+            "somebody else wrote it meanwhile", path=path, remedy="start again, or name another"
+        )
+
+
 def write_all(fd: int, offset: int, data: memoryview) -> None:
     """Write all of `data`, which the system may take in pieces."""
     while len(data):
@@ -94,6 +137,7 @@ class OutputFile:
     ) -> None:
         self.path, self._layout, self._force, self._fsync = path, layout, force, fsync
         self._shared = shared
+        self._replaced = identify(path)
         self._temporary: Path | None = None
         self._syncer: _Syncer | None = None
 
@@ -137,18 +181,19 @@ class OutputFile:
         if not self._shared and hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
             # Not every file system knows it; NFS does not.
             with contextlib.suppress(OSError):
-                return os.open(self.path.parent, flags | os.O_TMPFILE, _MODE)
-        self._temporary = self._beside()
-        return os.open(self._temporary, flags | os.O_CREAT | os.O_EXCL, _MODE)
+                fd = os.open(self.path.parent, flags | os.O_TMPFILE, _MODE)
+                scratch.hold(fd)
+                return fd
+        self._temporary, fd = scratch.make(
+            self.path, lambda name: os.open(name, flags | os.O_CREAT | os.O_EXCL, _MODE)
+        )
+        return fd
 
     @property
     def temporary(self) -> tuple[Path, ...]:
         """Where other processes find it, while it is written."""
         assert self._temporary is not None, "a file that is not shared has no name"  # noqa: S101
         return (self._temporary,)
-
-    def _beside(self) -> Path:
-        return self.path.with_name(f".ckptavg-{secrets.token_hex(4)}.tmp")
 
     def _discard(self) -> None:
         """Close it, and take away a temporary name that was not used up."""
@@ -166,6 +211,13 @@ class OutputFile:
             write_all(self._fd, offset, data)
         if self._syncer is not None:
             self._syncer.written(size)
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` with what was written from `offset`."""
+        with self._explained():
+            while len(out):
+                count = os.preadv(self._fd, [out], offset)
+                out, offset = out[count:], offset + count
 
     def commit(self) -> None:
         """Fill in the checksums, bring it to the disk, and give it its name."""
@@ -193,14 +245,16 @@ class OutputFile:
         return crc
 
     def _publish(self) -> None:
-        """Give it its name: in one step, and without `force` never over another file."""
+        """Give it its name: in one step, and never over a file that was not there before."""
         if self._force:
             if self._temporary is None:
-                self._temporary = self._beside()
+                self._temporary = scratch.name_beside(self.path)
                 self._name_nameless(self._temporary)
             self._keep_mode()
-            self._temporary.replace(self.path)
-            self._temporary = None
+            with scratch.alone_in(self.path.parent):
+                refuse_another(self.path, self._replaced)
+                self._temporary.replace(self.path)
+                self._temporary = None
         elif self._temporary is None:
             self._name_nameless(self.path)
         else:
@@ -226,11 +280,16 @@ class OutputFile:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
             # A file system without hard links: look before the rename, which would replace.
-            if os.path.lexists(self.path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-            temporary.rename(self.path)
+            with scratch.alone_in(self.path.parent):
+                if os.path.lexists(self.path):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+                temporary.rename(self.path)
         else:
-            temporary.unlink()  # now: a directory around it may get another name
+            try:
+                temporary.unlink()  # now: a directory around it may get another name
+            except OSError:
+                self.path.unlink()
+                raise
         self._temporary = None
 
     def _sync_directory(self) -> None:
@@ -246,7 +305,7 @@ class OutputFile:
             yield
         except FileExistsError as error:
             raise OutputError(
-                "exists already: somebody wrote it meanwhile",
+                "exists already: somebody else wrote it meanwhile",
                 path=self.path,
                 remedy="--force replaces it",
             ) from error

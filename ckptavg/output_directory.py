@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats import huggingface
-from ckptavg.output import OutputFile, check_parent
+from ckptavg.output import OutputFile, check_parent, identify, refuse_another
+from ckptavg.scratch import alone_in, folder_beside, place_aside, put_back
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -99,15 +99,16 @@ class OutputDirectory:
         self.path = path.resolve() if path.is_symlink() else path
         self._layout, self._force, self._fsync = layout, force, fsync
         self._bases, self._shared = layout.bases, shared
+        self._replaced = identify(self.path)
         self._files: list[OutputFile] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._folder = self.path.with_name(f".ckptavg-{secrets.token_hex(4)}.tmp")
+        if put_back(self.path):
+            self._replaced = identify(self.path)
         with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(folder_beside(self.path))
             with self._explained():
-                self._folder.mkdir()
-                stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
                 for name, layout in self._layout.files.items():
                     path = self._folder / name
                     path.parent.mkdir(exist_ok=True)
@@ -138,6 +139,11 @@ class OutputDirectory:
         with self._explained():
             self._files[number].write(offset - self._bases[number], data)
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` with what was written from `offset`; it does not reach over a file's end."""
+        number = bisect.bisect_right(self._bases, offset) - 1
+        self._files[number].read_into(offset - self._bases[number], out)
+
     def commit(self) -> None:
         """Bring all files to the disk, and give the directory its name."""
         with self._explained():
@@ -159,23 +165,29 @@ class OutputDirectory:
         for name in self._layout.files:
             with contextlib.suppress(FileNotFoundError):
                 (self._folder / name).chmod(stat.S_IMODE((self.path / name).stat().st_mode))
-        try:
-            exchange(self._folder, self.path)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-            self._replace_in_two_steps()
+        with alone_in(self.path.parent):
+            refuse_another(self.path, self._replaced)
+            try:
+                exchange(self._folder, self.path)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                self._replace_in_two_steps()
 
     def _replace_in_two_steps(self) -> None:
-        """For file systems that cannot exchange two names."""
-        aside = self.path.with_name(f"{self._folder.name}-old")
-        self.path.rename(aside)
+        """For file systems that cannot exchange two names. One killed in between is mended later."""
+        aside = place_aside(self.path)
         try:
+            self.path.rename(aside)
             self._folder.rename(self.path)
-        except BaseException:  # a signal, too
-            aside.rename(self.path)
-            raise
-        aside.rename(self._folder)  # which goes away
+        finally:  # after a signal's exception, too
+            if os.path.lexists(self.path):
+                try:
+                    aside.rename(self._folder)  # which goes away
+                except OSError:
+                    shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(self.path)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -188,7 +200,7 @@ class OutputDirectory:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise OutputError(
-                    "exists already: somebody wrote it meanwhile",
+                    "exists already: somebody else wrote it meanwhile",
                     path=self.path,
                     remedy="--force replaces it",
                 ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.digests import told
 from ckptavg.paths import shown
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class SourceSummary:
         digest: SHA-256 of what describes its tensors, in hex.
         weight: its share: of the sum of the weights, where these are normalised.
         step: what it records of its place in the training, such as `("global_step", 500)`.
+        sha256: of its file, or of each of its files by name; None where they were not hashed.
     """
 
     name: str
@@ -43,6 +45,7 @@ class SourceSummary:
     digest: str
     weight: float
     step: tuple[str, int] | None
+    sha256: str | dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Summary:
         bytes_read: bytes of tensors that are read, for all outputs that are made at once.
         bytes_written: bytes of the output.
         memory: bytes of memory at the peak, an estimate.
+        sha256: of its tensors (see `docs/reliability.md`); None where they were not hashed.
     """
 
     output: str
@@ -75,6 +79,7 @@ class Summary:
     bytes_read: int
     bytes_written: int
     memory: int
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def summarise(
     norm_stats: str,
     written: bool,
     threads: int,
+    sha256: str | None,
+    hashes: Mapping[Path, str],
 ) -> Summary:
     """Put together what is to be said of one output."""
     weights = variant.weights
@@ -128,6 +135,7 @@ def summarise(
                 source.checkpoint.digest,
                 value / weights.divisor,
                 source.checkpoint.step,
+                told(source.checkpoint, hashes) if hashes and value else None,
             )
             for name, source, value in zip(
                 variant.names, variant.sources, weights.values, strict=True
@@ -143,4 +151,5 @@ def summarise(
         + threads * (_THREAD_MEMORY + (len(plan.columns) - 1) * _OUTPUT_MEMORY)
         + len(plan.collection.names) * _TENSOR_MEMORY
         + plan.largest_strided,
+        sha256=sha256,
     )

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ckptavg.summary import Variant
 
 _FEWEST_BITS = 32
-_ROUNDING = 1e-9
 _UNIFORM = ("uniform", "greedy soup")
 
 
@@ -132,10 +131,10 @@ def _members(source: Source) -> tuple[dict[str, Any], ...]:
             f"is no uniform average ({printable(scheme)}), which alone can be updated",
             path=source.path,
         )
-    share = 1 / len(members)
+    if entry.get("divisor") != len(members):
+        raise SelectionError("is no mean: its provenance has another divisor", path=source.path)
     for member in members:
-        weight = member.get("weight") if isinstance(member, dict) else None
-        if not isinstance(weight, float) or abs(weight - share) > _ROUNDING:
+        if not isinstance(member, dict) or member.get("weight") != 1:
             raise SelectionError("is no mean: its provenance has other weights", path=source.path)
     return tuple(members)
 
@@ -179,4 +178,4 @@ def folded_sources(base: Base, sources: list[dict[str, Any]]) -> list[dict[str, 
     steps = [entry.get("step") for entry in every]
     if all(isinstance(step, list) and step[0] == (steps[0] or [""])[0] for step in steps):
         every.sort(key=lambda entry: int(entry["step"][1]))
-    return [{**entry, "weight": 1 / len(every)} for entry in every]
+    return [{**entry, "weight": 1.0} for entry in every]

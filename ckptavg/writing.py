@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ckptavg import digests
 from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.jobs import BadValueError
-from ckptavg.output import OutputFile, check_destination
+from ckptavg.output import OutputFile, check_destination, check_room
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
 from ckptavg.paths import is_remote
+from ckptavg.scratch import clear_beside
 from ckptavg.shared_output import JoinedOutput
 
 if TYPE_CHECKING:
@@ -66,6 +69,7 @@ def check_output(path: Path, layout: Layout, *, force: bool) -> None:
         check_directory_destination(path, layout.files, force=force)
     else:
         check_destination(path, force=force)
+    check_room(path, sum(file.size for file in layout.files.values()))
 
 
 def write(
@@ -78,7 +82,7 @@ def write(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
-) -> None:
+) -> list[str | None]:
     """Carry a plan out: the outputs are complete afterwards, or were never there.
 
     Args:
@@ -91,6 +95,9 @@ def write(
         progress: hears of the bytes written.
         ranks: the processes that do it together, each its share of the chunks; the first one makes
             the outputs and gives them their names.
+
+    Returns:
+        For each output the digest of its tensors, where it has a place for it in its metadata.
 
     Raises:
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
@@ -115,16 +122,31 @@ def write(
                         break  # gathering says so
             except BadValueError as error:
                 raise plan.name_of(error) from error
-        _check_unchanged(plan)
+        _check_unchanged(plan, layouts)
         for sink in sinks:
             if isinstance(sink, JoinedOutput):
                 sink.finish()
         written = sum(ranks.gather(written)) if ranks else written
         if written != total:
             raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
-        _commit([sink for sink in sinks if not isinstance(sink, JoinedOutput)], force=force)
+        own = [sink for sink in sinks if not isinstance(sink, JoinedOutput)]
+        made = [_fill_in(sink, layout) for sink, layout in zip(own, layouts, strict=False)]
+        _commit(own, force=force)
         if ranks is not None:
-            ranks.gather(None)  # none says that it is done before the outputs have their names
+            # None says that it is done before the outputs have their names.
+            made = ranks.gather(made)[0]
+        return made
+
+
+def _fill_in(sink: OutputFile | OutputDirectory, layout: Layout) -> str | None:
+    """Put the digest of an output's tensors where its metadata waits for it."""
+    marks = digests.marks(layout)
+    if not marks:
+        return None
+    found = digests.of_output(sink, layout)
+    for mark in marks:
+        sink.write(mark, memoryview(found.encode()))
+    return found
 
 
 def _enter(
@@ -145,6 +167,8 @@ def _enter(
     together = ranks is not None and ranks.size > 1
     made: list[OutputFile | OutputDirectory] = []
     if ranks is None or ranks.rank == 0:
+        for path in {path.parent: path for path, _ in outputs}.values():
+            clear_beside(path)
         made = [_open(path, layout, force, fsync, shared=together) for path, layout in outputs]
         for sink in made:
             stack.enter_context(sink)
@@ -177,10 +201,15 @@ def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
     return digest.hexdigest()
 
 
-def _check_unchanged(plan: Plan) -> None:
-    for source in plan.used:
-        for part in source.checkpoint.parts:
-            part.check_unchanged()
+def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
+    """Raise if a file that was read is no longer what it was."""
+    used = (part for source in plan.used for part in source.checkpoint.parts)
+    copied = (copy.part for layout in layouts for copy in layout.copies)
+    between = (
+        place.part for layout in layouts for places in layout.scattered.values() for place in places
+    )
+    for part in {id(part): part for part in itertools.chain(used, copied, between)}.values():
+        part.check_unchanged()
 
 
 def _commit(sinks: Sequence[OutputFile | OutputDirectory], *, force: bool) -> None:
@@ -227,23 +256,28 @@ def encode_provenance(entry: dict[str, Any]) -> str:
 
 
 def provenance_sources(
-    variant: Variant, contents: Mapping[Source, str] | None = None
+    variant: Variant,
+    contents: Mapping[Source, str] | None = None,
+    hashes: Mapping[Path, str] | None = None,
 ) -> list[dict[str, Any]]:
     """What a file says of its sources: no absolute paths, no times.
 
     Args:
         variant: what it is made of.
         contents: what tells the checkpoints' weights apart; None to leave it out.
+        hashes: digests of the files of those that have a weight; None to leave them out.
     """
-    weights = variant.weights
     return [
         {
             "name": label,
             "bytes": source.checkpoint.size,
             "header_sha256": source.checkpoint.digest,
             **({"content": contents[source]} if contents else {}),
+            **({"sha256": digests.told(source.checkpoint, hashes)} if hashes and value else {}),
             **({"step": list(source.checkpoint.step)} if source.checkpoint.step else {}),
-            "weight": value / weights.divisor,
+            "weight": value,
         }
-        for label, source, value in zip(variant.names, variant.sources, weights.values, strict=True)
+        for label, source, value in zip(
+            variant.names, variant.sources, variant.weights.values, strict=True
+        )
     ]

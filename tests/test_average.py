@@ -134,11 +134,9 @@ def test_weights_are_normalised_and_zero_weights_are_not_read(tmp_path):
     ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", weights=[1, 0, 3])
     wanted = (states[0]["w"].double() + 3 * states[2]["w"].double()) / 4
     assert same_bits(load_file(tmp_path / "out.safetensors")["w"], wanted.float())
-    assert [source["weight"] for source in provenance(tmp_path / "out.safetensors")["sources"]] == [
-        0.25,
-        0,
-        0.75,
-    ]
+    entry = provenance(tmp_path / "out.safetensors")
+    assert [source["weight"] for source in entry["sources"]] == [1, 0, 3]
+    assert entry["divisor"] == 4
 
 
 @pytest.mark.parametrize(
@@ -577,7 +575,8 @@ class TestOutput:
         assert [source["bytes"] for source in entry["sources"]] == [
             path.stat().st_size for path in paths
         ]
-        assert [source["weight"] for source in entry["sources"]] == [0.5, 0.5]
+        assert [source["weight"] for source in entry["sources"]] == [1, 1]
+        assert entry["divisor"] == 2
         assert entry["roles"] == {"averaged": 6, "kept": 1, "last": 1}
 
     def test_metadata_of_the_last_checkpoint_is_carried_over(self, tmp_path):

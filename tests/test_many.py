@@ -228,7 +228,8 @@ class TestUpdate:
         assert [source["name"] for source in made["sources"]] == [
             f"step_{step}.safetensors" for step in range(6)
         ]
-        assert {source["weight"] for source in made["sources"]} == {1 / 6}
+        assert {source["weight"] for source in made["sources"]} == {1}
+        assert made["divisor"] == 6
         assert made["scheme"] == summary.scheme == "uniform"
 
     @pytest.mark.usefixtures("run")

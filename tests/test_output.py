@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import zlib
 from pathlib import Path
 
 import pytest
 
+from ckptavg import scratch
 from ckptavg.errors import OutputError
 from ckptavg.layout import Checksum, FileLayout
 from ckptavg.output import OutputFile, check_destination
@@ -108,7 +110,7 @@ def test_a_directory_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
 def test_of_two_writers_at_once_one_wins_and_the_other_says_so(tmp_path):
     with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=False) as first:
         write(tmp_path / "out")
-        with pytest.raises(OutputError, match="somebody wrote it meanwhile"):
+        with pytest.raises(OutputError, match="somebody else wrote it meanwhile"):
             first.commit()
     assert (tmp_path / "out").read_bytes() == b"head0123456789abcdef"
     assert os.listdir(tmp_path) == ["out"]
@@ -195,3 +197,14 @@ class TestDestination:
         (tmp_path / "locked").mkdir(mode=0o555)
         with pytest.raises(OutputError, match="not to be written to"):
             check_destination(tmp_path / "locked" / "out", force=False)
+
+
+def test_within_a_directory_of_its_own_no_other_run_is_waited_for(tmp_path):
+    with scratch.folder_beside(tmp_path / "out") as folder:
+        (folder / "out").write_bytes(b"old")
+        started = time.monotonic()
+        with OutputFile(folder / "out", FileLayout(3), force=True, fsync=False) as out:
+            out.write(0, memoryview(b"new"))
+            out.commit()
+        assert time.monotonic() - started < 5
+    assert list(tmp_path.iterdir()) == []

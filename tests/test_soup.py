@@ -306,8 +306,8 @@ class TestOutput:
         assert entry["scheme"] == found.summary.scheme == "greedy soup"
         names = [f"step_{place}.pt" for place in kept(found)]
         assert [source["name"] for source in entry["sources"]] == names
-        weights = [source["weight"] for source in entry["sources"]]
-        assert weights == [pytest.approx(1 / len(names))] * len(names)
+        assert [source["weight"] for source in entry["sources"]] == [1] * len(names)
+        assert entry["divisor"] == len(names)
         assert entry["norm_stats"] == {"state": "stale"}
 
     def test_is_refused_where_there_is_one_before_anything_is_evaluated(self, train, states):

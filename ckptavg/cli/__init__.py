@@ -17,6 +17,7 @@ from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.soup import soup
+from ckptavg.cli.verify import verify
 from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for _command in (average, bn_refresh, evaluate, soup, inspect, demo):
+for _command in (average, bn_refresh, evaluate, soup, inspect, verify, demo):
     cli.add_command(_command)
 
 

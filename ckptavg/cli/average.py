@@ -117,6 +117,12 @@ _ROLES = {
 @click.option(
     "--expect", type=click.IntRange(1), metavar="N", help="Fail unless there are N checkpoints."
 )
+@click.option(
+    "--hash",
+    is_flag=True,
+    help="Record SHA-256 of the checkpoints and of the output, for `ckptavg verify`: the "
+    "checkpoints are read once more.",
+)
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option(
@@ -163,10 +169,10 @@ def average(
             raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
         if options.pop("update"):
             raise click.UsageError("--update makes one average: one --last and one of --weights")
-        with _ranks(console) as ranks, console.progress("averaging", "B") as progress:
+        with _ranks(console) as ranks, _progress(console) as progress:
             summaries = average_many(
-                inputs, output, last=last, weights=weights, select=select, progress=progress,
-                ranks=ranks, **options,
+                inputs, output, last=last, weights=weights, select=select, ranks=ranks,
+                **progress, **options,
             )  # fmt: skip
         for summary in summaries:
             _say(console, summary, summary.output)
@@ -175,8 +181,8 @@ def average(
     select = dataclasses.replace(select, last=last[0] if last else None)
     options |= {"weights": weights, "select": select}
     if refresh is None or dry_run:
-        with _ranks(console) as ranks, console.progress("averaging", "B") as progress:
-            summary = run(inputs, output, progress=progress, ranks=ranks, **options)
+        with _ranks(console) as ranks, _progress(console) as progress:
+            summary = run(inputs, output, ranks=ranks, **progress, **options)
         _say(console, summary, output)
         console.result(summary)
         return
@@ -184,16 +190,25 @@ def average(
 
     with (
         console.others_to_stderr(),
-        console.progress("averaging", "B") as progress,
+        _progress(console) as progress,
         console.progress("refreshing", "batch") as refresh_progress,
     ):
         summary, report = average_and_refresh(
-            inputs, output, refresh,
-            progress=progress, refresh_progress=refresh_progress, **options,
-        )  # fmt: skip
+            inputs, output, refresh, refresh_progress=refresh_progress, **progress, **options
+        )
     _say(console, summary, output, refreshed=True)
     say_report(console, report)
     console.result({**vars(summary), "refresh": report.as_dict()})
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[dict[str, Any]]:
+    """The bars of an average, as keywords."""
+    with (
+        console.progress("hashing", "B") as hashing,
+        console.progress("averaging", "B") as averaging,
+    ):
+        yield {"hash_progress": hashing, "progress": averaging}
 
 
 @contextlib.contextmanager
@@ -231,6 +246,8 @@ def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = F
         )
         return
     console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
+    if summary.sha256 is not None and not refreshed:
+        console.say(f"  its tensors have SHA-256 {summary.sha256}")
     if summary.norm_stats == "stale" and not refreshed:
         name = shlex.quote(str(output))
         console.say(

@@ -231,6 +231,8 @@ class Console:
                 if now - shown >= _REDRAW or bars[0].pos + waiting == total:
                     bars[0].update(waiting)
                     shown, waiting = now, 0
+                if bars[0].pos == total:
+                    stack.close()  # the next one's line
 
             yield advance
 

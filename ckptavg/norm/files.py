@@ -28,7 +28,9 @@ from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance
+from ckptavg.paths import is_remote
 from ckptavg.roles import is_norm_statistic
+from ckptavg.scratch import put_back
 
 if TYPE_CHECKING:
     import os
@@ -107,6 +109,8 @@ def refresh_checkpoint(
     """
     ranks = ranks or Ranks()
     with ranks.together():
+        if not is_remote(path) and ranks.rank == 0:
+            put_back(path)
         checkpoint = open_checkpoint(path, key=key)
         rewriting = Rewriting(
             checkpoint, output, in_place=in_place, container=container,

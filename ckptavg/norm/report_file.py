@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.jsontext import to_text
 from ckptavg.output import check_destination
+from ckptavg.scratch import folder_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,8 +64,8 @@ class ReportFile:
         where = {"checkpoint": printable(checkpoint), "output": printable(output or checkpoint)}
         text = to_text(where | report.as_dict(statistics=True)) + "\n"
         try:
-            with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=self._path.parent) as folder:
-                made = Path(folder, self._path.name)
+            with folder_beside(self._path) as folder:
+                made = folder / self._path.name
                 made.write_text(text, encoding="utf-8")
                 made.replace(self._path)
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg import __version__
 from ckptavg.averages import default_threads
 from ckptavg.checkpoint import PROVENANCE
+from ckptavg.digests import UNKNOWN
 from ckptavg.errors import OutputError
 from ckptavg.formats import huggingface
 from ckptavg.output import check_vacant
@@ -128,6 +129,7 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
     entry = checkpoint.provenance or {
         "scheme": "none",
         "sources": provenance_sources(_alone(checkpoint)),
+        "divisor": 1.0,
     }
     state: dict[str, Any] = {"state": "none"}
     if any(map(is_norm_statistic, checkpoint.tensors)):
@@ -140,7 +142,8 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
             "samples": report.samples,
             "seed": seed,
         }
-    return {**entry, "version": __version__, "norm_stats": state}
+    hashed = {"sha256": UNKNOWN} if "sha256" in entry else {}
+    return {**entry, **hashed, "version": __version__, "norm_stats": state}
 
 
 def _alone(checkpoint: Checkpoint) -> Variant:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
 from ckptavg.output import check_vacant
 from ckptavg.schemes import parse
+from ckptavg.scratch import folder_beside
 from ckptavg.selection import Selection, Verdict, chosen
 from ckptavg.selection import select as choose
 from ckptavg.summary import Summary, Variant
@@ -128,10 +128,7 @@ def soup(
     check_vacant(target, force=force)
     rules = select or Selection()
     common: dict[str, Any] = {"select": rules, "key": key, "threads": threads}
-    with (
-        said_once(),
-        tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=target.parent) as folder,
-    ):
+    with said_once(), folder_beside(target) as folder:
         found = survey(inputs, key=key, wanted=rules.unwanted)
         refuse_own_input(target, found.files)
         taken = chosen(choose(found, rules))
@@ -139,7 +136,7 @@ def soup(
         # What cannot be averaged, or not be put there, is to be found out before the evaluations.
         check = _Averager(inputs, Options(**common, force=True, dry_run=True))
         check.write([str(verdict.source.path) for verdict in taken], output)
-        trial = Path(folder, f"trial{target.suffix if target.suffix in SUFFIXES else SUFFIXES[0]}")
+        trial = folder / f"trial{target.suffix if target.suffix in SUFFIXES else SUFFIXES[0]}"
         trials = _Trials(
             inputs, taken, options, mode=way, trial=trial, common=common, progress=progress
         )
@@ -150,7 +147,7 @@ def soup(
         trial.unlink(missing_ok=True)
         last = Options(**common, force=force, fsync=fsync)
         summary, refresh = _write(
-            inputs, output, kept, last, refresh=options.refresh, folder=Path(folder)
+            inputs, output, kept, last, refresh=options.refresh, folder=folder
         )
     return Soup(options.metric_name, way, tuple(steps), value, uniform, summary, refresh)
 

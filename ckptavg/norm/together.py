@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +11,7 @@ from ckptavg.averaging import average
 from ckptavg.errors import OutputError
 from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.output import check_vacant
+from ckptavg.scratch import folder_beside
 from ckptavg.writing import refuse_own_input
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def average_and_refresh(
     """
     target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
     check_vacant(target, force=force)
-    with tempfile.TemporaryDirectory(prefix=".ckptavg-", dir=target.parent) as folder:
+    with folder_beside(target) as folder:
         # With the slash that makes a directory of it, if there is one.
         average_path = os.path.join(folder, target.name, "")  # noqa: PTH118
         if not os.fspath(output).endswith(os.sep) and not target.is_dir():

@@ -123,9 +123,9 @@ def _zip(
     entries.pop(own, None)
     added = Zip(archive.prefix, archive.directory_start)
     if PROVENANCE in metadata:
-        added.add(PROVENANCE, metadata[PROVENANCE].encode())
+        added.add_unfinished(PROVENANCE, metadata[PROVENANCE].encode())
     directory = dict(zip(entries, added.finish(list(entries.values())), strict=True))
-    checksums = tuple(_checksums(archive, directory, spans))
+    checksums = (*added.checksums(), *_checksums(archive, directory, spans))
     return FileLayout(added.end, tuple(added.blobs), checksums), archive.directory_start
 
 

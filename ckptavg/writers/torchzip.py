@@ -66,7 +66,7 @@ def lay_out_torch(
     archive.add("data.pkl", pickled)
     archive.add("byteorder", b"little")
     if PROVENANCE in metadata:
-        archive.add(PROVENANCE, metadata[PROVENANCE].encode())
+        archive.add_unfinished(PROVENANCE, metadata[PROVENANCE].encode())
     starts = [
         archive.reserve(f"data/{index}", tensor.nbytes)
         for index, tensor in enumerate([*tensors, *inner.values()])

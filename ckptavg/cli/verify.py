@@ -1,0 +1,71 @@
+"""`ckptavg verify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptavg.cli.common import Console, PathType, common_options, plural
+from ckptavg.errors import printable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.verifying import Verification
+
+
+@click.command()
+@click.argument("output", type=PathType())
+@click.argument("inputs", nargs=-1, type=PathType(), metavar="[INPUT...]")
+@click.option("--key", help="State dict of OUTPUT that is the average, where it holds several.")
+@click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads that work at once.  [default: the processors]",
+)
+@common_options
+def verify(
+    output: Path,
+    inputs: tuple[Path, ...],
+    *,
+    key: str | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Verify that an average is what it says of itself.
+
+    OUTPUT is an average that ckptavg has made. Its tensors must have the SHA-256 that `average
+    --hash` recorded. With INPUT, the checkpoints as they were given to `average`, these must be
+    those that it names, and the average is made again and compared bit for bit.
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    from ckptavg.verifying import verify as run
+
+    with console.progress("comparing", "B") as progress:
+        found = run(output, inputs, key=key, threads=threads, progress=progress)
+    _say(console, found, bool(inputs))
+    console.result(found)
+
+
+def _say(console: Console, found: Verification, made_again: bool) -> None:  # noqa: FBT001
+    console.say(f"{printable(found.output)}: verified")
+    if found.hashed:
+        console.say("  its tensors have the SHA-256 that was recorded when they were written")
+    if not made_again:
+        console.say(
+            f"  its {plural(found.sources, 'checkpoint')} were not looked at: name them, and the "
+            "average is made again"
+        )
+        return
+    checked = f", {found.sources_hashed} of them by SHA-256" if found.sources_hashed else ""
+    console.say(
+        f"  {plural(found.sources, 'checkpoint')} ({printable(found.scheme)}): those that it was "
+        f"made of, by sizes and headers{checked}"
+    )
+    console.say(f"  {plural(found.compared, 'tensor')}: made again, and equal in every bit")
+    if found.refreshed:
+        console.say(f"  {plural(found.refreshed, 'tensor')}: statistics of data, not made again")

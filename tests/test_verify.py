@@ -1,0 +1,409 @@
+"""Averages held against their own digests and their checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import ckptavg
+from ckptavg import Selection
+from ckptavg.cli import cli
+from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, VerificationError
+from ckptavg.formats import open_checkpoint
+from ckptavg.parts import ByteSource
+from tests.oracle import random_state_dicts, save_run
+
+
+@pytest.fixture(name="run")
+def _run(tmp_path):
+    return save_run(tmp_path / "run", random_state_dicts(4))
+
+
+def digest_of(tensors):
+    """The definition, as `docs/reliability.md` has it: from torch's own view of the tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        facts = [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(facts).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(path):
+    found = open_checkpoint(path).provenance
+    assert found is not None
+    return found
+
+
+def flip(path, offset, mask=1):
+    """Change a bit of a file, and leave its size and times as they were."""
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[offset] ^= mask
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+class TestHash:
+    @pytest.mark.parametrize("name", ["o.safetensors", "o.pt", "o/"])
+    def test_records_what_sha256sum_says_of_the_inputs_and_the_output_s_tensors(
+        self, tmp_path, run, name
+    ):
+        summary = ckptavg.average(tmp_path / "run", f"{tmp_path}/{name}", hash=True)
+        out = tmp_path / name
+        tensors = (
+            torch.load(out)
+            if name.endswith("pt")
+            else load_file(out if out.is_file() else out / "model.safetensors")
+        )
+        entry = provenance(out)
+        assert entry["sha256"] == summary.sha256 == digest_of(tensors)
+        wanted = [hashlib.sha256(path.read_bytes()).hexdigest() for path in run]
+        assert [source["sha256"] for source in entry["sources"]] == wanted
+        assert [source.sha256 for source in summary.sources] == wanted
+
+    def test_of_shards_records_each_file(self, tmp_path):
+        for step in (1, 2):
+            folder = tmp_path / "run" / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            weight_map = {}
+            for number in (1, 2):
+                shard = f"model-0000{number}-of-00002.safetensors"
+                save_file({f"w{number}": torch.full((50,), float(step))}, folder / shard)
+                weight_map[f"w{number}"] = shard
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {}, "weight_map": weight_map})
+            )
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/o/", hash=True, max_shard_size=200)
+        shards = sorted((tmp_path / "o").glob("*.safetensors"))
+        assert len(shards) == 2
+        tensors = {k: v for shard in shards for k, v in load_file(shard).items()}
+        digests = set()
+        for shard in shards:
+            with safe_open(shard, "pt") as opened:
+                entry = json.loads(opened.metadata()["ckptavg"])
+            digests.add(entry["sha256"])
+        assert digests == {digest_of(tensors)}
+        first = tmp_path / "run" / "checkpoint-1"
+        assert entry["sources"][0]["sha256"] == {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in first.glob("*.safetensors")
+        }
+        assert ckptavg.verify(tmp_path / "o", [tmp_path / "run"]).sources_hashed == 2
+
+    @pytest.mark.usefixtures("run")
+    def test_leaves_no_trace_where_it_is_not_asked_for(self, tmp_path):
+        ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
+        entry = provenance(tmp_path / "o.safetensors")
+        assert "sha256" not in entry
+        assert all("sha256" not in source for source in entry["sources"])
+
+    @pytest.mark.usefixtures("run")
+    def test_does_not_read_checkpoints_without_a_weight(self, tmp_path):
+        ckptavg.average(
+            tmp_path / "run", tmp_path / "o.safetensors", weights=[1, 0, 1, 1], hash=True
+        )
+        sources = provenance(tmp_path / "o.safetensors")["sources"]
+        assert ["sha256" in source for source in sources] == [True, False, True, True]
+        assert ckptavg.verify(tmp_path / "o.safetensors", [tmp_path / "run"]).sources_hashed == 3
+
+    def test_a_container_s_checksums_are_right(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        for step, state in enumerate(random_state_dicts(3)):
+            torch.save({"state_dict": state, "epoch": step}, tmp_path / "run" / f"step_{step}.pt")
+        out = tmp_path / "o.ckpt"
+        ckptavg.average(tmp_path / "run", out, container="last", hash=True)
+        with zipfile.ZipFile(out) as archive:
+            assert archive.testzip() is None
+        assert provenance(out)["sha256"] == digest_of(torch.load(out)["state_dict"])
+        assert ckptavg.verify(out, [tmp_path / "run"]).compared
+
+    @pytest.mark.usefixtures("run")
+    def test_the_digest_is_what_the_documentation_computes(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        ckptavg.average("run", "swa.safetensors", hash=True)
+        page = Path(__file__).parent.parent / "docs" / "reliability.md"
+        [code] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        exec(code, {})  # noqa: S102
+        assert capsys.readouterr().out.strip() == provenance(Path("swa.safetensors"))["sha256"]
+
+    @pytest.mark.usefixtures("run")
+    def test_the_command_prints_it(self, tmp_path):
+        out = str(tmp_path / "o.safetensors")
+        result = CliRunner().invoke(cli, ["average", str(tmp_path / "run"), "-o", out, "--hash"])
+        assert provenance(Path(out))["sha256"] in result.stdout
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "the mean": {},
+    "weights": {"weights": "ema:0.7"},
+    "weights that are not normalised": {"weights": [0.3, -0.1, 0.2, 0.7], "normalize": False},
+    "some": {"select": Selection(last=2)},
+    "another dtype": {"dtype": "bfloat16"},
+}
+
+
+class TestVerify:
+    @pytest.mark.parametrize("name", ["o.safetensors", "o.pt"])
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    @pytest.mark.usefixtures("run")
+    def test_what_was_made_is_verified(self, tmp_path, options, name):
+        out = tmp_path / name
+        made = ckptavg.average(tmp_path / "run", out, **options)
+        found = ckptavg.verify(out, [tmp_path / "run"])
+        assert found.sources == len(made.sources)
+        assert found.compared == made.tensors
+        assert not found.hashed
+        assert not found.refreshed
+
+    def test_statistics_of_the_last(self, tmp_path):
+        states = [
+            {
+                "bn.running_mean": torch.randn(5),
+                "bn.running_var": torch.rand(5),
+                "w": torch.randn(3),
+            }
+            for _ in range(3)
+        ]
+        save_run(tmp_path / "run", states)
+        ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors", norm_stats="last")
+        assert ckptavg.verify(tmp_path / "o.safetensors", [tmp_path / "run"]).compared == 3
+
+    def test_wrappers_tied_and_strided_tensors(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        for step in range(3):
+            tied = torch.randn(40, 30)
+            state = {"module.a": tied, "module.b": tied, "module.t": torch.randn(50, 20).t()}
+            torch.save(state, tmp_path / "run" / f"step_{step}.pt")
+        outputs: dict[str, dict[str, Any]] = {
+            "o.safetensors": {},
+            "o.pt": {},
+            "dropped.safetensors": {"drop_aliases": True},
+            "kept.safetensors": {"keep_prefix": True},
+            "whole.pt": {"container": "last"},
+        }
+        for name, options in outputs.items():
+            ckptavg.average(tmp_path / "run", tmp_path / name, hash=True, **options)
+            found = ckptavg.verify(tmp_path / name, [tmp_path / "run"])
+            assert (found.hashed, found.compared) == (True, 2), name
+
+    @pytest.mark.parametrize("tensor", ["embed.weight", "layer.weight"])
+    @pytest.mark.parametrize("name", ["o.safetensors", "o.pt", "o/"])
+    @pytest.mark.usefixtures("run")
+    def test_a_bit_that_differs_is_found_and_its_tensor_named(self, tmp_path, name, tensor):
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/{name}")
+        out = tmp_path / name
+        opened = open_checkpoint(out)
+        place = opened.tensors[tensor]
+        part = opened.parts[place.part]
+        flip(Path(part.path), getattr(part, "start", 0) + place.offset + 4 * 7)
+        with pytest.raises(
+            VerificationError, match=r"element 7 is .*, and its checkpoints"
+        ) as caught:
+            ckptavg.verify(out, [tmp_path / "run"])
+        assert caught.value.tensor == tensor
+        assert caught.value.path == out
+
+    def test_of_several_the_first_that_differs_is_named(self, tmp_path):
+        save_run(tmp_path / "run", [{f"w{n:03}": torch.randn(50_000) for n in range(40)}] * 1)
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        opened = open_checkpoint(out)
+        [part] = opened.parts
+        assert isinstance(part, ByteSource)
+        for number in (11, 12, 30):
+            place = opened.tensors[f"w{number:03}"]
+            flip(out, part.start + place.offset + 4 * 40_000)
+        for threads in (1, 4):
+            with pytest.raises(VerificationError) as caught:
+                ckptavg.verify(out, [tmp_path / "run"], threads=threads)
+            assert caught.value.tensor == "w011"
+            assert "element 40000 " in caught.value.message
+
+    @pytest.mark.usefixtures("run")
+    def test_without_checkpoints_the_digest_tells(self, tmp_path):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out, hash=True)
+        found = ckptavg.verify(out)
+        assert (found.hashed, found.compared, found.sources_hashed) == (True, 0, 0)
+        flip(out, out.stat().st_size - 1)
+        with pytest.raises(VerificationError, match="have not the SHA-256"):
+            ckptavg.verify(out)
+
+    @pytest.mark.usefixtures("run")
+    def test_without_checkpoints_and_digest_nothing_can_be_verified(self, tmp_path):
+        ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
+        with pytest.raises(VerificationError, match=r"has no digest of its own.*; name the check"):
+            ckptavg.verify(tmp_path / "o.safetensors")
+
+    def test_a_checkpoint_with_another_bit_is_named(self, tmp_path, run):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out, hash=True)
+        flip(run[2], run[2].stat().st_size - 1)
+        with pytest.raises(MismatchError) as caught:
+            ckptavg.verify(out, [tmp_path / "run"])
+        assert caught.value.differences == (f"{run[2]}: has another SHA-256 than it had",)
+
+    def test_checkpoints_that_are_missing_or_others_are_all_named(self, tmp_path, run):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        run[0].unlink()
+        state = load_file(run[1])
+        save_file({**state, "one": torch.ones(2)}, run[1])
+        save_file(state, run[3], metadata={"a": "b"})
+        with pytest.raises(MismatchError) as caught:
+            ckptavg.verify(out, [tmp_path / "run"])
+        first, second, third = caught.value.differences
+        assert first == "step_0.safetensors: is not among the inputs"
+        assert second.startswith(f"{run[1]}: has ")
+        assert third.startswith(f"{run[3]}: has ")
+
+    def test_further_checkpoints_do_not_matter(self, tmp_path, run):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(run[:3], out, hash=True)
+        assert ckptavg.verify(out, [tmp_path / "run"]).sources == 3
+        run[3].write_bytes(b"damaged")
+        shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
+        assert ckptavg.verify(out, [tmp_path / "elsewhere" / "run"]).sources_hashed == 3
+
+    @pytest.mark.usefixtures("run")
+    def test_the_same_name_in_two_runs_is_told_apart_by_what_is_known_of_it(self, tmp_path):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        save_run(tmp_path / "a", [{"w": torch.randn(3)} for _ in range(4)])
+        assert ckptavg.verify(out, [tmp_path / "a", tmp_path / "run"]).compared
+
+    def test_an_average_that_was_brought_up_to_date_cannot_be_made_again(self, tmp_path, run):
+        ckptavg.average(run[:2], tmp_path / "first.safetensors")
+        out = tmp_path / "o.safetensors"
+        ckptavg.average([tmp_path / "first.safetensors", *run[2:]], out, update=True, hash=True)
+        assert ckptavg.verify(out).hashed
+        with pytest.raises(VerificationError, match="--update"):
+            ckptavg.verify(out, [tmp_path / "run"])
+
+    def test_what_is_not_of_our_making_is_refused(self, run):
+        with pytest.raises(VerificationError, match="was not made by ckptavg"):
+            ckptavg.verify(run[0], run)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"sources": []}, {"sources": [{}]}, {"sources": 3}, {"divisor": 0}, {"divisor": "x"},
+            {"divisor": None}, {"divisor": True}, {"options": 1}, {"options": {"dtype": "x"}},
+            {"options": {"dtype": []}}, {"options": {"norm_stats": {}}}, {"options": {"lora": []}},
+            {"sha256": 1}, {"key": []}, {"norm_stats": 1}, {"scheme": [[]]}, {"version": {}},
+        ],
+        ids=str,
+    )  # fmt: skip
+    @pytest.mark.usefixtures("run")
+    def test_a_damaged_provenance_is_one_line(self, tmp_path, change):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        with safe_open(out, "pt") as opened:
+            metadata = opened.metadata()
+        entry = {**json.loads(metadata["ckptavg"]), **change}
+        save_file(load_file(out), out, metadata={**metadata, "ckptavg": json.dumps(entry)})
+        result = CliRunner().invoke(cli, ["verify", str(out), str(tmp_path / "run")])
+        assert result.exception is None or isinstance(result.exception, SystemExit | CkptAvgError)
+        assert "\n" not in str(result.exception)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda state: state.pop("one"), "one: is not in it"),
+            (lambda state: state.update(more=torch.ones(1)), "more: is in it, and not in its"),
+            (lambda state: state.update(one=torch.ones(2)), r"is float32 \[2\] in it, and its che"),
+            (lambda state: state.update(one=torch.ones(1).half()), "is float16"),
+        ],
+    )
+    @pytest.mark.usefixtures("run")
+    def test_tensors_that_are_missing_or_others_are_named(self, tmp_path, change, message):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        with safe_open(out, "pt") as opened:
+            metadata = opened.metadata()
+        state = load_file(out)
+        change(state)
+        save_file(state, out, metadata=metadata)
+        with pytest.raises(VerificationError, match=message):
+            ckptavg.verify(out, [tmp_path / "run"])
+
+    @pytest.mark.usefixtures("run")
+    def test_another_version_is_mentioned_where_something_differs(self, tmp_path):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        with safe_open(out, "pt") as opened:
+            metadata = opened.metadata()
+        state = load_file(out)
+        state["one"] += 1
+        metadata["ckptavg"] = metadata["ckptavg"].replace(ckptavg.__version__, "9.8")
+        save_file(state, out, metadata=metadata)
+        with pytest.raises(VerificationError, match=r"it was made by ckptavg 9\.8, and this is"):
+            ckptavg.verify(out, [tmp_path / "run"])
+
+    def test_a_checkpoint_that_an_option_named_by_key(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        for step, state in enumerate(random_state_dicts(3)):
+            both = {"model": state, "model_ema": {k: v + 1 for k, v in state.items()}}
+            torch.save(both, tmp_path / "run" / f"step_{step}.pt")
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out, key="model_ema", hash=True)
+        assert ckptavg.verify(out, [tmp_path / "run"]).hashed
+        with pytest.raises(SelectionError):
+            ckptavg.verify(out, [tmp_path / "run"], key="nothing")
+
+
+class TestCommand:
+    @pytest.mark.usefixtures("run")
+    def test_says_what_was_verified(self, tmp_path):
+        out = str(tmp_path / "o.safetensors")
+        ckptavg.average(tmp_path / "run", out, hash=True)
+        result = CliRunner().invoke(cli, ["verify", out, str(tmp_path / "run")])
+        assert result.exit_code == 0
+        lines = result.stdout.splitlines()
+        assert lines[0] == f"{out}: verified"
+        assert "4 of them by SHA-256" in lines[2]
+        assert "equal in every bit" in lines[3]
+        result = CliRunner().invoke(cli, ["verify", out, "--json"])
+        assert json.loads(result.stdout) == {
+            "output": out, "scheme": "uniform", "sources": 4, "hashed": True, "sources_hashed": 0,
+            "compared": 0, "refreshed": 0, "notices": [],
+        }  # fmt: skip
+
+    def test_of_a_refreshed_average_leaves_the_statistics_out(self, tmp_path, monkeypatch):
+        states = []
+        for step in range(3):
+            torch.manual_seed(step)
+            model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+            states.append(model.state_dict())
+        save_run(tmp_path / "run", states)
+        (tmp_path / "m.py").write_text(
+            "import torch\n"
+            "model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))\n"
+            "loader = [torch.randn(8, 3) for _ in range(3)]\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        spec = ["--model", "m.py:model", "--loader", "m.py:loader"]
+        for arguments in (
+            ["average", "run", "-o", "o.safetensors", "--hash", *spec],
+            ["average", "run", "-o", "p.safetensors", "--hash"],
+            ["bn-refresh", "p.safetensors", *spec],
+        ):
+            result = CliRunner().invoke(cli, arguments)
+            assert result.exit_code == 0, result.output
+        for name in ("o.safetensors", "p.safetensors"):
+            assert provenance(Path(name))["sha256"] == digest_of(load_file(name))
+            result = CliRunner().invoke(cli, ["verify", name, "run"])
+            assert result.exit_code == 0, result.output
+            assert "3 tensors: statistics of data" in result.stdout

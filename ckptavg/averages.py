@@ -123,7 +123,7 @@ class Options:
     def recorded(self) -> dict[str, Any]:
         """What the values of the output depend on, where it is not as it usually is."""
         usual = Options()
-        names = ("dtype", "norm_stats", "lora", "keep_prefix", "update")
+        names = ("dtype", "ints", "norm_stats", "lora", "container", "keep_prefix", "update")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
@@ -243,10 +243,16 @@ class Averages:
             ]  # fmt: skip
 
         read = [source.checkpoint for source in plan.used]
-        unknown = {path: digests.UNKNOWN for one in read for path in digests.files(one)}
+        unknown = {path: "0" * 64 for one in read for path in digests.files(one)}
         layouts = lay_out_all(unknown if options.hash else None)
         for target, layout in zip(targets, layouts, strict=True):
             self._check(target, layout, several=len(targets) > 1)
+            if options.hash and not digests.marks(layout):
+                raise OutputError(
+                    "a file as torch wrote it before 1.6 has no place for digests",
+                    path=target.path,
+                    remedy="leave --hash out, or --container",
+                )
         threads = options.threads or default_threads(plan.used)
         made: Sequence[str | None] = [None] * len(targets)
         hashes: dict[Path, str] = {}
@@ -336,8 +342,9 @@ class Averages:
             )
         sources = provenance_sources(variant, contents, hashes)
         if self._base is not None:
-            sources = folded_sources(self._base, sources)
+            sources = folded_sources(self._base, variant, sources)
         recorded = self._options.recorded
+        unknown = digests.unknown(variant.sources) if hashes is not None else None
         metadata[PROVENANCE] = encode_provenance(
             {
                 "version": __version__,
@@ -345,19 +352,19 @@ class Averages:
                 "sources": sources,
                 "divisor": variant.weights.divisor,
                 **({"options": recorded} if recorded else {}),
-                **({"sha256": digests.UNKNOWN} if hashes else {}),
+                **({"sha256": unknown} if unknown else {}),
                 "roles": plan.counts,
-                **({"key": last.key} if last.key else {}),
                 **({"selection": variant.rules} if variant.rules else {}),
                 "norm_stats": {"state": _norm_state(plan)},
             }
         )
         if self._options.dtype is not None and target.kind == "directory":
             replaced = _with_dtype(last.path, self._options.dtype) | replaced
-        return lay_out(
+        layout = lay_out(
             target, outputs, metadata, last, places=plan.places(source), replaced=replaced,
             mirrored=len(variant.sources) > 1,
         )  # fmt: skip
+        return dataclasses.replace(layout, unknown=unknown)
 
 
 def _check_scales(collection: Collection) -> None:

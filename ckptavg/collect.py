@@ -155,6 +155,23 @@ def collect(
     return found.collection(found.sources)
 
 
+def gather(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False) -> Collection:
+    """Checkpoints that are known already, in the order given; copies count like others.
+
+    Args:
+        checkpoints: opened, without wrappers' prefixes.
+        any_rank: let the ranks of LoRA factors differ.
+
+    Raises:
+        MismatchError: they differ in names, shapes or dtypes.
+    """
+    with collector_at_rest():
+        gathered = _Gathered(any_rank=any_rank)
+        for checkpoint in checkpoints:
+            gathered.add(checkpoint)
+        return gathered.as_given()
+
+
 def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
     """Open a checkpoint; None if it is an average of ours that nobody named."""
     try:
@@ -193,6 +210,15 @@ class _Gathered:
                 return
         self._references.append(checkpoint)
         self._sources.append([locate(checkpoint.tensors, checkpoint)])
+
+    def as_given(self) -> Collection:
+        """All of them, as they were added."""
+        first, *others = self._references
+        if others:
+            differences = [line for other in others for line in compare(first, other)]
+            raise MismatchError("the checkpoints are not of one model:", differences)
+        [sources] = self._sources
+        return Collection(first.tensors, tuple(sources), order_is_known=True)
 
     def finish(self, inputs: Sequence[Path]) -> Survey:
         """Count copies once, and bring the rest into order."""

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.layout import Layout
     from ckptavg.parts import ByteSource, Readable
+    from ckptavg.sources import Source
     from ckptavg.tensors import DType, Tensor
-
-UNKNOWN = hashlib.sha256(b"what ckptavg writes while it does not know a digest").hexdigest()
-"""Stands in an output's metadata until its tensors are written."""
 
 _PIECE = 1 << 20
 
@@ -134,12 +132,25 @@ def read_pieces(source: Readable, offset: int, size: int) -> Iterator[memoryview
         yield piece
 
 
+def unknown(sources: Iterable[Source]) -> str:
+    """What stands in an output's metadata until its tensors are written.
+
+    It depends on what describes the inputs, so that none of them can have it in a name.
+    """
+    digest = hashlib.sha256(b"unknown")
+    for source in sources:
+        digest.update(repr((source.checkpoint.digest, source.checkpoint.size)).encode())
+    return digest.hexdigest()
+
+
 def marks(layout: Layout) -> list[int]:
     """Where an output is waiting for the digest of its tensors."""
-    found = []
+    found: list[int] = []
+    if layout.unknown is None:
+        return found
     for base, file in zip(layout.bases, layout.files.values(), strict=True):
         for offset, blob in file.blobs:
             at = -1
-            while (at := blob.find(UNKNOWN.encode(), at + 1)) >= 0:
+            while (at := blob.find(layout.unknown.encode(), at + 1)) >= 0:
                 found.append(base + offset + at)
     return found

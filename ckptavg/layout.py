@@ -104,6 +104,7 @@ class Layout:
         copies: what is copied from elsewhere.
         scattered: further places of tensors, by the tensor's position.
         tensors: what is laid out.
+        unknown: what stands in the metadata for the digest of the tensors; None if nothing does.
     """
 
     files: Mapping[str, FileLayout]
@@ -111,6 +112,7 @@ class Layout:
     copies: tuple[Copy, ...] = ()
     scattered: Mapping[int, tuple[Scattered, ...]] = field(default_factory=dict)
     tensors: tuple[OutputTensor, ...] = ()
+    unknown: str | None = None
 
     @property
     def size(self) -> int:

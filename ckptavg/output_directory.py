@@ -175,7 +175,7 @@ class OutputDirectory:
                 self._replace_in_two_steps()
 
     def _replace_in_two_steps(self) -> None:
-        """For file systems that cannot exchange two names. One killed in between is mended later."""
+        """For file systems that cannot exchange two names. The next run mends it, if need be."""
         aside = place_aside(self.path)
         try:
             self.path.rename(aside)
@@ -196,6 +196,7 @@ class OutputDirectory:
         except OutputError as error:
             if isinstance(error.path, Path) and error.path.is_relative_to(self._folder):
                 error.path = self.path / error.path.relative_to(self._folder)
+            error.remedy = error.remedy or _remedy(error.__cause__)
             raise
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -204,12 +205,14 @@ class OutputDirectory:
                     path=self.path,
                     remedy="--force replaces it",
                 ) from error
-            many = error.errno == errno.EMFILE
             raise OutputError(
-                f"cannot write it: {error.strerror}",
-                path=self.path,
-                remedy="a larger --max-shard-size makes fewer files" if many else None,
+                f"cannot write it: {error.strerror}", path=self.path, remedy=_remedy(error)
             ) from error
+
+
+def _remedy(error: BaseException | None) -> str | None:
+    many = isinstance(error, OSError) and error.errno == errno.EMFILE
+    return "a larger --max-shard-size makes fewer files" if many else None
 
 
 def exchange(one: Path, other: Path) -> None:

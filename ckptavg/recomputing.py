@@ -73,8 +73,8 @@ class Comparison:
                 raise VerificationError(
                     what, path=self._made.path, tensor=name, remedy=self._remedy
                 ) from None
-        for source in self._plan.used:
-            for part in source.checkpoint.parts:
+        for checkpoint in (self._made, *(source.checkpoint for source in self._plan.used)):
+            for part in checkpoint.parts:
                 part.check_unchanged()
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -100,6 +100,8 @@ class Comparison:
             np.frombuffer(data, np.uint8)[at : at + dtype.itemsize].view(dtype.numpy)[0]
             for data in (found, wanted)
         )
+        if str(have) == str(give):  # NaN of two kinds
+            have, give = have.tobytes().hex(), give.tobytes().hex()
         what = f"element {element} is {have}, and its checkpoints give {give}"
         place = self._begins[self._names.index(name)] + start + int(differs[0])
         with self._turn:

@@ -166,14 +166,18 @@ def fold(base: Base, new: Variant) -> Variant:
     )
 
 
-def folded_sources(base: Base, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def folded_sources(
+    base: Base, variant: Variant, sources: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """What the updated average says of its sources: all checkpoints, with equal shares.
 
     Args:
         base: the average.
-        sources: what is to be said of it and of the new ones.
+        variant: it and the new ones.
+        sources: what is to be said of each of these.
     """
-    new = [entry for entry in sources if entry["name"] != base.source.path.name]
+    pairs = zip(variant.sources, sources, strict=True)
+    new = [entry for source, entry in pairs if source is not base.source]
     every = [*base.members, *new]
     steps = [entry.get("step") for entry in every]
     if all(isinstance(step, list) and step[0] == (steps[0] or [""])[0] for step in steps):

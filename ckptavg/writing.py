@@ -205,10 +205,7 @@ def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
     """Raise if a file that was read is no longer what it was."""
     used = (part for source in plan.used for part in source.checkpoint.parts)
     copied = (copy.part for layout in layouts for copy in layout.copies)
-    between = (
-        place.part for layout in layouts for places in layout.scattered.values() for place in places
-    )
-    for part in {id(part): part for part in itertools.chain(used, copied, between)}.values():
+    for part in {id(part): part for part in itertools.chain(used, copied)}.values():
         part.check_unchanged()
 
 
@@ -272,6 +269,7 @@ def provenance_sources(
             "name": label,
             "bytes": source.checkpoint.size,
             "header_sha256": source.checkpoint.digest,
+            **({"key": source.checkpoint.key} if source.checkpoint.key else {}),
             **({"content": contents[source]} if contents else {}),
             **({"sha256": digests.told(source.checkpoint, hashes)} if hashes and value else {}),
             **({"step": list(source.checkpoint.step)} if source.checkpoint.step else {}),

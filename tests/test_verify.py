@@ -250,7 +250,7 @@ class TestVerify:
     def test_a_checkpoint_with_another_bit_is_named(self, tmp_path, run):
         out = tmp_path / "o.safetensors"
         ckptavg.average(tmp_path / "run", out, hash=True)
-        flip(run[2], run[2].stat().st_size - 1)
+        flip(run[2], run[2].stat().st_size // 2)
         with pytest.raises(MismatchError) as caught:
             ckptavg.verify(out, [tmp_path / "run"])
         assert caught.value.differences == (f"{run[2]}: has another SHA-256 than it had",)
@@ -302,7 +302,8 @@ class TestVerify:
             {"sources": []}, {"sources": [{}]}, {"sources": 3}, {"divisor": 0}, {"divisor": "x"},
             {"divisor": None}, {"divisor": True}, {"options": 1}, {"options": {"dtype": "x"}},
             {"options": {"dtype": []}}, {"options": {"norm_stats": {}}}, {"options": {"lora": []}},
-            {"sha256": 1}, {"key": []}, {"norm_stats": 1}, {"scheme": [[]]}, {"version": {}},
+            {"sha256": 1}, {"divisor": 10**400}, {"options": {"dtype": "bool"}}, {"norm_stats": 1},
+            {"scheme": [[]]}, {"version": {}},
         ],
         ids=str,
     )  # fmt: skip
@@ -407,3 +408,186 @@ class TestCommand:
             result = CliRunner().invoke(cli, ["verify", name, "run"])
             assert result.exit_code == 0, result.output
             assert "3 tensors: statistics of data" in result.stdout
+
+
+class TestMembers:
+    """The checkpoints are found again, whatever they are called."""
+
+    @pytest.fixture
+    def two(self, tmp_path, monkeypatch):
+        """Two runs whose files have the same names and headers."""
+        monkeypatch.chdir(tmp_path)
+        for place, name in enumerate("ab"):
+            torch.manual_seed(place)
+            save_run(tmp_path / name, [{"w": torch.randn(9, 900)} for _ in range(3)])
+        return tmp_path
+
+    @pytest.mark.usefixtures("two")
+    @pytest.mark.parametrize("hashed", [True, False])
+    def test_of_two_with_one_name_the_one_with_the_values_is_meant(self, hashed):
+        ckptavg.average(["a", "b"], "o.pt", select=Selection(exclude=("a/*",)), hash=hashed)
+        assert ckptavg.verify("o.pt", ["a", "b"]).compared
+        Path("a/step_0.safetensors").write_bytes(b"damaged")
+        assert ckptavg.verify("o.pt", ["b", "a"]).compared
+
+    @pytest.mark.usefixtures("two")
+    def test_one_file_stands_for_one_member(self):
+        Path("b/step_0.safetensors").rename("step_0.safetensors")
+        ckptavg.average(["step_0.safetensors", "a/step_0.safetensors"], "o.pt")
+        assert ckptavg.verify("o.pt", ["step_0.safetensors", "a/step_0.safetensors"]).compared
+        with pytest.raises(MismatchError):
+            ckptavg.verify("o.pt", ["a/step_0.safetensors"])
+
+    @pytest.mark.usefixtures("two")
+    def test_copies_of_them_do_not_hide_them(self):
+        shutil.copytree("b", "0copy")
+        ckptavg.average(["0copy", "a", "b"], "o.pt", select=Selection(exclude=("0copy/*",)))
+        assert ckptavg.verify("o.pt", ["0copy", "a", "b"]).sources == 6
+
+    def test_they_may_be_where_one_is(self, two, monkeypatch):
+        monkeypatch.chdir(two / "a")
+        ckptavg.average([".", "../b"], "../o.pt")
+        assert ckptavg.verify("../o.pt", [".", "../b"]).sources == 6
+
+    def test_each_has_a_state_dict_of_its_own(self, tmp_path):
+        states = random_state_dicts(2)
+        save_run(tmp_path / "run", states[:1])
+        torch.save({"model": states[1]}, tmp_path / "run" / "step_1.pt")
+        ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
+        assert ckptavg.verify(tmp_path / "o.safetensors", [tmp_path / "run"]).compared
+
+    def test_with_other_values_and_the_same_header_is_another(self, tmp_path, run):
+        ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
+        state = load_file(run[1])
+        save_file({name: value + 1 for name, value in state.items()}, run[1])
+        with pytest.raises(MismatchError, match=f"{run[1]}: has other values than it had"):
+            ckptavg.verify(tmp_path / "o.safetensors", [tmp_path / "run"])
+
+    def test_a_changed_shard_is_named(self, tmp_path):
+        folder = tmp_path / "run" / "checkpoint-1"
+        folder.mkdir(parents=True)
+        for name in "xy":
+            save_file({name: torch.zeros(500)}, folder / f"{name}.safetensors")
+        weight_map = {name: f"{name}.safetensors" for name in "xy"}
+        text = json.dumps({"weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(text)
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/o/", hash=True)
+        flip(folder / "y.safetensors", (folder / "y.safetensors").stat().st_size - 1)
+        with pytest.raises(MismatchError, match=r"checkpoint-1, y\.safetensors: has another SHA"):
+            ckptavg.verify(tmp_path / "o", [tmp_path / "run"])
+
+
+class TestKeys:
+    @pytest.fixture(name="both")
+    def _both(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        for step, state in enumerate(random_state_dicts(3)):
+            ema = {name: value + 1 for name, value in state.items()}
+            torch.save({"model": state, "model_ema": ema}, tmp_path / "run" / f"step_{step}.pt")
+        return tmp_path
+
+    def test_a_container_is_opened_where_the_average_is(self, both):
+        out = both / "o.pt"
+        ckptavg.average(both / "run", out, key="model_ema", container="last", hash=True)
+        assert ckptavg.verify(out, [both / "run"]).hashed
+        opened = open_checkpoint(out, key="model_ema")
+        flip(out, opened.tensors["embed.weight"].offset)
+        with pytest.raises(VerificationError):
+            ckptavg.verify(out)
+
+    def test_a_refreshed_copy_is_held_against_the_state_dict_that_it_is(self, both, monkeypatch):
+        monkeypatch.chdir(both)
+        Path("m.py").write_text(
+            "import torch\nmodel = torch.nn.BatchNorm1d(4)\n"
+            "loader = [torch.randn(8, 4) for _ in range(3)]\n"
+        )
+        norm = {name: value + 0 for name, value in torch.nn.BatchNorm1d(4).state_dict().items()}
+        ema = {**norm, "weight": torch.randn(4)}
+        torch.save({"model": norm, "model_ema": ema}, "one.pt")
+        spec = ["--model", "m.py:model", "--loader", "m.py:loader", "--key", "model_ema"]
+        for name, more in (("o.safetensors", []), ("o.pt", ["--container", "last"])):
+            result = CliRunner().invoke(cli, ["bn-refresh", "one.pt", "-o", name, *spec, *more])
+            assert result.exit_code == 0, result.output
+            assert ckptavg.verify(name, ["one.pt"]).compared == 2
+        opened = open_checkpoint(Path("o.pt"), key="model_ema")
+        flip(Path("o.pt"), opened.tensors["weight"].offset)
+        with pytest.raises(VerificationError) as caught:
+            ckptavg.verify("o.pt", ["one.pt"])
+        assert caught.value.tensor == "weight"
+
+
+class TestWhatDiffers:
+    @pytest.mark.parametrize("hashed", [True, False])
+    @pytest.mark.usefixtures("run")
+    def test_names_are_as_they_were(self, tmp_path, hashed):
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out, hash=hashed)
+        with safe_open(out, "pt") as opened:
+            metadata = opened.metadata()
+        renamed = {f"module.{name}": value for name, value in load_file(out).items()}
+        save_file(renamed, out, metadata=metadata)
+        with pytest.raises(VerificationError):
+            ckptavg.verify(out, [tmp_path / "run"])
+
+    def test_statistics_have_the_shape_that_they_had(self, tmp_path):
+        norm = torch.nn.BatchNorm1d(4).state_dict()
+        save_run(tmp_path / "run", [norm, {name: value + 1 for name, value in norm.items()}])
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        with safe_open(out, "pt") as opened:
+            metadata = opened.metadata()
+        entry = json.loads(metadata["ckptavg"]) | {"norm_stats": {"state": "refreshed"}}
+        metadata["ckptavg"] = json.dumps(entry)
+        for change in ({"running_mean": torch.zeros(5)}, {"running_var": torch.zeros(4).char()}):
+            save_file({**load_file(out), **change}, tmp_path / "x.safetensors", metadata=metadata)
+            with pytest.raises(VerificationError, match="in it, and its checkpoints give"):
+                ckptavg.verify(tmp_path / "x.safetensors", [tmp_path / "run"])
+
+    @pytest.mark.parametrize("drop", [True, False])
+    def test_tied_names_are_there_or_said_to_be_dropped(self, tmp_path, drop):
+        (tmp_path / "run").mkdir()
+        for step in range(2):
+            tied = torch.randn(30)
+            state = {"a": tied, "b": tied, "c": torch.randn(30)}
+            torch.save(state, tmp_path / "run" / f"step_{step}.pt")
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out, drop_aliases=drop)
+        assert ckptavg.verify(out, [tmp_path / "run"]).compared == 2
+        with safe_open(out, "pt") as opened:
+            metadata = opened.metadata()
+        state = load_file(out)
+        state.pop("b", None)
+        for aliases in ({"b": "c"}, {"b": ""}):
+            save_file(state, out, metadata={**metadata, **aliases})
+            with pytest.raises(VerificationError, match="b: is not in it"):
+                ckptavg.verify(out, [tmp_path / "run"])
+
+    def test_integers_that_could_not_be_averaged_are_not_passed_over(self, tmp_path):
+        states = [{"w": torch.randn(3), "ids": torch.arange(4)} for _ in range(2)]
+        paths = save_run(tmp_path / "run", states)
+        out = tmp_path / "o.safetensors"
+        ckptavg.average(tmp_path / "run", out)
+        flip(paths[0], paths[0].stat().st_size - 1 - 12)
+        with pytest.raises(CkptAvgError):
+            ckptavg.verify(out, [tmp_path / "run"])
+
+    def test_a_file_without_a_place_for_digests_is_refused_by_hash(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        for step, state in enumerate(random_state_dicts(2)):
+            torch.save(
+                {"state_dict": state}, tmp_path / "run" / f"step_{step}.pt",
+                _use_new_zipfile_serialization=False,
+            )  # fmt: skip
+        with pytest.raises(CkptAvgError, match="has no place for digests"):
+            ckptavg.average(tmp_path / "run", tmp_path / "o.pt", container="last", hash=True)
+        assert not (tmp_path / "o.pt").exists()
+
+    def test_a_member_called_like_the_average_that_is_brought_up_to_date(self, tmp_path):
+        for place, name in enumerate(("base", "new")):
+            save_run(tmp_path / name, random_state_dicts(2, seed=place))
+        ckptavg.average(tmp_path / "base", tmp_path / "base" / "step_9.safetensors")
+        new = tmp_path / "new" / "step_9.safetensors"
+        (tmp_path / "new" / "step_1.safetensors").rename(new)
+        out = tmp_path / "o.safetensors"
+        ckptavg.average([tmp_path / "base" / "step_9.safetensors", new], out, update=True)
+        assert len(provenance(out)["sources"]) == 3

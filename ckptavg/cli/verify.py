@@ -45,8 +45,13 @@ def verify(
     console = Console(as_json=as_json, quiet=quiet)
     from ckptavg.verifying import verify as run
 
-    with console.progress("comparing", "B") as progress:
-        found = run(output, inputs, key=key, threads=threads, progress=progress)
+    with (
+        console.progress("hashing", "B") as hashing,
+        console.progress("comparing", "B") as comparing,
+    ):
+        found = run(
+            output, inputs, key=key, threads=threads, progress=comparing, hash_progress=hashing
+        )
     _say(console, found, bool(inputs))
     console.result(found)
 

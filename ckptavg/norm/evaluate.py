@@ -188,6 +188,11 @@ class Evaluator:
         self._measure = measure_of(options.metric, self._forward or default_forward)
         self._loaders: dict[str, object] = {}
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model, as what it became last."""
+        return self._model
+
     def __call__(self, checkpoint: Checkpoint) -> dict[str, float]:
         """The metrics of a checkpoint, by name.
 
@@ -196,7 +201,17 @@ class Evaluator:
             CkptAvgError: there is nothing to evaluate, or no metric comes out.
             UserCodeError: the user's code raised.
         """
-        options, refresh = self._options, self._options.refresh
+        self.become(checkpoint)
+        return self.measured(self._options.loader, self._options.loader_args)
+
+    def become(self, checkpoint: Checkpoint) -> None:
+        """Let the model be a checkpoint, its norm statistics refreshed if that is asked for.
+
+        Raises:
+            MismatchError: it does not fit the model.
+            UserCodeError: the user's code raised.
+        """
+        refresh = self._options.refresh
         # Models may do more on a change of mode, such as to merge weights: that has to be undone.
         with user_code("the model's train()"):
             self._model.train()
@@ -208,8 +223,17 @@ class Evaluator:
             refresh_norm(self._model, batches, forward=self._forward, **refresh.others)
         with user_code("the model's eval()"):
             self._model.eval()
+
+    def measured(self, loader: str, arguments: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics of what the model is, on the batches of a loader.
+
+        Raises:
+            CkptAvgError: there is nothing to evaluate, or no metric comes out.
+            UserCodeError: the user's code raised.
+        """
+        options = self._options
         held_out = _Batches(
-            self._batches(options.loader, options.loader_args), device_of(self._model),
+            self._batches(loader, arguments), device_of(self._model),
             max_samples=options.max_samples, max_batches=options.max_batches,
         )  # fmt: skip
         # Not inference mode: what a model makes in it cannot be loaded into again.

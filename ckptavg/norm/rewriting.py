@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import __version__
+from ckptavg import __version__, digests
 from ckptavg.averages import default_threads
 from ckptavg.checkpoint import PROVENANCE
-from ckptavg.digests import UNKNOWN
 from ckptavg.errors import OutputError
 from ckptavg.formats import huggingface
 from ckptavg.output import check_vacant
@@ -109,13 +109,17 @@ class Rewriting:
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
         """The output with that provenance."""
         original, collection = self._checkpoint, Collection.of_one(refreshed)
+        unknown = digests.unknown(collection.sources) if "sha256" in entry else None
+        if unknown is not None:
+            entry = {**entry, "sha256": unknown}
         metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
         plan = make_plan(collection, [uniform(1)], roles=["kept"] * len(collection.names))
         places = [original.tensors[one.names[0]] for one in plan.outputs]
-        return plan, lay_out(
+        layout = lay_out(
             self._target, plan.outputs, metadata, original,
             places=places, mirrored=original.is_average,
         )  # fmt: skip
+        return plan, replace(layout, unknown=unknown)
 
 
 def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) -> dict[str, Any]:
@@ -142,8 +146,7 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
             "samples": report.samples,
             "seed": seed,
         }
-    hashed = {"sha256": UNKNOWN} if "sha256" in entry else {}
-    return {**entry, **hashed, "version": __version__, "norm_stats": state}
+    return {**entry, "version": __version__, "norm_stats": state}
 
 
 def _alone(checkpoint: Checkpoint) -> Variant:

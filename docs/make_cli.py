@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ckptavg.cli import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _HEAD = """# Command reference
 
@@ -38,17 +42,26 @@ loader = "train.py:train_loader"
 expect = 5
 ```
 
-`model` and `loader` in the common table are for `bn-refresh`; `average` refreshes as well only
-where its own table or its command line has them, and `evaluate` and `soup` take the model and not
-the loader, which is that of the training. Nothing beside a checkpoint is ever read as
-configuration.
+`model` and `loader` in the common table are for `bn-refresh` and `landscape`; `average` refreshes
+as well only where its own table or its command line has them, and `evaluate` and `soup` take the
+model and not the loader, which is that of the training. Nothing beside a checkpoint is ever read
+as configuration.
 """
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    """Commands by name, those within a group behind it."""
+    for name, command in cli.commands.items():
+        yield name, command
+        if isinstance(command, click.Group):
+            for inner, one in command.commands.items():
+                yield f"{name} {inner}", one
 
 
 def reference() -> str:
     """The whole page."""
     sections = [_HEAD]
-    for name, command in cli.commands.items():
+    for name, command in every_command():
         context = click.Context(
             command,
             info_name=f"ckptavg {name}",

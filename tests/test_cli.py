@@ -341,7 +341,9 @@ def test_help_imports_neither_numpy_nor_torch():
 
 
 def test_every_option_and_command_has_a_help_text():
-    for name, command in cli.cli.commands.items():
+    commands = dict(cli.cli.commands)
+    commands |= cli.cli.commands["landscape"].commands
+    for name, command in commands.items():
         assert command.help, name
         for parameter in command.params:
             if isinstance(parameter, click.Option):

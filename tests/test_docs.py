@@ -42,9 +42,9 @@ def test_the_readme_names_the_extras():
     readme = (ROOT / "README.md").read_text()
     extras = set(project["optional-dependencies"])
     assert extras == {
-        *("demo", "s3", "gcs", "timm", "torchvision", "test", "layouts", "fuzz", "dev"),
+        *("demo", "plots", "s3", "gcs", "timm", "torchvision", "test", "layouts", "fuzz", "dev"),
     }
-    for extra in ("demo", "test", "s3", "gcs", "layouts", "timm", "torchvision"):
+    for extra in ("demo", "plots", "test", "s3", "gcs", "layouts", "timm", "torchvision"):
         assert f"[{extra}]" in readme
 
 

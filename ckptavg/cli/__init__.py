@@ -16,6 +16,7 @@ from ckptavg.cli.bn_refresh import bn_refresh
 from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
+from ckptavg.cli.landscape import landscape
 from ckptavg.cli.soup import soup
 from ckptavg.cli.verify import verify
 from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for _command in (average, bn_refresh, evaluate, soup, inspect, verify, demo):
+for _command in (average, bn_refresh, evaluate, soup, landscape, inspect, verify, demo):
     cli.add_command(_command)
 
 

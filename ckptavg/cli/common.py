@@ -56,10 +56,13 @@ def common_options(command: Command) -> Command:
 def _load_defaults(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Take `[tool.ckptavg]` as defaults: keys for all commands, and a table for each."""
     table = _read_config(path)
-    group = context.parent.command if context.parent else None
-    commands = group.commands if isinstance(group, click.Group) else {}
+    own_context, group = context, context.parent
+    while group is not None and group.parent is not None:  # `landscape rays`
+        own_context, group = group, group.parent
+    root = group.command if group is not None else None
+    commands = root.commands if isinstance(root, click.Group) else {}
     known = {name: _option_names(command) for name, command in commands.items()}
-    own = context.info_name or ""
+    own = own_context.info_name or ""
     command = context.command
     defaults: dict[str, object] = {}
     for key, value in table.items():
@@ -110,6 +113,9 @@ def _read_config(path: Path | None) -> dict[str, Any]:
 
 def _option_names(command: click.Command) -> dict[str, str]:
     """Names of a command's long options, as a configuration has them, to parameter names."""
+    if isinstance(command, click.Group):
+        inner = [_option_names(one) for one in command.commands.values()]
+        return {name: parameter for names in inner for name, parameter in names.items()}
     return {
         name.removeprefix("--"): parameter.name or ""
         for parameter in command.params

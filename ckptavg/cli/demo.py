@@ -26,14 +26,17 @@ if TYPE_CHECKING:
 def demo(directory: Path, *, seed: int, as_json: bool, quiet: bool) -> None:
     """Train a small network, average its checkpoints, and show what that is worth.
 
-    Takes less than a minute on two processors and downloads nothing. Everything is left in
+    Takes about a minute on two processors and downloads nothing. Everything is left in
     DIR (ckptavg-demo unless named), which must be new or empty.
     """
     console = Console(as_json=as_json, quiet=quiet)
     from ckptavg.demo.run import run
 
-    with console.progress("training", "epoch") as progress:
-        report = run(directory, seed=seed, progress=progress)
+    with (
+        console.progress("training", "epoch") as progress,
+        console.progress("evaluating", "point") as point_progress,
+    ):
+        report = run(directory, seed=seed, progress=progress, point_progress=point_progress)
     _say(console, report)
     console.result(report)
 
@@ -48,6 +51,16 @@ def _say(console: Console, report: DemoReport) -> None:
     console.say(f"{'':{width}}  {'accuracy':>8}  {'NLL':>5}")
     for row in report.rows:
         console.say(f"{row.name:{width}}  {row.accuracy:6.1f} %  {row.nll:.3f}")
+    last, average = report.rise.rises
+    slower = "more slowly" if average < last else "no more slowly"
+    rise = report.rise
+    console.say(
+        f"\nRandom directions, {rise.distance:.3g} away from the weights (twice as far as the "
+        "average is\nfrom the last iterate): the test NLL has risen by "
+        f"{average:.3f} around the average and by\n{last:.3f} around the last iterate, so it rises "
+        f"{slower} around the average.\nIt has risen by less in {rise.lower} of {rise.directions} "
+        f"directions.\n  {', '.join(report.pictures)}"
+    )
     console.say(f"\nEverything is in {report.directory}. Its average and refresh again, by hand:")
     for command in report.commands:
         console.say(f"  {command}")

@@ -7,11 +7,15 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.averaging import average
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats import open_checkpoint
+from ckptavg.landscape.explore import ExploreOptions
+from ckptavg.landscape.rays import Rise, rays
+from ckptavg.landscape.saving import save
+from ckptavg.norm.evaluate import EvaluationOptions
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.loading import load_weights
 from ckptavg.selection import Selection
@@ -26,6 +30,9 @@ except ImportError as error:
         f"the demo trains on the data of mnist1d, which cannot be imported: {error}",
         remedy="pip install 'ckptavg[demo]'",
     ) from error
+
+_STEPS = 6
+"""Of the rays."""
 
 PathLike = str | Path
 Progress = Callable[[int, int | None], None]
@@ -66,6 +73,9 @@ class DemoReport:
         epochs: of either run.
         rows: one for each model.
         commands: what makes the refreshed average again, for a shell.
+        rise: how the test loss rises along random directions: from the last iterate, and from the
+            refreshed average.
+        pictures: of that, below the demo's directory.
     """
 
     directory: str
@@ -76,9 +86,17 @@ class DemoReport:
     epochs: int
     rows: tuple[Row, ...]
     commands: tuple[str, str]
+    rise: Rise
+    pictures: tuple[str, ...]
 
 
-def run(directory: PathLike, *, seed: int = 0, progress: Progress | None = None) -> DemoReport:
+def run(
+    directory: PathLike,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    point_progress: Progress | None = None,
+) -> DemoReport:
     """Train a small Conv-BN network, average its checkpoints, refresh the average, and compare.
 
     Izmailov et al. 2018 (arXiv 1803.05407) in small; `ckptavg/demo/train.py` says what is trained.
@@ -88,17 +106,26 @@ def run(directory: PathLike, *, seed: int = 0, progress: Progress | None = None)
         seed: of the first weights and of the shuffles. The same seed gives the same figures on
             one machine.
         progress: hears of each epoch.
+        point_progress: hears of each point of the rays.
 
     Raises:
         OutputError: there is something in the directory.
         CkptAvgError: the average or the refresh failed.
     """
-    return run_with_budget(Path(directory), train.Budget(), seed=seed, progress=progress)
+    return run_with_budget(
+        Path(directory), train.Budget(),
+        seed=seed, progress=progress, point_progress=point_progress,
+    )  # fmt: skip
 
 
 @train.one_thread()
 def run_with_budget(
-    directory: Path, budget: train.Budget, *, seed: int, progress: Progress | None
+    directory: Path,
+    budget: train.Budget,
+    *,
+    seed: int,
+    progress: Progress | None,
+    point_progress: Progress | None = None,
 ) -> DemoReport:
     """`run`, as long as wanted."""
     refuse_used(directory)
@@ -112,6 +139,8 @@ def run_with_budget(
 
     train.train(directory, seed=seed, budget=budget, after_epoch=after_epoch)
     summary = make_averages(directory)
+    members = [Path(source.path) for source in summary.sources]
+    rise, pictures = look_around(directory, members[-1], point_progress)
     return DemoReport(
         directory=str(directory),
         seed=seed,
@@ -119,8 +148,10 @@ def run_with_budget(
         label_noise=train.LABEL_NOISE,
         test_examples=train.TEST_EXAMPLES,
         epochs=budget.epochs,
-        rows=compare(directory, [Path(source.path) for source in summary.sources]),
+        rows=compare(directory, members),
         commands=commands(directory),
+        rise=rise,
+        pictures=pictures,
     )
 
 
@@ -148,6 +179,36 @@ def make_averages(directory: Path) -> Summary:
     )
     refresh_checkpoint(averaged, directory / "refreshed-bn.safetensors", options)
     return summary
+
+
+def look_around(
+    directory: Path, last: Path, progress: Progress | None = None
+) -> tuple[Rise, tuple[str, ...]]:
+    """Go along random directions from the last iterate and from the refreshed average.
+
+    Args:
+        directory: the demo's.
+        last: the last iterate.
+        progress: hears of each point.
+
+    Returns:
+        How the test loss rises, and the pictures.
+    """
+    home = train.__name__
+    spec: dict[str, Any] = {"model": f"{home}:make_model", "loader": f"{home}:train_loader"}
+    options = ExploreOptions(
+        evaluation=EvaluationOptions(
+            **spec, max_samples=train.TRAIN_EXAMPLES, refresh=RefreshOptions(**spec), device="cpu"
+        ),
+        test_loader=f"{home}:test_loader",
+    )
+    folder = directory / "landscape"
+    paths = [last, directory / "refreshed-bn.safetensors"]
+    found = rays(paths, folder, options, steps=_STEPS, progress=progress)
+    files = save(found, folder, "rays", plots=True)
+    [rise] = [one for one in found.rises() if one.metric == "test loss"]
+    pictures = [file for file in files if file.suffix in (".png", ".svg")]
+    return rise, tuple(file.relative_to(directory).as_posix() for file in pictures)
 
 
 def compare(directory: Path, members: list[Path]) -> tuple[Row, ...]:

@@ -108,6 +108,12 @@ def train_loader(seed: int = 0) -> DataLoader[tuple[torch.Tensor, ...]]:
     )
 
 
+def test_loader() -> DataLoader[tuple[torch.Tensor, ...]]:
+    """Batches of the clean test data."""
+    data = load_data()
+    return DataLoader(TensorDataset(data.test_signals, data.test_labels), batch_size=1_000)
+
+
 def make_model() -> nn.Sequential:
     """The network: signals `[batch, 1, 40]` to logits `[batch, 10]`."""
     return nn.Sequential(

@@ -1,0 +1,1 @@
+"""Loss and error around weights, and between them: rays, segments, planes."""

@@ -1,0 +1,185 @@
+"""Rays: loss and error at distances along random directions, from each of some weights.
+
+Izmailov et al. 2018, section 3.2 and figure 4: ten directions drawn uniformly from the unit sphere,
+the same ones from each of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import SelectionError
+from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress, spaced
+from ckptavg.landscape.places import Place
+from ckptavg.norm.ranks import Ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ckptavg.landscape.journal import Values
+
+_STEPS = 11
+_BY_ITSELF = 0.5
+"""Of one checkpoint alone, how far rays go, relative to the norm of its parameters."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """How one of the weights' metric rises along the rays, and how another's.
+
+    Attributes:
+        metric: its name.
+        distance: the largest.
+        rises: for each of the weights the mean over the directions of how much it is above its
+            value at the centre.
+        lower: in how many of the directions the last of the weights has risen less than the first.
+        directions: how many there are.
+    """
+
+    metric: str
+    distance: float
+    rises: tuple[float, ...]
+    lower: int
+    directions: int
+
+
+@dataclass(frozen=True)
+class Rays:
+    """What came out.
+
+    Attributes:
+        checkpoints: the weights' names.
+        dimension: number of parameters.
+        distances: along the rays; of `filter_normalize` they are relative to the filters' norms.
+        directions: how many.
+        apart: the distance of the first two weights' parameters; None where there is one.
+        filter_normalize: whether each filter of a direction has the norm of the weights' own.
+        refreshed: whether the norm statistics were refreshed at each point.
+        curves: metric to `[checkpoints][directions][distances]`.
+    """
+
+    checkpoints: tuple[str, ...]
+    dimension: int
+    distances: tuple[float, ...]
+    directions: int
+    apart: float | None
+    filter_normalize: bool
+    refreshed: bool
+    curves: dict[str, list[list[list[float]]]] = field(repr=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each point, for CSV."""
+        return [
+            {
+                "checkpoint": name,
+                "direction": direction,
+                "distance": distance,
+                **{metric: one[place][direction][step] for metric, one in self.curves.items()},
+            }
+            for place, name in enumerate(self.checkpoints)
+            for direction in range(self.directions)
+            for step, distance in enumerate(self.distances)
+        ]
+
+    def rises(self) -> list[Rise]:
+        """How each metric has risen at the largest distance."""
+        found = []
+        for metric, curves in self.curves.items():
+            risen = [[ray[-1] - ray[0] for ray in rays] for rays in curves]
+            pairs = zip(risen[0], risen[-1], strict=True)
+            found.append(
+                Rise(
+                    metric, self.distances[-1], tuple(fmean(rises) for rises in risen),
+                    sum(last < first for first, last in pairs), self.directions,
+                )
+            )  # fmt: skip
+        return found
+
+
+def rays(
+    paths: Sequence[Path],
+    folder: Path,
+    options: ExploreOptions,
+    *,
+    directions: int = 10,
+    distances: Sequence[float] | None = None,
+    steps: int = _STEPS,
+    filter_normalize: bool = False,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+) -> Rays:
+    """Evaluate along random directions from each of some weights.
+
+    Args:
+        paths: checkpoints of one model.
+        folder: where points are kept, so that a run that was killed goes on.
+        options: how points are evaluated. Its seed is that of the directions as well.
+        directions: how many.
+        distances: along them, 0 first; None for `steps`, up to twice the distance of the first two
+            weights, or half of the norm of the parameters of one, or 1 with `filter_normalize`.
+        steps: how many distances there are then.
+        filter_normalize: as in `Space`.
+        ranks: the processes that share the points.
+        progress: hears of each point.
+
+    Raises:
+        CkptAvgError: the checkpoints do not fit the model or each other, or evaluating failed.
+        UserCodeError: the model, the loader or a function of the user's raised.
+    """
+    if directions < 1:
+        raise SelectionError(f"at least 1 direction is needed, not {directions}")
+    ranks = ranks or Ranks()
+    with ranks.together():
+        explorer = Explorer(paths, folder, options, ranks)
+        space = explorer.space(seed=options.evaluation.seed, filter_normalize=filter_normalize)
+        apart = space.distance(0, 1) if len(paths) > 1 else None
+        farthest = 2 * apart if apart else _BY_ITSELF * space.norm()
+        along = tuple(distances or spaced(0.0, 1.0 if filter_normalize else farthest, steps))
+        _check(along)
+        task = {"kind": "rays", "filter_normalize": filter_normalize}
+        places = {
+            _name(one, direction, distance): Place(
+                tuple(float(one == other) for other in range(len(paths))), direction, distance
+            )
+            for distance in along
+            for direction in range(directions if distance else 1)
+            for one in range(len(paths))
+        }
+        found = explorer.run(task, space, places, progress)
+    metrics = list(next(iter(found.values())))
+    return Rays(
+        explorer.names, space.dimension, along, directions, apart, filter_normalize,
+        options.evaluation.refresh is not None,
+        {
+            metric: [
+                [
+                    [_value(found, one, direction, distance, metric) for distance in along]
+                    for direction in range(directions)
+                ]
+                for one in range(len(paths))
+            ]
+            for metric in metrics
+        },
+    )  # fmt: skip
+
+
+def _check(distances: Sequence[float]) -> None:
+    if distances[0] != 0 or not all(0 <= one < math.inf for one in distances):
+        raise SelectionError("distances begin with 0, the weights themselves, and are positive")
+    if len(set(distances)) < len(distances) or list(distances) != sorted(distances):
+        raise SelectionError("distances increase")
+
+
+def _name(checkpoint: int, direction: int, distance: float) -> str:
+    # At distance 0 all directions are at the same place.
+    return f"{checkpoint} {direction if distance else 0} {distance!r}"
+
+
+def _value(
+    found: dict[str, Values], checkpoint: int, direction: int, distance: float, metric: str
+) -> float:
+    return found[_name(checkpoint, direction, distance)][metric]

@@ -1,0 +1,522 @@
+"""Rays, segments and planes: where the points are, what is evaluated there, and that once."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ckptavg.cli import cli
+from ckptavg.errors import CkptAvgError, OutputError, SelectionError
+from ckptavg.formats import open_checkpoint
+from ckptavg.landscape.explore import ExploreOptions
+from ckptavg.landscape.places import Place, Plane, Space
+from ckptavg.landscape.plane import plane
+from ckptavg.landscape.rays import rays
+from ckptavg.landscape.segment import segment
+from ckptavg.norm.evaluate import EvaluationOptions
+from ckptavg.norm.files import RefreshOptions
+from tests.gloo import LOOPBACK
+
+SETUP = '''
+import os, signal
+from pathlib import Path
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+def make_model(dtype="float64"):
+    return nn.Sequential(
+        nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
+    ).to(getattr(torch, dtype))
+
+def loader(seed=0, dtype="float64"):
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 1, 8, generator=made, dtype=torch.float64).to(getattr(torch, dtype))
+    return [(x[i:i + 20], (x[i:i + 20, 0, :3].argmax(1))) for i in (0, 20, 40)]
+
+def test_loader(dtype="float64"):
+    return loader(7, dtype)
+
+def logged(model, batches):
+    """Counts its calls in a file, and may be killed by the one before which `KILL_AT` were."""
+    log = Path(f"log-{os.environ.get('RANK', 0)}")
+    calls = len(log.read_text().splitlines()) if log.exists() else 0
+    if calls == int(os.environ.get("KILL_AT", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    weights = [float(value.double().sum()) for value in model.parameters()]
+    with log.open("a") as file:
+        file.write(repr(weights) + "\\n")
+    return {"sum": sum(weights)}
+'''
+
+
+@pytest.fixture(name="here")
+def _here(tmp_path, monkeypatch):
+    """A directory with a model, batches and three checkpoints of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("setup.py").write_text(SETUP)
+    space: dict[str, Any] = {}
+    exec(SETUP, space)  # noqa: S102
+    for number in range(3):
+        torch.manual_seed(number)
+        save_file(space["make_model"]().state_dict(), f"w{number}.safetensors")
+    return tmp_path
+
+
+PATHS = [Path(f"w{number}.safetensors") for number in range(3)]
+
+
+def options(*, refresh: bool = True, **more: Any) -> ExploreOptions:
+    spec: dict[str, Any] = {"model": "setup.py:make_model", "loader": "setup.py:loader"}
+    refresher = RefreshOptions(**spec, others={}) if refresh else None
+    own = {name: more.pop(name) for name in ("metric", "max_samples") if name in more}
+    return ExploreOptions(
+        evaluation=EvaluationOptions(**spec, **own, refresh=refresher, device="cpu"), **more
+    )
+
+
+PARAMETERS = ["0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"]
+
+
+def space_of(paths=PATHS, **more: Any) -> Space:
+    return Space([open_checkpoint(path) for path in paths], PARAMETERS, **more)
+
+
+def vector(checkpoint) -> np.ndarray:
+    return np.concatenate([checkpoint.read(name).astype(np.float64).ravel() for name in PARAMETERS])
+
+
+@pytest.mark.usefixtures("here")
+class TestDirections:
+    def test_are_uniform_on_the_sphere(self, tmp_path):
+        state = {"a": torch.zeros(2, 1).double(), "b": torch.zeros(1).double()}
+        save_file(state, tmp_path / "x.safetensors")
+        space = Space([open_checkpoint(tmp_path / "x.safetensors")], ["a", "b"], seed=5)
+        count = 4_000
+        found = np.empty((count, 3))
+        for number in range(count):
+            at = space.at(Place((1.0,), number, 1.0))
+            found[number] = np.concatenate([at.read("a").ravel(), at.read("b").ravel()])
+        assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-12
+        # Along any axis a point of the unit sphere in three dimensions is uniform in [-1, 1]
+        # (Archimedes): Kolmogorov's distance exceeds 1.95 / sqrt(n) once in a thousand times.
+        made = np.random.default_rng(0)
+        for axis in (*np.eye(3), *made.standard_normal((5, 3))):
+            along = np.sort(found @ axis / np.linalg.norm(axis))
+            expected = (along + 1) / 2
+            steps = np.arange(1, count + 1) / count
+            gap = max((steps - expected).max(), (expected - steps + 1 / count).max())
+            assert gap < 1.95 / np.sqrt(count)
+        # Rayleigh's statistic: 3 n |mean|^2 is chi-squared with 3 degrees of freedom.
+        assert 3 * count * np.sum(found.mean(axis=0) ** 2) < 16.3
+
+    def test_are_of_the_distance_that_is_asked_for(self):
+        space = space_of()
+        centre = vector(open_checkpoint(PATHS[1]))
+        for distance in (1e-3, 1.0, 123.4):
+            for direction in range(5):
+                moved = vector(space.at(Place((0.0, 1.0, 0.0), direction, distance)))
+                assert np.linalg.norm(moved - centre) == pytest.approx(distance, rel=1e-12)
+
+    def test_are_the_same_from_all_of_the_weights_and_for_the_same_seed(self):
+        space = space_of(seed=3)
+        steps = [
+            vector(space.at(Place(one, 2, 1.5))) - vector(space.at(Place(one)))
+            for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.3, 0.3, 0.4))
+        ]
+        np.testing.assert_allclose(steps[0], steps[1], atol=1e-14)
+        np.testing.assert_allclose(steps[0], steps[2], atol=1e-14)
+        place = Place((1.0, 0.0, 0.0), 2, 1.5)
+        again, other = space_of(seed=3), space_of(seed=4)
+        np.testing.assert_array_equal(vector(again.at(place)), vector(space.at(place)))
+        assert not np.allclose(vector(other.at(place)), vector(space.at(place)))
+
+    def test_leave_buffers_alone(self):
+        moved = space_of().at(Place((1.0, 0.0, 0.0), 0, 9.0))
+        own = load_file(PATHS[0])
+        for name in own.keys() - set(PARAMETERS):
+            np.testing.assert_array_equal(moved.read(name), own[name].numpy())
+
+    def test_with_the_filters_norms(self):
+        space = space_of(filter_normalize=True)
+        own = load_file(PATHS[0])
+        moved = space.at(Place((1.0, 0.0, 0.0), 0, 0.5))
+        for name in PARAMETERS:
+            step = moved.read(name) - own[name].numpy()
+            if own[name].dim() < 2:
+                assert not step.any()
+                continue
+            for filter_step, weights in zip(step, own[name].numpy(), strict=True):
+                wanted = 0.5 * np.linalg.norm(weights)
+                assert np.linalg.norm(filter_step) == pytest.approx(wanted, rel=1e-9)
+
+    def test_of_half_precision_are_rounded_once(self, tmp_path):
+        state = {"a": torch.randn(50, 40).bfloat16()}
+        save_file(state, tmp_path / "x.safetensors")
+        space = Space([open_checkpoint(tmp_path / "x.safetensors")], ["a"])
+        moved = space.at(Place((1.0,), 0, 3.0)).read("a").astype(np.float64)
+        exact = state["a"].double().numpy() + 3.0 * space._step(
+            Place((1.0,), 0, 3.0), "a", state["a"].double().numpy()
+        )
+        wanted = torch.from_numpy(exact).bfloat16().double().numpy()
+        np.testing.assert_array_equal(moved, wanted)
+
+
+def naive(state, *, refresh=True):
+    """Loss and error on both loaders, by torch alone."""
+    space: dict[str, Any] = {}
+    exec(SETUP, space)  # noqa: S102
+    model = space["make_model"]()
+    model.load_state_dict(state)
+    if refresh:
+        torch.optim.swa_utils.update_bn(space["loader"](), model)
+    model.eval()
+    found = {}
+    for data in ("train", "test"):
+        batches = space["loader" if data == "train" else "test_loader"]()
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        with torch.no_grad():
+            outputs = model(x)
+        found[f"{data} loss"] = float(nn.functional.cross_entropy(outputs, y))
+        found[f"{data} error"] = float((outputs.argmax(1) != y).double().mean())
+    return found
+
+
+def combined(*coefficients):
+    states = [load_file(path) for path in PATHS]
+    return {
+        name: sum(c * state[name] for c, state in zip(coefficients, states, strict=True))
+        if states[0][name].is_floating_point()
+        else states[0][name]
+        for name in states[0]
+    }
+
+
+TEST: dict[str, Any] = {"test_loader": "setup.py:test_loader"}
+
+
+@pytest.mark.usefixtures("here")
+class TestRays:
+    def test_values_are_those_of_torch(self):
+        found = rays(PATHS[:2], Path("o"), options(**TEST), directions=2, distances=(0, 1, 4))
+        space = space_of(PATHS[:2])
+        for place in range(2):
+            for direction in range(2):
+                for step, distance in enumerate((0, 1, 4)):
+                    one = [0.0, 0.0]
+                    one[place] = 1.0
+                    at = space.at(Place(tuple(one), direction, distance))
+                    state = {name: torch.from_numpy(np.array(at.read(name))) for name in at.tensors}
+                    for metric, value in naive(state).items():
+                        assert found.curves[metric][place][direction][step] == pytest.approx(value)
+
+    def test_begin_at_the_weights_themselves(self):
+        found = rays(PATHS[:2], Path("o"), options(), directions=3, distances=(0, 1))
+        for curves in found.curves.values():
+            assert all(len({ray[0] for ray in of_one}) == 1 for of_one in curves)
+
+    def test_without_a_refresh_the_statistics_are_the_weights_own(self):
+        found = rays(PATHS[:1], Path("o"), options(refresh=False), directions=1, distances=(0, 1))
+        wanted = naive(load_file(PATHS[0]), refresh=False)["train loss"]
+        assert found.curves["train loss"][0][0][0] == pytest.approx(wanted)
+        assert wanted != pytest.approx(naive(load_file(PATHS[0]))["train loss"], rel=1e-3)
+
+    def test_go_twice_as_far_as_the_first_two_are_apart(self):
+        found = rays(PATHS[:2], Path("o"), options(max_samples=20), directions=1)
+        first, second = (vector(open_checkpoint(path)) for path in PATHS[:2])
+        apart = np.linalg.norm(first - second)
+        assert found.apart == pytest.approx(apart)
+        assert found.distances[-1] == pytest.approx(2 * apart)
+        assert found.dimension == len(vector(open_checkpoint(PATHS[0])))
+
+    @pytest.mark.parametrize("distances", [(1, 2), (0, 2, 1), (0, 1, 1), (0, float("inf"))])
+    def test_distances_that_make_no_ray_are_refused(self, distances):
+        with pytest.raises(SelectionError, match="distances"):
+            rays(PATHS[:1], Path("o"), options(), distances=distances)
+
+    def test_metrics_of_ones_own(self):
+        found = rays(
+            PATHS[:1], Path("o"), options(metric="setup.py:logged"), directions=1, distances=(0, 1)
+        )
+        assert list(found.curves) == ["train sum"]
+
+
+@pytest.mark.usefixtures("here")
+class TestSegment:
+    def test_values_are_those_of_torch(self):
+        found = segment(PATHS[:2], Path("o"), options(**TEST), positions=(-0.5, 0, 0.25, 1, 1.5))
+        for place, position in enumerate(found.positions):
+            wanted = naive(combined(1 - position, position, 0))
+            for metric, value in wanted.items():
+                assert found.curves[metric][place] == pytest.approx(value)
+
+    def test_reaches_past_both_ends(self):
+        found = segment(PATHS[:2], Path("o"), options())
+        assert found.positions[0] == -0.5
+        assert found.positions[-1] == 1.5
+        assert {0.0, 1.0} <= set(found.positions)
+
+    def test_is_between_two(self):
+        with pytest.raises(SelectionError, match="2 checkpoints, not 3"):
+            segment(PATHS, Path("o"), options())
+
+
+@pytest.mark.usefixtures("here")
+class TestPlane:
+    def test_the_basis_is_orthonormal_and_holds_the_three_weights(self):
+        first, u, v = basis()
+        found = Plane(space_of().gram())
+        for x, y in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-2.3, 0.7)):
+            at = vector(space_of().at(Place(found.coefficients(x, y))))
+            np.testing.assert_allclose(at, first + x * u + y * v, atol=1e-12)
+        for number, corner in enumerate(found.corners):
+            wanted = [float(number == other) for other in range(3)]
+            np.testing.assert_allclose(found.coefficients(*corner), wanted, atol=1e-12)
+
+    def test_a_further_weight_is_projected(self):
+        space = space_of()
+        found = Plane(space.gram())
+        inside = space.at(Place(found.coefficients(0.4, -1.1)))
+        x, y, away = found.project(space.products(inside))
+        assert x == pytest.approx(0.4)
+        assert y == pytest.approx(-1.1)
+        assert away < 1e-6
+        beside = space.at(Place(found.coefficients(0.4, -1.1), 0, 5.0))
+        step = vector(beside) - vector(inside)
+        _, u, v = basis()
+        x, y, away = found.project(space.products(beside))
+        assert x == pytest.approx(0.4 + step @ u)
+        assert y == pytest.approx(-1.1 + step @ v)
+        assert away == pytest.approx(np.sqrt(step @ step - (step @ u) ** 2 - (step @ v) ** 2))
+
+    def test_the_three_weights_have_their_own_losses(self):
+        found = plane(PATHS, Path("o"), options(**TEST), size=3)
+        for mark, path in zip(found.checkpoints, PATHS, strict=True):
+            assert mark.values == pytest.approx(naive(load_file(path)))
+
+    def test_values_on_the_grid_are_those_of_torch(self):
+        found = plane(PATHS, Path("o"), options(**TEST), size=3, margin=0.5)
+        made = Plane(space_of().gram())
+        for row, y in enumerate(found.ys):
+            for column, x in enumerate(found.xs):
+                for metric, value in naive(combined(*made.coefficients(x, y))).items():
+                    assert found.grids[metric][row][column] == pytest.approx(value)
+        xs, ys = zip(*made.corners, strict=True)
+        assert found.xs[0] == pytest.approx(min(xs) - 0.5 * (max(xs) - min(xs)))
+        assert found.ys[-1] == pytest.approx(max(ys) + 0.5 * (max(ys) - min(ys)))
+
+    def test_the_weights_that_make_it_are_projected_onto_themselves(self, here):
+        (here / "run").mkdir()
+        for path in PATHS:
+            (here / "run" / path.name).write_bytes(path.read_bytes())
+        found = plane(PATHS, Path("o"), options(), size=2, project=[here / "run"])
+        for mark, projected in zip(found.checkpoints, found.projected, strict=True):
+            assert projected.x == pytest.approx(mark.x, abs=1e-6)
+            assert projected.y == pytest.approx(mark.y, abs=1e-6)
+            assert projected.away < 1e-6
+
+    def test_three_on_a_line_make_none(self):
+        save_file(combined(0.5, 0.5, 0), "w2.safetensors")
+        with pytest.raises(SelectionError, match="on one line"):
+            plane(PATHS, Path("o"), options())
+        with pytest.raises(SelectionError, match="on one line"):
+            plane([PATHS[0], PATHS[1], PATHS[1]], Path("o"), options())
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_is_through_three(self, count):
+        with pytest.raises(SelectionError, match="3 checkpoints"):
+            plane((PATHS * 2)[:count], Path("o"), options())
+
+
+def basis():
+    """The first of the three weights, and an orthonormal basis of the plane through them."""
+    first, second, third = (vector(open_checkpoint(path)) for path in PATHS)
+    u = (second - first) / np.linalg.norm(second - first)
+    v = third - first - ((third - first) @ u) * u
+    return first, u, v / np.linalg.norm(v)
+
+
+def arguments(kind, paths, *more, output="o"):
+    names = [str(path) for path in paths]
+    spec = ["--model", "setup.py:make_model", "--loader", "setup.py:loader"]
+    return ["landscape", kind, *names, *spec, "-o", output, *more]
+
+
+def start(*words, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ckptavg", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+LOGGED = ("--metric", "setup.py:logged", "--no-plots")
+COUNTED = (*LOGGED, "--directions", "2", "--distances", "0,1,2")
+
+
+@pytest.mark.usefixtures("here")
+class TestResuming:
+    def test_a_killed_run_goes_on_and_evaluates_no_point_twice(self):
+        words = arguments("rays", PATHS[:2], *COUNTED)
+        for at in (3, 7):
+            process = start(*words, KILL_AT=str(at))
+            process.communicate(timeout=60)
+            assert process.returncode == -signal.SIGKILL
+            assert len(Path("log-0").read_text().splitlines()) == at
+        process = start(*words)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        lines = Path("log-0").read_text().splitlines()
+        assert len(lines) == len(set(lines)) == 2 * (1 + 2 * 2)
+        again = Path("o/rays.json").read_bytes()
+        process = start(*words)
+        process.communicate(timeout=60)
+        assert Path("log-0").read_text().splitlines() == lines
+        assert Path("o/rays.json").read_bytes() == again
+
+    def test_a_line_that_was_cut_off_is_evaluated_again(self):
+        run = CliRunner()
+        assert run.invoke(cli, arguments("rays", PATHS[:1], *COUNTED)).exit_code == 0
+        whole = Path("o/points-0.jsonl").read_bytes()
+        Path("o/points-0.jsonl").write_bytes(whole[:-9])
+        assert run.invoke(cli, arguments("rays", PATHS[:1], *COUNTED)).exit_code == 0
+        assert Path("o/points-0.jsonl").read_bytes() == whole
+        assert len(Path("log-0").read_text().splitlines()) == 5 + 1
+
+    def test_of_more_points_only_the_new_ones_are_evaluated(self):
+        run = CliRunner()
+        for positions in ("0,1", "0,0.5,1"):
+            words = arguments("segment", PATHS[:2], *LOGGED, "--positions", positions)
+            result = run.invoke(cli, words)
+            assert result.exit_code == 0, result.output
+        assert len(Path("log-0").read_text().splitlines()) == 3
+
+    def test_two_processes_share_the_points(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        common = {
+            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": LOOPBACK,
+        }  # fmt: skip
+        words = arguments("rays", PATHS[:2], *COUNTED)
+        processes = [start(*words, **common, RANK=str(rank)) for rank in range(2)]
+        said = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        logs = [Path(f"log-{rank}").read_text().splitlines() for rank in range(2)]
+        assert [len(log) for log in logs] == [5, 5]
+        assert not set(logs[0]) & set(logs[1])
+        alone = start(*arguments("rays", PATHS[:2], *COUNTED, output="alone"))
+        alone.communicate(timeout=60)
+        assert Path("o/rays.json").read_bytes() == Path("alone/rays.json").read_bytes()
+        assert said[1] == ("", "")
+
+    def test_points_of_another_landscape_are_not_mixed_in(self):
+        one: dict[str, Any] = {"directions": 1, "distances": (0, 1)}
+        rays(PATHS[:1], Path("o"), options(), **one)
+        for run in (
+            lambda: segment(PATHS[:2], Path("o"), options()),
+            lambda: rays(PATHS[:2], Path("o"), options(), **one),
+            lambda: rays(PATHS[:1], Path("o"), options(refresh=False), **one),
+        ):
+            with pytest.raises(OutputError, match="points of another landscape"):
+                run()
+        save_file(combined(0, 1, 0), "w0.safetensors")
+        with pytest.raises(OutputError, match="points of another landscape"):
+            rays(PATHS[:1], Path("o"), options(), **one)
+        found = rays(PATHS[:1], Path("o"), options(force=True), **one)
+        wanted = naive(load_file(PATHS[0]))["train loss"]
+        assert found.curves["train loss"][0][0][0] == pytest.approx(wanted)
+
+
+@pytest.mark.usefixtures("here")
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("kind", "count", "more", "rows"),
+        [
+            ("rays", 2, ("--directions", "2", "--distances", "0:1:3"), 2 * 2 * 3),
+            ("segment", 2, ("--positions=-1:2:4",), 4),
+            ("plane", 3, ("--size", "3", "--project", "w1.safetensors"), 9),
+        ],
+    )
+    def test_writes_tables_and_pictures_and_leaves_the_inputs(self, kind, count, more, rows):
+        before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in PATHS}
+        words = arguments(kind, PATHS[:count], *more, "--test-loader", "setup.py:test_loader")
+        result = CliRunner().invoke(cli, [*words, "--json"])
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.stdout)
+        written = json.loads(Path(f"o/{kind}.json").read_text())
+        assert written.pop("ckptavg")
+        assert {name: told[name] for name in written} == written
+        with Path(f"o/{kind}.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+        assert len(table) == rows
+        assert {"train loss", "train error", "test loss", "test error"} <= table[0].keys()
+        assert Path(f"o/{kind}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in Path(f"o/{kind}.svg").read_text()
+        assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in PATHS} == before
+        files = [Path(f"o/{kind}.{ending}") for ending in ("png", "svg", "json", "csv")]
+        first = [path.read_bytes() for path in files]
+        CliRunner().invoke(cli, words)
+        assert [path.read_bytes() for path in files] == first
+
+    def test_says_in_words_how_the_weights_compare(self):
+        words = arguments("rays", PATHS[:2], "--directions", "3", "--distances", "0,1")
+        result = CliRunner().invoke(cli, [*words, "--no-plots"])
+        assert "loss rises less from w1.safetensors than from w0.safetensors in" in result.stdout
+        assert not list(Path("o").glob("*.png"))
+
+    @pytest.mark.parametrize(
+        ("more", "code"),
+        [
+            (("--distances", "a"), 2), (("--distances", "0:1"), 2), (("--distances", "0:1:0"), 2),
+            (("--distances", "0,nan"), 2), (("--distances", "1,2"), 1), (("--directions", "0"), 2),
+            (("--model", "setup.py:loader"), 1),
+        ],
+    )  # fmt: skip
+    def test_mistakes_are_one_line(self, more, code):
+        result = CliRunner().invoke(cli, [*arguments("rays", PATHS[:1], "--no-plots"), *more])
+        if code == 1:
+            assert isinstance(result.exception, CkptAvgError)
+        else:
+            assert result.exit_code == code
+            assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+    def test_checkpoints_of_two_models_are_refused(self):
+        save_file({"w": torch.zeros(3)}, "w1.safetensors")
+        with pytest.raises(CkptAvgError):
+            rays(PATHS[:2], Path("o"), options())
+
+    def test_a_directory_that_cannot_be_made_is_one_line(self):
+        Path("o").write_text("")
+        with pytest.raises(OutputError, match="cannot be made"):
+            rays(PATHS[:1], Path("o"), options(), directions=1, distances=(0, 1))
+
+
+def test_a_configuration_for_other_commands_is_no_mistake(here):
+    (here / "pyproject.toml").write_text(
+        '[tool.ckptavg]\nmodel = "setup.py:make_model"\nloader = "setup.py:loader"\n'
+        "[tool.ckptavg.average]\nexpect = 3\n"
+        "[tool.ckptavg.landscape]\ndirections = 1\nno-plots = true\n"
+    )
+    words = ["landscape", "rays", "w0.safetensors", "-o", "o", "--distances", "0,1"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    assert "1 direction from 1 point" in result.stdout
+    result = CliRunner().invoke(cli, ["landscape", "segment", "w0.safetensors", "-o", "p"])
+    assert isinstance(result.exception, SelectionError)

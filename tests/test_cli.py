@@ -342,7 +342,9 @@ def test_help_imports_neither_numpy_nor_torch():
 
 def test_every_option_and_command_has_a_help_text():
     commands = dict(cli.cli.commands)
-    commands |= cli.cli.commands["landscape"].commands
+    group = cli.cli.commands["landscape"]
+    assert isinstance(group, click.Group)
+    commands |= group.commands
     for name, command in commands.items():
         assert command.help, name
         for parameter in command.params:

@@ -42,7 +42,19 @@ def test_the_readme_names_the_extras():
     readme = (ROOT / "README.md").read_text()
     extras = set(project["optional-dependencies"])
     assert extras == {
-        *("demo", "plots", "s3", "gcs", "timm", "torchvision", "test", "layouts", "fuzz", "dev"),
+        *(
+            "demo",
+            "plots",
+            "s3",
+            "gcs",
+            "timm",
+            "torchvision",
+            "test",
+            "layouts",
+            "fuzz",
+            "study",
+            "dev",
+        ),
     }
     for extra in ("demo", "plots", "test", "s3", "gcs", "layouts", "timm", "torchvision"):
         assert f"[{extra}]" in readme

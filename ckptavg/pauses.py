@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,15 +27,37 @@ def collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
+_HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def signals_waiting() -> Iterator[None]:
-    """Let no signal's exception come between: it is raised at the end.
+    """Let no signal's exception come between: its handler is called at the end.
 
-    `Thread.start` cannot bear one: it says that no thread can be started, when one is.
+    `Thread.start` cannot bear one: it says that no thread can be started, when one is. To block
+    signals in this thread would not do, as another one may take them.
     """
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no handler is ever called here
+        return
+    arrived: list[int] = []
+    handlers = {
+        number: handler for number in _HELD if callable(handler := signal.getsignal(number))
+    }
+    interruption: BaseException | None = None
     try:
+        for number in handlers:
+            signal.signal(number, lambda told, _: arrived.append(told))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        left = list(handlers)
+        while left:
+            try:
+                signal.signal(left[-1], handlers[left[-1]])
+                left.pop()
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                interruption = error
+    if interruption is not None:
+        raise interruption
+    for told in arrived:
+        handlers[signal.Signals(told)](told, None)

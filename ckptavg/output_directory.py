@@ -44,6 +44,7 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
     Raises:
         OutputError: it cannot.
     """
+    put_back(path)
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError("is no directory", path=path, remedy="choose another output")
     present = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -104,8 +105,6 @@ class OutputDirectory:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        if put_back(self.path):
-            self._replaced = identify(self.path)
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(folder_beside(self.path))
             with self._explained():

@@ -115,6 +115,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be made.
     """
+    clear_beside(path)
     try:
         name, fd = make(path, _make_folder)
     except OSError as error:

@@ -95,13 +95,13 @@ def verify(
             remedy="name the checkpoints that it was made of, and it is made again",
         )
     with collector_at_rest():
-        hashed = _check_digest(opened, record)
         checked, compared, refreshed = 0, 0, 0
         if given:
             collection = find_members(given, record)
             workers = threads or default_threads(collection.sources)
             checked = check_files(collection, record, workers, hash_progress)
             compared, refreshed = _compare(opened, collection, record, workers, progress)
+        hashed = _check_digest(opened, record)  # which names no tensor
     return Verification(
         str(output), record.scheme, len(record.members), hashed, checked, compared, refreshed
     )

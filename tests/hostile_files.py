@@ -44,6 +44,18 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "reversed offsets": lambda: _safetensors({"a": _entry("U8", [2], 2, 0)}),
     "offsets beyond the file": lambda: _safetensors({"a": _entry("U8", [9], 0, 9)}),
     "a key twice": lambda: _safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(U8).encode(),) * 2)),
+    "metadata twice, apart": lambda: _safetensors(
+        b"{%s}"
+        % b",".join(
+            [
+                _ENTRY % 1,
+                b'"__metadata__":{}',
+                *(_ENTRY % index for index in range(9, 9_999)),
+                b'"__metadata__":{"a":"b"}',
+            ]
+        ),
+        data=b"",
+    ),
     "a name with a newline": lambda: _safetensors({"a\n\x1b[2J": _entry("U8", [3], 0, 2)}),
     "a name with a NUL": lambda: _safetensors({"a\0": _entry("U8", [3], 0, 2)}),
     "a name of 10 MB": lambda: _safetensors({"n" * 10_000_000: U8}),

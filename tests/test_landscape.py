@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -11,13 +12,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from ckptavg.cli import cli
@@ -165,16 +166,23 @@ class TestDirections:
                 wanted = 0.5 * np.linalg.norm(weights)
                 assert np.linalg.norm(filter_step) == pytest.approx(wanted, rel=1e-9)
 
-    def test_of_half_precision_are_rounded_once(self, tmp_path):
-        state = {"a": torch.randn(50, 40).bfloat16()}
+    @pytest.mark.parametrize("distance", [0.01, 3.0])
+    def test_of_half_precision_are_not_rounded_to_it(self, tmp_path, distance):
+        state = {"a": torch.randn(500, 40).bfloat16()}
         save_file(state, tmp_path / "x.safetensors")
         space = Space([open_checkpoint(tmp_path / "x.safetensors")], ["a"])
-        moved = space.at(Place((1.0,), 0, 3.0)).read("a").astype(np.float64)
-        exact = state["a"].double().numpy() + 3.0 * space._step(
-            Place((1.0,), 0, 3.0), "a", state["a"].double().numpy()
-        )
-        wanted = torch.from_numpy(exact).bfloat16().double().numpy()
-        np.testing.assert_array_equal(moved, wanted)
+        moved = space.at(Place((1.0,), 0, distance)).read("a").astype(np.float64)
+        gap = np.linalg.norm(moved - state["a"].double().numpy())
+        assert gap == pytest.approx(distance, rel=1e-3)
+
+    def test_of_complex_parameters_are_uniform_too(self, tmp_path):
+        state = {"a": torch.randn(30, 4, dtype=torch.complex128)}
+        torch.save(state, tmp_path / "x.pt")
+        space = Space([open_checkpoint(tmp_path / "x.pt")], ["a"])
+        step = space.at(Place((1.0,), 0, 2.0)).read("a") - state["a"].numpy()
+        assert np.linalg.norm(step) == pytest.approx(2.0)
+        assert np.linalg.norm(step.real) == pytest.approx(np.sqrt(2), rel=0.2)
+        assert space.dimension == 240
 
 
 def naive(state, *, refresh=True):
@@ -427,7 +435,7 @@ class TestResuming:
         assert said[1] == ("", "")
 
     def test_points_of_another_landscape_are_not_mixed_in(self):
-        one: dict[str, Any] = {"directions": 1, "distances": (0, 1)}
+        one: ClassVar[dict[str, Any]] = {"directions": 1, "distances": (0, 1)}
         rays(PATHS[:1], Path("o"), options(), **one)
         for run in (
             lambda: segment(PATHS[:2], Path("o"), options()),
@@ -520,3 +528,171 @@ def test_a_configuration_for_other_commands_is_no_mistake(here):
     assert "1 direction from 1 point" in result.stdout
     result = CliRunner().invoke(cli, ["landscape", "segment", "w0.safetensors", "-o", "p"])
     assert isinstance(result.exception, SelectionError)
+
+
+TIED = """
+import torch
+from torch import nn
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.b_first = nn.Linear(6, 6, bias=False)
+        self.a_second = nn.Linear(6, 6, bias=False)
+        self.head = nn.Linear(6, 3)
+        self.a_second.weight = self.b_first.weight
+
+    def forward(self, x):
+        return self.head(self.a_second(self.b_first(x).relu()))
+
+loader = [(torch.randn(9, 6), torch.arange(9) % 3)]
+seen = []
+
+def where(model, batches):
+    import json
+    with open("where", "a") as file:
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        print(json.dumps(flat.tolist()), file=file)
+    return 0.0
+"""
+
+
+def tied(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("tied.py").write_text(TIED)
+    space: dict[str, Any] = {}
+    exec(TIED, space)  # noqa: S102
+    models = []
+    for number in range(2):
+        torch.manual_seed(number)
+        models.append(space["Tied"]())
+    evaluation = EvaluationOptions(
+        model="tied.py:Tied", loader="tied.py:loader", metric="tied.py:where", device="cpu"
+    )
+    return models, ExploreOptions(evaluation=evaluation)
+
+
+@pytest.mark.parametrize("kind", ["both names", "one name"])
+def test_tied_parameters_move_together_and_count_once(tmp_path, monkeypatch, kind):
+    models, how = tied(monkeypatch, tmp_path)
+    for number, model in enumerate(models):
+        if kind == "both names":
+            torch.save(model.state_dict(), f"t{number}.pt")
+        else:
+            save_model(model, f"t{number}.pt")
+    found = rays([Path("t0.pt"), Path("t1.pt")], Path("o"), how, directions=2, distances=(0, 1, 4))
+    assert found.dimension == 36 + 21
+    flat = [torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models]
+    assert found.apart == pytest.approx(float(torch.linalg.norm(flat[0] - flat[1])), rel=1e-5)
+    lines = [torch.tensor(json.loads(line)) for line in Path("where").read_text().splitlines()]
+    gaps = sorted(float(min(torch.linalg.norm(line - one) for one in flat)) for line in lines)
+    assert gaps == pytest.approx([0, 0, 1, 1, 1, 1, 4, 4, 4, 4], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+class TestCheckpoints:
+    def test_names_may_have_a_wrapper_s_prefix_in_one_of_them(self):
+        wrapped = {f"module.{name}": value for name, value in load_file(PATHS[0]).items()}
+        save_file(wrapped, "ddp.safetensors")
+        found = segment([Path("ddp.safetensors"), PATHS[1]], Path("o"), options(), positions=(0, 1))
+        for place, path in enumerate(PATHS[:2]):
+            wanted = naive(load_file(path))["train loss"]
+            assert found.curves["train loss"][place] == pytest.approx(wanted)
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_of_unlike_dtypes_have_their_own_losses(self, order):
+        half = {
+            name: value.bfloat16() if value.is_floating_point() else value
+            for name, value in load_file(PATHS[0]).items()
+        }
+        save_file(half, PATHS[0])
+        paths = [PATHS[number] for number in order]
+        found = segment(paths, Path("o"), options(), positions=(0, 1))
+        for place, path in enumerate(paths):
+            wanted = naive(load_file(path))["train loss"]
+            assert found.curves["train loss"][place] == pytest.approx(wanted, rel=1e-6)
+
+    def test_of_one_name_are_told_apart(self):
+        for folder, path in (("a", PATHS[0]), ("b", PATHS[1])):
+            Path(folder).mkdir()
+            Path(folder, "last.safetensors").write_bytes(path.read_bytes())
+        paths = [Path("a/last.safetensors"), Path("b/last.safetensors")]
+        found = segment(paths, Path("o"), options(), positions=(0, 1))
+        assert found.checkpoints == ("a/last.safetensors", "b/last.safetensors")
+
+    def test_of_another_model_are_not_projected(self, here, caplog):
+        (here / "run").mkdir()
+        save_file({"w": torch.zeros(2)}, here / "run" / "step_0.safetensors")
+        (here / "run" / "step_1.safetensors").write_bytes(PATHS[1].read_bytes())
+        found = plane(PATHS, Path("o"), options(), size=2, project=[here / "run"])
+        assert [mark.checkpoint for mark in found.projected] == ["step_1.safetensors"]
+        assert "left out" in caplog.text
+
+
+@pytest.mark.usefixtures("here")
+class TestJournal:
+    one: ClassVar[dict[str, Any]] = {"directions": 1, "distances": (0, 1)}
+
+    def test_two_runs_at_once_are_told(self):
+        Path("o").mkdir()
+        with Path("o/points-0.jsonl").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(OutputError, match="another run is at work here"):
+                rays(PATHS[:1], Path("o"), options(), **self.one)
+
+    def test_force_forgets_all_that_is_there(self):
+        rays(PATHS[:1], Path("o"), options(), **self.one)
+        lines = Path("o/points-0.jsonl").read_text().splitlines()
+        Path("o/points-3.jsonl").write_text("\n".join(lines))
+        Path("o/points-0.jsonl").write_text("\n".join(lines).replace("train loss", "x"))
+        rays(PATHS[:1], Path("o"), options(refresh=False, force=True), **self.one)
+        assert not Path("o/points-3.jsonl").exists()
+        rays(PATHS[:1], Path("o"), options(refresh=False), **self.one)
+
+    @pytest.mark.parametrize(
+        "line",
+        ["5", "[]", "{}", '{"place": 1}', '{"place": "x", "values": {}}', "\udcff", "[" * 9_000],
+    )
+    def test_what_is_no_point_is_passed_over(self, line):
+        wanted = rays(PATHS[:1], Path("o"), options(), **self.one)
+        with Path("o/points-0.jsonl").open("ab") as file:
+            file.write(line.encode(errors="surrogateescape") + b"\n")
+        assert rays(PATHS[:1], Path("o"), options(), **self.one) == wanted
+
+    def test_other_code_and_other_values_are_another_landscape(self):
+        rays(PATHS[:1], Path("o"), options(), **self.one)
+        Path("setup.py").write_text(SETUP + "# changed")
+        with pytest.raises(OutputError, match="another landscape"):
+            rays(PATHS[:1], Path("o"), options(), **self.one)
+        Path("setup.py").write_text(SETUP)
+        state = load_file(PATHS[0])
+        state["4.weight"][2, 20] += 1000
+        save_file(state, PATHS[0])
+        with pytest.raises(OutputError, match="another landscape"):
+            rays(PATHS[:1], Path("o"), options(), **self.one)
+
+    def test_somebody_else_s_files_are_not_replaced(self):
+        Path("o").mkdir()
+        Path("o/rays.csv").write_text("mine")
+        words = arguments("rays", PATHS[:1], "--directions", "1", "--distances", "0,1")
+        result = CliRunner().invoke(cli, words)
+        assert isinstance(result.exception, OutputError)
+        assert Path("o/rays.csv").read_text() == "mine"
+
+    def test_what_cannot_be_drawn_leaves_the_numbers(self, monkeypatch):
+        def fail(*_, **__):
+            raise ValueError("no")
+
+        monkeypatch.setattr("ckptavg.landscape.plots.draw", fail)
+        words = arguments("rays", PATHS[:1], "--directions", "1", "--distances", "0,1")
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == 0, result.output
+        assert "cannot be drawn: no" in result.stderr
+        assert {path.suffix for path in Path("o").iterdir()} == {".json", ".csv", ".jsonl"}
+
+    def test_names_with_dollars_and_lines_are_drawn(self):
+        Path("_a$b^{2$.safetensors").write_bytes(PATHS[0].read_bytes())
+        paths = [Path("_a$b^{2$.safetensors"), PATHS[1]]
+        words = arguments("rays", paths, "--directions", "1", "--distances", "0,1")
+        assert CliRunner().invoke(cli, words).exit_code == 0
+        assert "_a$b^{2$.safetensors" in Path("o/rays.svg").read_text()

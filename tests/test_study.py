@@ -48,16 +48,17 @@ def test_the_interval_is_the_percentile_bootstrap(report):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "better", "word"),
+    ("low", "high", "p", "better", "word"),
     [
-        (-1, 1, 1, "not told apart"),
-        (1, 2, 1, "better"),
-        (1, 2, -1, "worse"),
-        (-2, -1, -1, "better"),
+        (-1, 1, 0.01, 1, "not told apart"),
+        (1, 2, 0.01, 1, "better"),
+        (1, 2, 0.1, 1, "not told apart"),
+        (1, 2, 0.01, -1, "worse"),
+        (-2, -1, 0.01, -1, "better"),
     ],
 )
-def test_a_verdict_goes_by_the_interval(report, low, high, better, word):
-    assert report.verdict(low, high, better) == word
+def test_a_verdict_goes_by_the_interval_and_the_sign_test(report, low, high, p, better, word):  # noqa: PLR0917
+    assert report.verdict(low, high, p, better) == word
 
 
 def test_the_page_says_what_the_figures_say(report):
@@ -68,7 +69,24 @@ def test_the_page_says_what_the_figures_say(report):
     def mean(task, one, other):
         return float(np.mean(report.differences(found[task], one, other, 0)))
 
+    for line in (STUDY / "tuning.txt").read_text().splitlines():
+        task, told = line.split(": rate ")
+        rate, value = told.split(",")[0], told.split()[-1]
+        name = {"mnist1d": "MNIST-1D", "digits": "digits"}[task]
+        [row] = [row for row in page.splitlines() if row.startswith(f"| {name}, rate {rate} ")]
+        assert f"{float(value):.3f}" in row
     swa = "SWA, refreshed"
+    for task, other, text in (
+        ("digits", "decayed", "2.8 points (1.7 to 3.9) and 0.09 nats, in 10 of 10 seeds"),
+        ("mnist1d", "decayed", "1.1 points (0.9 to 1.3) and 0.04 nats, in"),
+    ):
+        values = report.differences(found[task], swa, other, 0)
+        low, high = sorted(abs(one) for one in report.interval(values))
+        nats = np.mean(report.differences(found[task], swa, other, 1))
+        assert f"({low:.1f} to {high:.1f}) and {abs(nats):.2f} nats" in text
+        assert text.split()[0] == f"{abs(np.mean(values)):.1f}"
+        assert report.sign_test(values)[0] in (0, 10)
+        assert " ".join(text.split()) in " ".join(page.split())
     for task, other, text in (
         ("mnist1d", "SWA, not refreshed", "+5.9 points on MNIST-1D"),
         ("digits", "SWA, not refreshed", "+3.6 on digits"),

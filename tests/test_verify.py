@@ -198,11 +198,12 @@ class TestVerify:
             found = ckptavg.verify(tmp_path / name, [tmp_path / "run"])
             assert (found.hashed, found.compared) == (True, 2), name
 
+    @pytest.mark.parametrize("hashed", [True, False])
     @pytest.mark.parametrize("tensor", ["embed.weight", "layer.weight"])
     @pytest.mark.parametrize("name", ["o.safetensors", "o.pt", "o/"])
     @pytest.mark.usefixtures("run")
-    def test_a_bit_that_differs_is_found_and_its_tensor_named(self, tmp_path, name, tensor):
-        ckptavg.average(tmp_path / "run", f"{tmp_path}/{name}")
+    def test_a_bit_that_differs_is_found_and_its_tensor_named(self, tmp_path, name, tensor, hashed):
+        ckptavg.average(tmp_path / "run", f"{tmp_path}/{name}", hash=hashed)
         out = tmp_path / name
         opened = open_checkpoint(out)
         place = opened.tensors[tensor]

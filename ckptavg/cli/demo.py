@@ -56,8 +56,8 @@ def _say(console: Console, report: DemoReport) -> None:
     rise = report.rise
     console.say(
         f"\nRandom directions, {rise.distance:.3g} away from the weights (twice as far as the "
-        "average is\nfrom the last iterate): the test NLL has risen by "
-        f"{average:.3f} around the average and by\n{last:.3f} around the last iterate, so it rises "
+        "average is\nfrom the last iterate): the NLL of 2,000 test examples has risen by "
+        f"{average:.3f} around the\naverage and by {last:.3f} around the last iterate, so it rises "
         f"{slower} around the average.\nIt has risen by less in {rise.lower} of {rise.directions} "
         f"directions.\n  {', '.join(report.pictures)}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ from ckptavg.cli.common import Console, PathType, common_options, plural
 from ckptavg.cli.evaluation_options import check_metric
 from ckptavg.cli.refresh_options import OPTIONS, Command, add, check_spec, keywords, require
 from ckptavg.errors import printable
+from ckptavg.landscape import spaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from ckptavg.landscape.explore import ExploreOptions
@@ -48,18 +48,14 @@ class Numbers(click.ParamType[Any]):
                 first, last, count = value.split(":")
                 if int(count) < 1:
                     raise ValueError  # noqa: TRY301
-                return _spaced(float(first), float(last), int(count))
-            numbers = tuple(float(one) for one in value.split(","))
+                numbers = spaced(float(first), float(last), int(count))
+            else:
+                numbers = tuple(float(one) for one in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is neither numbers (0,0.5,1) nor FIRST:LAST:COUNT", param, ctx)
         if not all(map(math.isfinite, numbers)):
             self.fail(f"{value!r} has what is no number", param, ctx)
         return numbers
-
-
-def _spaced(first: float, last: float, count: int) -> tuple[float, ...]:
-    step = (last - first) / max(1, count - 1)
-    return tuple(first + step * number for number in range(count))
 
 
 def _landscape_options(command: Command) -> Command:
@@ -106,7 +102,7 @@ def _landscape_options(command: Command) -> Command:
         ),
         "no-plots": click.option("--no-plots", is_flag=True, help="Draw nothing."),
         "force": click.option(
-            "-f", "--force", is_flag=True, help="Replace another landscape's points."
+            "-f", "--force", is_flag=True, help="Forget the points that are there."
         ),
         "key": click.option("--key", help="State dict to take where a file holds several."),
     }
@@ -155,8 +151,8 @@ def rays(checkpoints: tuple[Path, ...], *, filter_normalize: bool, **options: An
     from ckptavg.landscape.rays import rays as run
 
     own = {name: options.pop(name) for name in ("directions", "distances")}
-    with _running("rays", options) as (explore, finish):
-        finish(run(checkpoints, filter_normalize=filter_normalize, **own, **explore))
+    own["filter_normalize"] = filter_normalize
+    _run("rays", lambda **explore: run(checkpoints, **own, **explore), options)
 
 
 @landscape.command()
@@ -176,8 +172,7 @@ def segment(checkpoints: tuple[Path, ...], **options: Any) -> None:  # noqa: ANN
     from ckptavg.landscape.segment import segment as run
 
     positions = options.pop("positions")
-    with _running("segment", options) as (explore, finish):
-        finish(run(checkpoints, positions=positions, **explore))
+    _run("segment", lambda **explore: run(checkpoints, positions=positions, **explore), options)
 
 
 @landscape.command()
@@ -208,34 +203,28 @@ def plane(checkpoints: tuple[Path, ...], **options: Any) -> None:  # noqa: ANN40
     from ckptavg.landscape.plane import plane as run
 
     own = {name: options.pop(name) for name in ("size", "margin", "project")}
-    with _running("plane", options) as (explore, finish):
-        finish(run(checkpoints, **own, **explore))
+    _run("plane", lambda **explore: run(checkpoints, **own, **explore), options)
 
 
-@contextlib.contextmanager
-def _running(
-    kind: str, options: dict[str, Any]
-) -> Iterator[tuple[dict[str, Any], Callable[[Any], None]]]:
-    """What a landscape is called with, and what is done with its result."""
+def _run(kind: str, call: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Make a landscape, write it, and say what it shows."""
     console = Console(as_json=options.pop("as_json"), quiet=options.pop("quiet"))
     folder, plots = options.pop("output"), not options.pop("no_plots")
     if plots:
         import ckptavg.landscape.plots  # noqa: F401 - now, and not when all is evaluated
     explore = _take(options)
-    from ckptavg.landscape.saving import save
+    from ckptavg.landscape.saving import refuse_others, save
     from ckptavg.norm.ranks import from_environment
 
-    results: list[Any] = []
+    files = []
     with from_environment() as ranks:
         if ranks.rank:
             console.mute()
+        with ranks.together():
+            refuse_others(folder, kind, force=explore.force)
+            ranks.gather(None)  # all have looked
         with console.others_to_stderr(), console.progress("evaluating", "point") as progress:
-            yield (
-                {"folder": folder, "options": explore, "ranks": ranks, "progress": progress},
-                results.append,
-            )
-        [result] = results
-        files = []
+            result = call(folder=folder, options=explore, ranks=ranks, progress=progress)
         with ranks.together():
             if ranks.rank == 0:
                 files = save(result, folder, kind, plots=plots)
@@ -279,7 +268,10 @@ def _say_rays(console: Console, result: Rays) -> None:
     )
     header = ("", *map(printable, result.checkpoints))
     rows = [
-        (f"  {rise.metric}, risen at {rise.distance:.3g}", *(f"{one:+.4g}" for one in rise.rises))
+        (
+            f"  {printable(rise.metric)}, risen at {rise.distance:.3g}",
+            *(f"{one:+.4g}" for one in rise.rises),
+        )
         for rise in result.rises()
     ]
     console.say_table([header, *rows])
@@ -287,8 +279,8 @@ def _say_rays(console: Console, result: Rays) -> None:
         first, last = printable(result.checkpoints[0]), printable(result.checkpoints[-1])
         for rise in result.rises():
             console.say(
-                f"  {rise.metric} rises less from {last} than from {first} in {rise.lower} of "
-                f"{rise.directions} directions"
+                f"  {printable(rise.metric)} rises less from {last} than from {first} in "
+                f"{rise.lower} of {rise.directions} directions"
             )
 
 
@@ -299,25 +291,29 @@ def _say_segment(console: Console, result: Segment) -> None:
         f"{result.apart:.4g} apart"
     )
     for metric, values in result.curves.items():
-        least = min(range(len(values)), key=values.__getitem__)
-        console.say(f"  least {metric}: {values[least]:.4g} at {result.positions[least]:.3g}")
+        pairs = zip(values, result.positions, strict=True)
+        if found := [pair for pair in pairs if not math.isnan(pair[0])]:
+            console.say(f"  least {printable(metric)}: {min(found)[0]:.4g} at {min(found)[1]:.3g}")
 
 
 def _say_plane(console: Console, result: PlaneResult) -> None:
     console.say(f"{len(result.xs)} x {len(result.ys)} points on the plane through")
     metrics = list(result.grids)
-    rows = [("  weights", "x", "y", *metrics)]
+    rows = [("  weights", "x", "y", *map(printable, metrics))]
     for mark in result.checkpoints:
         values = (f"{mark.values[name]:.4g}" for name in metrics)
         rows.append((f"  {mark.checkpoint}", f"{mark.x:.4g}", f"{mark.y:.4g}", *values))
     console.say_table(rows)
     for metric, grid in result.grids.items():
-        value, x, y = min(
+        found = [
             (value, x, y)
             for y, row in zip(result.ys, grid, strict=True)
             for x, value in zip(result.xs, row, strict=True)
-        )
-        console.say(f"  least {metric} on the grid: {value:.4g} at {x:.4g}, {y:.4g}")
+            if not math.isnan(value)
+        ]
+        if found:
+            value, x, y = min(found)
+            console.say(f"  least {printable(metric)} on the grid: {value:.4g} at {x:.4g}, {y:.4g}")
 
 
 _SAY: dict[str, Callable[[Console, Any], None]] = {

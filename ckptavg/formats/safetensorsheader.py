@@ -180,6 +180,8 @@ class _Parser:
         """The same; ValueError says which entry is wrong."""
         entries = _as_object(json.loads(text, object_pairs_hook=unique))
         if _METADATA in entries:
+            if self.metadata is not None:
+                raise ValueError("metadata twice")
             self.metadata = _checked(entries.pop(_METADATA))
         checked = [_checked_entry(name, entry) for name, entry in entries.items()]
         return (

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import __version__
+from ckptavg import __version__, digests
 from ckptavg.collect import survey
-from ckptavg.compare import fingerprints
-from ckptavg.errors import OutputError, SelectionError, printable
+from ckptavg.errors import (
+    MismatchError,
+    OutputError,
+    RefreshError,
+    SelectionError,
+    printable,
+)
+from ckptavg.factories import user_code
 from ckptavg.formats import open_checkpoint
-from ckptavg.landscape.journal import Journal, Values
+from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
-from ckptavg.norm.loading import match_names
-from ckptavg.sources import Collection
+from ckptavg.norm.loading import load_weights
+from ckptavg.order import labels
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ckptavg.checkpoint import Checkpoint
     from ckptavg.norm.ranks import Ranks
+
+log = logging.getLogger("ckptavg")
+
+_MOST_SHOWN = 5
 
 Progress = Callable[[int, int | None], None]
 """Called with the points evaluated since the last call, and with how many there will be."""
@@ -60,8 +70,7 @@ class Explorer:
         ranks: the processes that share the points, all of which make one.
 
     Attributes:
-        space: the weights between them.
-        names: what they are called.
+        names: what they are called: their paths below the folder that they have in common.
 
     Raises:
         SelectionError: they are not of one model.
@@ -72,40 +81,76 @@ class Explorer:
         self, paths: Sequence[Path], folder: Path, options: ExploreOptions, ranks: Ranks
     ) -> None:
         self._options, self._folder, self._ranks = options, folder, ranks
-        self._checkpoints = [open_checkpoint(path, key=options.key) for path in paths]
         self._evaluator = Evaluator(options.evaluation)
-        parameters = self._parameters(self._checkpoints[0])
+        self.names = tuple(map(printable, labels(list(paths))))
+        self._checkpoints = [self._opened(path) for path in paths]
+        first = self._checkpoints[0]
         for one in self._checkpoints[1:]:
-            _check_alike(self._checkpoints[0], one)
-        self._found_names = parameters
-        self.names = tuple(printable(path.name) for path in paths)
+            _check_alike(first, one)
+        self._parameters, self._aliases = self._named_parameters(first)
 
     def space(self, *, seed: int = 0, filter_normalize: bool = False) -> Space:
         """The weights between the checkpoints."""
         return Space(
-            self._checkpoints, self._found_names, seed=seed, filter_normalize=filter_normalize
-        )
+            self._checkpoints, self._parameters, self._aliases,
+            seed=seed, filter_normalize=filter_normalize,
+        )  # fmt: skip
 
     def others(self, inputs: Sequence[Path]) -> list[Checkpoint]:
         """Further checkpoints of the same model, in the order of training."""
         found = survey(inputs, key=self._options.key)
-        opened = [open_checkpoint(source.path, key=self._options.key) for source in found.sources]
-        for one in opened:
-            _check_alike(self._checkpoints[0], one)
+        opened = []
+        for source in found.sources:
+            try:
+                one = self._opened(source.path)
+                _check_alike(self._checkpoints[0], one)
+                opened.append(one)
+            except (MismatchError, SelectionError):
+                log.warning("not of this model, and left out: %s", printable(source.path))
         return opened
 
-    def _parameters(self, checkpoint: Checkpoint) -> list[str]:
-        """The names of the model's floating parameters in the checkpoints, tied ones once."""
+    def _opened(self, path: Path) -> Checkpoint:
+        """A checkpoint with the names that the model has.
+
+        Raises:
+            MismatchError: it does not fit the model.
+        """
         model = self._evaluator.model
-        names, _ = match_names(model.state_dict().keys(), checkpoint.tensors.keys())
-        found = [
-            names[name]
-            for name, value in model.named_parameters()
-            if name in names and value.is_floating_point()
-        ]
-        if not found:
+        opened = open_checkpoint(path, key=self._options.key)
+        names = load_weights(model, opened)
+        with user_code("the model's state_dict"):
+            state = model.state_dict(keep_vars=True)
+        held = {id(state[name]): opened.tensors[theirs] for name, theirs in names.items()}
+        # A tied tensor may be there under another of its names.
+        tensors = {
+            name: opened.tensors[names[name]] if name in names else held[id(value)]
+            for name, value in state.items()
+            if name in names or id(value) in held
+        }
+        return replace(opened, tensors=tensors)
+
+    def _named_parameters(self, checkpoint: Checkpoint) -> tuple[list[str], dict[str, str]]:
+        """The model's floating parameters, each storage once, and the other names of tied ones."""
+        with user_code("the model's state_dict"):
+            state = self._evaluator.model.state_dict(keep_vars=True)
+        own = {id(value): name for name, value in self._evaluator.model.named_parameters()}
+        first_names: dict[int, str] = {}
+        aliases: dict[str, str] = {}
+        for name, value in state.items():
+            tensor = checkpoint.tensors.get(name)
+            if id(value) not in own or tensor is None or not tensor.dtype.averaged:
+                continue
+            if first_names.setdefault(id(value), name) != name:
+                aliases[name] = first_names[id(value)]
+        if not first_names:
             raise SelectionError("has none of the model's parameters", path=checkpoint.path)
-        return found
+        left = [name for number, name in own.items() if number not in first_names]
+        if left:
+            log.warning(
+                "not moved, since no floating tensor of the checkpoint is it: %s",
+                ", ".join(map(printable, left[:_MOST_SHOWN])),
+            )
+        return list(first_names.values()), aliases
 
     def run(
         self,
@@ -124,52 +169,63 @@ class Explorer:
         """
         task = {"ckptavg": __version__, "inputs": self._digest(), **task, **self._facts()}
         ranks = self._ranks
-        with said_once(), self._journal(task) as journal:
-            left = [name for name in places if name not in journal.done]
-            ranks.gather(None)  # all have read the files before one writes
-            journal.open()
-            if progress is not None:
-                progress(len(places) - len(left), len(places))
-            for name in left[ranks.rank :: ranks.size]:
-                journal.add(name, self._evaluated(space.at(places[name])))
-                if progress is not None:
-                    progress(ranks.size, len(places))
-            found: dict[str, Values] = {}
-            for done in ranks.gather(journal.done):
-                found |= done
-        return {name: found[name] for name in places}
-
-    @contextlib.contextmanager
-    def _journal(self, task: dict[str, Any]) -> Iterator[Journal]:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot be made: {error.strerror}", path=self._folder) from error
-        journal = Journal(self._folder, task, rank=self._ranks.rank, force=self._options.force)
-        try:
-            yield journal
-        finally:
-            journal.close()
+        force = self._options.force
+        with said_once(), journal(self._folder, task, ranks, force=force) as kept:
+            left = [name for name in places if name not in kept.done]
+            if progress is not None:
+                progress(len(places) - len(left), len(places))
+            for name in left[ranks.rank :: ranks.size]:
+                if ranks.has_failed_peer():
+                    break  # gathering says so
+                known = next(iter(kept.done.values()), None)
+                kept.add(name, self._evaluated(space.at(places[name]), known))
+                if progress is not None:
+                    progress(ranks.size, len(places))
+            found: dict[str, Values] = {}
+            for done in ranks.gather(kept.done):
+                found |= done
+        return {name: found[name] for name in places}
 
-    def _evaluated(self, checkpoint: Checkpoint) -> Values:
+    def _evaluated(self, checkpoint: Checkpoint, known: Values | None) -> Values:
+        """The metrics at a point.
+
+        Args:
+            checkpoint: what the model is there.
+            known: those of another point, whose names are the same.
+        """
         options = self._options
-        self._evaluator.become(checkpoint)
+        try:
+            self._evaluator.become(checkpoint)
+        except RefreshError as error:
+            if known is None:
+                raise
+            log.warning("at a point the norm statistics cannot be refreshed: %s", error.message)
+            return dict.fromkeys(known, math.nan)
         loaders = {"train": (options.evaluation.loader, options.evaluation.loader_args)}
         if options.test_loader is not None:
             loaders["test"] = (options.test_loader, options.test_loader_args)
+        is_error = options.evaluation.metric in (None, "accuracy")
         found: Values = {}
         for data, (loader, arguments) in loaders.items():
             for name, value in self._evaluator.measured(loader, arguments).items():
-                shown, number = ("error", 1 - value) if name == "accuracy" else (name, value)
-                found[f"{data} {shown}"] = number
+                if name == "accuracy" and is_error:
+                    found[f"{data} error"] = 1 - value
+                else:
+                    found[f"{data} {name}"] = value
+        if not found or (known is not None and known.keys() != found.keys()):
+            names = ", ".join(map(printable, found)) or "none"
+            raise SelectionError(f"{options.evaluation.metric} returned other metrics: {names}")
         return found
 
     def _digest(self) -> str:
-        """What tells whether the checkpoints are the same: their headers, and samples of them."""
+        """What tells whether the checkpoints are the same, in every bit."""
         digest = hashlib.sha256()
         for path, opened in zip(self.names, self._checkpoints, strict=True):
-            own = fingerprints(Collection.of_one(opened))
-            digest.update(json.dumps([path, opened.size, opened.digest, *own.values()]).encode())
+            digest.update(json.dumps([path, digests.of_checkpoint(opened)]).encode())
         return digest.hexdigest()
 
     def _facts(self) -> dict[str, Any]:
@@ -185,6 +241,13 @@ class Explorer:
                     sorted(evaluation.loader_args.items()),
                     sorted(self._options.test_loader_args.items()),
                 ]
+            ),
+            "code": _code_of(
+                evaluation.model,
+                evaluation.loader,
+                self._options.test_loader,
+                evaluation.metric,
+                evaluation.forward,
             ),
             "metric": evaluation.metric,
             "forward": evaluation.forward,
@@ -203,17 +266,22 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
     """
     for name, tensor in first.tensors.items():
         twin = other.tensors.get(name)
-        if twin is None or twin.shape != tensor.shape:
-            what = "is not in it" if twin is None else f"has shape {twin.shape} in it"
+        alike = twin is not None and twin.dtype.averaged == tensor.dtype.averaged
+        if twin is None or twin.shape != tensor.shape or not alike:
+            what = (
+                "is not in it" if twin is None else f"is {twin.dtype.name} {list(twin.shape)} in it"
+            )
             raise SelectionError(
                 f"is not of the model of {printable(first.path)}: {printable(name)} {what}",
                 path=other.path,
             )
 
 
-def spaced(first: float, last: float, count: int) -> tuple[float, ...]:
-    """So many numbers at equal distances, both ends among them."""
-    if count == 1:
-        return (first,)
-    step = (last - first) / (count - 1)
-    return tuple(first + step * number for number in range(count))
+def _code_of(*specs: str | None) -> list[str]:
+    """Digests of the files that specs name: other code may give other values."""
+    paths = [spec.rpartition(":")[0] for spec in specs if spec and ".py:" in spec]
+    return [
+        hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in paths
+        if Path(path).is_file()
+    ]

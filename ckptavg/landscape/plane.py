@@ -5,12 +5,14 @@ Izmailov et al. 2018, section 3.1 and figures 2 and 3.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.landscape import places as places_of
-from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress, spaced
+from ckptavg.landscape import spaced
+from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
 from ckptavg.norm.ranks import Ranks
 
@@ -100,7 +102,7 @@ def plane(
     """
     if len(paths) != 3:  # noqa: PLR2004
         raise SelectionError(f"a plane is through 3 checkpoints, not {len(paths)}")
-    if size < 2 or margin < 0:  # noqa: PLR2004
+    if size < 2 or not 0 <= margin < math.inf:  # noqa: PLR2004
         raise SelectionError("a grid has at least 2 points along each axis, and a margin of 0")
     ranks = ranks or Ranks()
     with ranks.together():
@@ -114,7 +116,6 @@ def plane(
             for one in (explorer.others(project) if project else ())
         ]
         corners = found_plane.corners
-        # The grid holds what is projected, too, if that is near.
         xs = _axis([x for x, _ in corners], size, margin)
         ys = _axis([y for _, y in corners], size, margin)
         places = {

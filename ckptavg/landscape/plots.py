@@ -41,7 +41,7 @@ def draw(result: Rays | Segment | PlaneResult, path: Path, title: str) -> list[P
     """
     metrics = list(result.curves if isinstance(result, Rays | Segment) else result.grids)
     # The same file for the same values: no dates, no random names in SVG.
-    with mpl.rc_context({"svg.hashsalt": "ckptavg", "font.size": 9}):
+    with mpl.rc_context({"svg.hashsalt": "ckptavg", "font.size": 9, "text.parse_math": False}):
         columns = min(len(metrics), _COLUMNS)
         rows = -(-len(metrics) // columns)
         figure = Figure((_WIDTH * columns, _HEIGHT * rows), layout="constrained")
@@ -66,7 +66,7 @@ def _rays(panel: Any, result: Rays, metric: str) -> None:  # noqa: ANN401
     for name, rays in zip(result.checkpoints, result.curves[metric], strict=True):
         columns = list(zip(*rays, strict=True))
         means = [sum(column) / len(column) for column in columns]
-        [line] = panel.plot(result.distances, means, marker=".", label=name)
+        [line] = panel.plot(result.distances, means, marker=".", label=_label(name))
         panel.fill_between(
             result.distances, [min(c) for c in columns], [max(c) for c in columns],
             color=line.get_color(), alpha=0.2, linewidth=0,
@@ -96,16 +96,21 @@ def _plane(figure: Any, panel: Any, result: PlaneResult, metric: str) -> None:  
     if values and min(values) < max(values):
         drawn = panel.contourf(result.xs, result.ys, grid, levels=_LEVELS, cmap="viridis_r")
         figure.colorbar(drawn, ax=panel, label=metric)
+    if result.projected:
+        xs, ys = [one.x for one in result.projected], [one.y for one in result.projected]
+        panel.plot(xs, ys, "o-", color="white", markersize=3, linewidth=0.5)
     for mark in result.checkpoints:
         panel.plot(mark.x, mark.y, "X", color="black", markersize=8)
         panel.annotate(mark.checkpoint, (mark.x, mark.y), xytext=(5, 5), fontsize=7,
                        textcoords="offset points")  # fmt: skip
-    if result.projected:
-        xs, ys = [one.x for one in result.projected], [one.y for one in result.projected]
-        panel.plot(xs, ys, "o-", color="white", markersize=3, linewidth=0.5)
     panel.set_xlim(result.xs[0], result.xs[-1])
     panel.set_ylim(result.ys[0], result.ys[-1])
     panel.set_xlabel("distance along the first axis")
     panel.set_ylabel("distance along the second axis")
     panel.set_title(metric)
     panel.set_aspect("equal")
+
+
+def _label(name: str) -> str:
+    """What a legend shows: of names with a line in front it shows none."""
+    return f" {name}" if name.startswith("_") else name

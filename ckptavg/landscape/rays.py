@@ -12,7 +12,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError
-from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress, spaced
+from ckptavg.landscape import spaced
+from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
 from ckptavg.norm.ranks import Ranks
 
@@ -138,6 +139,11 @@ def rays(
         space = explorer.space(seed=options.evaluation.seed, filter_normalize=filter_normalize)
         apart = space.distance(0, 1) if len(paths) > 1 else None
         farthest = 2 * apart if apart else _BY_ITSELF * space.norm()
+        if not 0 < farthest < math.inf and not distances:
+            raise SelectionError(
+                f"how far to go is not known: the parameters are {farthest:g} apart, or long",
+                remedy="say it with --distances",
+            )
         along = tuple(distances or spaced(0.0, 1.0 if filter_normalize else farthest, steps))
         _check(along)
         task = {"kind": "rays", "filter_normalize": filter_normalize}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
-from ckptavg.errors import OutputError
+from ckptavg.errors import OutputError, printable
 from ckptavg.jsontext import to_text
+from ckptavg.landscape.journal import files
 from ckptavg.scratch import folder_beside
 
 if TYPE_CHECKING:
@@ -17,6 +20,23 @@ if TYPE_CHECKING:
     from ckptavg.landscape.plane import PlaneResult
     from ckptavg.landscape.rays import Rays
     from ckptavg.landscape.segment import Segment
+
+
+log = logging.getLogger("ckptavg")
+
+
+def refuse_others(folder: Path, kind: str, *, force: bool) -> None:
+    """Refuse a directory with files of these names that no landscape of ours has left.
+
+    Raises:
+        OutputError: there is one.
+    """
+    if force or files(folder):
+        return
+    for ending in ("json", "csv", "png", "svg"):
+        path = folder / f"{kind}.{ending}"
+        if os.path.lexists(path):
+            raise OutputError("exists already", path=path, remedy="--force replaces it")
 
 
 def save(
@@ -38,21 +58,29 @@ def save(
     """
     with folder_beside(folder / kind) as made:
         try:
-            as_json = {"ckptavg": __version__, "kind": kind, **_plain(result)}
+            as_json = {"ckptavg": __version__, "kind": kind, **vars(result)}
             (made / f"{kind}.json").write_text(to_text(as_json) + "\n", encoding="utf-8")
             (made / f"{kind}.csv").write_text(_csv(result.rows()), encoding="utf-8")
+            saved = [file.replace(folder / file.name) for file in sorted(made.iterdir())]
             if plots:
-                from ckptavg.landscape.plots import draw  # noqa: PLC0415 - an extra
-
-                draw(result, made / kind, _title(result, kind))
-            files = sorted(made.iterdir())
-            return [file.replace(folder / file.name) for file in files]
+                _draw(result, made / kind, _title(result, kind))
+            return saved + [file.replace(folder / file.name) for file in sorted(made.iterdir())]
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", path=folder) from error
 
 
-def _plain(result: Rays | Segment | PlaneResult) -> dict[str, Any]:
-    return dict(vars(result))
+def _draw(result: Rays | Segment | PlaneResult, path: Path, title: str) -> None:
+    """Draw it; the numbers are there if that fails."""
+    from ckptavg.landscape.plots import draw  # noqa: PLC0415 - an extra
+
+    try:
+        draw(result, path, title)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever values can make matplotlib trip over
+        log.warning("cannot be drawn: %s", printable(error))
+        for file in path.parent.iterdir():
+            file.unlink()
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

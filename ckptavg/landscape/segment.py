@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError
-from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress, spaced
+from ckptavg.landscape import spaced
+from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
 from ckptavg.norm.ranks import Ranks
 

@@ -23,6 +23,7 @@ PAIRS = (
 )
 METRICS = (("accuracy", "points", 0, 1), ("NLL", "nats", 1, -1))
 _RESAMPLES = 10_000
+_LEVEL = 0.05
 
 Rows = Sequence[dict[str, object]]
 
@@ -47,9 +48,9 @@ def sign_test(values: Sequence[float]) -> tuple[int, int, float]:
     return positive, count, min(1.0, 2 * tail / 2**count)
 
 
-def verdict(low: float, high: float, better: int) -> str:
-    """What an interval says."""
-    if low <= 0 <= high:
+def verdict(low: float, high: float, p: float, better: int) -> str:
+    """What an interval and a sign test say, if they agree."""
+    if low <= 0 <= high or p > _LEVEL:
         return "not told apart"
     return "better" if (low > 0) == (better > 0) else "worse"
 
@@ -72,7 +73,7 @@ def write_report(found: dict[str, Rows], folder: Path) -> None:
                 spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
                 cells.append(f"{fmean(values):.{digits}f} +- {spread:.{digits}f}")
             lines.append(f"| {arm} | {cells[0]} | {cells[1]} |")
-        windows = sorted(row["window"] for row in rows)  # type: ignore[type-var]
+        windows = [row["window"] for row in rows]
         lines += ["", f"Checkpoints averaged, by seed: {', '.join(map(str, windows))}.", ""]
         lines += [
             "| paired difference | metric | mean | 95 % interval | sign test | |",
@@ -87,7 +88,7 @@ def write_report(found: dict[str, Rows], folder: Path) -> None:
                 lines.append(
                     f"| {one} - {other} | {metric}, {unit} | {fmean(values):+.3f} | "
                     f"{low:+.3f} to {high:+.3f} | ahead in {ahead} of {count}, p = {p:.3f} | "
-                    f"{verdict(low, high, better)} |"
+                    f"{verdict(low, high, p, better)} |"
                 )
         lines.append("")
     (folder / "results.md").write_text("\n".join(lines))

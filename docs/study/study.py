@@ -31,7 +31,6 @@ COMMON = 0.75  # of the budget, before the two ends part
 CYCLE = 2  # epochs
 WINDOWS = (3, 5, 8)  # how many of the last minima an average may have
 MOMENTUM = 0.9
-BATCHES_OF_REFRESH = None  # all of them
 
 
 class Score(NamedTuple):
@@ -72,7 +71,7 @@ class Run:
         """All that is needed to go on."""
         return {
             "state_dict": {name: value.clone() for name, value in self.model.state_dict().items()},
-            "optimizer": json_free(self.optimizer.state_dict()),
+            "optimizer": cloned(self.optimizer.state_dict()),
             "global_step": self.step,
         }
 
@@ -83,13 +82,13 @@ class Run:
         self.step = state["global_step"]  # type: ignore[assignment]
 
 
-def json_free(state: object) -> object:
+def cloned(state: object) -> object:
     """A copy with tensors of its own."""
     if isinstance(state, torch.Tensor):
         return state.clone()
     if isinstance(state, dict):
-        return {key: json_free(value) for key, value in state.items()}
-    return [json_free(value) for value in state] if isinstance(state, list) else state
+        return {key: cloned(value) for key, value in state.items()}
+    return [cloned(value) for value in state] if isinstance(state, list) else state
 
 
 def batches(task: Task, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

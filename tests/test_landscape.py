@@ -435,7 +435,7 @@ class TestResuming:
         assert said[1] == ("", "")
 
     def test_points_of_another_landscape_are_not_mixed_in(self):
-        one: ClassVar[dict[str, Any]] = {"directions": 1, "distances": (0, 1)}
+        one: dict[str, Any] = {"directions": 1, "distances": (0, 1)}
         rays(PATHS[:1], Path("o"), options(), **one)
         for run in (
             lambda: segment(PATHS[:2], Path("o"), options()),

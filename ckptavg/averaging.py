@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptavg.averages import Averages, Options
+from ckptavg.averages import Averages
 from ckptavg.errors import OutputError, SelectionError
 from ckptavg.formats import SUFFIXES
+from ckptavg.options import Options
 from ckptavg.schemes import Scheme, parse
 from ckptavg.weights import Weights, explicit
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptavg import digests
-from ckptavg.averages import default_threads
 from ckptavg.checkpoint import Checkpoint, without_wrappers
 from ckptavg.errors import VerificationError
 from ckptavg.formats import open_checkpoint
 from ckptavg.lora import is_factor, join
 from ckptavg.lora_config import CONFIG
 from ckptavg.members import check_files, find_members
+from ckptavg.options import default_threads
 from ckptavg.paths import as_path
 from ckptavg.pauses import collector_at_rest
 from ckptavg.plan import make_plan

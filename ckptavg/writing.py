@@ -14,11 +14,12 @@ from ckptavg import digests
 from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.jobs import BadValueError
-from ckptavg.output import OutputFile, check_destination, check_room
+from ckptavg.output import OutputFile
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
 from ckptavg.paths import is_remote
 from ckptavg.scratch import clear_beside
 from ckptavg.shared_output import JoinedOutput
+from ckptavg.vacancy import check_destination, check_room
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

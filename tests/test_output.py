@@ -14,7 +14,8 @@ import pytest
 from ckptavg import scratch
 from ckptavg.errors import OutputError
 from ckptavg.layout import Checksum, FileLayout
-from ckptavg.output import OutputFile, check_destination
+from ckptavg.output import OutputFile
+from ckptavg.vacancy import check_destination
 
 LAYOUT = FileLayout(size=20, blobs=((0, b"head"),))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import collections
 import contextlib
 import dataclasses
@@ -625,3 +626,16 @@ def test_flipped_bytes_give_a_result_or_a_pickle_error(flips):
         training_record(root, "x.pt", lambda _: {}, whole=False)
         printed = ", ".join(map(printable, found))
     assert printed.isprintable()
+
+
+@pytest.mark.parametrize("name", sorted(dir(builtins)))
+@pytest.mark.parametrize("call", [b"\x85R", b"\x85\x81", b"\x85}\x92"])
+def test_a_call_of_any_builtin_does_nothing(name, call, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    code = text("open('ran', 'w').write(input())")
+    for start in (stack_global("builtins", name), named("builtins", name)):
+        with contextlib.suppress(PickleError):
+            made = load(stop(start + code + call))
+            assert isinstance(made, Placeholder | set | frozenset | dict), type(made)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.jsontext import to_text
-from ckptavg.output import check_destination
 from ckptavg.scratch import folder_beside
+from ckptavg.vacancy import check_destination
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

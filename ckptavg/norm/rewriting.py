@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__, digests
-from ckptavg.averages import default_threads
 from ckptavg.checkpoint import PROVENANCE
 from ckptavg.errors import OutputError
 from ckptavg.formats import huggingface
-from ckptavg.output import check_vacant
+from ckptavg.options import default_threads
 from ckptavg.paths import is_remote
 from ckptavg.plan import make_plan
 from ckptavg.roles import is_norm_statistic
 from ckptavg.sources import Collection
 from ckptavg.summary import Variant
+from ckptavg.vacancy import check_vacant
 from ckptavg.weights import uniform
 from ckptavg.writers import destination, lay_out
 from ckptavg.writing import (

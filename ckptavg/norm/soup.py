@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.averages import Averages, Options
+from ckptavg.averages import Averages
 from ckptavg.averaging import average
 from ckptavg.collect import survey
 from ckptavg.errors import SelectionError, printable
@@ -23,12 +23,13 @@ from ckptavg.metrics import mode_of
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
-from ckptavg.output import check_vacant
+from ckptavg.options import Options
 from ckptavg.schemes import parse
 from ckptavg.scratch import folder_beside
 from ckptavg.selection import Selection, Verdict, chosen
 from ckptavg.selection import select as choose
 from ckptavg.summary import Summary, Variant
+from ckptavg.vacancy import check_vacant
 from ckptavg.weights import Weights
 from ckptavg.writing import refuse_own_input
 

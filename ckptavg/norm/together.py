@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.averaging import average
 from ckptavg.errors import OutputError
 from ckptavg.norm.files import refresh_checkpoint
-from ckptavg.output import check_vacant
 from ckptavg.scratch import folder_beside
+from ckptavg.vacancy import check_vacant
 from ckptavg.writing import refuse_own_input
 
 if TYPE_CHECKING:

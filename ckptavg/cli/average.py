@@ -18,6 +18,7 @@ from ckptavg.cli.common import (
     common_options,
     plural,
     size,
+    threads_option,
 )
 from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
 from ckptavg.cli.selection_options import selection_options, take_selection
@@ -125,13 +126,7 @@ _ROLES = {
 )
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Threads that work at once.  [default: the processors]",
-)
+@threads_option
 @refresh_options
 @common_options
 def average(

@@ -53,6 +53,15 @@ def common_options(command: Command) -> Command:
     return command
 
 
+threads_option = click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads that work at once.  [default: the processors]",
+)
+
+
 def _load_defaults(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Take `[tool.ckptavg]` as defaults: keys for all commands, and a table for each."""
     table = _read_config(path)

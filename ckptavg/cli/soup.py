@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ckptavg.cli.common import Console, OutputType, PathType, common_options, plural, size
+from ckptavg.cli.common import (
+    Console,
+    OutputType,
+    PathType,
+    common_options,
+    plural,
+    size,
+    threads_option,
+)
 from ckptavg.cli.evaluation_options import (
     candidate_options,
     check_metric,
@@ -51,13 +59,7 @@ if TYPE_CHECKING:
 @evaluation_options
 @click.option("--key", help="State dict to take where a file holds several.")
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Threads that average at once.  [default: the processors]",
-)
+@threads_option
 @candidate_options
 @common_options
 def soup(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.common import Console, PathType, common_options, plural
+from ckptavg.cli.common import Console, PathType, common_options, plural, threads_option
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 @click.argument("output", type=PathType())
 @click.argument("inputs", nargs=-1, type=PathType(), metavar="[INPUT...]")
 @click.option("--key", help="State dict of OUTPUT that is the average, where it holds several.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Threads that work at once.  [default: the processors]",
-)
+@threads_option
 @common_options
 def verify(
     output: Path,

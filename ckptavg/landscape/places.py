@@ -6,6 +6,7 @@ those of the combination.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from ckptavg.checkpoint import Checkpoint
 from ckptavg.tensors import BY_NAME, fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _BITS = 32
+_CHUNK = 1 << 20
+"""Numbers that are in float64 at a time."""
 _FLAT = 1e-12
 """Relative to a square: what is rounding."""
 
@@ -97,18 +100,43 @@ class Space:
         return _Mixture(**fields, make=lambda name: self._value(place, name))
 
     def _value(self, place: Place, name: str) -> AnyArray:
-        dtype = self._checkpoints[0].tensors[name].dtype
-        if not dtype.averaged:
+        tensor = self._checkpoints[0].tensors[name]
+        if not tensor.dtype.averaged:
             # Counters and the like: of the checkpoint that has the largest part.
             largest = int(np.argmax(place.coefficients))
             return self._checkpoints[largest].read(name)
-        value = self._combination(place, name)
-        if place.direction is not None and place.distance and name in self._drawn_as:
-            value = value + place.distance * self._step(place, name, value)
+        pairs = zip(place.coefficients, self._checkpoints, strict=True)
+        terms = [(factor, one.read(name).reshape(-1)) for factor, one in pairs if factor]
+        steps = self._steps(place, name, terms)
+        dtype, done = self._out_dtype(name), 0
+        out = np.empty(tensor.count, dtype.numpy)
+        while done < tensor.count:
+            part = slice(done, min(done + _CHUNK, tensor.count))
+            total = sum(factor * _wide(values[part]) for factor, values in terms)
+            if steps is not None:
+                total = total + next(steps)
+            out[part] = rounded(np.asarray(total), dtype, fresh((part.stop - done,)))
+            done = part.stop
+        return out.reshape(tensor.shape)
+
+    def _steps(
+        self, place: Place, name: str, terms: Sequence[tuple[float, AnyArray]]
+    ) -> Iterator[AnyArray] | None:
+        """What a place's step adds to a parameter, in chunks; None if it adds nothing."""
+        if place.direction is None or not place.distance or name not in self._drawn_as:
+            return None
+        drawn = self._drawn(place.direction, self._drawn_as[name])
+        if not self._filters:
+            length = place.distance / self._norm(place.direction)
+            return (length * part for part in drawn)
         shape = self._checkpoints[0].tensors[name].shape
-        wide = np.asarray(value).reshape(-1)
-        out = rounded(wide, self._out_dtype(name), fresh((wide.size,)))
-        return np.asarray(out).reshape(shape)
+        if len(shape) < 2:  # noqa: PLR2004 - no filters
+            return None
+        whole = np.concatenate([*drawn]).reshape(shape)
+        weights = sum(factor * _wide(values) for factor, values in terms)
+        own, its = _filter_norms(np.asarray(weights).reshape(shape)), _filter_norms(whole)
+        whole *= place.distance * own / np.where(its, its, 1)
+        return (whole.reshape(-1)[at : at + _CHUNK] for at in range(0, whole.size, _CHUNK))
 
     def _out_dtype(self, name: str) -> DType:
         """The widest of the checkpoints' dtypes, of floats float32 at least."""
@@ -117,53 +145,31 @@ class Space:
         narrow = widest.kind == "float" and widest.bits < _BITS
         return BY_NAME["float32"] if narrow else widest
 
-    def _combination(self, place: Place, name: str) -> AnyArray:
-        pairs = zip(place.coefficients, self._checkpoints, strict=True)
-        total: AnyArray | None = None
-        for factor, one in pairs:
-            if factor:
-                term = factor * _wide(one.read(name))
-                total = term if total is None else np.add(total, term, out=_room(total, term))
-        assert total is not None  # noqa: S101 - they sum to 1
-        return total
-
-    def _step(self, place: Place, name: str, weights: AnyArray) -> AnyArray:
-        """A direction's part in one parameter: of unit length over all of them."""
-        assert place.direction is not None  # noqa: S101
-        drawn = self._drawn(place.direction, self._drawn_as[name])
-        if not self._filters:
-            return drawn / self._norm(place.direction)
-        if drawn.ndim < 2:  # noqa: PLR2004 - no filters
-            return np.zeros_like(drawn)
-        own, its = _filter_norms(weights), _filter_norms(drawn)
-        return drawn * (own / np.where(its, its, 1))
-
-    def _drawn(self, direction: int, name: str) -> AnyArray:
+    def _drawn(self, direction: int, name: str) -> Iterator[AnyArray]:
         """A direction's normally distributed numbers in one parameter, the same every time."""
         seed = np.random.SeedSequence([self._seed, direction, self._numbers[name]])
-        tensor = self._checkpoints[0].tensors[name]
-        made = np.random.default_rng(seed)
-        drawn: AnyArray = made.standard_normal(tensor.shape)
-        if tensor.dtype.kind == "complex":
-            drawn = drawn + 1j * made.standard_normal(tensor.shape)
-        return np.asarray(drawn)
+        made, tensor = np.random.default_rng(seed), self._checkpoints[0].tensors[name]
+        for start in range(0, tensor.count, _CHUNK):
+            count = min(_CHUNK, tensor.count - start)
+            if tensor.dtype.kind == "complex":
+                yield made.standard_normal(2 * count).view(np.complex128)
+            else:
+                yield made.standard_normal(count)
 
     def _norm(self, direction: int) -> float:
         if direction not in self._norms:
-            drawn = (self._drawn(direction, name) for name in self._parameters)
-            self._norms[direction] = _norm(drawn)
+            parts = (part for name in self._parameters for part in self._drawn(direction, name))
+            self._norms[direction] = math.sqrt(sum(_square(part) for part in parts))
         return self._norms[direction]
 
     def norm(self) -> float:
         """The norm of the first checkpoint's parameters."""
-        return _norm(_wide(self._checkpoints[0].read(name)) for name in self._parameters)
+        return math.sqrt(sum(one @ one for [one] in self._real(self._checkpoints[:1])))
 
     def distance(self, one: int, other: int) -> float:
         """The Euclidean distance of two checkpoints' parameters."""
-        pair = self._checkpoints[one], self._checkpoints[other]
-        return _norm(
-            _wide(pair[0].read(name)) - _wide(pair[1].read(name)) for name in self._parameters
-        )
+        pairs = self._real([self._checkpoints[one], self._checkpoints[other]])
+        return math.sqrt(sum((first - second) @ (first - second) for first, second in pairs))
 
     def gram(self) -> Floats:
         """Products of the differences from the first checkpoint, `[others, others]`.
@@ -172,9 +178,9 @@ class Space:
         """
         count = len(self._checkpoints) - 1
         total = np.zeros((count, count))
-        for differences in self._differences():
-            for row, one in enumerate(differences):
-                total[row] += [one @ other for other in differences]
+        for first, *others in self._real(self._checkpoints):
+            gaps = np.stack([other - first for other in others])
+            total += gaps @ gaps.T
         return total
 
     def products(self, checkpoint: Checkpoint) -> Floats:
@@ -184,34 +190,26 @@ class Space:
             `[others + 1]`: the last is the product with itself.
         """
         total = np.zeros(len(self._checkpoints))
-        for name, differences in zip(self._parameters, self._differences(), strict=True):
-            gap = _flat(checkpoint.read(name)) - _flat(self._checkpoints[0].read(name))
-            total += [*(one @ gap for one in differences), gap @ gap]
+        for first, *others in self._real([*self._checkpoints, checkpoint]):
+            gaps = np.stack([other - first for other in others])
+            total += gaps @ gaps[-1]
         return total
 
-    def _differences(self) -> Iterator[list[Floats]]:
-        """For each parameter the others less the first, each `[real numbers]`."""
+    def _real(self, checkpoints: Sequence[Checkpoint]) -> Iterator[list[Floats]]:
+        """The checkpoints' parameters as real numbers, some at a time, `[numbers]` each."""
         for name in self._parameters:
-            first = _flat(self._checkpoints[0].read(name))
-            yield [_flat(one.read(name)) - first for one in self._checkpoints[1:]]
+            read = [one.read(name).reshape(-1) for one in checkpoints]
+            for start in range(0, read[0].size, _CHUNK):
+                yield [_wide(one[start : start + _CHUNK]).view(np.float64) for one in read]
 
 
-def _room(total: AnyArray, term: AnyArray) -> AnyArray | None:
-    return total if total.dtype == np.result_type(total, term) else None
+def _square(values: AnyArray) -> float:
+    flat = values.view(np.float64)
+    return float(flat @ flat)
 
 
 def _wide(values: AnyArray) -> AnyArray:
     return np.asarray(values.astype(np.complex128 if values.dtype.kind == "c" else np.float64))
-
-
-def _flat(values: AnyArray) -> Floats:
-    """Real numbers, of complex ones both parts, `[numbers]`."""
-    flat: Floats = np.ascontiguousarray(_wide(values)).ravel().view(np.float64)
-    return flat
-
-
-def _norm(arrays: Iterable[AnyArray]) -> float:
-    return float(np.sqrt(sum(float(np.sum(np.abs(one) ** 2)) for one in arrays)))
 
 
 def _filter_norms(values: AnyArray) -> Floats:

@@ -48,10 +48,13 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
     put_back(path)
     if os.path.lexists(path) and not path.is_dir():
         raise OutputError("is no directory", path=path, remedy="choose another output")
-    present = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    try:
+        present = sorted(os.listdir(path)) if path.is_dir() else []  # noqa: PTH208
+        strangers = _strangers(path, names) if present and force else []
+    except FileNotFoundError:  # another run moves it aside at this moment
+        present, strangers = [], []
     if present and not force:
         raise OutputError("exists already", path=path, remedy="--force replaces it")
-    strangers = _strangers(path, names) if present else []
     if strangers:
         shown = ", ".join(map(printable, strangers[:_SHOWN]))
         more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
@@ -64,7 +67,7 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
         raise OutputError(
             "is a mount point, which cannot be replaced", path=path, remedy="name a directory in it"
         )
-    if present and not os.access(path, os.W_OK | os.X_OK):
+    if present and not os.access(path, os.W_OK | os.X_OK) and os.path.lexists(path):
         raise OutputError("is not to be written to", path=path, remedy="choose another output")
     check_parent(path)
 
@@ -158,15 +161,18 @@ class OutputDirectory:
                     _sync(self.path.parent)
 
     def _publish(self) -> None:
-        if not self._force or not self.path.exists():
+        if not self._force:
             self._folder.rename(self.path)  # over an empty directory, and over no other
             return
-        self._folder.chmod(stat.S_IMODE(self.path.stat().st_mode))
-        for name in self._layout.files:
-            with contextlib.suppress(FileNotFoundError):
-                (self._folder / name).chmod(stat.S_IMODE((self.path / name).stat().st_mode))
         with alone_in(self.path.parent):
+            if not self.path.exists():
+                self._folder.rename(self.path)
+                return
             refuse_another(self.path, self._replaced)
+            self._folder.chmod(stat.S_IMODE(self.path.stat().st_mode))
+            for name in self._layout.files:
+                with contextlib.suppress(FileNotFoundError):
+                    (self._folder / name).chmod(stat.S_IMODE((self.path / name).stat().st_mode))
             try:
                 exchange(self._folder, self.path)
             except OSError as error:

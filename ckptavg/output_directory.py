@@ -164,15 +164,14 @@ class OutputDirectory:
         if not self._force:
             self._folder.rename(self.path)  # over an empty directory, and over no other
             return
+        for name in ("", *self._layout.files):
+            with contextlib.suppress(FileNotFoundError):  # a rival may move it aside just now
+                (self._folder / name).chmod(stat.S_IMODE((self.path / name).stat().st_mode))
         with alone_in(self.path.parent):
             if not self.path.exists():
                 self._folder.rename(self.path)
                 return
             refuse_another(self.path, self._replaced)
-            self._folder.chmod(stat.S_IMODE(self.path.stat().st_mode))
-            for name in self._layout.files:
-                with contextlib.suppress(FileNotFoundError):
-                    (self._folder / name).chmod(stat.S_IMODE((self.path / name).stat().st_mode))
             try:
                 exchange(self._folder, self.path)
             except OSError as error:

@@ -162,12 +162,8 @@ def place_aside(path: Path) -> Path:
     return path.with_name(f".ckptavg-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.old")
 
 
-def put_back(path: Path) -> bool:
-    """Mend what a run has left that was killed between these two steps, or after them.
-
-    Returns:
-        Whether it was between them: the directory is where it was.
-    """
+def put_back(path: Path) -> None:
+    """Mend what a run has left that was killed between these two steps, or after them."""
     aside = place_aside(path)
     if os.path.lexists(aside):
         with contextlib.suppress(OSError), alone_in(path.parent):
@@ -175,9 +171,8 @@ def put_back(path: Path) -> bool:
                 aside.rename(path)
                 name = printable(path)
                 log.info("put back what a run that was killed had moved aside: %s", name)
-                return True
-            shutil.rmtree(aside)
-    return False
+            else:
+                shutil.rmtree(aside)
 
 
 @contextlib.contextmanager

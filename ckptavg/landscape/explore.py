@@ -115,11 +115,9 @@ class Explorer:
         Raises:
             MismatchError: it does not fit the model.
         """
-        model = self._evaluator.model
         opened = open_checkpoint(path, key=self._options.key)
-        names = load_weights(model, opened)
-        with user_code("the model's state_dict"):
-            state = model.state_dict(keep_vars=True)
+        names = load_weights(self._evaluator.model, opened)
+        state = self._state()
         held = {id(state[name]): opened.tensors[theirs] for name, theirs in names.items()}
         # A tied tensor may be there under another of its names.
         tensors = {
@@ -129,14 +127,18 @@ class Explorer:
         }
         return replace(opened, tensors=tensors)
 
+    def _state(self) -> dict[str, Any]:
+        """The model's state dict, with the very parameters in it: tied ones are one object."""
+        with user_code("the model's state_dict"):
+            state: dict[str, Any] = self._evaluator.model.state_dict(keep_vars=True)
+        return state
+
     def _named_parameters(self, checkpoint: Checkpoint) -> tuple[list[str], dict[str, str]]:
         """The model's floating parameters, each storage once, and the other names of tied ones."""
-        with user_code("the model's state_dict"):
-            state = self._evaluator.model.state_dict(keep_vars=True)
         own = {id(value): name for name, value in self._evaluator.model.named_parameters()}
         first_names: dict[int, str] = {}
         aliases: dict[str, str] = {}
-        for name, value in state.items():
+        for name, value in self._state().items():
             tensor = checkpoint.tensors.get(name)
             if id(value) not in own or tensor is None or not tensor.dtype.averaged:
                 continue

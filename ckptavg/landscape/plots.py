@@ -28,16 +28,13 @@ _COLUMNS = 2
 _LEVELS = 14
 
 
-def draw(result: Rays | Segment | PlaneResult, path: Path, title: str) -> list[Path]:
-    """Draw it.
+def draw(result: Rays | Segment | PlaneResult, path: Path, title: str) -> None:
+    """Draw it as PNG and SVG.
 
     Args:
         result: what is drawn: a panel for each metric.
         path: where it goes, without a suffix.
         title: above all panels.
-
-    Returns:
-        The files.
     """
     metrics = list(result.curves if isinstance(result, Rays | Segment) else result.grids)
     # The same file for the same values: no dates, no random names in SVG.
@@ -56,10 +53,8 @@ def draw(result: Rays | Segment | PlaneResult, path: Path, title: str) -> list[P
             else:
                 _plane(figure, panel, result, metric)
         figure.suptitle(title)
-        files = [path.with_suffix(".png"), path.with_suffix(".svg")]
-        figure.savefig(files[0], dpi=150, metadata={"Software": None})
-        figure.savefig(files[1], metadata={"Date": None})
-    return files
+        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _rays(panel: Any, result: Rays, metric: str) -> None:  # noqa: ANN401

@@ -649,6 +649,12 @@ class TestJournal:
         assert not Path("o/points-3.jsonl").exists()
         rays(PATHS[:1], Path("o"), options(refresh=False), **self.one)
 
+    def test_force_evaluates_even_what_is_the_same_again(self):
+        for times, more in ((5, ()), (5, ()), (10, ("--force",))):
+            result = CliRunner().invoke(cli, [*arguments("rays", PATHS[:1], *COUNTED), *more])
+            assert result.exit_code == 0, result.output
+            assert len(Path("log-0").read_text().splitlines()) == times
+
     @pytest.mark.parametrize(
         "line",
         ["5", "[]", "{}", '{"place": 1}', '{"place": "x", "values": {}}', "\udcff", "[" * 9_000],

@@ -14,8 +14,8 @@ import numpy as np
 from ckptavg.narrow import format_of, largest_code
 
 if TYPE_CHECKING:
+    from ckptavg.formats.tensors import AnyArray, DType, Room
     from ckptavg.narrow import Narrow
-    from ckptavg.tensors import AnyArray, DType, Room
 
 _FLOAT32, _BOOL = np.dtype(np.float32), np.dtype(bool)
 

@@ -8,23 +8,23 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptavg import __version__, digests
-from ckptavg.checkpoint import PROVENANCE
 from ckptavg.collect import survey
 from ckptavg.compare import fingerprints
 from ckptavg.errors import MismatchError, OutputError, SelectionError, printable
+from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.huggingface import read_json
+from ckptavg.formats.lora_config import CONFIG, scales_beside
+from ckptavg.formats.paths import as_path, is_remote
+from ckptavg.formats.pauses import collector_at_rest
+from ckptavg.formats.tensors import BY_NAME
 from ckptavg.layout import OutputTensor
 from ckptavg.lora import is_factor, is_lora, join
-from ckptavg.lora_config import CONFIG, scales_beside
 from ckptavg.options import Options, default_threads
 from ckptavg.order import labels
-from ckptavg.paths import as_path, is_remote
-from ckptavg.pauses import collector_at_rest
 from ckptavg.plan import Plan, make_plan
 from ckptavg.roles import is_norm_statistic
 from ckptavg.selection import Selection, chosen, select
 from ckptavg.summary import Summary, Variant, summarise
-from ckptavg.tensors import BY_NAME
 from ckptavg.update import find_base, fold, folded_sources
 from ckptavg.vacancy import check_parent
 from ckptavg.writers import Destination, destination, lay_out
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.paths import PathLike
     from ckptavg.layout import Layout
-    from ckptavg.paths import PathLike
     from ckptavg.schemes import Scheme
     from ckptavg.sources import Collection, Source
     from ckptavg.weights import Weights

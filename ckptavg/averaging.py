@@ -17,8 +17,8 @@ from ckptavg.weights import Weights, explicit
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from ckptavg.formats.paths import PathLike
     from ckptavg.norm.ranks import Ranks
-    from ckptavg.paths import PathLike
     from ckptavg.selection import Selection
     from ckptavg.summary import Summary
     from ckptavg.writing import Progress

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.checkpoint import read_view
-from ckptavg.runs import Integers, run_edges
-from ckptavg.tensors import bytes_of
+from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.runs import Integers, run_edges
+from ckptavg.formats.tensors import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ckptavg.formats.tensors import AnyArray, Tensor
     from ckptavg.sources import Collection, Source
-    from ckptavg.tensors import AnyArray, Tensor
 
 _PIECE = 1 << 20
 _SAMPLES = 64

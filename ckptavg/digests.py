@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.checkpoint import read_view
-from ckptavg.parts import open_source
-from ckptavg.pauses import signals_waiting
-from ckptavg.tensors import bytes_of
+from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.parts import open_source
+from ckptavg.formats.pauses import signals_waiting
+from ckptavg.formats.tensors import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import ByteSource, Readable
+    from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.layout import Layout
-    from ckptavg.parts import ByteSource, Readable
     from ckptavg.sources import Source
-    from ckptavg.tensors import DType, Tensor
 
 _PIECE = 1 << 20
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.errors import CkptAvgError
+from ckptavg.formats.pauses import signals_waiting
 from ckptavg.jobs import chunks
-from ckptavg.pauses import signals_waiting
 from ckptavg.worker import Worker
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from ckptavg.parts import Part
-    from ckptavg.runs import Integers
+    from ckptavg.formats.parts import Part
+    from ckptavg.formats.runs import Integers
 
 SMALL = 64 << 10
 """Bytes of a piece below which it is not worth a read of its own, let alone a job."""

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import CkptAvgError
+from ckptavg.formats.tensors import BY_NAME, Tensor
 from ckptavg.gathered import Gathered
-from ckptavg.tensors import BY_NAME, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ckptavg.formats.parts import Part
+    from ckptavg.formats.tensors import DType
     from ckptavg.layout import Copy, Scattered
-    from ckptavg.parts import Part
-    from ckptavg.tensors import DType
 
 CHUNK = 256 * 1024
 """Elements of a chunk: 1 MiB of float32, and a sum of 2 MiB."""

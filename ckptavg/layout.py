@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from ckptavg.tensors import Tensor
+from ckptavg.formats.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ckptavg.parts import Part
-    from ckptavg.tensors import DType
+    from ckptavg.formats.parts import Part
+    from ckptavg.formats.tensors import DType
 
 
 @dataclass(frozen=True, slots=True)

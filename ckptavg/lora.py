@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ckptavg.arithmetic import accumulator_dtype, rounded
-from ckptavg.checkpoint import read_view
 from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
-from ckptavg.lora_config import Config, joined_config
-from ckptavg.tensors import bytes_of, fresh
+from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.lora_config import Config, joined_config
+from ckptavg.formats.tensors import bytes_of, fresh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.parts import Part
+    from ckptavg.formats.parts import Part
+    from ckptavg.formats.tensors import AnyArray, Tensor
     from ckptavg.sources import Collection, Source
-    from ckptavg.tensors import AnyArray, Tensor
     from ckptavg.weights import Weights
 
 _FACTOR = re.compile(

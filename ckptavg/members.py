@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import digests
-from ckptavg.checkpoint import without_wrappers
 from ckptavg.collect import gather
 from ckptavg.compare import fingerprints
 from ckptavg.discover import find
 from ckptavg.errors import CkptAvgError, MismatchError, printable
 from ckptavg.formats import open_checkpoint
-from ckptavg.paths import absolute
+from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.formats.paths import absolute
 from ckptavg.sources import Collection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.record import Record
     from ckptavg.writing import Progress
 

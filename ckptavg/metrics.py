@@ -10,8 +10,8 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, SelectionError, printable
-from ckptavg.jsontext import from_text
-from ckptavg.parts import open_source
+from ckptavg.formats.jsontext import from_text
+from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ckptavg.tensors import AnyArray, DType, Room
+    from ckptavg.formats.tensors import AnyArray, DType, Room
 
 _MANTISSA, _BIAS = 23, 127  # of float32
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError
-from ckptavg.parts import any_remote
-from ckptavg.tensors import BY_NAME
+from ckptavg.formats.parts import any_remote
+from ckptavg.formats.tensors import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,9 +7,9 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint import STEP_FACTS
 from ckptavg.formats import SUFFIXES
-from ckptavg.paths import absolute, is_remote
+from ckptavg.formats.checkpoint import STEP_FACTS
+from ckptavg.formats.paths import absolute, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

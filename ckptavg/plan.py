@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.errors import SelectionError, ValueRangeError, printable
+from ckptavg.formats.runs import Integers, run_edges
+from ckptavg.formats.tensors import Tensor
 from ckptavg.gathered import SMALL, Gathered
 from ckptavg.jobs import BadValueError, Input, Job, Share
 from ckptavg.layout import Layout, OutputTensor
 from ckptavg.roles import Role, decide_roles, refuse_quantised
-from ckptavg.runs import Integers, run_edges
-from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
+    from ckptavg.formats.tensors import DType
     from ckptavg.sources import Collection, Source
-    from ckptavg.tensors import DType
     from ckptavg.weights import Weights
 
 _Pieces = tuple[Integers | slice, tuple[Integers, Integers]]

@@ -34,8 +34,8 @@ from ckptavg.units import steps_taken, units_done
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from ckptavg.formats.training import TrainingRecord
     from ckptavg.schedules import Form
-    from ckptavg.training import TrainingRecord
     from ckptavg.units import Record
 
 log = logging.getLogger("ckptavg")

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.checkpoint import Checkpoint, read_view
 from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError, VerificationError
+from ckptavg.formats.checkpoint import Checkpoint, read_view
+from ckptavg.formats.tensors import bytes_of
 from ckptavg.jobs import BadValueError
 from ckptavg.layout import Layout
-from ckptavg.tensors import bytes_of
 
 if TYPE_CHECKING:
+    from ckptavg.formats.tensors import AnyArray
     from ckptavg.plan import Plan
-    from ckptavg.tensors import AnyArray
     from ckptavg.writing import Progress
 
 

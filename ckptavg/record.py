@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg import __version__
 from ckptavg.errors import VerificationError, printable
-from ckptavg.tensors import BY_NAME
+from ckptavg.formats.tensors import BY_NAME
 from ckptavg.weights import Weights
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
-    from ckptavg.tensors import DType
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import DType
 
 
 @dataclass(frozen=True)

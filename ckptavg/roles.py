@@ -11,8 +11,8 @@ from ckptavg.errors import FormatError, MismatchError, printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ckptavg.formats.tensors import Tensor
     from ckptavg.sources import Collection, Source
-    from ckptavg.tensors import Tensor
 
 Role = Literal["averaged", "last", "kept", "joined"]
 """What becomes of a tensor: its mean, the last checkpoint's, what all of them have, or (factors of

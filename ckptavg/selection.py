@@ -15,8 +15,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
+from ckptavg.formats.paths import absolute
 from ckptavg.metrics import Mode, best, from_name, mode_of, read_metrics
-from ckptavg.paths import absolute
 from ckptavg.rates import Reading, at_minima
 from ckptavg.timeline import Timeline
 

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptavg.errors import printable
+from ckptavg.formats.table import Table
+from ckptavg.formats.tensors import Tensor
 from ckptavg.lora import has_rank
 from ckptavg.order import labels
-from ckptavg.table import Table
-from ckptavg.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.digests import told
-from ckptavg.paths import shown
+from ckptavg.formats.paths import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint import STEP_FACTS
 from ckptavg.errors import SelectionError, printable
+from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.order import numbers_in, restarts
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ckptavg.training import TrainingRecord
+    from ckptavg.formats.training import TrainingRecord
 
 # What counts the units.
 _COUNTERS = ("global_step", "step", "epoch")

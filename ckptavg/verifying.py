@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptavg import digests
-from ckptavg.checkpoint import Checkpoint, without_wrappers
 from ckptavg.errors import VerificationError
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
+from ckptavg.formats.lora_config import CONFIG
+from ckptavg.formats.paths import as_path
+from ckptavg.formats.pauses import collector_at_rest
 from ckptavg.lora import is_factor, join
-from ckptavg.lora_config import CONFIG
 from ckptavg.members import check_files, find_members
 from ckptavg.options import default_threads
-from ckptavg.paths import as_path
-from ckptavg.pauses import collector_at_rest
 from ckptavg.plan import make_plan
 from ckptavg.recomputing import Comparison
 from ckptavg.record import Record
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from ckptavg.paths import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.plan import Plan, Planned
     from ckptavg.sources import Collection
     from ckptavg.writing import Progress

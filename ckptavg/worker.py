@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ckptavg.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
-from ckptavg.checkpoint import read_span, read_view
+from ckptavg.formats.checkpoint import read_span, read_view
+from ckptavg.formats.tensors import AnyArray, Room, Tensor, bytes_of, fresh
 from ckptavg.jobs import CHUNK, BadValueError
 from ckptavg.narrow import format_of
-from ckptavg.tensors import AnyArray, Room, Tensor, bytes_of, fresh
 
 if TYPE_CHECKING:
     import threading

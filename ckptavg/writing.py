@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ckptavg import digests
 from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError, OutputError
+from ckptavg.formats.paths import is_remote
 from ckptavg.jobs import BadValueError
 from ckptavg.output import OutputFile
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
-from ckptavg.paths import is_remote
 from ckptavg.scratch import clear_beside
 from ckptavg.shared_output import JoinedOutput
 from ckptavg.vacancy import check_destination, check_room

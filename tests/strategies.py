@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ckptavg.tensors import BY_CODE
+from ckptavg.formats.tensors import BY_CODE
 from tests.fuzz.containers import (
     Record,
     safetensors_of,

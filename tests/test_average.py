@@ -687,7 +687,7 @@ class TestOutput:
 
 def test_averages_the_optimizer_state_of_nobody(tmp_path, monkeypatch):
     """The bytes read are the model's: `File.read_into` is counted."""
-    from ckptavg.parts import File
+    from ckptavg.formats.parts import File
 
     for step in range(3):
         model = torch.nn.Linear(200, 200)

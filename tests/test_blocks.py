@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.formats.blocks import Blocks, Box, Pieces, Region, misfit
-from ckptavg.parts import Memory
-from ckptavg.tensors import BY_NAME, AnyArray
+from ckptavg.formats.parts import Memory
+from ckptavg.formats.tensors import BY_NAME, AnyArray
 
 HERE = Path("checkpoint")
 # Of 1, 2, 4, 8 and 16 bytes, ml_dtypes' among them.

@@ -112,7 +112,7 @@ class TestAverage:
         assert load_file(out)["scalar"].dtype == torch.bfloat16
 
     def test_the_dtypes_offered_are_those_known(self):
-        from ckptavg.tensors import BY_NAME
+        from ckptavg.formats.tensors import BY_NAME
 
         assert all(BY_NAME[name].kind == "float" for name in _DTYPES)
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import ckptavg
 from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError
+from ckptavg.formats.parts import Memory
+from ckptavg.formats.runs import run_edges
+from ckptavg.formats.tensors import BY_NAME, Tensor
 from ckptavg.jobs import CHUNK, Input, Job, Share
-from ckptavg.parts import Memory
-from ckptavg.runs import run_edges
-from ckptavg.tensors import BY_NAME, Tensor
 from tests.oracle import naive_mean, same_bits
 
 FLOAT32 = BY_NAME["float32"]

@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 import ckptavg
 from ckptavg import cli
-from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.paths import as_path
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.paths import as_path
 from tests.gloo import save_all, whole_state
 from tests.oracle import StateDict, naive_mean, random_state_dicts, same_bits
 

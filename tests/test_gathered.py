@@ -14,8 +14,8 @@ import ckptavg
 from ckptavg import plan
 from ckptavg.errors import CkptAvgError, FormatError, ValueRangeError
 from ckptavg.formats import safetensors, safetensorsheader
+from ckptavg.formats.parts import Memory
 from ckptavg.gathered import Gathered
-from ckptavg.parts import Memory
 
 
 def _write(path, tensors):

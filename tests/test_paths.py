@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
+from ckptavg.formats.paths import absolute, as_path, is_remote, reaching
 from ckptavg.order import labels
-from ckptavg.paths import absolute, as_path, is_remote, reaching
 
 ADDRESS = "memory://user:secret@bucket/run/step_1.pt?token=secret"
 

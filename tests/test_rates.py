@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from ckptavg.checkpoint import Checkpoint
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.training import TrainingRecord
 from ckptavg.rates import minima, turning_points, used_rates
-from ckptavg.training import TrainingRecord
 
 UPDATES = 3  # of an epoch
 EPOCHS = 15

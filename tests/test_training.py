@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptavg.checkpoint import Checkpoint
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
 from ckptavg.formats.recorded import trainer_record, training_facts, training_record
-from ckptavg.tensors import BY_NAME
-from ckptavg.training import TrainingRecord
+from ckptavg.formats.tensors import BY_NAME
+from ckptavg.formats.training import TrainingRecord
 from tests.test_formats_dcp import save as save_dcp
 
 TENSOR = PickledTensor(Storage("0", BY_NAME["float32"], 4), BY_NAME["float32"], 0, (4,), (1,))

@@ -22,7 +22,7 @@ from ckptavg import Selection
 from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, VerificationError
 from ckptavg.formats import open_checkpoint
-from ckptavg.parts import ByteSource
+from ckptavg.formats.parts import ByteSource
 from tests.oracle import random_state_dicts, save_run
 
 

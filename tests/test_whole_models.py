@@ -19,7 +19,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.modules import ModuleReader, is_module
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
 from ckptavg.formats.statedict import find_state_dicts
-from ckptavg.tensors import BY_NAME
+from ckptavg.formats.tensors import BY_NAME
 from tests.oracle import naive_mean, same_bits
 from tests.test_formats_torch import assert_same, refusal, save
 

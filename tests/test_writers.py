@@ -27,12 +27,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.errors import OutputError
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
+from ckptavg.formats.tensors import BY_NAME, DTYPES
 from ckptavg.layout import OutputTensor
 from ckptavg.output import OutputFile
-from ckptavg.tensors import BY_NAME, DTYPES
 from ckptavg.writers import destination, lay_out
 from ckptavg.writers.safetensors import lay_out_safetensors
 from ckptavg.writers.torchzip import lay_out_torch
@@ -382,10 +382,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, ending):
     script = """
 import sys
 from pathlib import Path
-from ckptavg.checkpoint import Checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.layout import OutputTensor
 from ckptavg.output import OutputFile
-from ckptavg.tensors import DTYPES
+from ckptavg.formats.tensors import DTYPES
 from ckptavg.writers import destination, lay_out
 
 path = Path(sys.argv[1])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptavg.jsontext import to_text
+from ckptavg.formats.jsontext import to_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -149,7 +149,7 @@ class PathType(OutputType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
         """Take the path unless it is empty."""
-        from ckptavg.paths import as_path
+        from ckptavg.formats.paths import as_path
 
         return as_path(super().convert(value, param, ctx))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.inspection import Description
+    from ckptavg.formats.description import Description
 
 
 @click.command()
@@ -41,7 +41,7 @@ def inspect(
         _say_choice(console, paths, key, options)
         return
     from ckptavg.discover import find
-    from ckptavg.inspection import describe
+    from ckptavg.formats.description import describe
 
     files = [path for path, _ in find(paths)]
     found, failures = [], []
@@ -70,7 +70,7 @@ def _say_choice(
 ) -> None:
     """Which checkpoints the rules take, and why the others not."""
     from ckptavg.collect import survey
-    from ckptavg.paths import shown
+    from ckptavg.formats.paths import shown
     from ckptavg.selection import select
 
     rules, last = take_selection(options)
@@ -160,8 +160,8 @@ def _provenance(one: Description) -> str:
 
 
 def _say_table(console: Console, found: Sequence[Description]) -> None:
-    from ckptavg.checkpoint import STEP_FACTS
     from ckptavg.errors import printable
+    from ckptavg.formats.checkpoint import STEP_FACTS
 
     header = (
         "path",

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ckptavg.errors import FormatError
 from ckptavg.formats import dcp, deepspeed, huggingface, safetensors, torchlegacy, torchzip
-from ckptavg.parts import open_source
-from ckptavg.paths import reaching
+from ckptavg.formats.parts import open_source
+from ckptavg.formats.paths import reaching
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
 
 _HEAD = 512
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.checkpoint import read_view
-from ckptavg.tensors import Tensor, contiguous_strides
+from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.tensors import Tensor, contiguous_strides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.parts import Part
-    from ckptavg.tensors import DType
+    from ckptavg.formats.parts import Part
+    from ckptavg.formats.tensors import DType
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a piece sits in its tensor: index of its first element, and its dimensions."""

@@ -14,20 +14,20 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.errors import FormatError
 from ckptavg.formats import unpickler
 from ckptavg.formats.blocks import Blocks, Pieces
+from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.formats.dcpmetadata import Metadata
 from ckptavg.formats.dcpshards import Shards
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 from ckptavg.formats.recorded import training_facts, training_record
 from ckptavg.formats.statedict import choose, find_state_dicts
+from ckptavg.formats.tensors import Tensor
 from ckptavg.formats.torchpickle import is_tensor, scalars
 from ckptavg.formats.torchzip import Archive
-from ckptavg.parts import open_source
-from ckptavg.tensors import Tensor
-from ckptavg.training import TrainingRecord
+from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:
     from pathlib import Path

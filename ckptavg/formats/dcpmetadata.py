@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
 from ckptavg.formats.shapes import is_possible
-from ckptavg.tensors import DType
+from ckptavg.formats.tensors import DType
 
 if TYPE_CHECKING:
     from collections.abc import Container

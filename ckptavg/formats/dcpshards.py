@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptavg.checkpoint import read_view
 from ckptavg.errors import CkptAvgError, FormatError
 from ckptavg.formats.blocks import Box, misfit
+from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.dcpmetadata import OtherEntry
+from ckptavg.formats.parts import Section, open_source
 from ckptavg.formats.pickled import PickledTensor
 from ckptavg.formats.torchpickle import locate
 from ckptavg.formats.torchzip import Archive
-from ckptavg.parts import Section, open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.blocks import Region
     from ckptavg.formats.dcpmetadata import Item, Metadata
-    from ckptavg.parts import ByteSource
-    from ckptavg.tensors import DType
+    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.tensors import DType
 
 _ENDS = 1 << 10  # bytes: an item's zip has its pickle in the first, its directory in the last
 _BATCH = 1_000  # items whose ends are in memory at once

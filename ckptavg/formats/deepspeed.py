@@ -18,7 +18,7 @@ from ckptavg.formats.pickled import PickledTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
 
 SUFFIXES = ()
 _ENDING = "model_states.pt"

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg import formats
 from ckptavg.errors import FormatError, printable
+from ckptavg.formats.jsontext import from_text
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.recorded import trainer_record
 from ckptavg.formats.torchzip import Archive
-from ckptavg.jsontext import from_text
-from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
-    from ckptavg.tensors import Tensor
-    from ckptavg.training import TrainingRecord
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import Tensor
+    from ckptavg.formats.training import TrainingRecord
 
 log = logging.getLogger("ckptavg")
 

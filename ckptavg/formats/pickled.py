@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import printable
-from ckptavg.tensors import BY_NAME, DType
+from ckptavg.formats.tensors import BY_NAME, DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

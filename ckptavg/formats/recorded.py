@@ -13,10 +13,10 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ckptavg.checkpoint import STEP_FACTS
+from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.formats.deepspeed import is_deepspeed
 from ckptavg.formats.pickled import PickledTensor, Placeholder
-from ckptavg.training import TrainingRecord
+from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,16 +10,16 @@ import hashlib
 import weakref
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.safetensorsheader import parse, split_metadata
-from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.parts import ByteSource
-    from ckptavg.table import Table
+    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.table import Table
 
 SUFFIXES = (".safetensors",)
 _LENGTH = 8

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptavg.errors import printable
+from ckptavg.formats.jsontext import unique
 from ckptavg.formats.shapes import is_possible
-from ckptavg.jsontext import unique
-from ckptavg.table import Table
-from ckptavg.tensors import BY_CODE
+from ckptavg.formats.table import Table
+from ckptavg.formats.tensors import BY_CODE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ckptavg.runs import Integers
-    from ckptavg.table import Kind
+    from ckptavg.formats.runs import Integers
+    from ckptavg.formats.table import Kind
 
 _METADATA = "__metadata__"
 _MOST_PAIRS = 250_000

@@ -10,7 +10,7 @@ from ckptavg.errors import FormatError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from ckptavg.parts import ByteSource
+    from ckptavg.formats.parts import ByteSource
 
 
 class SourceStream(io.RawIOBase):

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, cast
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats import unpickler
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import Storage, storage_itemsize
 from ckptavg.formats.streams import SourceStream
+from ckptavg.formats.tensors import DType
 from ckptavg.formats.torchpickle import describe
 from ckptavg.formats.unpickler import InertUnpickler, PickleError, refuse
-from ckptavg.parts import open_source
-from ckptavg.tensors import DType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
     from typing import BinaryIO
 
-    from ckptavg.checkpoint import Checkpoint
-    from ckptavg.parts import ByteSource
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import ByteSource
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = 0x1950A86A20F9469CFC6C

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.checkpoint import Checkpoint, span_elements
 from ckptavg.errors import FormatError, printable
+from ckptavg.formats.checkpoint import Checkpoint, span_elements
 from ckptavg.formats.modules import is_module
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 from ckptavg.formats.recorded import training_facts, training_record
 from ckptavg.formats.shapes import is_possible
 from ckptavg.formats.statedict import check_kind, choose, find_state_dicts
-from ckptavg.tensors import Tensor, is_contiguous
+from ckptavg.formats.tensors import Tensor, is_contiguous
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ckptavg.formats.parts import ByteSource
     from ckptavg.formats.pickled import Storage
-    from ckptavg.parts import ByteSource
 
 # Expanded tensors repeat their bytes, and have to be held in memory whole.
 _LARGEST_REPEATED, _MOST_REPEATED = 1 << 28, 16

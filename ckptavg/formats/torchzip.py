@@ -11,18 +11,18 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from ckptavg.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
+from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.streams import SourceStream
 from ckptavg.formats.torchpickle import describe
-from ckptavg.parts import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.parts import ByteSource
+    from ckptavg.formats.parts import ByteSource
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _ZIP = b"PK\x03\x04"

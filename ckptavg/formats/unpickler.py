@@ -26,7 +26,7 @@ from ckptavg.formats.pickled import (
     look_up,
     stand_in,
 )
-from ckptavg.tensors import DType
+from ckptavg.formats.tensors import DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable

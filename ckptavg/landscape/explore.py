@@ -29,7 +29,7 @@ from ckptavg.norm.loading import load_weights
 from ckptavg.order import labels
 
 if TYPE_CHECKING:
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.norm.ranks import Ranks
 
 log = logging.getLogger("ckptavg")

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.arithmetic import rounded
-from ckptavg.checkpoint import Checkpoint
-from ckptavg.tensors import BY_NAME, fresh
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.tensors import BY_NAME, fresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
-    from ckptavg.tensors import AnyArray, DType
+    from ckptavg.formats.tensors import AnyArray, DType
 
     Floats = npt.NDArray[np.float64]
 

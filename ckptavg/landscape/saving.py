@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
 from ckptavg.errors import OutputError, printable
-from ckptavg.jsontext import to_text
+from ckptavg.formats.jsontext import to_text
 from ckptavg.landscape.journal import files
 from ckptavg.scratch import folder_beside
 

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import load_object
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.paths import is_remote
 from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
@@ -28,7 +29,6 @@ from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance
-from ckptavg.paths import is_remote
 from ckptavg.roles import is_norm_statistic
 from ckptavg.scratch import put_back
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import AnyArray, DType
     from ckptavg.norm.judging import Judge
     from ckptavg.norm.layers import NormLayer
-    from ckptavg.tensors import AnyArray, DType
 
 log = logging.getLogger("ckptavg")
 

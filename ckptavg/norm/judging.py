@@ -13,7 +13,7 @@ from ckptavg.norm.report import Verdict
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.metrics import Mode
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
-    from ckptavg.checkpoint import Checkpoint
-    from ckptavg.tensors import AnyArray
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import AnyArray
 
 log = logging.getLogger("ckptavg")
 

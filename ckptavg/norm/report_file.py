@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, printable
-from ckptavg.jsontext import to_text
+from ckptavg.formats.jsontext import to_text
 from ckptavg.scratch import folder_beside
 from ckptavg.vacancy import check_destination
 

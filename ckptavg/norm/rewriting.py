@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__, digests
-from ckptavg.checkpoint import PROVENANCE
 from ckptavg.errors import OutputError
 from ckptavg.formats import huggingface
+from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.paths import is_remote
 from ckptavg.options import default_threads
-from ckptavg.paths import is_remote
 from ckptavg.plan import make_plan
 from ckptavg.roles import is_norm_statistic
 from ckptavg.sources import Collection
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.layout import Layout
     from ckptavg.norm.report import RefreshReport
     from ckptavg.plan import Plan

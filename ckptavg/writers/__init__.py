@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ckptavg.checkpoint import without_wrappers
 from ckptavg.errors import CkptAvgError, OutputError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.parts import ByteSource
-from ckptavg.paths import as_path, is_remote
+from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.formats.parts import ByteSource
+from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.writers.container import lay_out_container, span
 from ckptavg.writers.directory import lay_out_directory
 from ckptavg.writers.pickling import is_writable
@@ -24,9 +24,9 @@ from ckptavg.writers.torchzip import Extras, lay_out_torch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import Tensor
     from ckptavg.layout import Layout, OutputTensor
-    from ckptavg.tensors import Tensor
 
 log = logging.getLogger("ckptavg")
 

@@ -12,9 +12,9 @@ import logging
 import struct
 from typing import TYPE_CHECKING
 
-from ckptavg.checkpoint import PROVENANCE, span_elements
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import torchzip
+from ckptavg.formats.checkpoint import PROVENANCE, span_elements
 from ckptavg.formats.torchzip import Archive
 from ckptavg.layout import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
 from ckptavg.writers.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.parts import ByteSource
-    from ckptavg.tensors import Tensor
+    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.tensors import Tensor
 
 log = logging.getLogger("ckptavg")
 

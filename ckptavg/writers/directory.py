@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.discover import is_no_checkpoint
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
+from ckptavg.formats.parts import open_source
 from ckptavg.layout import Copy, FileLayout, Layout
-from ckptavg.parts import open_source
 from ckptavg.writers.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.layout import OutputTensor
 
 log = logging.getLogger("ckptavg")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError
 from ckptavg.formats.pickled import PickledTensor, Placeholder, StateOrderedDict
-from ckptavg.tensors import DType, contiguous_strides
+from ckptavg.formats.tensors import DType, contiguous_strides
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
     from pathlib import Path
 
-    from ckptavg.tensors import DType
+    from ckptavg.formats.tensors import DType
 
 _LENGTH = 8
 _ALIGNMENT = 8

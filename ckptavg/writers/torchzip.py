@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.checkpoint import PROVENANCE, read_view
+from ckptavg.formats.checkpoint import PROVENANCE, read_view
+from ckptavg.formats.parts import Memory
 from ckptavg.layout import Copy, FileLayout, Layout, OutputTensor
-from ckptavg.parts import Memory
 from ckptavg.writers.pickling import pickle_state_dict
 from ckptavg.writers.zipfile import Zip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ckptavg.parts import Part
-    from ckptavg.tensors import Tensor
+    from ckptavg.formats.parts import Part
+    from ckptavg.formats.tensors import Tensor
 
 
 @dataclass(frozen=True)

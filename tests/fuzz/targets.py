@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptavg import inspection, jsontext, lora_config
-from ckptavg.checkpoint import Checkpoint, span_elements, without_wrappers
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
-from ckptavg.formats import open_checkpoint, unpickler
+from ckptavg.formats import description as inspection
+from ckptavg.formats import jsontext, lora_config, open_checkpoint, unpickler
+from ckptavg.formats.checkpoint import Checkpoint, span_elements, without_wrappers
 from ckptavg.formats.recorded import trainer_record, training_facts, training_record
 from ckptavg.formats.statedict import find_state_dicts
 from tests.fuzz.containers import safetensors_of, torch_zip_of, unpacked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptavg.tensors import DTYPES
+from ckptavg.formats.tensors import DTYPES
 
 CODES = [dtype.code for dtype in DTYPES if dtype.code]
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.jsontext import from_text
-from ckptavg.parts import Memory, Part, Readable
-from ckptavg.tensors import AnyArray, Tensor, bytes_of
-from ckptavg.training import TrainingRecord
+from ckptavg.formats.jsontext import from_text
+from ckptavg.formats.parts import Memory, Part, Readable
+from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of
+from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

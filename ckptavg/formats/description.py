@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.paths import shown
+from ckptavg.formats.paths import shown
 from ckptavg.roles import is_norm_statistic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ckptavg.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.parts import ByteSource
-from ckptavg.paths import file_system
+from ckptavg.formats.parts import ByteSource
+from ckptavg.formats.paths import file_system
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator

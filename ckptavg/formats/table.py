@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.tensors import DType, Tensor
+from ckptavg.formats.tensors import DType, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
-    from ckptavg.runs import Integers
+    from ckptavg.formats.runs import Integers
 
 Kind = tuple[DType, tuple[int, ...]]
 """Dtype and shape."""

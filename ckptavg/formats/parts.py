@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ckptavg.errors import CkptAvgError, FormatError
-from ckptavg.paths import is_remote
+from ckptavg.formats.paths import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -113,7 +113,7 @@ def open_source(path: Path) -> ByteSource:
     """
     if not is_remote(path):
         return File(path)
-    from ckptavg.remote import RemoteFile  # noqa: PLC0415 - which builds on this module
+    from ckptavg.formats.remote import RemoteFile  # noqa: PLC0415 - which builds on this module
 
     return RemoteFile(path)
 

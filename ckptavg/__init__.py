@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ckptavg.errors import CkptAvgError as CkptAvgError
     from ckptavg.norm.ranks import Ranks as Ranks
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
-    from ckptavg.selection import Selection as Selection
+    from ckptavg.select.selection import Selection as Selection
     from ckptavg.verifying import verify as verify
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
     "refresh_norm": "ckptavg.norm.refresh",
     "verify": "ckptavg.verifying",
     "Ranks": "ckptavg.norm.ranks",
-    "Selection": "ckptavg.selection",
+    "Selection": "ckptavg.select.selection",
     "CkptAvgError": "ckptavg.errors",
 }
 

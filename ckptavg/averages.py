@@ -8,8 +8,6 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptavg import __version__, digests
-from ckptavg.collect import survey
-from ckptavg.compare import fingerprints
 from ckptavg.errors import MismatchError, OutputError, SelectionError, printable
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.huggingface import read_json
@@ -20,10 +18,12 @@ from ckptavg.formats.tensors import BY_NAME
 from ckptavg.layout import OutputTensor
 from ckptavg.lora import is_factor, is_lora, join
 from ckptavg.options import Options, default_threads
-from ckptavg.order import labels
 from ckptavg.plan import Plan, make_plan
 from ckptavg.roles import is_norm_statistic
-from ckptavg.selection import Selection, chosen, select
+from ckptavg.select.collect import survey
+from ckptavg.select.compare import fingerprints
+from ckptavg.select.order import labels
+from ckptavg.select.selection import Selection, chosen, select
 from ckptavg.summary import Summary, Variant, summarise
 from ckptavg.update import find_base, fold, folded_sources
 from ckptavg.vacancy import check_parent
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.paths import PathLike
     from ckptavg.layout import Layout
     from ckptavg.schemes import Scheme
-    from ckptavg.sources import Collection, Source
+    from ckptavg.select.sources import Collection, Source
     from ckptavg.weights import Weights
 
 log = logging.getLogger("ckptavg")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.paths import PathLike
     from ckptavg.norm.ranks import Ranks
-    from ckptavg.selection import Selection
+    from ckptavg.select.selection import Selection
     from ckptavg.summary import Summary
     from ckptavg.writing import Progress
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.parts import ByteSource, Readable
     from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.layout import Layout
-    from ckptavg.sources import Source
+    from ckptavg.select.sources import Source
 
 _PIECE = 1 << 20
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import AnyArray, Tensor
-    from ckptavg.sources import Collection, Source
+    from ckptavg.select.sources import Collection, Source
     from ckptavg.weights import Weights
 
 _FACTOR = re.compile(

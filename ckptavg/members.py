@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import digests
-from ckptavg.collect import gather
-from ckptavg.compare import fingerprints
-from ckptavg.discover import find
 from ckptavg.errors import CkptAvgError, MismatchError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
 from ckptavg.formats.paths import absolute
-from ckptavg.sources import Collection
+from ckptavg.select.collect import gather
+from ckptavg.select.compare import fingerprints
+from ckptavg.select.discover import find
+from ckptavg.select.sources import Collection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ckptavg.norm.ranks import Ranks
-    from ckptavg.selection import Selection
-    from ckptavg.sources import Source
+    from ckptavg.select.selection import Selection
+    from ckptavg.select.sources import Source
     from ckptavg.writing import Progress
 
 # The most that stay within 64 MB.

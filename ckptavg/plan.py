@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from ckptavg.formats.tensors import DType
-    from ckptavg.sources import Collection, Source
+    from ckptavg.select.sources import Collection, Source
     from ckptavg.weights import Weights
 
 _Pieces = tuple[Integers | slice, tuple[Integers, Integers]]

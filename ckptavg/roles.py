@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
-from ckptavg.compare import differing
 from ckptavg.errors import FormatError, MismatchError, printable
+from ckptavg.select.compare import differing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptavg.formats.tensors import Tensor
-    from ckptavg.sources import Collection, Source
+    from ckptavg.select.sources import Collection, Source
 
 Role = Literal["averaged", "last", "kept", "joined"]
 """What becomes of a tensor: its mean, the last checkpoint's, what all of them have, or (factors of

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ckptavg.layout import Layout
     from ckptavg.plan import Plan
-    from ckptavg.sources import Source
+    from ckptavg.select.sources import Source
     from ckptavg.weights import Weights
 
 # Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.

@@ -9,19 +9,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.compare import fingerprints
 from ckptavg.errors import SelectionError, printable
-from ckptavg.order import in_order
-from ckptavg.sources import Collection
+from ckptavg.select.compare import fingerprints
+from ckptavg.select.order import in_order
+from ckptavg.select.sources import Collection
 from ckptavg.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ckptavg.collect import Survey
     from ckptavg.plan import Plan
-    from ckptavg.sources import Source
+    from ckptavg.select.collect import Survey
+    from ckptavg.select.sources import Source
     from ckptavg.summary import Variant
 
 _FEWEST_BITS = 32

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.paths import PathLike
     from ckptavg.plan import Plan, Planned
-    from ckptavg.sources import Collection
+    from ckptavg.select.sources import Collection
     from ckptavg.writing import Progress
 
 _COUNTER = "num_batches_tracked"

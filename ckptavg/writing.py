@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ckptavg.layout import Layout
     from ckptavg.norm.ranks import Ranks
     from ckptavg.plan import Plan
-    from ckptavg.sources import Source
+    from ckptavg.select.sources import Source
     from ckptavg.summary import Variant
 
 Progress = Callable[[int, int], None]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckptavg
-from ckptavg.collect import collect
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
-from ckptavg.order import labels, natural
+from ckptavg.select.collect import collect
+from ckptavg.select.order import labels, natural
 from tests.oracle import save_run
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckptavg
-from ckptavg.discover import find, is_no_checkpoint
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
+from ckptavg.select.discover import find, is_no_checkpoint
 from tests.test_cli import run
 from tests.test_formats_dcp import save as save_dcp
 from tests.test_formats_deepspeed import save_engine

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import ckptavg
-from ckptavg import discover, formats
+from ckptavg import formats
 from ckptavg.cli import cli
 from ckptavg.errors import FormatError
+from ckptavg.select import discover
 
 ROOT = Path(__file__).parent.parent
 

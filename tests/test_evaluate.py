@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 import ckptavg
 from ckptavg import Selection, cli
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, UserCodeError
-from ckptavg.metrics import read_metrics
 from ckptavg.norm.evaluate import Evaluation, EvaluationOptions, evaluate, winners
 from ckptavg.norm.files import RefreshOptions
+from ckptavg.select.metrics import read_metrics
 from tests.held_out import naive_metrics, save_trained, trained, user_module
 from tests.oracle import save_run
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import ckptavg
-from ckptavg.discover import find
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
+from ckptavg.select.discover import find
 from tests.oracle import naive_mean, same_bits
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
-from ckptavg.metrics import best, from_name, mode_of, read_metrics
+from ckptavg.select.metrics import best, from_name, mode_of, read_metrics
 
 # Which way
 

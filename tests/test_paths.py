@@ -9,7 +9,7 @@ import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.paths import absolute, as_path, is_remote, reaching
-from ckptavg.order import labels
+from ckptavg.select.order import labels
 
 ADDRESS = "memory://user:secret@bucket/run/step_1.pt?token=secret"
 

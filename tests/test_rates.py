@@ -19,7 +19,7 @@ from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.training import TrainingRecord
-from ckptavg.rates import minima, turning_points, used_rates
+from ckptavg.select.rates import minima, turning_points, used_rates
 
 UPDATES = 3  # of an epoch
 EPOCHS = 15

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.cli import cli
-from ckptavg.collect import survey
 from ckptavg.errors import CkptAvgError, SelectionError
-from ckptavg.order import numbers_in
-from ckptavg.selection import chosen, select
+from ckptavg.select.collect import survey
+from ckptavg.select.order import numbers_in
+from ckptavg.select.selection import chosen, select
 from tests.oracle import naive_mean, same_bits
 
 

@@ -13,7 +13,7 @@ from ckptavg.cli.selection_options import selection_options, take_selection
 if TYPE_CHECKING:
     from ckptavg.norm.evaluate import EvaluationOptions
     from ckptavg.norm.files import RefreshOptions
-    from ckptavg.selection import Selection
+    from ckptavg.select.selection import Selection
 
 # What a checkpoint is the best by is found out here, so `--metric` has another meaning.
 _BY_METRIC = {"best": None, "metric": None, "mode": None, "metrics": None}

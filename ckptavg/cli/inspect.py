@@ -40,8 +40,8 @@ def inspect(
     if any(options.values()):
         _say_choice(console, paths, key, options)
         return
-    from ckptavg.discover import find
     from ckptavg.formats.description import describe
+    from ckptavg.select.discover import find
 
     files = [path for path, _ in find(paths)]
     found, failures = [], []
@@ -69,9 +69,9 @@ def _say_choice(
     console: Console, paths: Sequence[Path], key: str | None, options: dict[str, Any]
 ) -> None:
     """Which checkpoints the rules take, and why the others not."""
-    from ckptavg.collect import survey
     from ckptavg.formats.paths import shown
-    from ckptavg.selection import select
+    from ckptavg.select.collect import survey
+    from ckptavg.select.selection import select
 
     rules, last = take_selection(options)
     found = survey(paths, key=key, wanted=rules.unwanted)

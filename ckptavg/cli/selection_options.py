@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from ckptavg.selection import Selection
+    from ckptavg.select.selection import Selection
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -117,7 +117,7 @@ def selection_options(command: Command) -> Command:
 
 def take_selection(options: dict[str, Any]) -> tuple[Selection, tuple[int, ...]]:
     """Take the rules out of a command's options: those but `--last`, and the values of that."""
-    from ckptavg.selection import Selection
+    from ckptavg.select.selection import Selection
 
     rules = {name: options.pop(name) for name in _NAMES}
     return Selection(**rules), options.pop("last") or ()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__, digests
-from ckptavg.collect import survey
 from ckptavg.errors import (
     MismatchError,
     OutputError,
@@ -26,7 +25,8 @@ from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.loading import load_weights
-from ckptavg.order import labels
+from ckptavg.select.collect import survey
+from ckptavg.select.order import labels
 
 if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint

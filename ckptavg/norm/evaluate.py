@@ -18,19 +18,19 @@ except ModuleNotFoundError as error:
     ) from error
 from torch.nn.parameter import is_lazy
 
-from ckptavg.collect import survey
 from ckptavg.errors import CkptAvgError
 from ckptavg.factories import load_object, user_code
 from ckptavg.formats import open_checkpoint
-from ckptavg.metrics import best, mode_of
 from ckptavg.norm.batches import default_forward, moved
 from ckptavg.norm.feeding import limited
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
 from ckptavg.norm.measures import measure_of, name_of
 from ckptavg.norm.refresh import device_of, refresh_norm
-from ckptavg.selection import Selection, chosen
-from ckptavg.selection import select as choose
+from ckptavg.select.collect import survey
+from ckptavg.select.metrics import best, mode_of
+from ckptavg.select.selection import Selection, chosen
+from ckptavg.select.selection import select as choose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

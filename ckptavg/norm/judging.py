@@ -6,15 +6,15 @@ import math
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.metrics import mode_of
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator
 from ckptavg.norm.report import Verdict
+from ckptavg.select.metrics import mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.metrics import Mode
+    from ckptavg.select.metrics import Mode
 
 
 class Judge:

@@ -16,7 +16,7 @@ from ckptavg.formats.paths import is_remote
 from ckptavg.options import default_threads
 from ckptavg.plan import make_plan
 from ckptavg.roles import is_norm_statistic
-from ckptavg.sources import Collection
+from ckptavg.select.sources import Collection
 from ckptavg.summary import Variant
 from ckptavg.vacancy import check_vacant
 from ckptavg.weights import uniform

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.averages import Averages
 from ckptavg.averaging import average
-from ckptavg.collect import survey
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.metrics import mode_of
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
 from ckptavg.options import Options
 from ckptavg.schemes import parse
 from ckptavg.scratch import folder_beside
-from ckptavg.selection import Selection, Verdict, chosen
-from ckptavg.selection import select as choose
+from ckptavg.select.collect import survey
+from ckptavg.select.metrics import mode_of
+from ckptavg.select.selection import Selection, Verdict, chosen
+from ckptavg.select.selection import select as choose
 from ckptavg.summary import Summary, Variant
 from ckptavg.vacancy import check_vacant
 from ckptavg.weights import Weights
@@ -36,10 +36,10 @@ from ckptavg.writing import refuse_own_input
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ckptavg.collect import Survey
-    from ckptavg.metrics import Mode
     from ckptavg.norm.evaluate import Progress
     from ckptavg.norm.report import RefreshReport
+    from ckptavg.select.collect import Survey
+    from ckptavg.select.metrics import Mode
 
 SCHEME = "greedy soup"
 

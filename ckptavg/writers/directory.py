@@ -12,11 +12,11 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.discover import is_no_checkpoint
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.parts import open_source
 from ckptavg.layout import Copy, FileLayout, Layout
+from ckptavg.select.discover import is_no_checkpoint
 from ckptavg.writers.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.rates import minima, turning_points, used_rates
+from ckptavg.select.rates import minima, turning_points, used_rates
 from tests.layouts.libraries import Sentences, llama
 from tests.layouts.lightning_runs import Net, batches
 

@@ -12,9 +12,9 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ckptavg import Selection
-from ckptavg.collect import survey
 from ckptavg.errors import SelectionError
-from ckptavg.selection import chosen, select
+from ckptavg.select.collect import survey
+from ckptavg.select.selection import chosen, select
 from tests.layouts.libraries import llama
 from tests.layouts.lightning_runs import Net, batches, trainer
 

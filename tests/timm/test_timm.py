@@ -16,10 +16,10 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 import ckptavg
 from ckptavg import Selection
-from ckptavg.collect import survey
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.selection import chosen, select
+from ckptavg.select.collect import survey
+from ckptavg.select.selection import chosen, select
 from tests.oracle import StateDict, naive_mean, same_bits
 from tests.test_cli import run
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from ckptavg.sources import Source
+    from ckptavg.select.sources import Source
 
 DIGITS = re.compile(r"(\d+)")
 # What numbers in names are called: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`.

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.checkpoint import STEP_FACTS
-from ckptavg.order import numbers_in, restarts
+from ckptavg.select.order import numbers_in, restarts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptavg.sources import Source
+    from ckptavg.select.sources import Source
 
 
 @dataclass(frozen=True)

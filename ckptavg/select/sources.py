@@ -17,7 +17,7 @@ from ckptavg.errors import printable
 from ckptavg.formats.table import Table
 from ckptavg.formats.tensors import Tensor
 from ckptavg.lora import has_rank
-from ckptavg.order import labels
+from ckptavg.select.order import labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ckptavg.formats.tensors import AnyArray, Tensor
-    from ckptavg.sources import Collection, Source
+    from ckptavg.select.sources import Collection, Source
 
 _PIECE = 1 << 20
 _SAMPLES = 64

@@ -7,16 +7,16 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ckptavg.compare import Contents
-from ckptavg.discover import find
 from ckptavg.errors import MismatchError, SelectionError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
 from ckptavg.formats.lora_config import scales_beside
 from ckptavg.formats.pauses import collector_at_rest
 from ckptavg.lora import is_lora
-from ckptavg.order import DIGITS, in_order, labels, natural
-from ckptavg.sources import Collection, Source, compare, locate, locate_alike
+from ckptavg.select.compare import Contents
+from ckptavg.select.discover import find
+from ckptavg.select.order import DIGITS, in_order, labels, natural
+from ckptavg.select.sources import Collection, Source, compare, locate, locate_alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

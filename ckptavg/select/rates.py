@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.schedules import close, schedule, value_at
-from ckptavg.units import steps_taken, units_done
+from ckptavg.select.schedules import close, schedule, value_at
+from ckptavg.select.units import steps_taken, units_done
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from ckptavg.formats.training import TrainingRecord
-    from ckptavg.schedules import Form
-    from ckptavg.units import Record
+    from ckptavg.select.schedules import Form
+    from ckptavg.select.units import Record
 
 log = logging.getLogger("ckptavg")
 

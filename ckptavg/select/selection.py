@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.paths import absolute
-from ckptavg.metrics import Mode, best, from_name, mode_of, read_metrics
-from ckptavg.rates import Reading, at_minima
-from ckptavg.timeline import Timeline
+from ckptavg.select.metrics import Mode, best, from_name, mode_of, read_metrics
+from ckptavg.select.rates import Reading, at_minima
+from ckptavg.select.timeline import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from ckptavg.collect import Survey
-    from ckptavg.sources import Source
+    from ckptavg.select.collect import Survey
+    from ckptavg.select.sources import Source
 
 log = logging.getLogger("ckptavg")
 

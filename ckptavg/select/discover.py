@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
 from ckptavg.formats.paths import is_remote, reaching
-from ckptavg.order import natural
+from ckptavg.select.order import natural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

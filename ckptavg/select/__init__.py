@@ -1,0 +1,1 @@
+"""Choose which checkpoints of a run are averaged, and in which order."""

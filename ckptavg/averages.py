@@ -15,17 +15,17 @@ from ckptavg.formats.lora_config import CONFIG, scales_beside
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.formats.pauses import collector_at_rest
 from ckptavg.formats.tensors import BY_NAME
-from ckptavg.layout import OutputTensor
-from ckptavg.lora import is_factor, is_lora, join
+from ckptavg.merge.layout import OutputTensor
+from ckptavg.merge.lora import is_factor, is_lora, join
+from ckptavg.merge.plan import Plan, make_plan
+from ckptavg.merge.roles import is_norm_statistic
+from ckptavg.merge.update import find_base, fold, folded_sources
 from ckptavg.options import Options, default_threads
-from ckptavg.plan import Plan, make_plan
-from ckptavg.roles import is_norm_statistic
 from ckptavg.select.collect import survey
 from ckptavg.select.compare import fingerprints
 from ckptavg.select.order import labels
 from ckptavg.select.selection import Selection, chosen, select
 from ckptavg.summary import Summary, Variant, summarise
-from ckptavg.update import find_base, fold, folded_sources
 from ckptavg.vacancy import check_parent
 from ckptavg.writers import Destination, destination, lay_out
 from ckptavg.writers.directory import to_json
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
-    from ckptavg.layout import Layout
-    from ckptavg.schemes import Scheme
+    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.schemes import Scheme
+    from ckptavg.merge.weights import Weights
     from ckptavg.select.sources import Collection, Source
-    from ckptavg.weights import Weights
 
 log = logging.getLogger("ckptavg")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.averages import Averages
 from ckptavg.errors import OutputError, SelectionError
 from ckptavg.formats import SUFFIXES
+from ckptavg.merge.schemes import Scheme, parse
+from ckptavg.merge.weights import Weights, explicit
 from ckptavg.options import Options
-from ckptavg.schemes import Scheme, parse
-from ckptavg.weights import Weights, explicit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

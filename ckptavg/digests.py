@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import ByteSource, Readable
     from ckptavg.formats.tensors import DType, Tensor
-    from ckptavg.layout import Layout
+    from ckptavg.merge.layout import Layout
     from ckptavg.select.sources import Source
 
 _PIECE = 1 << 20

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from ckptavg.layout import Checksum, FileLayout
+    from ckptavg.merge.layout import Checksum, FileLayout
 
 _SYNC_EVERY = 128 << 20
 _PIECE = 1 << 20

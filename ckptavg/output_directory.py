@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import TracebackType
 
-    from ckptavg.layout import Layout
+    from ckptavg.merge.layout import Layout
 
 _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE, and RENAME_SWAP of macOS

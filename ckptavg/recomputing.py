@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError, VerificationError
 from ckptavg.formats.checkpoint import Checkpoint, read_view
 from ckptavg.formats.tensors import bytes_of
-from ckptavg.jobs import BadValueError
-from ckptavg.layout import Layout
+from ckptavg.merge.engine import execute
+from ckptavg.merge.jobs import BadValueError
+from ckptavg.merge.layout import Layout
 
 if TYPE_CHECKING:
     from ckptavg.formats.tensors import AnyArray
-    from ckptavg.plan import Plan
+    from ckptavg.merge.plan import Plan
     from ckptavg.writing import Progress
 
 

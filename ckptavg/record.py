@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ckptavg import __version__
 from ckptavg.errors import VerificationError, printable
 from ckptavg.formats.tensors import BY_NAME
-from ckptavg.weights import Weights
+from ckptavg.merge.weights import Weights
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.layout import Layout
+    from ckptavg.merge.layout import Layout
 
 
 class JoinedOutput:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ckptavg.layout import Layout
-    from ckptavg.plan import Plan
+    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.plan import Plan
+    from ckptavg.merge.weights import Weights
     from ckptavg.select.sources import Source
-    from ckptavg.weights import Weights
 
 # Measured: an interpreter with numpy and ml_dtypes, and one thread's buffers.
 _BASE_MEMORY = 38 << 20

@@ -13,20 +13,20 @@ from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.paths import as_path
 from ckptavg.formats.pauses import collector_at_rest
-from ckptavg.lora import is_factor, join
 from ckptavg.members import check_files, find_members
+from ckptavg.merge.lora import is_factor, join
+from ckptavg.merge.plan import make_plan
+from ckptavg.merge.roles import is_norm_statistic
 from ckptavg.options import default_threads
-from ckptavg.plan import make_plan
 from ckptavg.recomputing import Comparison
 from ckptavg.record import Record
-from ckptavg.roles import is_norm_statistic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from ckptavg.formats.paths import PathLike
-    from ckptavg.plan import Plan, Planned
+    from ckptavg.merge.plan import Plan, Planned
     from ckptavg.select.sources import Collection
     from ckptavg.writing import Progress
 

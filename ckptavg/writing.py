@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import digests
-from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats.paths import is_remote
-from ckptavg.jobs import BadValueError
+from ckptavg.merge.engine import execute
+from ckptavg.merge.jobs import BadValueError
 from ckptavg.output import OutputFile
 from ckptavg.output_directory import OutputDirectory, check_directory_destination
 from ckptavg.scratch import clear_beside
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.layout import Layout
+    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.plan import Plan
     from ckptavg.norm.ranks import Ranks
-    from ckptavg.plan import Plan
     from ckptavg.select.sources import Source
     from ckptavg.summary import Variant
 

@@ -285,7 +285,7 @@ def test_labels_are_below_the_common_folder(tmp_path):
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "removed", "truncated"])
 def test_a_checkpoint_that_changes_meanwhile_is_named(tmp_path, monkeypatch, change):
     paths = save_run(tmp_path / "run", [{"w": torch.randn(1000)} for _ in range(2)])
-    from ckptavg.plan import make_plan
+    from ckptavg.merge.plan import make_plan
 
     def change_then_plan(*arguments, **options):
         data = paths[1].read_bytes()

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckptavg
-from ckptavg.engine import execute
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.parts import Memory
 from ckptavg.formats.runs import run_edges
 from ckptavg.formats.tensors import BY_NAME, Tensor
-from ckptavg.jobs import CHUNK, Input, Job, Share
+from ckptavg.merge.engine import execute
+from ckptavg.merge.jobs import CHUNK, Input, Job, Share
 from tests.oracle import naive_mean, same_bits
 
 FLOAT32 = BY_NAME["float32"]

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptavg.engine import execute
-from ckptavg.jobs import Job
+from ckptavg.merge.engine import execute
+from ckptavg.merge.jobs import Job
 from tests.faults import Fault, environment, tree, why_not
 from tests.faults_scenes import (
     EVERY_OR_SOME,

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import ckptavg
-from ckptavg import plan
 from ckptavg.errors import CkptAvgError, FormatError, ValueRangeError
 from ckptavg.formats import safetensors, safetensorsheader
 from ckptavg.formats.parts import Memory
-from ckptavg.gathered import Gathered
+from ckptavg.merge import plan
+from ckptavg.merge.gathered import Gathered
 
 
 def _write(path, tensors):

@@ -176,7 +176,7 @@ def test_the_same_ranks_by_chunks_smaller_than_a_factor(tmp_path, monkeypatch):
     for step, state in enumerate(states):
         save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
     ckptavg.average(tmp_path / "run", f"{tmp_path}/whole/", lora="exact")
-    monkeypatch.setattr("ckptavg.jobs.CHUNK", 7)
+    monkeypatch.setattr("ckptavg.merge.jobs.CHUNK", 7)
     ckptavg.average(tmp_path / "run", f"{tmp_path}/pieces/", lora="exact", threads=3)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "pieces" / name).read_bytes()

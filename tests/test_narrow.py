@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 import ckptavg
-from ckptavg.arithmetic import Sum, all_finite, rounded
 from ckptavg.formats.tensors import BY_NAME, fresh
-from ckptavg.narrow import FORMATS
+from ckptavg.merge.arithmetic import Sum, all_finite, rounded
+from ckptavg.merge.narrow import FORMATS
 from tests.oracle import save_run
 
 pytestmark = pytest.mark.parametrize("name", FORMATS)

@@ -13,7 +13,7 @@ import pytest
 
 from ckptavg import scratch
 from ckptavg.errors import OutputError
-from ckptavg.layout import Checksum, FileLayout
+from ckptavg.merge.layout import Checksum, FileLayout
 from ckptavg.output import OutputFile
 from ckptavg.vacancy import check_destination
 

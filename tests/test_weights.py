@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ckptavg import weights as schemes
 from ckptavg.errors import SelectionError
-from ckptavg.schemes import Scheme, parse
-from ckptavg.weights import Weights, by_path, decay, ema, explicit, linear, power, uniform
+from ckptavg.merge import weights as schemes
+from ckptavg.merge.schemes import Scheme, parse
+from ckptavg.merge.weights import Weights, by_path, decay, ema, explicit, linear, power, uniform
 
 PAGE = Path(__file__).parent.parent / "docs" / "schemes.md"
 NAMES = ("run/a.pt", "run/b.pt", "run/c.pt")

@@ -31,7 +31,7 @@ from ckptavg.errors import OutputError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.tensors import BY_NAME, DTYPES
-from ckptavg.layout import OutputTensor
+from ckptavg.merge.layout import OutputTensor
 from ckptavg.output import OutputFile
 from ckptavg.writers import destination, lay_out
 from ckptavg.writers.safetensors import lay_out_safetensors
@@ -383,7 +383,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, ending):
 import sys
 from pathlib import Path
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.layout import OutputTensor
+from ckptavg.merge.layout import OutputTensor
 from ckptavg.output import OutputFile
 from ckptavg.formats.tensors import DTYPES
 from ckptavg.writers import destination, lay_out

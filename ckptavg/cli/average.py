@@ -155,7 +155,7 @@ def average(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.averaging import average as run
     from ckptavg.averaging import average_many
-    from ckptavg.schemes import parse
+    from ckptavg.merge.schemes import parse
 
     select, last = take_selection(options)
     options |= {"fsync": not no_fsync, "dry_run": dry_run, "normalize": not no_normalize}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import shown
-from ckptavg.roles import is_norm_statistic
+from ckptavg.merge.roles import is_norm_statistic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.arithmetic import rounded
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.tensors import BY_NAME, fresh
+from ckptavg.merge.arithmetic import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

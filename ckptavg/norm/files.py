@@ -22,6 +22,7 @@ from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import load_object
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import is_remote
+from ckptavg.merge.roles import is_norm_statistic
 from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
@@ -29,7 +30,6 @@ from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance
-from ckptavg.roles import is_norm_statistic
 from ckptavg.scratch import put_back
 
 if TYPE_CHECKING:

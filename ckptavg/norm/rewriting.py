@@ -13,13 +13,13 @@ from ckptavg.errors import OutputError
 from ckptavg.formats import huggingface
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.paths import is_remote
+from ckptavg.merge.plan import make_plan
+from ckptavg.merge.roles import is_norm_statistic
+from ckptavg.merge.weights import uniform
 from ckptavg.options import default_threads
-from ckptavg.plan import make_plan
-from ckptavg.roles import is_norm_statistic
 from ckptavg.select.sources import Collection
 from ckptavg.summary import Variant
 from ckptavg.vacancy import check_vacant
-from ckptavg.weights import uniform
 from ckptavg.writers import destination, lay_out
 from ckptavg.writing import (
     check_output,
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.layout import Layout
+    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.plan import Plan
     from ckptavg.norm.report import RefreshReport
-    from ckptavg.plan import Plan
     from ckptavg.writers import Destination
 
 log = logging.getLogger("ckptavg")

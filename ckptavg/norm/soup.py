@@ -18,11 +18,12 @@ from ckptavg.averages import Averages
 from ckptavg.averaging import average
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.merge.schemes import parse
+from ckptavg.merge.weights import Weights
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
 from ckptavg.options import Options
-from ckptavg.schemes import parse
 from ckptavg.scratch import folder_beside
 from ckptavg.select.collect import survey
 from ckptavg.select.metrics import mode_of
@@ -30,7 +31,6 @@ from ckptavg.select.selection import Selection, Verdict, chosen
 from ckptavg.select.selection import select as choose
 from ckptavg.summary import Summary, Variant
 from ckptavg.vacancy import check_vacant
-from ckptavg.weights import Weights
 from ckptavg.writing import refuse_own_input
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
 from ckptavg.formats.lora_config import scales_beside
 from ckptavg.formats.pauses import collector_at_rest
-from ckptavg.lora import is_lora
+from ckptavg.merge.lora import is_lora
 from ckptavg.select.compare import Contents
 from ckptavg.select.discover import find
 from ckptavg.select.order import DIGITS, in_order, labels, natural

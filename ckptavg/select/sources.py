@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ckptavg.errors import printable
 from ckptavg.formats.table import Table
 from ckptavg.formats.tensors import Tensor
-from ckptavg.lora import has_rank
+from ckptavg.merge.lora import has_rank
 from ckptavg.select.order import labels
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import Tensor
-    from ckptavg.layout import Layout, OutputTensor
+    from ckptavg.merge.layout import Layout, OutputTensor
 
 log = logging.getLogger("ckptavg")
 

@@ -16,7 +16,7 @@ from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements
 from ckptavg.formats.torchzip import Archive
-from ckptavg.layout import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
+from ckptavg.merge.layout import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
 from ckptavg.writers.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.parts import open_source
-from ckptavg.layout import Copy, FileLayout, Layout
+from ckptavg.merge.layout import Copy, FileLayout, Layout
 from ckptavg.select.discover import is_no_checkpoint
 from ckptavg.writers.safetensors import lay_out_safetensors
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.layout import OutputTensor
+    from ckptavg.merge.layout import OutputTensor
 
 log = logging.getLogger("ckptavg")
 

@@ -13,7 +13,7 @@ from ckptavg.formats.tensors import DType, contiguous_strides
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from ckptavg.layout import OutputTensor
+    from ckptavg.merge.layout import OutputTensor
 
 _STORAGES = {
     "float64": "DoubleStorage",

@@ -13,7 +13,7 @@ import numpy as np
 
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory
-from ckptavg.layout import Copy, FileLayout, Layout, OutputTensor
+from ckptavg.merge.layout import Copy, FileLayout, Layout, OutputTensor
 from ckptavg.writers.pickling import pickle_state_dict
 from ckptavg.writers.zipfile import Zip
 

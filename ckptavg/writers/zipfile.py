@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptavg.layout import Checksum
+from ckptavg.merge.layout import Checksum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

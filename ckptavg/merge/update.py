@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
+from ckptavg.merge.weights import Weights
 from ckptavg.select.compare import fingerprints
 from ckptavg.select.order import in_order
 from ckptavg.select.sources import Collection
-from ckptavg.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ckptavg.plan import Plan
+    from ckptavg.merge.plan import Plan
     from ckptavg.select.collect import Survey
     from ckptavg.select.sources import Source
     from ckptavg.summary import Variant

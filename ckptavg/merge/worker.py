@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ckptavg.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
 from ckptavg.formats.checkpoint import read_span, read_view
 from ckptavg.formats.tensors import AnyArray, Room, Tensor, bytes_of, fresh
-from ckptavg.jobs import CHUNK, BadValueError
-from ckptavg.narrow import format_of
+from ckptavg.merge.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
+from ckptavg.merge.jobs import CHUNK, BadValueError
+from ckptavg.merge.narrow import format_of
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
-    from ckptavg.jobs import Input, Job, Share
+    from ckptavg.merge.jobs import Input, Job, Share
 
     Read = Callable[["Input"], AnyArray]
 

@@ -15,14 +15,14 @@ import numpy as np
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.pauses import signals_waiting
-from ckptavg.jobs import chunks
-from ckptavg.worker import Worker
+from ckptavg.merge.jobs import chunks
+from ckptavg.merge.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from ckptavg.jobs import Job
-    from ckptavg.worker import Sink
+    from ckptavg.merge.jobs import Job
+    from ckptavg.merge.worker import Sink
 
 _REPORT_EVERY = 16 << 20
 """Bytes between two reports: each wakes the caller, who then contends for the interpreter."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError
-from ckptavg.weights import (
+from ckptavg.merge.weights import (
     Weights,
     by_path,
     check_ema,

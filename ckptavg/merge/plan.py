@@ -17,18 +17,18 @@ import numpy as np
 from ckptavg.errors import SelectionError, ValueRangeError, printable
 from ckptavg.formats.runs import Integers, run_edges
 from ckptavg.formats.tensors import Tensor
-from ckptavg.gathered import SMALL, Gathered
-from ckptavg.jobs import BadValueError, Input, Job, Share
-from ckptavg.layout import Layout, OutputTensor
-from ckptavg.roles import Role, decide_roles, refuse_quantised
+from ckptavg.merge.gathered import SMALL, Gathered
+from ckptavg.merge.jobs import BadValueError, Input, Job, Share
+from ckptavg.merge.layout import Layout, OutputTensor
+from ckptavg.merge.roles import Role, decide_roles, refuse_quantised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from ckptavg.formats.tensors import DType
+    from ckptavg.merge.weights import Weights
     from ckptavg.select.sources import Collection, Source
-    from ckptavg.weights import Weights
 
 _Pieces = tuple[Integers | slice, tuple[Integers, Integers]]
 """Indices of tensors, and where each begins and ends if they stand one after the other."""

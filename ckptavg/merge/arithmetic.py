@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.narrow import format_of, largest_code
+from ckptavg.merge.narrow import format_of, largest_code
 
 if TYPE_CHECKING:
     from ckptavg.formats.tensors import AnyArray, DType, Room
-    from ckptavg.narrow import Narrow
+    from ckptavg.merge.narrow import Narrow
 
 _FLOAT32, _BOOL = np.dtype(np.float32), np.dtype(bool)
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ckptavg.arithmetic import accumulator_dtype, rounded
 from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.lora_config import Config, joined_config
 from ckptavg.formats.tensors import bytes_of, fresh
+from ckptavg.merge.arithmetic import accumulator_dtype, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import AnyArray, Tensor
+    from ckptavg.merge.weights import Weights
     from ckptavg.select.sources import Collection, Source
-    from ckptavg.weights import Weights
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(lora_(?P<factor>[AB])(?P<bias>\.weight|\.bias)|lora_embedding_(?P<table>[AB]))"

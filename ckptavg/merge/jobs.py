@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.tensors import BY_NAME, Tensor
-from ckptavg.gathered import Gathered
+from ckptavg.merge.gathered import Gathered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import DType
-    from ckptavg.layout import Copy, Scattered
+    from ckptavg.merge.layout import Copy, Scattered
 
 CHUNK = 256 * 1024
 """Elements of a chunk: 1 MiB of float32, and a sum of 2 MiB."""

@@ -1,0 +1,1 @@
+"""Plan and compute averages: coefficients, the role of each tensor, the loop over chunks."""

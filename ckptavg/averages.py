@@ -7,7 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, cast
 
-from ckptavg import __version__, digests
+from ckptavg import __version__
 from ckptavg.errors import MismatchError, OutputError, SelectionError, printable
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.huggingface import read_json
@@ -26,10 +26,11 @@ from ckptavg.select.compare import fingerprints
 from ckptavg.select.order import labels
 from ckptavg.select.selection import Selection, chosen, select
 from ckptavg.summary import Summary, Variant, summarise
-from ckptavg.vacancy import check_parent
-from ckptavg.writers import Destination, destination, lay_out
-from ckptavg.writers.directory import to_json
-from ckptavg.writing import (
+from ckptavg.write import digests
+from ckptavg.write.directory import to_json
+from ckptavg.write.layouts import Destination, destination, lay_out
+from ckptavg.write.vacancy import check_parent
+from ckptavg.write.writing import (
     check_output,
     encode_provenance,
     provenance_sources,

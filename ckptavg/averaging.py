@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.ranks import Ranks
     from ckptavg.select.selection import Selection
     from ckptavg.summary import Summary
-    from ckptavg.writing import Progress
+    from ckptavg.write.writing import Progress
 
 
 def average(

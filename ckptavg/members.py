@@ -6,7 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import digests
 from ckptavg.errors import CkptAvgError, MismatchError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
@@ -15,6 +14,7 @@ from ckptavg.select.collect import gather
 from ckptavg.select.compare import fingerprints
 from ckptavg.select.discover import find
 from ckptavg.select.sources import Collection
+from ckptavg.write import digests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.record import Record
-    from ckptavg.writing import Progress
+    from ckptavg.write.writing import Progress
 
 
 @dataclass(frozen=True)

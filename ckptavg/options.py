@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.ranks import Ranks
     from ckptavg.select.selection import Selection
     from ckptavg.select.sources import Source
-    from ckptavg.writing import Progress
+    from ckptavg.write.writing import Progress
 
 # The most that stay within 64 MB.
 _MOST_THREADS = 4

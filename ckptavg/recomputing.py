@@ -19,7 +19,7 @@ from ckptavg.merge.layout import Layout
 if TYPE_CHECKING:
     from ckptavg.formats.tensors import AnyArray
     from ckptavg.merge.plan import Plan
-    from ckptavg.writing import Progress
+    from ckptavg.write.writing import Progress
 
 
 class Comparison:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.digests import told
 from ckptavg.formats.paths import shown
+from ckptavg.write.digests import told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptavg import digests
 from ckptavg.errors import VerificationError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
@@ -20,6 +19,7 @@ from ckptavg.merge.roles import is_norm_statistic
 from ckptavg.options import default_threads
 from ckptavg.recomputing import Comparison
 from ckptavg.record import Record
+from ckptavg.write import digests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.paths import PathLike
     from ckptavg.merge.plan import Plan, Planned
     from ckptavg.select.sources import Collection
-    from ckptavg.writing import Progress
+    from ckptavg.write.writing import Progress
 
 _COUNTER = "num_batches_tracked"
 

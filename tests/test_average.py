@@ -657,7 +657,7 @@ class TestOutput:
 
     def test_less_than_all_bytes_are_never_published(self, tmp_path, monkeypatch):
         save_run(tmp_path / "run", random_state_dicts(2))
-        monkeypatch.setattr("ckptavg.writing.execute", lambda *_, **__: (n for n in [5]))
+        monkeypatch.setattr("ckptavg.write.writing.execute", lambda *_, **__: (n for n in [5]))
         with pytest.raises(OutputError, match="only 5 of"):
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
         assert not (tmp_path / "out.safetensors").exists()

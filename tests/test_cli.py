@@ -173,7 +173,7 @@ class TestExitCodes:
         script = (
             "import os, sys, time\n"
             + ("" if hidden else "del os.O_TMPFILE\n")
-            + "from ckptavg.output import OutputFile\n"
+            + "from ckptavg.write.output import OutputFile\n"
             "import threading\n"
             "def hold(self, offset, data):\n"
             "    if threading.current_thread() is not threading.main_thread():\n"

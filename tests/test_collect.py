@@ -198,7 +198,7 @@ class TestDiscovery:
         assert names(tmp_path) == ["model_1.pt", "sampler.ckpt", "scaler.3d_unet.pt", "train.pt"]
 
     def test_a_refreshed_checkpoint_is_no_average(self, tmp_path):
-        from ckptavg.writing import encode_provenance
+        from ckptavg.write.writing import encode_provenance
 
         for step in range(2):
             entry = encode_provenance({"scheme": "none", "norm_stats": {"state": "refreshed"}})

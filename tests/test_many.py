@@ -16,7 +16,7 @@ from ckptavg import Selection
 from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, ValueRangeError
 from ckptavg.formats import open_checkpoint
-from ckptavg.output import OutputFile
+from ckptavg.write.output import OutputFile
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 
 SCHEMES = "uniform,ema:0.7,linear"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptavg import scratch
 from ckptavg.errors import OutputError
 from ckptavg.merge.layout import Checksum, FileLayout
-from ckptavg.output import OutputFile
-from ckptavg.vacancy import check_destination
+from ckptavg.write import scratch
+from ckptavg.write.output import OutputFile
+from ckptavg.write.vacancy import check_destination
 
 LAYOUT = FileLayout(size=20, blobs=((0, b"head"),))
 
@@ -146,7 +146,7 @@ def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatc
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr("ckptavg.output._SYNC_EVERY", 1)
+    monkeypatch.setattr("ckptavg.write.output._SYNC_EVERY", 1)
     with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=True) as sink:
         sink.write(4, memoryview(b"0123"))
         assert sink._syncer is not None

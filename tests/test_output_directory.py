@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckptavg
-from ckptavg import output_directory
 from ckptavg.errors import OutputError, ValueRangeError
+from ckptavg.write import output_directory
 from tests.test_cli import run
 
 

@@ -32,10 +32,10 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.tensors import BY_NAME, DTYPES
 from ckptavg.merge.layout import OutputTensor
-from ckptavg.output import OutputFile
-from ckptavg.writers import destination, lay_out
-from ckptavg.writers.safetensors import lay_out_safetensors
-from ckptavg.writers.torchzip import lay_out_torch
+from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.output import OutputFile
+from ckptavg.write.safetensors import lay_out_safetensors
+from ckptavg.write.torchzip import lay_out_torch
 
 IN_TORCH = [dtype for dtype in DTYPES if dtype.kind != "packed"]
 IN_SAFETENSORS = [dtype for dtype in DTYPES if dtype.code is not None]
@@ -384,9 +384,9 @@ import sys
 from pathlib import Path
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.merge.layout import OutputTensor
-from ckptavg.output import OutputFile
+from ckptavg.write.output import OutputFile
 from ckptavg.formats.tensors import DTYPES
-from ckptavg.writers import destination, lay_out
+from ckptavg.write.layouts import destination, lay_out
 
 path = Path(sys.argv[1])
 dtypes = [dtype for dtype in DTYPES if dtype.kind != "packed" and dtype.code]

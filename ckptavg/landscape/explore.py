@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import __version__, digests
+from ckptavg import __version__
 from ckptavg.errors import (
     MismatchError,
     OutputError,
@@ -27,6 +27,7 @@ from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.loading import load_weights
 from ckptavg.select.collect import survey
 from ckptavg.select.order import labels
+from ckptavg.write import digests
 
 if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint

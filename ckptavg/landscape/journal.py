@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError
-from ckptavg.scratch import hold
+from ckptavg.write.scratch import hold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from ckptavg import __version__
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
 from ckptavg.landscape.journal import files
-from ckptavg.scratch import folder_beside
+from ckptavg.write.scratch import folder_beside
 
 if TYPE_CHECKING:
     from pathlib import Path

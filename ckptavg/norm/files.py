@@ -30,7 +30,7 @@ from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance
-from ckptavg.scratch import put_back
+from ckptavg.write.scratch import put_back
 
 if TYPE_CHECKING:
     import os

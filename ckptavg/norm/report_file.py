@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
-from ckptavg.scratch import folder_beside
-from ckptavg.vacancy import check_destination
+from ckptavg.write.scratch import folder_beside
+from ckptavg.write.vacancy import check_destination
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import __version__, digests
+from ckptavg import __version__
 from ckptavg.errors import OutputError
 from ckptavg.formats import huggingface
 from ckptavg.formats.checkpoint import PROVENANCE
@@ -19,9 +19,10 @@ from ckptavg.merge.weights import uniform
 from ckptavg.options import default_threads
 from ckptavg.select.sources import Collection
 from ckptavg.summary import Variant
-from ckptavg.vacancy import check_vacant
-from ckptavg.writers import destination, lay_out
-from ckptavg.writing import (
+from ckptavg.write import digests
+from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.vacancy import check_vacant
+from ckptavg.write.writing import (
     check_output,
     encode_provenance,
     provenance_sources,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.layout import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.norm.report import RefreshReport
-    from ckptavg.writers import Destination
+    from ckptavg.write.layouts import Destination
 
 log = logging.getLogger("ckptavg")
 

@@ -24,14 +24,14 @@ from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
 from ckptavg.options import Options
-from ckptavg.scratch import folder_beside
 from ckptavg.select.collect import survey
 from ckptavg.select.metrics import mode_of
 from ckptavg.select.selection import Selection, Verdict, chosen
 from ckptavg.select.selection import select as choose
 from ckptavg.summary import Summary, Variant
-from ckptavg.vacancy import check_vacant
-from ckptavg.writing import refuse_own_input
+from ckptavg.write.scratch import folder_beside
+from ckptavg.write.vacancy import check_vacant
+from ckptavg.write.writing import refuse_own_input
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

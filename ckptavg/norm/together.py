@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.averaging import average
 from ckptavg.errors import OutputError
 from ckptavg.norm.files import refresh_checkpoint
-from ckptavg.scratch import folder_beside
-from ckptavg.vacancy import check_vacant
-from ckptavg.writing import refuse_own_input
+from ckptavg.write.scratch import folder_beside
+from ckptavg.write.vacancy import check_vacant
+from ckptavg.write.writing import refuse_own_input
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.files import RefreshOptions
     from ckptavg.norm.report import RefreshReport
     from ckptavg.summary import Summary
-    from ckptavg.writing import Progress
+    from ckptavg.write.writing import Progress
 
 
 def average_and_refresh(

@@ -17,7 +17,7 @@ from ckptavg.formats import huggingface
 from ckptavg.formats.parts import open_source
 from ckptavg.merge.layout import Copy, FileLayout, Layout
 from ckptavg.select.discover import is_no_checkpoint
-from ckptavg.writers.safetensors import lay_out_safetensors
+from ckptavg.write.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

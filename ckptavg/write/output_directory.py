@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats import huggingface
-from ckptavg.output import OutputFile
-from ckptavg.scratch import alone_in, folder_beside, place_aside, put_back
-from ckptavg.vacancy import check_parent, identify, refuse_another
+from ckptavg.write.output import OutputFile
+from ckptavg.write.scratch import alone_in, folder_beside, place_aside, put_back
+from ckptavg.write.vacancy import check_parent, identify, refuse_another
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

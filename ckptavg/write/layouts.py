@@ -15,11 +15,11 @@ from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
 from ckptavg.formats.parts import ByteSource
 from ckptavg.formats.paths import as_path, is_remote
-from ckptavg.writers.container import lay_out_container, span
-from ckptavg.writers.directory import lay_out_directory
-from ckptavg.writers.pickling import is_writable
-from ckptavg.writers.safetensors import lay_out_safetensors
-from ckptavg.writers.torchzip import Extras, lay_out_torch
+from ckptavg.write.container import lay_out_container, span
+from ckptavg.write.directory import lay_out_directory
+from ckptavg.write.pickling import is_writable
+from ckptavg.write.safetensors import lay_out_safetensors
+from ckptavg.write.torchzip import Extras, lay_out_torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,8 +14,8 @@ import numpy as np
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory
 from ckptavg.merge.layout import Copy, FileLayout, Layout, OutputTensor
-from ckptavg.writers.pickling import pickle_state_dict
-from ckptavg.writers.zipfile import Zip
+from ckptavg.write.pickling import pickle_state_dict
+from ckptavg.write.zipfile import Zip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

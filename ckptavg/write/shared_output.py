@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError
-from ckptavg.output import write_all
+from ckptavg.write.output import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

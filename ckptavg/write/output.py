@@ -15,9 +15,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ckptavg import scratch
 from ckptavg.errors import OutputError
-from ckptavg.vacancy import identify, refuse_another
+from ckptavg.write import scratch
+from ckptavg.write.vacancy import identify, refuse_another
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from ckptavg.formats import torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements
 from ckptavg.formats.torchzip import Archive
 from ckptavg.merge.layout import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
-from ckptavg.writers.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
+from ckptavg.write.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

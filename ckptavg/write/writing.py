@@ -10,16 +10,16 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import digests
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats.paths import is_remote
 from ckptavg.merge.engine import execute
 from ckptavg.merge.jobs import BadValueError
-from ckptavg.output import OutputFile
-from ckptavg.output_directory import OutputDirectory, check_directory_destination
-from ckptavg.scratch import clear_beside
-from ckptavg.shared_output import JoinedOutput
-from ckptavg.vacancy import check_destination, check_room
+from ckptavg.write import digests
+from ckptavg.write.output import OutputFile
+from ckptavg.write.output_directory import OutputDirectory, check_directory_destination
+from ckptavg.write.scratch import clear_beside
+from ckptavg.write.shared_output import JoinedOutput
+from ckptavg.write.vacancy import check_destination, check_room
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

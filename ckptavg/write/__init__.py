@@ -1,0 +1,1 @@
+"""Write an output whole or not at all."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckptavg.averaging import average as average
     from ckptavg.averaging import average_many as average_many
+    from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
-    from ckptavg.norm.ranks import Ranks as Ranks
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
     from ckptavg.select.selection import Selection as Selection
     from ckptavg.verifying import verify as verify
@@ -32,7 +32,7 @@ _HOMES = {
     "average_many": "ckptavg.averaging",
     "refresh_norm": "ckptavg.norm.refresh",
     "verify": "ckptavg.verifying",
-    "Ranks": "ckptavg.norm.ranks",
+    "Ranks": "ckptavg.distributed",
     "Selection": "ckptavg.select.selection",
     "CkptAvgError": "ckptavg.errors",
 }

@@ -17,8 +17,8 @@ from ckptavg.options import Options
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from ckptavg.distributed import Ranks
     from ckptavg.formats.paths import PathLike
-    from ckptavg.norm.ranks import Ranks
     from ckptavg.select.selection import Selection
     from ckptavg.summary import Summary
     from ckptavg.write.writing import Progress

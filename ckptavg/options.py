@@ -13,7 +13,7 @@ from ckptavg.formats.tensors import BY_NAME
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ckptavg.norm.ranks import Ranks
+    from ckptavg.distributed import Ranks
     from ckptavg.select.selection import Selection
     from ckptavg.select.sources import Source
     from ckptavg.write.writing import Progress

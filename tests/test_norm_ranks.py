@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from ckptavg.cli import main
+from ckptavg.distributed import Ranks
 from ckptavg.norm.feeding import Feed
-from ckptavg.norm.ranks import Ranks
 from tests.gloo import LOOPBACK
 from tests.oracle import same_bits
 

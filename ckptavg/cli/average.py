@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ckptavg.norm.ranks import Ranks
+    from ckptavg.distributed import Ranks
     from ckptavg.summary import SourceSummary, Summary
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -214,7 +214,7 @@ def _ranks(console: Console) -> Iterator[Ranks | None]:
     if not is_launched_by_torchrun():
         yield None
         return
-    from ckptavg.norm.ranks import from_environment
+    from ckptavg.distributed import from_environment
 
     with from_environment() as ranks:
         if ranks.rank:

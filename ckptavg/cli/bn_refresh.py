@@ -110,8 +110,8 @@ def bn_refresh(
     refresh = take_refresh_options(options, required=True)
     assert refresh is not None  # noqa: S101 - it was required
     _check_judging(judging)
+    from ckptavg.distributed import from_environment
     from ckptavg.norm.files import refresh_checkpoint
-    from ckptavg.norm.ranks import from_environment
     from ckptavg.norm.report_file import ReportFile
 
     with from_environment() as ranks:

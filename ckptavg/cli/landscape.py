@@ -213,8 +213,8 @@ def _run(kind: str, call: Callable[..., Any], options: dict[str, Any]) -> None:
     if plots:
         import ckptavg.landscape.plots  # noqa: F401 - now, and not when all is evaluated
     explore = _take(options)
+    from ckptavg.distributed import from_environment
     from ckptavg.landscape.saving import refuse_others, save
-    from ckptavg.norm.ranks import from_environment
 
     files = []
     with from_environment() as ranks:

@@ -30,8 +30,8 @@ from ckptavg.select.order import labels
 from ckptavg.write import digests
 
 if TYPE_CHECKING:
+    from ckptavg.distributed import Ranks
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.norm.ranks import Ranks
 
 log = logging.getLogger("ckptavg")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ckptavg.norm.ranks import Ranks
+    from ckptavg.distributed import Ranks
 
 Values = dict[str, float]
 """Metrics by name, `train loss` and so on."""

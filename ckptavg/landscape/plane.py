@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.distributed import Ranks
 from ckptavg.errors import SelectionError, printable
 from ckptavg.landscape import places as places_of
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
-from ckptavg.norm.ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

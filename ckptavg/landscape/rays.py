@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.distributed import Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
-from ckptavg.norm.ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

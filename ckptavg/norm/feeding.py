@@ -18,7 +18,7 @@ from ckptavg.norm.batches import Numbered, leading_size, leaves
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from ckptavg.norm.ranks import Ranks
+    from ckptavg.distributed import Ranks
 
 log = logging.getLogger("ckptavg")
 

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
         remedy="pip install torch",
     ) from error
 
+from ckptavg.distributed import Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.factories import load_object
 from ckptavg.formats import open_checkpoint
@@ -26,7 +27,6 @@ from ckptavg.merge.roles import is_norm_statistic
 from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
-from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance

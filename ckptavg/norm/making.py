@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ckptavg.distributed import own_device
 from ckptavg.errors import RefreshError
 from ckptavg.factories import load_object, user_code
 from ckptavg.norm import libraries
-from ckptavg.norm.ranks import own_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

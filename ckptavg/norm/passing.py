@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+    from ckptavg.distributed import Ranks
     from ckptavg.norm.batches import Numbered
     from ckptavg.norm.feeding import Feed
     from ckptavg.norm.observer import Observation
-    from ckptavg.norm.ranks import Ranks
     from ckptavg.norm.setting import Formats
 
 log = logging.getLogger("ckptavg")

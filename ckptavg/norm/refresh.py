@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ckptavg.distributed import Ranks
 from ckptavg.errors import RefreshError
 from ckptavg.norm.batches import default_forward, on_device
 from ckptavg.norm.estimators import Channels, EstimatorName, WeightedMoments
@@ -25,7 +26,6 @@ from ckptavg.norm.feeding import Feed, check_loader, cuts, known_length
 from ckptavg.norm.layers import chosen_layers, norm_layers, unwrapped
 from ckptavg.norm.observer import heard_in_eval, observed
 from ckptavg.norm.passing import Pass, Runner
-from ckptavg.norm.ranks import Ranks
 from ckptavg.norm.report import Gap, RefreshReport, gap_between
 from ckptavg.norm.setting import Formats, TrainMode
 from ckptavg.norm.storing import Stored, stored

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from ckptavg.distributed import Ranks
     from ckptavg.merge.layout import Layout
     from ckptavg.merge.plan import Plan
-    from ckptavg.norm.ranks import Ranks
     from ckptavg.select.sources import Source
     from ckptavg.summary import Variant
 

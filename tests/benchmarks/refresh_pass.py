@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg import refresh_norm
-from ckptavg.norm.ranks import from_environment
+from ckptavg.distributed import from_environment
 
 if TYPE_CHECKING:
     from ckptavg.norm.estimators import EstimatorName

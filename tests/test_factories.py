@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from ckptavg.errors import CkptAvgError, UserCodeError
-from ckptavg.factories import load_object, user_code
+from ckptavg.norm.factories import load_object, user_code
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from ckptavg.errors import (
     SelectionError,
     printable,
 )
-from ckptavg.factories import user_code
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
+from ckptavg.norm.factories import user_code
 from ckptavg.norm.loading import load_weights
 from ckptavg.select.collect import survey
 from ckptavg.select.order import labels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ckptavg.errors import RefreshError
-from ckptavg.factories import user_code
+from ckptavg.norm.factories import user_code
 
 Numbered = Iterator[tuple[int, Any]]
 """Batches with their numbers in the whole pass."""

@@ -19,9 +19,9 @@ except ModuleNotFoundError as error:
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import CkptAvgError
-from ckptavg.factories import load_object, user_code
 from ckptavg.formats import open_checkpoint
 from ckptavg.norm.batches import default_forward, moved
+from ckptavg.norm.factories import load_object, user_code
 from ckptavg.norm.feeding import limited
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from ckptavg.errors import RefreshError
-from ckptavg.factories import user_code
 from ckptavg.norm.batches import Numbered, leading_size, leaves
+from ckptavg.norm.factories import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -20,10 +20,10 @@ except ModuleNotFoundError as error:
 
 from ckptavg.distributed import Ranks
 from ckptavg.errors import RefreshError, printable
-from ckptavg.factories import load_object
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import is_remote
 from ckptavg.merge.roles import is_norm_statistic
+from ckptavg.norm.factories import load_object
 from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model

@@ -8,7 +8,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptAvgError, printable
-from ckptavg.factories import user_code
+from ckptavg.norm.factories import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

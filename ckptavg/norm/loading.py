@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
-from ckptavg.factories import user_code
+from ckptavg.norm.factories import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -10,8 +10,8 @@ import torch
 
 from ckptavg.distributed import own_device
 from ckptavg.errors import RefreshError
-from ckptavg.factories import load_object, user_code
 from ckptavg.norm import libraries
+from ckptavg.norm.factories import load_object, user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ckptavg.errors import CkptAvgError, printable
-from ckptavg.factories import load_object, user_code
+from ckptavg.norm.factories import load_object, user_code
 from ckptavg.norm.statistics import in_float64
 
 if TYPE_CHECKING:

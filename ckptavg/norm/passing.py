@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ckptavg.errors import RefreshError, UserCodeError, printable
-from ckptavg.factories import user_code
 from ckptavg.norm.batches import cloned, leading_size, moved, on_device
 from ckptavg.norm.estimators import Channels, Round, WeightedMoments, joined
+from ckptavg.norm.factories import user_code
 from ckptavg.norm.found import Found
 from ckptavg.norm.observer import UnfitBatchError
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ckptavg.factories import user_code
+from ckptavg.norm.factories import user_code
 from ckptavg.norm.layers import NormLayer, is_aggregating, norm_layers
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ckptavg.errors import RefreshError, printable
-from ckptavg.factories import user_code
+from ckptavg.norm.factories import user_code
 from ckptavg.norm.layers import aggregating, norm_layers
 from ckptavg.norm.report import LayerReport, Statistics, changes, statistics_of
 from ckptavg.norm.setting import keep_buffers

@@ -2,7 +2,8 @@
 
 Wants atheris (`pip install 'ckptavg[fuzz]'`). Each target runs in a process of its own, from
 `corpus/<target>/`, and ends with the first failure; the input that made it fail stays in
-`failures/`. Put it into the corpus once that is mended: `tests/test_fuzz_corpus.py` replays it.
+`failures/`. Put it into the corpus once that is mended: `tests/formats/test_fuzz_corpus.py`
+replays it.
 """
 
 from __future__ import annotations

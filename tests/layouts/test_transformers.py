@@ -16,9 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckptavg
+from tests.cli.test_cli import process, run
 from tests.layouts.libraries import assert_mean, differ, llama, tokenizer, trainer
 from tests.oracle import StateDict
-from tests.test_cli import process, run
 
 INDEX = "model.safetensors.index.json"
 

@@ -41,9 +41,8 @@ import ckptavg
 from ckptavg import cli
 from ckptavg.errors import UserCodeError
 from ckptavg.norm.libraries import maker
-from tests.oracle import same_bits
-from tests.test_cli import run
-from tests.test_norm_refresh import (
+from tests.cli.test_cli import run
+from tests.norm.test_refresh import (
     STATISTICS,
     Snapshot,
     assert_same_statistics,
@@ -51,6 +50,7 @@ from tests.test_norm_refresh import (
     norms,
     notices,
 )
+from tests.oracle import same_bits
 
 __all__ = ["notices"]  # a fixture
 

@@ -20,8 +20,8 @@ from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.collect import survey
 from ckptavg.select.selection import chosen, select
+from tests.cli.test_cli import run
 from tests.oracle import StateDict, naive_mean, same_bits
-from tests.test_cli import run
 
 MODEL = "test_resnet"
 NORM = ("running_mean", "running_var", "num_batches_tracked")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-STUDY = Path(__file__).parent.parent / "docs" / "study"
+STUDY = Path(__file__).parents[2] / "docs" / "study"
 
 
 @pytest.fixture(scope="module")

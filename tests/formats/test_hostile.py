@@ -16,7 +16,7 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.formats import open_checkpoint
 from tests.hostile_files import KINDS, MEMORY, SECONDS, _every_cut
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from ckptavg.errors import CkptAvgError, MismatchError, OutputError, SelectionEr
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.paths import as_path
+from tests.cli.test_cli import run
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
-from tests.test_cli import run
 
 
 class Store:

@@ -406,7 +406,7 @@ with OutputFile(path, layout.files[""], force=False, fsync=False) as output:
         subprocess.run(
             [sys.executable, "-c", script, str(path)],
             check=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             env=os.environ | {"PYTHONHASHSEED": str(seed), "TZ": f"UTC+{seed}"},
         )
     assert paths[0].read_bytes() == paths[1].read_bytes()

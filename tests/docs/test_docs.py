@@ -19,7 +19,7 @@ from ckptavg.cli import cli
 from ckptavg.errors import FormatError
 from ckptavg.select import discover
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_command_reference_is_up_to_date():

@@ -19,7 +19,7 @@ from ckptavg.merge import weights as schemes
 from ckptavg.merge.schemes import Scheme, parse
 from ckptavg.merge.weights import Weights, by_path, decay, ema, explicit, linear, power, uniform
 
-PAGE = Path(__file__).parent.parent / "docs" / "schemes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "schemes.md"
 NAMES = ("run/a.pt", "run/b.pt", "run/c.pt")
 
 # sigma_rel of the exponents 1 and 2: sqrt(2) / (3 * sqrt(4)) and sqrt(3) / (4 * sqrt(5)).

@@ -13,9 +13,9 @@ import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.discover import find, is_no_checkpoint
-from tests.test_cli import run
-from tests.test_formats_dcp import save as save_dcp
-from tests.test_formats_deepspeed import save_engine
+from tests.cli.test_cli import run
+from tests.formats.test_dcp import save as save_dcp
+from tests.formats.test_deepspeed import save_engine
 
 
 def save(path: Path, value: float = 1.0) -> Path:

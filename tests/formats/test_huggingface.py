@@ -15,9 +15,9 @@ import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.huggingface import read_json, weight_files
+from tests.cli.test_cli import process, run
+from tests.formats.test_dcp import save as save_dcp
 from tests.oracle import StateDict, naive_mean, same_bits
-from tests.test_cli import process, run
-from tests.test_formats_dcp import save as save_dcp
 
 INDEX = "model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

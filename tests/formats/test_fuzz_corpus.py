@@ -13,7 +13,7 @@ from tests import strategies
 from tests.fuzz import mutators, targets, words
 from tests.fuzz.containers import legacy_of, packed, safetensors_of, unpacked
 
-CORPUS = Path(__file__).parent / "fuzz" / "corpus"
+CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus"
 INPUTS = sorted(path for path in CORPUS.glob("*/*") if path.is_file())
 
 

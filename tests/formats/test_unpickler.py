@@ -35,7 +35,7 @@ from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.unpickler import InertUnpickler, PickleError, load, run
 from tests.pickle_bombs import BOMBS, MEMORY, SECONDS, get, named, stack_global, stop, text
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PROTOCOLS = range(1, pickle.HIGHEST_PROTOCOL + 1)
 
 

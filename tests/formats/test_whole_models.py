@@ -20,8 +20,8 @@ from ckptavg.formats.modules import ModuleReader, is_module
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.tensors import BY_NAME
+from tests.formats.test_torch import assert_same, refusal, save
 from tests.oracle import naive_mean, same_bits
-from tests.test_formats_torch import assert_same, refusal, save
 
 KINDS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")

@@ -25,11 +25,11 @@ from ckptavg.errors import CkptAvgError, FormatError, SelectionError
 from ckptavg.formats import open_checkpoint, torchlegacy
 from ckptavg.formats.parts import File, open_source
 from ckptavg.formats.unpickler import PickleError
+from tests.formats.test_torch import DTYPES, assert_same, random_tensor, refusal, save, small_model
 from tests.oracle import naive_mean, random_state_dicts, same_bits
 from tests.pickle_bombs import BOMBS, MEMORY, SECONDS, named, stop, text
-from tests.test_formats_torch import DTYPES, assert_same, random_tensor, refusal, save, small_model
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def save_legacy(root, path, **options):

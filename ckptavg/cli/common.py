@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ckptavg.formats.jsontext import to_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -206,6 +205,8 @@ class Console:
         """The result, for machines."""
         if self.as_json and not self._is_mute:
             fields = value if isinstance(value, dict) else vars(value)
+            from ckptavg.formats.jsontext import to_text
+
             click.echo(to_text({**fields, "notices": self.notices}))
 
     @contextlib.contextmanager

@@ -202,8 +202,8 @@ def tree(path: Path) -> dict[str, bytes | None] | None:
 
 
 _AVERAGE = (
-    "cli", "averaging", "schemes", "launched", "digests", "writers.container",
-    "writers.directory", "writers.torchzip", "writers.pickling", "formats.safetensors",
+    "cli", "averaging", "merge.schemes", "launched", "write.digests", "write.container",
+    "write.directory", "write.torchzip", "write.pickling", "formats.safetensors",
     "formats.torchzip", "formats.huggingface",
 )  # fmt: skip
 _REFRESH = ("norm.files", "norm.together", "norm.report_file", "norm.judging")

@@ -32,24 +32,25 @@ _HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def signals_waiting() -> Iterator[None]:
-    """Let no signal's exception come between: its handler is called at the end.
+    """Hold back SIGINT, SIGTERM and SIGHUP: their handlers are called at the end of the block.
 
-    `Thread.start` cannot bear one: it says that no thread can be started, when one is. To block
-    signals in this thread would not do, as another one may take them.
+    `Thread.start` cannot bear an exception from a handler: it reports that the thread did not
+    start, when it did. Blocking the signals in this thread would not help, as another thread may
+    take them.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # no handler is ever called here
+        yield  # handlers are only ever called in the main thread
         return
     arrived: list[int] = []
     handlers = {
         number: handler for number in _HELD if callable(handler := signal.getsignal(number))
     }
-    interruption: BaseException | None = None
     try:
         for number in handlers:
-            signal.signal(number, lambda told, _: arrived.append(told))
+            signal.signal(number, lambda number, _: arrived.append(number))
         yield
     finally:
+        interruption: BaseException | None = None
         left = list(handlers)
         while left:
             try:
@@ -57,7 +58,7 @@ def signals_waiting() -> Iterator[None]:
                 left.pop()
             except BaseException as error:  # noqa: BLE001 - raised again below
                 interruption = error
-    if interruption is not None:
-        raise interruption
-    for told in arrived:
-        handlers[signal.Signals(told)](told, None)
+        for arrival in arrived:
+            handlers[signal.Signals(arrival)](arrival, None)
+        if interruption is not None:
+            raise interruption

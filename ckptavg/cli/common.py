@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # What a table that all commands share cannot mean: a model and a loader make `average` refresh as

@@ -501,7 +501,8 @@ def load_legacy(pickled):
 def outcomes():
     """What came of each bomb, in a process that may take no more than it should."""
     code = (
-        "import json, sys; from tests import pickle_bombs as b; from tests.formats import test_legacy as t;"
+        "import json, sys; from tests import pickle_bombs as b;"
+        "from tests.formats import test_legacy as t;"
         "b.load = t.load_legacy;"
         "json.dump({kind: b.in_a_fork(pickled) for kind, pickled in b.BOMBS.items()}, sys.stdout)"
     )

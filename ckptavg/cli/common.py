@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+Progress = Callable[[int, int | None], None]
+"""Called with what was done since the last call, and with the total, None if it is not known."""
 
 # What a table that all commands share cannot mean: a model and a loader make `average` refresh as
 # well, the loader of the training is not the one to evaluate with, and the metric that chooses
@@ -202,10 +208,10 @@ class Console:
 
     def result(self, value: Any) -> None:  # noqa: ANN401 - any dataclass
         """The result, for machines."""
+        from ckptavg.formats.jsontext import to_text
+
         if self.as_json and not self._is_mute:
             fields = value if isinstance(value, dict) else vars(value)
-            from ckptavg.formats.jsontext import to_text
-
             click.echo(to_text({**fields, "notices": self.notices}))
 
     @contextlib.contextmanager
@@ -225,56 +231,69 @@ class Console:
             os.close(stdout)
 
     @contextlib.contextmanager
-    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int | None], None] | None]:
-        """A bar on a terminal, nothing elsewhere: yields what is to be told of the progress."""
+    def progress(self, label: str, unit: str) -> Iterator[Progress | None]:
+        """A progress bar on a terminal: yields what advances it, or None where there is no bar.
+
+        Args:
+            label: what is being done, such as `averaging`.
+            unit: what is counted; `B` for bytes.
+        """
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
-        # tqdm's import takes 0.1 s, a tenth of averaging 8 GB; click is here already.
-        with contextlib.ExitStack() as stack:
-            bars: list[_Bar] = []
-            begun = shown = time.monotonic()
-            waiting = 0
-
-            def advance(done: int, total: int | None) -> None:
-                nonlocal shown, waiting
-                if not bars:
-                    bars.append(stack.enter_context(_bar(what, unit, total, begun)))
-                waiting += done
-                now = time.monotonic()
-                # Drawing it keeps the others from the interpreter.
-                if now - shown >= _REDRAW or bars[0].pos + waiting == total:
-                    bars[0].update(waiting)
-                    shown, waiting = now, 0
-                if bars[0].pos == total:
-                    stack.close()  # the next one's line
-
-            yield advance
+        bar = _Bar(label, unit)
+        try:
+            yield bar.advance
+        finally:
+            bar.close()
 
 
-_REDRAW = 0.1
-"""Seconds between two states of a bar."""
+class _Bar:
+    """A progress bar that appears after a moment, and disappears when the work is done."""
 
-if TYPE_CHECKING:
-    _Bar = click._termui_impl.ProgressBar[int]  # noqa: SLF001
+    def __init__(self, label: str, unit: str) -> None:
+        self._label, self._unit = label, unit
+        self._begin, self._done = time.monotonic(), 0
+        self._bar: tqdm[None] | None = None
+
+    def advance(self, done: int, total: int | None) -> None:
+        """Add what was done since the last call; None for a total that is not known."""
+        self._done += done
+        if self._bar is not None:
+            self._bar.update(done)
+        elif self._done != total and time.monotonic() - self._begin > _DELAY:
+            self._bar = self._draw(total)
+        if self._done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Clear the bar's line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _draw(self, total: int | None) -> tqdm[None]:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread of its own
+        tqdm.set_lock(threading.RLock())  # nor a lock between processes
+        is_narrow = os.get_terminal_size(sys.stderr.fileno()).columns < _NARROW
+        counts_bytes = self._unit == "B"
+        return tqdm(
+            desc=self._label,
+            total=total,
+            initial=self._done,
+            unit=self._unit if counts_bytes else f" {self._unit}",
+            unit_scale=counts_bytes,
+            miniters=1,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format=_SHORT if total and is_narrow else None,
+        )
 
 
-def _bar(what: str, unit: str, total: int | None, begun: float) -> _Bar:
-    """A bar with how much is done, the rate and the remaining time; it goes away at its end."""
-    bar: _Bar
-
-    def show(_: int | None) -> str:
-        rate = bar.pos / max(time.monotonic() - begun, 1e-9)
-        if unit == "B":
-            return f"{size(bar.pos)}{f' of {size(total)}' if total else ''}, {size(rate)}/s"
-        counted = f"{bar.pos:,} of {total:,}" if total else f"{bar.pos:,}"
-        return f"{counted}, {rate:.3g} {unit}/s"
-
-    bar = click.progressbar(
-        () if total else iter([].pop, None), length=total, label=what, item_show_func=show,
-        file=sys.stderr, width=24,
-    )  # fmt: skip
-    return bar
+_DELAY = 0.5  # seconds until a bar is drawn
+_NARROW = 60  # columns, in which tqdm's own text has no room
+_SHORT = "{desc}: {percentage:3.0f}%, {remaining} left, {rate_fmt}"
 
 
 class _Notices(logging.Handler):

@@ -1,7 +1,13 @@
-"""The bar, on a terminal of its own."""
+"""Progress bars, on a terminal of their own."""
 
+from __future__ import annotations
+
+import fcntl
 import os
+import struct
+import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -10,12 +16,28 @@ from tests.oracle import save_run
 
 pty = pytest.importorskip("pty")
 
+# A run of the command line whose bars are drawn after so many seconds. It ends by saying, on the
+# terminal, whether tqdm was imported.
+SCRIPT = """
+import sys
+from ckptavg import cli
+from ckptavg.cli import common
+common._DELAY = float(sys.argv.pop(1))
+try:
+    cli.main()
+finally:
+    print("tqdm", "tqdm" in sys.modules, file=sys.stderr)
+"""
 
-def _on_a_terminal(*command):
-    """Exit code, and what the command has shown."""
+
+def on_a_terminal(*command, delay=0.0, columns=80):
+    """Exit code, and what the command has shown on a terminal of its own."""
     child, terminal = pty.fork()
     if child == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "ckptavg", *map(str, command)])  # noqa: S606
+        os.execv(  # noqa: S606
+            sys.executable, [sys.executable, "-c", SCRIPT, str(delay), *map(str, command)]
+        )
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     shown = b""
     while True:
         try:
@@ -29,13 +51,51 @@ def _on_a_terminal(*command):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("quiet", [False, True])
-def test_bytes_and_their_rate(tmp_path, quiet):
-    save_run(tmp_path / "run", [{"a": torch.full((100_000,), float(n))} for n in range(3)])
-    options = ["--quiet"] if quiet else []
-    command = ["average", tmp_path / "run", "-o", tmp_path / "o.safetensors", *options]
-    code, shown = _on_a_terminal(*command)
+@pytest.fixture
+def average(tmp_path):
+    """A run that reports its progress several times."""
+    save_run(tmp_path / "run", [{"a": torch.full((400_000,), float(n))} for n in range(3)])
+    return ["average", tmp_path / "run", "-o", tmp_path / "o.safetensors"]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def test_shows_bytes_and_their_rate_and_clears_its_line(average):
+    code, shown = on_a_terminal(*average)
     assert code == 0
-    assert ("400.0 kB of 400.0 kB, " in shown) is not quiet
-    assert ("B/s" in shown) is not quiet
+    drawn, _, after = shown.rpartition("B/s")
+    assert "averaging: " in drawn
+    assert "/1.60M [00:" in drawn
+    assert after.split("\r")[1].strip() == ""
+    assert "averaging" not in after
+
+
+def test_leaves_the_bar_out_where_there_is_no_room(average):
+    code, shown = on_a_terminal(*average, columns=40)
+    assert code == 0
+    assert "% left, " not in shown
+    assert "%, ? left, " in shown
+    assert "|" not in shown
+
+
+def test_is_not_drawn_in_a_quick_run(average):
+    code, shown = on_a_terminal(*average, delay=60)
+    assert code == 0
+    assert "B/s" not in shown
+    assert "tqdm False" in shown
+
+
+def test_is_not_drawn_when_quiet(average):
+    code, shown = on_a_terminal(*average, "--quiet")
+    assert (code, shown.split()) == (0, ["tqdm", "False"])
+
+
+def test_is_not_drawn_in_a_pipe(average):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "0", *map(str, average)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.split() == ["tqdm", "False"]

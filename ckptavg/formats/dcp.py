@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.statedict import StateDicts
 
-SUFFIXES = ()
 _METADATA = ".metadata"
 # Lightning writes what is no tensor beside the shards.
 _LIGHTNING_META = "meta.pt"
@@ -49,9 +48,9 @@ _STATE_OF_TRAINING = re.compile(
 log = logging.getLogger("ckptavg")
 
 
-def matches(path: Path, head: bytes) -> bool:
+def matches(path: Path) -> bool:
     """Whether it is a directory with DCP's metadata, or with its shards."""
-    return not head and path.is_dir() and any(map(_is_own, path.iterdir()))
+    return any(map(_is_own, path.iterdir()))
 
 
 def _is_own(entry: Path) -> bool:

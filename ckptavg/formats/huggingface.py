@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ckptavg import formats
 from ckptavg.errors import FormatError, printable
+from ckptavg.formats import dcp, deepspeed
+from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.recorded import trainer_record
@@ -23,6 +24,7 @@ from ckptavg.formats.torchzip import Archive
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+    from types import ModuleType
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import Tensor
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
-SUFFIXES = ()
 INDEX = ".index.json"
 
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "pytorch_model_fsdp")
@@ -54,9 +55,9 @@ _LARGEST_JSON = 64 << 20
 _LARGEST_STEP = 1 << 63
 
 
-def matches(path: Path, head: bytes) -> bool:
+def matches(path: Path) -> bool:
     """Whether it is a directory with weights by the names of these libraries."""
-    return not head and path.is_dir() and _weights(path) is not None
+    return _weights(path) is not None
 
 
 def _weights(path: Path) -> str | None:
@@ -67,9 +68,16 @@ def _weights(path: Path) -> str | None:
             return name
     if names & _BESIDE_FOLDERS:
         folders = [name for name in sorted(names) if _FOLDERS.fullmatch(name)]
-        if len(folders) == 1 and formats.is_checkpoint_directory(path / folders[0]):
+        if len(folders) == 1 and _folder_format(path / folders[0]) is not None:
             return folders[0]
     return next((name for name in sorted(names) if _SHARD.fullmatch(name)), None)
+
+
+def _folder_format(path: Path) -> ModuleType | None:
+    """The module that reads a folder of weights; None for files and for other folders."""
+    if not path.is_dir():
+        return None
+    return next((module for module in (dcp, deepspeed) if module.matches(path)), None)
 
 
 def has_trainer_state(path: Path) -> bool:
@@ -110,7 +118,8 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     if name.endswith(INDEX):
         opened = _join(path, _open_shards(path, name, key))
     else:
-        opened = formats.open_checkpoint(path / name, key=key)
+        module = _folder_format(path / name)
+        opened = module.open_checkpoint(path / name, key) if module else open_file(path / name, key)
     facts, training = _trainer(path)
     return replace(
         opened,
@@ -132,7 +141,7 @@ def _open_shards(path: Path, index: str, key: str | None) -> Iterator[Checkpoint
         file = path / shard
         if not _is_file(file, index):
             raise FormatError(f"is missing: {index} names it", path=file)
-        opened = formats.open_checkpoint(file, key=key)
+        opened = open_file(file, key)
         twin = seen.setdefault(opened.parts[0].identity, shard)
         if twin != shard:
             raise FormatError(f"is the same file as {printable(twin)}: a shard twice", path=file)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg.formats.checkpoint import STEP_FACTS
-from ckptavg.formats.deepspeed import is_deepspeed
 from ckptavg.formats.pickled import PickledTensor, Placeholder
+from ckptavg.formats.statedict import is_deepspeed
 from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:

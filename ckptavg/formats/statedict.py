@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg.errors import FormatError, SelectionError, printable
-from ckptavg.formats.deepspeed import is_deepspeed, is_partitioned
 from ckptavg.formats.modules import ModuleReader, is_module
 from ckptavg.formats.pickled import PickledTensor, Placeholder, UnreadableTensor
 
@@ -24,6 +23,8 @@ _AVERAGES = ("ema", "swa", "avg", "average", "averaged", "shadow", "teacher")
 _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler", "criterion")
 # DeepSpeed's pieces of weights that `module` has as a whole.
 _NO_WEIGHTS = ("frozen_param_fragments",)
+# What stands beside the weights in a checkpoint of DeepSpeed's engine.
+_DEEPSPEED_MARKS = ("ds_version", "ds_config", "dp_world_size")
 _DEEPEST = 2
 _MOST = 1_000
 _LONGEST_NAME = 1_000  # of what holds a state dict; mappings without end can share a longer one
@@ -203,6 +204,38 @@ def check_kind(path: Path, root: object, found: StateDicts) -> None:
             path=path,
             remedy="load it where its class can be imported, and save its state_dict()",
         )
+
+
+def is_deepspeed(root: object) -> TypeGuard[Mapping[Any, object]]:
+    """Whether DeepSpeed's engine wrote this, by what stands beside the weights."""
+    return (
+        isinstance(root, Mapping)
+        and "module" in root
+        and any(mark in root for mark in _DEEPSPEED_MARKS)
+    )
+
+
+def is_partitioned(root: Mapping[Any, object]) -> bool:
+    """Whether the weights are spread over other files: stage 3 of ZeRO."""
+    match root.get("ds_config"):
+        case {"zero_optimization": {"stage": 3}}:
+            return True
+    module = root["module"]
+    if not isinstance(module, Mapping):
+        return False
+    return any(_is_emptied(module.get(name), shape) for name, shape in _shapes(root))
+
+
+def _is_emptied(value: object, shape: object) -> bool:
+    return isinstance(value, PickledTensor) and value.shape == (0,) and shape != (0,)
+
+
+def _shapes(root: Mapping[Any, object]) -> Iterator[tuple[object, object]]:
+    """Name and shape of each parameter, of the trained ones and of the frozen ones."""
+    groups = root.get("param_shapes")
+    for group in (*(groups if isinstance(groups, list) else ()), root.get("frozen_param_shapes")):
+        if isinstance(group, Mapping):
+            yield from group.items()
 
 
 def _whole_object(root: object) -> Placeholder | None:

@@ -77,7 +77,7 @@ def _inside(path: Path, passed: list[str]) -> list[Path]:
 
 def _weight_files(path: Path) -> frozenset[str]:
     """What a directory's own weights are, where these are files in it."""
-    if huggingface.matches(path, b""):
+    if huggingface.matches(path):
         return huggingface.weight_files(path)
     return frozenset(entry.name for entry in path.iterdir())
 

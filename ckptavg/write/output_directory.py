@@ -74,7 +74,7 @@ def check_directory_destination(path: Path, names: Collection[str], *, force: bo
 
 def _strangers(path: Path, names: Collection[str]) -> list[str]:
     """What is in a directory and would not be in the new one, but for the weights themselves."""
-    known = {*names, *(huggingface.weight_files(path) if huggingface.matches(path, b"") else ())}
+    known = {*names, *huggingface.weight_files(path)}
     strangers = []
     for entry in sorted(path.rglob("*")):
         name = entry.relative_to(path).as_posix()

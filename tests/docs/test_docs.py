@@ -17,6 +17,7 @@ import ckptavg
 from ckptavg import formats
 from ckptavg.cli import cli
 from ckptavg.errors import FormatError
+from ckptavg.formats import files, safetensors, torchlegacy, torchzip
 from ckptavg.select import discover
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +76,7 @@ def npz(tmp_path, monkeypatch):
     module = util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "npz", module)
     spec.loader.exec_module(module)
-    position = formats.FORMATS.index(formats.torchzip)
-    before, after = formats.FORMATS[:position], formats.FORMATS[position:]
-    monkeypatch.setattr(formats, "FORMATS", (*before, module, *after))
+    monkeypatch.setattr(files, "FILES", (safetensors, module, torchzip, torchlegacy))
     monkeypatch.setattr(discover, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
     return module
 

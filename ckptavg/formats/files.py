@@ -1,0 +1,59 @@
+"""The layouts in which a checkpoint is one file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, cast
+
+from ckptavg.errors import FormatError
+from ckptavg.formats import safetensors, torchlegacy, torchzip
+from ckptavg.formats.parts import open_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.formats.checkpoint import Checkpoint
+
+_HEAD_BYTES = 512
+_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+
+
+class FileFormat(Protocol):
+    """What a module that reads such files offers.
+
+    Attributes:
+        SUFFIXES: the endings of their names, by which they are found in a directory.
+    """
+
+    SUFFIXES: tuple[str, ...]
+
+    def matches(self, path: Path, head: bytes) -> bool:
+        """Whether the module reads this file, by its first 512 bytes and its name."""
+
+    def open_checkpoint(self, path: Path, key: str | None) -> Checkpoint:
+        """Describe what the file holds, from its headers alone."""
+
+
+FILES = cast("tuple[FileFormat, ...]", (safetensors, torchzip, torchlegacy))
+"""The first format that matches a file reads it."""
+SUFFIXES = tuple(dict.fromkeys(suffix for module in FILES for suffix in module.SUFFIXES))
+
+
+def open_file(path: Path, key: str | None) -> Checkpoint:
+    """Describe the checkpoint in a file.
+
+    Raises:
+        FormatError: the file is damaged, or no format matches it.
+        SelectionError: it is unclear which of its state dicts is wanted.
+    """
+    file = open_source(path)
+    head = file.read(0, min(_HEAD_BYTES, file.size))
+    for module in FILES:
+        if module.matches(path, head):
+            return module.open_checkpoint(path, key)
+    if not head:
+        problem = "is empty: was the disk full when it was written?"
+    elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
+        problem = "is a tar archive, not a torch file"
+    else:
+        problem = "is neither safetensors nor a torch file (or is damaged at its start)"
+    raise FormatError(problem, path=path)

@@ -128,6 +128,7 @@ def _take_refresh(options: dict[str, Any]) -> RefreshOptions | None:
         loader=loader,
         model_args=keywords(options["model_args"]),
         loader_args=keywords(arguments),
-        others=others | limits,
+        **others,
+        **limits,
         **{name: options[name] for name in ("forward", "device", "seed")},
     )

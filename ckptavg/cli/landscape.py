@@ -249,7 +249,7 @@ def _take(options: dict[str, Any]) -> ExploreOptions:
     others = {name: options.pop(name) for name in _OF_REFRESH}
     refresh = None
     if not options.pop("no_refresh"):
-        refresh = RefreshOptions(others=others | limits, **common)
+        refresh = RefreshOptions(**others, **limits, **common)
     return ExploreOptions(
         evaluation=EvaluationOptions(
             metric=options.pop("metric"), refresh=refresh, **limits, **common

@@ -213,7 +213,7 @@ def take_refresh_options(options: dict[str, Any], *, required: bool) -> RefreshO
         loader=loader,
         model_args=keywords(taken.pop("model_args")),
         loader_args=keywords(taken.pop("loader_args")),
-        others=others,
+        **others,
         **taken,
     )
 

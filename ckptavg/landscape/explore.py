@@ -257,7 +257,7 @@ class Explorer:
             "max_samples": evaluation.max_samples,
             "max_batches": evaluation.max_batches,
             "seed": evaluation.seed,
-            "refresh": None if refresh is None else repr(sorted(refresh.others.items())),
+            "refresh": None if refresh is None else repr(sorted(refresh.keywords.items())),
         }
 
 

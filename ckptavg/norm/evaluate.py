@@ -220,7 +220,7 @@ class Evaluator:
         load_weights(self._model, checkpoint)
         if refresh is not None:
             batches = self._batches(refresh.loader, refresh.loader_args)
-            refresh_norm(self._model, batches, forward=self._forward, **refresh.others)
+            refresh_norm(self._model, batches, forward=self._forward, **refresh.keywords)
         with user_code("the model's eval()"):
             self._model.eval()
 

@@ -84,7 +84,7 @@ PATHS = [Path(f"w{number}.safetensors") for number in range(3)]
 
 def options(*, refresh: bool = True, **more: Any) -> ExploreOptions:
     spec: dict[str, Any] = {"model": "setup.py:make_model", "loader": "setup.py:loader"}
-    refresher = RefreshOptions(**spec, others={}) if refresh else None
+    refresher = RefreshOptions(**spec) if refresh else None
     own = {name: more.pop(name) for name in ("metric", "max_samples") if name in more}
     return ExploreOptions(
         evaluation=EvaluationOptions(**spec, **own, refresh=refresher, device="cpu"), **more

@@ -49,7 +49,7 @@ def options(model="train.py:Net", loader="train.py:batches", **others) -> Evalua
 
 
 def refresh(loader="train.py:training", **others) -> RefreshOptions:
-    return RefreshOptions(model="train.py:Net", loader=loader, device="cpu", others=others)
+    return RefreshOptions(model="train.py:Net", loader=loader, device="cpu", **others)
 
 
 def metrics(path="run", made: EvaluationOptions | None = None, **others) -> list[dict[str, float]]:

@@ -246,7 +246,7 @@ class TestValues:
         path = save(net.state_dict(), tmp_path / f"a.{kind}")
         out = tmp_path / f"o.{kind}"
         others = {"estimator": "torch", "memory_format": "contiguous"}
-        report = refresh_checkpoint(path, out, options(others=others))
+        report = refresh_checkpoint(path, out, options(**others))
         update_bn(batches(), net)
         found, expected = load(out), net.state_dict()
         for layer in ("bn", "norm"):
@@ -262,7 +262,7 @@ class TestValues:
     def test_are_loaded_into_the_model_first(self, net, tmp_path):
         """The second norm layer sees what the checkpoint's weights make of the data."""
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options(others={"estimator": "exact"}))
+        refresh_checkpoint(path, tmp_path / "o.pt", options(estimator="exact"))
         from train import batches
 
         ckptavg.refresh_norm(net, batches(), estimator="exact")
@@ -395,9 +395,7 @@ class TestEverythingElse:
             "    def forward(self, images):\n"
             "        return self.norm(self.head(self.bn(self.conv(images)).mean((2, 3))))\n"
         )
-        refresh_checkpoint(
-            path, out, options("plain_train.py:Plain", others={"estimator": estimator})
-        )
+        refresh_checkpoint(path, out, options("plain_train.py:Plain", estimator=estimator))
         assert path.read_bytes() == before
         found = load(out)
         assert set(found) == set(state)
@@ -899,7 +897,7 @@ class TestProvenance:
         path = ours(net.state_dict(), tmp_path)
         average = provenance(path)
         assert average["norm_stats"] == {"state": "stale"}
-        refresh_checkpoint(path, None, options(seed=5, others={"estimator": "exact"}))
+        refresh_checkpoint(path, None, options(seed=5, estimator="exact"))
         assert provenance(path) == {
             **average,
             "norm_stats": {
@@ -923,7 +921,7 @@ class TestProvenance:
         path = ours(net.state_dict(), tmp_path)
         refresh_checkpoint(path, None, options(seed=1))
         first, values = provenance(path), load(path)
-        refresh_checkpoint(path, None, options(seed=2, others={"max_batches": 2}))
+        refresh_checkpoint(path, None, options(seed=2, max_batches=2))
         second = provenance(path)
         assert (first["norm_stats"]["batches"], second["norm_stats"]["batches"]) == (3, 2)
         assert second["sources"] == first["sources"]
@@ -942,9 +940,7 @@ class TestProvenance:
 class TestSeed:
     def refreshed(self, path, tmp_path, **others):
         out = tmp_path / f"o{len(list(tmp_path.iterdir()))}.safetensors"
-        refresh_checkpoint(
-            path, out, options(loader="train.py:shuffled", others={"max_batches": 2}, **others)
-        )
+        refresh_checkpoint(path, out, options(loader="train.py:shuffled", max_batches=2, **others))
         return out
 
     def test_the_same_gives_the_same_bytes(self, net, tmp_path):
@@ -1288,7 +1284,7 @@ class TestCommand:
     @pytest.mark.parametrize("as_json", [False, True])
     def test_average_refreshes_too(self, as_json, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)
-        refresh_checkpoint(path, None, options(others={"estimator": "exact"}))
+        refresh_checkpoint(path, None, options(estimator="exact"))
         arguments = ("--json",) if as_json else ()
         result = run(
             *(

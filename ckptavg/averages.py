@@ -205,11 +205,9 @@ class Averages:
     def _hash(self, checkpoints: Sequence[Checkpoint], threads: int) -> dict[Path, str]:
         """The digests of all files that are read; of several processes, each makes its share."""
         options, ranks = self._options, self._options.ranks
-        own = checkpoints if ranks is None else checkpoints[ranks.rank :: ranks.size]
-        found = digests.of_files(own, threads, options.hash_progress)
-        for others in () if ranks is None else ranks.gather(found):
-            found |= others
-        return found
+        share = checkpoints[ranks.rank :: ranks.size]
+        hashes = ranks.gather(digests.of_files(share, threads, options.hash_progress))
+        return {path: digest for each in hashes for path, digest in each.items()}
 
     def _join(
         self, collection: Collection, weights: Weights, target: Destination

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.averages import Averages
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import OutputError, SelectionError
 from ckptavg.formats import SUFFIXES
 from ckptavg.merge.schemes import Scheme, parse
@@ -17,7 +18,6 @@ from ckptavg.options import Options
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ckptavg.distributed import Ranks
     from ckptavg.formats.paths import PathLike
     from ckptavg.select.selection import Selection
     from ckptavg.summary import Summary
@@ -50,7 +50,7 @@ def average(
     progress: Progress | None = None,
     hash: bool = False,  # noqa: A002 - the option's name
     hash_progress: Progress | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Summary:
     """Average checkpoints into one, in memory that does not grow with them.
 
@@ -156,7 +156,7 @@ def average_many(
     )
     made = not folder.exists() and not checked.dry_run
     if made:
-        folder.mkdir(exist_ok=checked.ranks is not None)  # another process may be faster
+        folder.mkdir(exist_ok=checked.ranks.size > 1)  # another process may be faster
     try:
         return run.make(variants, lambda variant: os.path.join(folder, run.file_name(variant)))  # noqa: PTH118 - keeps the slash
     except BaseException:

@@ -1,170 +1,242 @@
-"""Several processes that share a pass, as `torchrun` starts them."""
+"""Several processes that work on one task, as `torchrun` starts them.
+
+A process alone has a `Ranks` too (`ALONE`), which does not import torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ckptavg.errors import CkptAvgError, PeerError
-from ckptavg.launched import is_launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
+
 Value = TypeVar("Value")
 
-_FOR_PEERS = timedelta(minutes=5)  # until all processes are there
-_FOR_WORK = timedelta(days=7)  # until the slowest has done its share
-_FAILED = "ckptavg/failed"
+_START_TIMEOUT = timedelta(minutes=5)  # until all processes have arrived
+_WORK_TIMEOUT = timedelta(days=7)  # until the slowest process has done its share
+_FAILED = "ckptavg/failed"  # key in the store that a failing process sets
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 class Ranks:
-    """This process among those that work on the same pass; alone unless there is a group.
+    """This process and the others that work on the same task.
+
+    Args:
+        group: the processes; None for this process alone.
+        store: shared by the processes, so that they hear of a failure before they next gather.
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many there are.
+        size: number of processes.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, store: Any = None) -> None:  # noqa: ANN401
+    def __init__(self, group: ProcessGroup | None = None, store: Store | None = None) -> None:
         self._group, self._store = group, store
-        self._told: Exception | None = None
-        self.rank = dist.get_rank(group) if group is not None else 0
-        self.size = dist.get_world_size(group) if group is not None else 1
-
-    def leave(self) -> None:
-        """Let go of the others.
-
-        An error's frames may hold this object until the interpreter ends, and torch's threads, if
-        they end only then, at times take the process with them (SIGABRT).
-        """
-        self._group = self._store = None
+        self._announced: Exception | None = None
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of each process, in the order of ranks; all have to call it.
+        """The value of each process, in the order of ranks. All processes must call it.
 
         Raises:
-            PeerError: another has failed.
-            CkptAvgError: another is gone.
+            PeerError: another process has failed.
+            CkptAvgError: another process has died.
         """
         if self.size == 1:
             return [value]
-        return self._gather(value)
+        values = self._exchange(value)
+        for each in values:
+            if isinstance(each, _Failure):
+                raise PeerError(each.message)
+        return values
 
-    def _gather(self, value: Any) -> list[Any]:  # noqa: ANN401
-        found: list[Any] = [None] * self.size
+    def _exchange(self, value: Any) -> list[Any]:  # noqa: ANN401
+        import torch.distributed as dist  # noqa: PLC0415 - only several processes need torch
+
+        values: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(found, value, group=self._group)
+            dist.all_gather_object(values, value, group=self._group)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise CkptAvgError(f"another process is gone: {str(error).splitlines()[0]}") from error
-        failed = [one for one in found if isinstance(one, _Failure)]
-        if failed and not isinstance(value, _Failure):
-            raise PeerError(failed[0].message)
-        return found
+        return values
 
     def has_failed_peer(self) -> bool:
-        """Whether another has failed, which the next `gather` raises: there is no need to go on."""
+        """Whether another process has failed, so that the next `gather` will raise."""
         if self._store is None:
             return False
         try:
             return bool(self._store.check([_FAILED]))
-        except RuntimeError:  # who holds it is gone
+        except RuntimeError:  # the process that serves the store has died
             return True
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If one process fails, all do: the first with its own error, the rest with a `PeerError`.
+        """If one process fails in this block, all do: it with its own error, the others quietly.
 
         Raises:
-            PeerError: another has failed.
+            PeerError: another process has failed.
         """
         try:
             yield
         except PeerError:
             raise
         except Exception as error:
-            if self.size > 1 and error is not self._told:
-                self._told = error
-                if self._store is not None:
-                    with contextlib.suppress(RuntimeError):
-                        self._store.set(_FAILED, str(self.rank))
-                self._settle(error)
+            # An outer block sees the error of an inner one again.
+            if self.size > 1 and error is not self._announced:
+                self._announced = error
+                self._announce(error)
             raise
 
-    def _settle(self, error: Exception) -> None:
-        """Tell the others; of several that fail at once only the first is to speak.
+    def _announce(self, error: Exception) -> None:
+        """Tell the other processes. Of several that fail at once, only the first reports its error.
 
         Raises:
-            PeerError: that is another.
+            PeerError: a process of a lower rank has failed as well.
         """
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(_FAILED, str(self.rank))
         failure = _Failure(f"process {self.rank} of {self.size} failed: {error}")
         try:
-            found = self._gather(failure)
-        except CkptAvgError:  # they are gone already
+            values = self._exchange(failure)
+        except CkptAvgError:  # the others have died already
             return
-        first = next(rank for rank, one in enumerate(found) if isinstance(one, _Failure))
-        if first != self.rank:
-            raise PeerError(found[first].message) from error
+        for value in values[: self.rank]:
+            if isinstance(value, _Failure):
+                raise PeerError(value.message) from error
+
+    def close(self) -> None:
+        """Let go of the process group.
+
+        An error's traceback may hold this object until the interpreter exits. If torch's threads
+        end only then, they sometimes abort the process.
+        """
+        self._group = self._store = None
+
+
+ALONE: Final = Ranks()
+"""This process, when it works alone."""
 
 
 class _Failure:
-    """Takes the place of a value in an exchange."""
+    """What a failing process sends instead of a value."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
 @contextlib.contextmanager
-def from_environment() -> Iterator[Ranks]:
-    """The processes that `torchrun` has started, this one among them; or this one alone.
+def launched_ranks(*, only_torchrun: bool = False) -> Iterator[Ranks]:
+    """The processes that a launcher started for this command, or this process alone.
+
+    They fail together: see `Ranks.together`.
+
+    Args:
+        only_torchrun: ignore the variables of other launchers, which containers and job schedulers
+            may set for other commands.
 
     Raises:
-        CkptAvgError: the others do not come.
+        CkptAvgError: the other processes did not arrive.
+        PeerError: another process has failed.
     """
-    if not is_launched():
-        yield Ranks()
+    if not is_launched() or (only_torchrun and _TORCHRUN_VARIABLE not in os.environ):
+        yield ALONE
         return
-    size = os.environ["WORLD_SIZE"]
+    import torch.distributed as dist  # noqa: PLC0415 - only several processes need torch
+
+    ranks = _join_group()
     try:
-        store, rank, world = next(iter(rendezvous("env://", timeout=_FOR_PEERS)))
-        store.set_timeout(_FOR_PEERS)
+        with ranks.together():
+            yield ranks
+    finally:
+        ranks.close()
+        dist.destroy_process_group()
+
+
+def _join_group() -> Ranks:
+    """Wait for the other processes and make a group of all.
+
+    Raises:
+        CkptAvgError: they did not arrive.
+    """
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+    from torch.distributed.distributed_c10d import PrefixStore  # noqa: PLC0415
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+    cuda = torch.cuda.is_available()
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
+        store.set_timeout(_START_TIMEOUT)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=PrefixStore("ckptavg", store),
             rank=rank,
-            world_size=world,
-            timeout=_FOR_WORK,
+            world_size=size,
+            timeout=_WORK_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
+        size = os.environ["WORLD_SIZE"]
         raise CkptAvgError(
             f"RANK and WORLD_SIZE={size} are set, and the {size} processes did not come together: "
             f"{str(error).splitlines()[0]}",
             remedy="start it with torchrun --no-python, or unset RANK to run it alone",
         ) from error
-    try:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(own_device(None))
-        ranks = Ranks(dist.group.WORLD, store)
-        del store
-        try:
-            yield ranks
-        finally:
-            ranks.leave()
-    finally:
-        dist.destroy_process_group()
+    if cuda:
+        torch.cuda.set_device(local_device(None))
+    return Ranks(dist.group.WORLD, store)
 
 
-def own_device(wanted: torch.device | str | None) -> torch.device | str:
-    """The device that is meant; None for a GPU if there are any. Each process has its own GPU."""
-    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+def local_device(device: torch.device | str | None) -> torch.device | str:
+    """The device that this process computes on: each launched process takes its own GPU.
+
+    Args:
+        device: the user's choice; None for a GPU if there is one, else the CPU.
+    """
+    import torch  # noqa: PLC0415
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if str(device) == "cuda" and is_launched():
-        local, count = os.environ.get("LOCAL_RANK", "0"), torch.cuda.device_count()
-        return f"cuda:{int(local) % max(1, count)}"
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     return device
+
+
+def is_launched() -> bool:
+    """Whether a launcher such as `torchrun` started several processes of this command.
+
+    A process that a training script starts inherits the script's variables, but works alone.
+    """
+    if not all(name in os.environ for name in _VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+        return False
+    return not _descends_from_rank()
+
+
+def _descends_from_rank() -> bool:
+    """Whether a Python process with our RANK started this one, directly or through shells.
+
+    `torchrun` itself has no RANK. Without /proc the answer is no.
+    """
+    rank = f"RANK={os.environ['RANK']}".encode()
+    process = Path("/proc", str(os.getppid()))
+    try:
+        while rank in (process / "environ").read_bytes().split(b"\0"):
+            if (process / "exe").readlink().name.startswith("python"):
+                return True
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            process = Path("/proc", parent)
+    except OSError:
+        return False
+    return False

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.formats.parts import any_remote
 from ckptavg.formats.tensors import BY_NAME
@@ -13,7 +14,6 @@ from ckptavg.formats.tensors import BY_NAME
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ckptavg.distributed import Ranks
     from ckptavg.select.selection import Selection
     from ckptavg.select.sources import Source
     from ckptavg.write.writing import Progress
@@ -48,7 +48,7 @@ class Options:
     progress: Progress | None = None
     hash: bool = False
     hash_progress: Progress | None = None
-    ranks: Ranks | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         """Refuse values that no option has.

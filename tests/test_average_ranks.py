@@ -100,7 +100,7 @@ def test_a_failure_of_one_ends_all_and_leaves_nothing(checkpoints, tmp_path):
 
 
 def test_what_a_rank_starts_by_itself_is_alone():
-    code = "from ckptavg.launched import is_launched; print(is_launched())"
+    code = "from ckptavg.distributed import is_launched; print(is_launched())"
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     ours = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     environment = os.environ | ours

@@ -207,20 +207,14 @@ def _progress(console: Console) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _ranks(console: Console) -> Iterator[Ranks | None]:
-    """The processes that `torchrun` has started for this, which fail together; None if alone."""
-    from ckptavg.launched import is_launched_by_torchrun
+def _ranks(console: Console) -> Iterator[Ranks]:
+    """The processes that `torchrun` started for this command; the first one speaks."""
+    from ckptavg.distributed import launched_ranks
 
-    if not is_launched_by_torchrun():
-        yield None
-        return
-    from ckptavg.distributed import from_environment
-
-    with from_environment() as ranks:
+    with launched_ranks(only_torchrun=True) as ranks:
         if ranks.rank:
             console.mute()
-        with ranks.together():
-            yield ranks
+        yield ranks
 
 
 def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = False) -> None:

@@ -110,17 +110,16 @@ def bn_refresh(
     refresh = take_refresh_options(options, required=True)
     assert refresh is not None  # noqa: S101 - it was required
     _check_judging(judging)
-    from ckptavg.distributed import from_environment
+    from ckptavg.distributed import launched_ranks
     from ckptavg.norm.files import refresh_checkpoint
     from ckptavg.norm.report_file import ReportFile
 
-    with from_environment() as ranks:
+    with launched_ranks() as ranks:
         if ranks.rank:
             console.mute()
         with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
-            with ranks.together():
-                written = ReportFile(report_path, force=force, others=(checkpoint, output))
-                judge = _judge(refresh, judging) if ranks.rank == 0 else None
+            written = ReportFile(report_path, force=force, others=(checkpoint, output))
+            judge = _judge(refresh, judging) if ranks.rank == 0 else None
             report = refresh_checkpoint(
                 checkpoint, output, refresh,
                 key=key, in_place=in_place, container=container,

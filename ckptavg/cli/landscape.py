@@ -213,21 +213,19 @@ def _run(kind: str, call: Callable[..., Any], options: dict[str, Any]) -> None:
     if plots:
         import ckptavg.landscape.plots  # noqa: F401 - now, and not when all is evaluated
     explore = _take(options)
-    from ckptavg.distributed import from_environment
+    from ckptavg.distributed import launched_ranks
     from ckptavg.landscape.saving import refuse_others, save
 
     files = []
-    with from_environment() as ranks:
+    with launched_ranks() as ranks:
         if ranks.rank:
             console.mute()
-        with ranks.together():
-            refuse_others(folder, kind, force=explore.force)
-            ranks.gather(None)  # all have looked
+        refuse_others(folder, kind, force=explore.force)
+        ranks.gather(None)  # all have looked
         with console.others_to_stderr(), console.progress("evaluating", "point") as progress:
             result = call(folder=folder, options=explore, ranks=ranks, progress=progress)
-        with ranks.together():
-            if ranks.rank == 0:
-                files = save(result, folder, kind, plots=plots)
+        if ranks.rank == 0:
+            files = save(result, folder, kind, plots=plots)
     _SAY[kind](console, result)
     console.say(f"  wrote {', '.join(printable(file) for file in files)}")
     console.result({"kind": kind, **vars(result), "files": [str(file) for file in files]})

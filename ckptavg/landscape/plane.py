@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.distributed import Ranks
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError, printable
 from ckptavg.landscape import places as places_of
 from ckptavg.landscape import spaced
@@ -81,7 +81,7 @@ def plane(
     size: int = _SIZE,
     margin: float = _MARGIN,
     project: Sequence[Path] = (),
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> PlaneResult:
     """Evaluate on a grid in the plane through three weights.
@@ -104,7 +104,6 @@ def plane(
         raise SelectionError(f"a plane is through 3 checkpoints, not {len(paths)}")
     if size < 2 or not 0 <= margin < math.inf:  # noqa: PLR2004
         raise SelectionError("a grid has at least 2 points along each axis, and a margin of 0")
-    ranks = ranks or Ranks()
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
         space = explorer.space()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.distributed import Ranks
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
@@ -110,7 +110,7 @@ def rays(
     distances: Sequence[float] | None = None,
     steps: int = _STEPS,
     filter_normalize: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Rays:
     """Evaluate along random directions from each of some weights.
@@ -133,7 +133,6 @@ def rays(
     """
     if directions < 1:
         raise SelectionError(f"at least 1 direction is needed, not {directions}")
-    ranks = ranks or Ranks()
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
         space = explorer.space(seed=options.evaluation.seed, filter_normalize=filter_normalize)

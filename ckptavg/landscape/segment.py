@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.distributed import Ranks
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
@@ -59,7 +59,7 @@ def segment(
     options: ExploreOptions,
     *,
     positions: Sequence[float] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Segment:
     """Evaluate along the line through two weights.
@@ -79,7 +79,6 @@ def segment(
     if len(paths) != 2:  # noqa: PLR2004
         raise SelectionError(f"a segment is between 2 checkpoints, not {len(paths)}")
     along = tuple(dict.fromkeys(positions or spaced(_FIRST, _LAST, _STEPS)))
-    ranks = ranks or Ranks()
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
         space = explorer.space()

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
         remedy="pip install torch",
     ) from error
 
-from ckptavg.distributed import Ranks
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import is_remote
@@ -106,7 +106,7 @@ def refresh_checkpoint(
     force: bool = False,
     fsync: bool = True,
     judge: Judge | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     progress: Any = None,  # noqa: ANN401 - refresh_norm's
 ) -> RefreshReport:
     """Refresh the norm statistics of a checkpoint; all else is copied byte for byte.
@@ -131,7 +131,6 @@ def refresh_checkpoint(
         CkptAvgError: the checkpoint does not fit the model, the pass failed, or the output cannot
             be written. The checkpoint is as it was then.
     """
-    ranks = ranks or Ranks()
     with ranks.together():
         if not is_remote(path) and ranks.rank == 0:
             put_back(path)

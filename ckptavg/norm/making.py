@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ckptavg.distributed import own_device
+from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError
 from ckptavg.norm import libraries
 from ckptavg.norm.factories import load_object, user_code
@@ -92,7 +92,7 @@ def make_model(
             made = made(**arguments)
     if not isinstance(made, torch.nn.Module):
         raise RefreshError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module")
-    place = own_device(device)
+    place = local_device(device)
     try:
         if torch.device(place).type == "meta":
             raise RefreshError("on device 'meta' nothing is computed")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ckptavg.distributed import Ranks
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
 from ckptavg.norm.batches import default_forward, on_device
 from ckptavg.norm.estimators import Channels, EstimatorName, WeightedMoments
@@ -62,7 +62,7 @@ def refresh_norm(
     strict: bool = False,
     held_back: int = 0,
     device: torch.device | str | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> RefreshReport:
     """Reset the running statistics of a model's norm layers with one pass over `batches`.
@@ -95,7 +95,7 @@ def refresh_norm(
             pass they go through the model in eval mode, and the report says how far what the layers
             then see is from what they hold. They are kept in memory until then.
         device: where batches are moved; None for the model's.
-        ranks: the processes that share the pass; None for this one alone.
+        ranks: the processes that share the pass.
         progress: hears of each batch.
 
     Returns:
@@ -111,7 +111,7 @@ def refresh_norm(
         raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
     if min(held_back, *(0 if one is None else one - 1 for one in (max_samples, max_batches))) < 0:
         raise RefreshError("limits begin at 1, and what is held back at 0")
-    ranks, model = ranks or Ranks(), unwrapped(model)
+    model = unwrapped(model)
     with ranks.together():
         taken = chosen_layers(
             model, layers=layers, skip_layers=skip_layers, skip_frozen=skip_frozen

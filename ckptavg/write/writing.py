@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats.paths import is_remote
 from ckptavg.merge.engine import execute
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.distributed import Ranks
     from ckptavg.merge.layout import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.select.sources import Source
@@ -82,7 +82,7 @@ def write(
     threads: int,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[str | None]:
     """Carry a plan out: the outputs are complete afterwards, or were never there.
 
@@ -106,20 +106,20 @@ def write(
     """
     layouts = [layout for _, layout in outputs]
     total = sum(_bytes_made(plan, layout) for layout in layouts)
-    written, rank, size = 0, *((ranks.rank, ranks.size) if ranks else (0, 1))
+    written = 0
     with contextlib.ExitStack() as stack:
         sinks = _enter(stack, plan, outputs, force=force, fsync=fsync, ranks=ranks)
         steps = execute(
             plan.jobs(layouts), sinks, threads, allow_nonfinite=allow_nonfinite,
-            every=size, first=rank,
+            every=ranks.size, first=ranks.rank,
         )  # fmt: skip
         with contextlib.closing(steps):
             try:
                 for done in steps:
                     written += done
                     if progress is not None:
-                        progress(done, total // size)
-                    if ranks is not None and ranks.has_failed_peer():
+                        progress(done, total // ranks.size)
+                    if ranks.has_failed_peer():
                         break  # gathering says so
             except BadValueError as error:
                 raise plan.name_of(error) from error
@@ -127,16 +127,14 @@ def write(
         for sink in sinks:
             if isinstance(sink, JoinedOutput):
                 sink.finish()
-        written = sum(ranks.gather(written)) if ranks else written
+        written = sum(ranks.gather(written))
         if written != total:
             raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
         own = [sink for sink in sinks if not isinstance(sink, JoinedOutput)]
         made = [_fill_in(sink, layout) for sink, layout in zip(own, layouts, strict=False)]
         _commit(own, force=force)
-        if ranks is not None:
-            # None says that it is done before the outputs have their names.
-            made = ranks.gather(made)[0]
-        return made
+        # No process returns before the outputs have their names.
+        return ranks.gather(made)[0]
 
 
 def _fill_in(sink: OutputFile | OutputDirectory, layout: Layout) -> str | None:
@@ -157,7 +155,7 @@ def _enter(
     *,
     force: bool,
     fsync: bool,
-    ranks: Ranks | None,
+    ranks: Ranks,
 ) -> list[OutputFile | OutputDirectory | JoinedOutput]:
     """Make the outputs, or join those that the first process has made.
 
@@ -165,15 +163,15 @@ def _enter(
         OutputError: they cannot be made.
         CkptAvgError: the processes do not have the same to do.
     """
-    together = ranks is not None and ranks.size > 1
+    together = ranks.size > 1
     made: list[OutputFile | OutputDirectory] = []
-    if ranks is None or ranks.rank == 0:
+    if ranks.rank == 0:
         for path in {path.parent: path for path, _ in outputs}.values():
             clear_beside(path)
         made = [_open(path, layout, force, fsync, shared=together) for path, layout in outputs]
         for sink in made:
             stack.enter_context(sink)
-    if ranks is None or not together:
+    if not together:
         return [*made]
     found = ranks.gather((_digest(plan, outputs), [sink.temporary for sink in made]))
     if len({digest for digest, _ in found}) > 1:

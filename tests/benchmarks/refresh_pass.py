@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptavg import refresh_norm
-from ckptavg.distributed import from_environment
+from ckptavg.distributed import launched_ranks
 
 if TYPE_CHECKING:
     from ckptavg.norm.estimators import EstimatorName
@@ -85,7 +85,7 @@ def network(name: str) -> nn.Module:
 def shared(model: nn.Module, images: torch.Tensor) -> float:
     """Seconds of a pass on one thread, with the processes that the environment speaks of."""
     torch.set_num_threads(1)
-    with from_environment() as ranks:
+    with launched_ranks() as ranks:
         refresh_norm(model, _loader(images[: ranks.size]), ranks=ranks)
         go = partial(refresh_norm, model, _loader(images), ranks=ranks)
         return seconds(go, ready=partial(ranks.gather, None))  # all begin at once

@@ -311,8 +311,8 @@ class TestFailure:
 
     def test_to_come_is_told_with_what_to_do(self, folder):
         code = (
-            "from datetime import timedelta; from ckptavg.norm import ranks; "
-            "ranks._FOR_PEERS = timedelta(seconds=2); from ckptavg.cli import main; main()"
+            "from datetime import timedelta; from ckptavg import cli, distributed; "
+            "distributed._START_TIMEOUT = timedelta(seconds=2); cli.main()"
         )
         environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as probe:

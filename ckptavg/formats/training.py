@@ -17,7 +17,7 @@ class TrainingRecord:
         epochs_from_zero: whether the trainer is known to count epochs from 0, so that a
             checkpoint with epoch e was saved when e + 1 epochs were done (Lightning, timm).
         learning_rate: that of the optimizer's first parameter group. It may be the rate of the
-            next update already: see `rates`.
+            next update already: see `select.learning_rates`.
         other_rates: those of its further parameter groups.
         scheduler: plain values of the first scheduler's state dict (`last_epoch`, `base_lrs`,
             `_last_lr`, `T_0`, ...).

@@ -1,7 +1,7 @@
-"""Learning rates computed from a scheduler's saved state, by the formulas of torch's classes.
+"""Learning rates computed from a scheduler's state dict by the formulas of torch's classes.
 
-https://docs.pytorch.org/docs/stable/optim.html. A state dict does not name its class, but its
-attributes tell which it is; that the formula gives the rate that was recorded confirms it.
+A state dict does not name its class, but its keys tell which it is. The formulas are those of
+https://docs.pytorch.org/docs/stable/optim.html.
 """
 
 from __future__ import annotations
@@ -11,89 +11,74 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Form = Callable[[int], float]
-"""The rate of the first parameter group after so many steps of its scheduler."""
-
-_Formula = Callable[[Mapping[str, Any], float, int], float]
-"""The same by a scheduler's state and its base rate."""
-
-_RELATIVE = 1e-6
-# Of the highest rate: a cosine's zero is some 1e-17 of it.
-_ABSOLUTE = 1e-9
-_DEEPEST = 10
-_COMMON = {"base_lrs", "last_epoch", "verbose"}
+State = Mapping[str, Any]
 
 
-def close(one: float, other: float, highest: float) -> bool:
-    """Whether two rates are the same but for rounding.
-
-    Args:
-        one: a rate.
-        other: another.
-        highest: what counts as a high rate beside them.
-    """
-    return math.isclose(one, other, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE * abs(highest))
+def close(rate: float, other: float, highest: float) -> bool:
+    """Whether two rates are equal but for rounding, in a schedule with this highest rate."""
+    # Where a cosine should be zero, it is some 1e-17 of the highest rate.
+    return math.isclose(rate, other, rel_tol=1e-6, abs_tol=1e-9 * abs(highest))
 
 
-def schedule(scheduler: Mapping[str, Any] | None, position: int, rate: float) -> Form | None:
-    """The schedule that a state dict describes, if it can be told.
-
-    Args:
-        scheduler: the state dict.
-        position: how often the scheduler has stepped, at least once.
-        rate: what it has set then, which the formula must give too.
-    """
-    form = _form(scheduler, _DEEPEST)
-    if form is None:
-        return None
-    here, before = value_at(form, position), value_at(form, position - 1)
-    fits = here is not None and before is not None and close(here, rate, max(here, before))
-    return form if fits else None
+def steps_taken(scheduler: State | None) -> int | None:
+    """How often a scheduler has stepped, if its state says so."""
+    steps = (scheduler or {}).get("last_epoch")
+    return steps if type(steps) is int and steps >= 0 else None
 
 
-def value_at(form: Form, position: int) -> float | None:
-    """The rate at a position; None where the state makes no sense, as a hostile file's may."""
+def has_formula(scheduler: State | None, position: int, rate: float) -> bool:
+    """Whether a formula gives the rate that was set after so many steps, and the one before it."""
+    here, before = rate_at(scheduler, position), rate_at(scheduler, position - 1)
+    return here is not None and before is not None and close(here, rate, max(here, before))
+
+
+def is_minimum(scheduler: State | None, position: int) -> bool:
+    """Whether a formula gives higher rates one step before a position and one step after it."""
+    around = [rate_at(scheduler, position + offset) for offset in (-1, 0, 1)]
+    before, here, after = (math.nan if rate is None else rate for rate in around)
+    lower = position > 0 and before > here and here < after
+    return lower and not close(min(before, after), here, max(before, after))
+
+
+def rate_at(scheduler: State | None, position: int) -> float | None:
+    """The rate of the first parameter group after so many steps; None where it is not known."""
     try:
-        rate = form(position)
-        return rate if math.isfinite(rate) else None
+        rate = float(_rate_at(scheduler, position))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
+    return rate if math.isfinite(rate) else None
 
 
-def _form(scheduler: object, depth: int) -> Form | None:
-    if not isinstance(scheduler, Mapping) or not depth:
-        return None
-    if isinstance(scheduler.get("_milestones"), list):
-        return _sequential(scheduler, depth)
-    own = {key for key in scheduler if not str(key).startswith("_")} - _COMMON
-    for marks, formula in _FORMULAS:
-        if own == marks or (formula is _cyclic and own >= marks):
-            return _bound(formula, scheduler)
-    return None
-
-
-def _bound(formula: _Formula, state: Mapping[str, Any]) -> Form:
-    return lambda position: float(formula(state, float(state["base_lrs"][0]), position))
-
-
-def _sequential(scheduler: Mapping[str, Any], depth: int) -> Form | None:
-    """SequentialLR: each scheduler begins at its milestone with position 0."""
-    inner, milestones = scheduler.get("_schedulers"), scheduler["_milestones"]
-    if not isinstance(inner, list) or len(inner) != len(milestones) + 1:
-        return None
-    forms = [_form(one, depth - 1) for one in inner]
-
-    def rate(position: int) -> float:
+def _rate_at(state: object, position: int, levels: int = 10) -> float:
+    if not isinstance(state, Mapping) or not levels:
+        raise LookupError
+    if "_milestones" in state:  # SequentialLR: each scheduler starts at its milestone, from 0
+        milestones = state["_milestones"]
         index = bisect.bisect_right(milestones, position)
-        form = forms[index]
-        if form is None:
-            raise LookupError(index)
-        return form(position - (milestones[index - 1] if index else 0))
+        start = milestones[index - 1] if index else 0
+        return _rate_at(state["_schedulers"][index], position - start, levels - 1)
+    keys = {key for key in state if not key.startswith("_")} - {"base_lrs", "last_epoch", "verbose"}
+    base = float(state["base_lrs"][0])
+    if keys >= {"max_lrs", "total_size", "step_ratio", "mode", "gamma"}:
+        return base + (float(state["max_lrs"][0]) - base) * _cyclic(state, position)
+    low = float(state.get("eta_min", 0.0))
+    return low + (base - low) * _FACTORS[" ".join(sorted(keys))](state, position)
 
-    return rate
+
+def _cyclic(state: State, n: int) -> float:
+    if state.get("_scale_fn_custom") is not None:
+        raise ValueError("a scale function of the user's own")
+    size, ratio = float(state["total_size"]), float(state["step_ratio"])
+    cycle = math.floor(1 + n / size)
+    x = 1.0 + n / size - cycle
+    height = x / ratio if x <= ratio else (x - 1) / (ratio - 1)
+    gamma = float(state["gamma"])
+    powers = {"triangular": (1.0, 1), "triangular2": (2.0, 1 - cycle), "exp_range": (gamma, n)}
+    scale, exponent = powers[state["mode"]]
+    return float(height * scale ** float(exponent))
 
 
-def _warm_restarts(state: Mapping[str, Any], base: float, position: int) -> float:
+def _warm_restarts(state: State, position: int) -> float:
     length, factor = int(state["T_0"]), int(state["T_mult"])
     if length < 1 or factor < 1:
         raise ValueError(length, factor)
@@ -101,67 +86,34 @@ def _warm_restarts(state: Mapping[str, Any], base: float, position: int) -> floa
         position %= length
     while position >= length:
         position, length = position - length, length * factor
-    return _cosine_part(float(state["eta_min"]), base, position / length)
+    return _cosine(position / length)
 
 
-def _cosine(state: Mapping[str, Any], base: float, position: int) -> float:
-    return _cosine_part(float(state["eta_min"]), base, position / state["T_max"])
+def _cosine(share: float) -> float:
+    return (1 + math.cos(math.pi * share)) / 2
 
 
-def _cosine_part(low: float, high: float, part: float) -> float:
-    return low + (high - low) * (1 + math.cos(math.pi * part)) / 2
+def _milestones(state: State, position: int) -> float:
+    return float(sum(times for place, times in state["milestones"].items() if place <= position))
 
 
-def _cyclic(state: Mapping[str, Any], base: float, position: int) -> float:
-    if state.get("_scale_fn_custom") is not None:
-        raise ValueError("a scale of the user's own")
-    size, ratio = float(state["total_size"]), float(state["step_ratio"])
-    cycle = math.floor(1 + position / size)
-    x = 1.0 + position / size - cycle
-    height = float(state["max_lrs"][0]) - base
-    height *= x / ratio if x <= ratio else (x - 1) / (ratio - 1)
-    scale = {"triangular": 1.0, "triangular2": 2.0, "exp_range": float(state["gamma"])}
-    power = {"triangular": 1, "triangular2": 1 - cycle, "exp_range": position}
-    mode = state["mode"]
-    return float(base + height * scale[mode] ** float(power[mode]))
+def _share(state: State, position: int) -> float:
+    return float(min(position, state["total_iters"]) / state["total_iters"])
 
 
-def _steps_down(state: Mapping[str, Any], base: float, position: int) -> float:
-    return float(base * float(state["gamma"]) ** float(position // state["step_size"]))
-
-
-def _milestones_down(state: Mapping[str, Any], base: float, position: int) -> float:
-    passed = sum(times for place, times in state["milestones"].items() if place <= position)
-    return float(base * float(state["gamma"]) ** float(passed))
-
-
-def _exponential(state: Mapping[str, Any], base: float, position: int) -> float:
-    return float(base * float(state["gamma"]) ** float(position))
-
-
-def _linear(state: Mapping[str, Any], base: float, position: int) -> float:
+def _linear(state: State, position: int) -> float:
     start, end = float(state["start_factor"]), float(state["end_factor"])
-    part = min(position, state["total_iters"]) / state["total_iters"]
-    return float(base * (start + (end - start) * part))
+    return start + (end - start) * _share(state, position)
 
 
-def _constant(state: Mapping[str, Any], base: float, position: int) -> float:
-    return float(base * (float(state["factor"]) if position < state["total_iters"] else 1.0))
-
-
-def _polynomial(state: Mapping[str, Any], base: float, position: int) -> float:
-    part = min(position, state["total_iters"]) / state["total_iters"]
-    return float(base * (1.0 - part) ** float(state["power"]))
-
-
-_FORMULAS: tuple[tuple[set[str], _Formula], ...] = (
-    ({"T_0", "T_i", "T_mult", "eta_min", "T_cur"}, _warm_restarts),
-    ({"max_lrs", "total_size", "step_ratio", "mode", "gamma"}, _cyclic),
-    ({"T_max", "eta_min"}, _cosine),
-    ({"step_size", "gamma"}, _steps_down),
-    ({"milestones", "gamma"}, _milestones_down),
-    ({"gamma"}, _exponential),
-    ({"start_factor", "end_factor", "total_iters"}, _linear),
-    ({"factor", "total_iters"}, _constant),
-    ({"total_iters", "power"}, _polynomial),
-)
+# Factors of the base rate, by the keys of the class. Powers of floats overflow; of integers, hang.
+_FACTORS: dict[str, Callable[[State, int], float]] = {
+    "T_0 T_cur T_i T_mult eta_min": _warm_restarts,
+    "T_max eta_min": lambda state, n: _cosine(n / state["T_max"]),
+    "gamma step_size": lambda state, n: float(state["gamma"]) ** float(n // state["step_size"]),
+    "gamma milestones": lambda state, n: float(state["gamma"]) ** _milestones(state, n),
+    "gamma": lambda state, n: float(state["gamma"]) ** float(n),
+    "end_factor start_factor total_iters": _linear,
+    "factor total_iters": lambda state, n: state["factor"] if n < state["total_iters"] else 1.0,
+    "power total_iters": lambda state, n: (1.0 - _share(state, n)) ** float(state["power"]),
+}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.paths import absolute
+from ckptavg.select.learning_rates import Reading, at_minima
 from ckptavg.select.metrics import Mode, best, from_name, mode_of, read_metrics
-from ckptavg.select.rates import Reading, at_minima
 from ckptavg.select.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -294,9 +294,7 @@ class _Chooser:
         if not self._known:
             raise SelectionError("--lr-minima needs to know the order of the checkpoints")
         records = [source.checkpoint for source in self._sources]
-        rates, at_minimum = at_minima(
-            records, names=self._names, reading=self._selection.lr_recorded
-        )
+        rates, at_minimum = at_minima(records, self._names, self._selection.lr_recorded)
         self._rates = list(rates)
         self._keep(lambda i: at_minimum[i], lambda i: f"its rate {rates[i]:g} is no minimum")
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.select.rates import minima, turning_points, used_rates
+from ckptavg.select.learning_rates import at_minima
 from tests.layouts.libraries import Sentences, llama
 from tests.layouts.lightning_runs import Net, batches
 
@@ -32,13 +32,17 @@ pytestmark = [
 ]
 
 
+def rates_and_minima(checkpoints: Sequence[Checkpoint]) -> tuple[list[float], list[bool]]:
+    return at_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
+
+
 def rates_of(checkpoints: Sequence[Checkpoint]) -> list[float]:
-    return used_rates(checkpoints, names=[checkpoint.path.name for checkpoint in checkpoints])
+    return rates_and_minima(checkpoints)[0]
 
 
 def taken(checkpoints: Sequence[Checkpoint]) -> list[int]:
-    found = minima(rates_of(checkpoints), turning_points(checkpoints))
-    return [index for index, low in enumerate(found) if low]
+    _, minima = rates_and_minima(checkpoints)
+    return [index for index, low in enumerate(minima) if low]
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:

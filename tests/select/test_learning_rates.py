@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -19,7 +20,7 @@ from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.training import TrainingRecord
-from ckptavg.select.rates import minima, turning_points, used_rates
+from ckptavg.select.learning_rates import at_minima, local_minima
 
 UPDATES = 3  # of an epoch
 EPOCHS = 15
@@ -52,6 +53,10 @@ def warmed_up(optimizer: torch.optim.Optimizer, unit: int) -> Any:
         lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4 * unit, eta_min=0.001),
     ]
     return lr_scheduler.SequentialLR(optimizer, parts, [2 * unit])
+
+
+def cosine(optimizer: torch.optim.Optimizer, unit: int) -> Any:
+    return lr_scheduler.CosineAnnealingLR(optimizer, 20 * unit, 0.002)
 
 
 SCHEDULES: dict[str, Make] = {
@@ -151,9 +156,17 @@ def train(
     return Run([open_checkpoint(path) for path in paths], used, lowest)
 
 
+def used_rates(run: Run) -> list[float]:
+    return at_minima(run.checkpoints, run.names)[0]
+
+
+def doubts(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said, but that the rate was still falling at the end."""
+    return [message for message in caplog.messages if "still falling" not in message]
+
+
 def chosen(run: Run) -> list[bool]:
-    records = run.checkpoints
-    return minima(used_rates(records, names=run.names), turning_points(records))
+    return at_minima(run.checkpoints, run.names)[1]
 
 
 def expected(run: Run) -> list[bool]:
@@ -176,7 +189,7 @@ def test_those_made_with_the_lowest_rates_are_chosen(
         run = run.only([index for index, lowest in enumerate(run.lowest) if lowest])
     assert sum(run.lowest) >= 2
     caplog.set_level(logging.WARNING)
-    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+    assert used_rates(run) == pytest.approx(run.used)
     assert chosen(run) == expected(run)
     assert not caplog.messages
 
@@ -188,31 +201,31 @@ def test_the_weights_before_the_training_are_no_sign_of_epochs_from_0(tmp_path):
     root["optimizer"]["param_groups"][0]["lr"] = 0.1
     torch.save(root | {"epoch": 0, "global_step": 0}, tmp_path / "epoch_0.pt")
     records = [open_checkpoint(tmp_path / "epoch_0.pt"), *run.checkpoints]
-    rates = used_rates(records, names=["epoch_0.pt", *run.names])
+    rates = at_minima(records, ["epoch_0.pt", *run.names])[0]
     assert rates == pytest.approx([0.1, *run.used])
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_an_epoch_0_tells_from_what_epochs_are_counted(tmp_path, after):
     run = train(tmp_path, warm_restarts, after=after, steps=False)
-    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+    assert used_rates(run) == pytest.approx(run.used)
     assert chosen(run) == expected(run)
 
 
 @pytest.mark.parametrize(("after", "first"), [(False, 1), (True, 0)])
 def test_a_scheduler_ahead_or_behind_tells_it_too(tmp_path, after, first):
     run = train(tmp_path, warm_restarts, after=after, first=first, steps=False).only(range(4, 12))
-    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
+    assert used_rates(run) == pytest.approx(run.used)
 
 
 @pytest.mark.parametrize(("after", "first"), [(False, 0), (True, 1)])
 def test_where_nothing_tells_it_the_recorded_rate_is_taken_with_a_warning(
     tmp_path, caplog, after, first
 ):
-    run = train(tmp_path, warm_restarts, after=after, first=first, steps=False).only(range(4, 12))
+    run = train(tmp_path, cosine, after=after, first=first, steps=False).only(range(4, 12))
     recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
     caplog.set_level(logging.WARNING)
-    assert used_rates(run.checkpoints, names=run.names) == recorded
+    assert used_rates(run) == recorded
     assert (recorded == pytest.approx(run.used)) == (not after)
     [message] = caplog.messages
     assert "cannot be told" in message
@@ -220,11 +233,23 @@ def test_where_nothing_tells_it_the_recorded_rate_is_taken_with_a_warning(
     assert "and 3 more" in message
 
 
+@pytest.mark.parametrize(("after", "first"), [(False, 0), (True, 1)])
+def test_it_is_an_error_if_the_choice_depends_on_it(tmp_path, after, first):
+    run = train(tmp_path, warm_restarts, after=after, first=first, steps=False).only(range(4, 12))
+    with pytest.raises(SelectionError, match=r"and 3 more is the one used or the next") as caught:
+        used_rates(run)
+    assert run.names[0] in str(caught.value)
+    assert "lr_recorded" in str(caught.value)
+    rates, low = at_minima(run.checkpoints, run.names, "next" if after else "used")
+    assert rates == pytest.approx(run.used)
+    assert low == expected(run)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("known", ["", "lightning", "timm"])
 def test_lightning_and_timm_are_known_to_count_from_0(tmp_path, caplog, known, first):
     """Of a loop that counts from 1 this would be wrong: so the trainer's mark is what counts."""
-    run = train(tmp_path, warm_restarts, after=bool(first), first=first, steps=False)
+    run = train(tmp_path, cosine, after=bool(first), first=first, steps=False)
     run = run.only(range(4, 12))
     extra = {"": {}, "lightning": {"pytorch-lightning_version": "2.6"}}.get(
         known, {"arch": "resnet", "version": 2}
@@ -235,12 +260,12 @@ def test_lightning_and_timm_are_known_to_count_from_0(tmp_path, caplog, known, f
         records.append(open_checkpoint(checkpoint.path))
     caplog.set_level(logging.WARNING)
     recorded = [checkpoint.facts["learning_rate"] for checkpoint in records]
-    assert used_rates(records, names=run.names) == recorded
+    assert at_minima(records, run.names)[0] == recorded
     assert bool(caplog.messages) == (not known)
 
 
 MONOTONE: dict[str, Make] = {
-    "cosine": lambda o, u: lr_scheduler.CosineAnnealingLR(o, 20 * u, 0.002),
+    "cosine": cosine,
     "steps": lambda o, u: lr_scheduler.StepLR(o, 4 * u),
     "milestones": lambda o, u: lr_scheduler.MultiStepLR(o, [2 * u, 5 * u, 5 * u]),
     "exponential": lambda o, _: lr_scheduler.ExponentialLR(o, 0.9),
@@ -255,8 +280,8 @@ MONOTONE: dict[str, Make] = {
 def test_the_rate_of_any_class_with_a_formula_is_computed(tmp_path, caplog, name, every_update):
     run = train(tmp_path, MONOTONE[name], every_update=every_update).only(range(0, EPOCHS, 2))
     caplog.set_level(logging.INFO)
-    assert used_rates(run.checkpoints, names=run.names) == pytest.approx(run.used)
-    assert not caplog.messages
+    assert used_rates(run) == pytest.approx(run.used)
+    assert not doubts(caplog)
 
 
 def lambdas(optimizer: torch.optim.Optimizer, unit: int) -> Any:
@@ -266,9 +291,9 @@ def lambdas(optimizer: torch.optim.Optimizer, unit: int) -> Any:
 def test_the_checkpoint_before_has_the_rate_of_a_schedule_without_a_formula(tmp_path, caplog):
     run = train(tmp_path, lambdas, after=True)
     caplog.set_level(logging.INFO)
-    rates = used_rates(run.checkpoints, names=run.names)
+    rates = used_rates(run)
     assert rates[1:] == pytest.approx(run.used[1:])
-    [message] = caplog.messages
+    [message] = doubts(caplog)
     assert "is the next one" in message
     assert "epoch_0.pt" in message
     assert "epoch_1.pt" not in message
@@ -279,8 +304,8 @@ def test_without_the_checkpoint_before_the_recorded_rate_stands_with_a_notice(tm
     run = train(tmp_path, lambdas, after=True).only(range(0, EPOCHS, 2))
     caplog.set_level(logging.INFO)
     recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
-    assert used_rates(run.checkpoints, names=run.names) == recorded
-    [message] = caplog.messages
+    assert used_rates(run) == recorded
+    [message] = doubts(caplog)
     assert "is the next one" in message
 
 
@@ -292,7 +317,7 @@ def test_a_formula_that_does_not_give_the_recorded_rate_is_not_used(tmp_path, ca
     run = train(tmp_path, lambda o, unit: Squared(o, 3 * unit)).only(range(0, EPOCHS, 2))
     caplog.set_level(logging.INFO)
     recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
-    assert used_rates(run.checkpoints, names=run.names) == recorded
+    assert used_rates(run) == recorded
     assert any("is the next one" in message for message in caplog.messages)
 
 
@@ -315,29 +340,22 @@ def test_fractional_steps_within_epochs_count_as_saved_before(tmp_path):
         }
         torch.save(root, tmp_path / f"{epoch}.pt")
         checkpoints.append(open_checkpoint(tmp_path / f"{epoch}.pt"))
-    rates = used_rates(checkpoints, names=[checkpoint.path.name for checkpoint in checkpoints])
-    taken = [index for index, low in enumerate(minima(rates, turning_points(checkpoints))) if low]
-    assert taken == [2, 5, 8]
+    _, chosen = at_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
+    assert [index for index, low in enumerate(chosen) if low] == [2, 5, 8]
 
 
 # Records without files
 
 
-class Saved(NamedTuple):
-    """What is recorded, without a file."""
-
-    facts: dict[str, int | float]
-    training: TrainingRecord
-
-
 def saved(
     rate: float | None, scheduler: Any = None, logged: float | None = None, **facts: Any
-) -> Saved:
-    return Saved(facts, TrainingRecord(learning_rate=rate, scheduler=scheduler, logged_rate=logged))
+) -> Checkpoint:
+    training = TrainingRecord(learning_rate=rate, scheduler=scheduler, logged_rate=logged)
+    return Checkpoint(Path(), "torch", (), {}, {}, "", facts, training)
 
 
-def rates_of(records: Sequence[Saved]) -> list[float]:
-    return used_rates(records, names=[f"c{index}" for index in range(len(records))])
+def rates_of(records: Sequence[Checkpoint]) -> list[float]:
+    return at_minima(records, [f"c{index}" for index in range(len(records))])[0]
 
 
 def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
@@ -373,7 +391,9 @@ def test_older_trainers_logged_the_next_rate_and_the_used_one_a_step_before(capl
     assert "is the next one" in caplog.messages[0]
     caplog.clear()
     with_log = [
-        Saved(record.facts, dataclasses.replace(record.training, logged_before=0.5 + n))
+        dataclasses.replace(
+            record, training=dataclasses.replace(record.training, logged_before=0.5 + n)
+        )
         for n, record in enumerate(records)
     ]
     assert rates_of(with_log) == [0.5, 1.5, 2.5, 3.5]
@@ -384,7 +404,7 @@ def test_a_constant_rate_that_was_logged_raises_no_doubt(caplog):
     caplog.set_level(logging.INFO)
     records = [saved(0.1, {"last_epoch": n}, 0.1, global_step=n) for n in (10, 20, 30)]
     assert rates_of(records) == [0.1, 0.1, 0.1]
-    assert minima(rates_of(records)) == [True] * 3
+    assert local_minima(rates_of(records)) == [True] * 3
     assert not caplog.messages
 
 
@@ -393,8 +413,8 @@ def test_a_run_without_any_rate_is_an_error_that_names_the_alternatives():
         rates_of([saved(None, epoch=1), saved(None, epoch=2)])
     message = str(caught.value)
     assert message.startswith("none of the checkpoints records a learning rate; ")
-    for option in ("--cycle", "--steps", "--every"):
-        assert option in message
+    for rule in ("cycle", "steps", "every"):
+        assert rule in message
 
 
 def test_checkpoints_without_a_rate_are_named():
@@ -428,7 +448,7 @@ def test_checkpoints_without_a_rate_are_named():
     ],
 )
 def test_minima_are_lower_than_both_neighbours(rates, taken):
-    assert minima(rates) == [mark == "x" for mark in taken]
+    assert local_minima(rates) == [mark == "x" for mark in taken]
 
 
 def naive_minima(rates: Sequence[float]) -> list[bool]:
@@ -447,28 +467,37 @@ def naive_minima(rates: Sequence[float]) -> list[bool]:
 def test_minima_of_all_short_sequences_are_those_of_a_naive_search():
     for length in range(1, 7):
         for rates in itertools.product((0.1, 0.2, 0.3), repeat=length):
-            assert minima(rates) == naive_minima(rates), rates
+            assert local_minima(rates) == naive_minima(rates), rates
 
 
 def test_a_slow_descent_is_not_flat():
     rates = [1.0 - 4e-7 * index for index in range(100)]
-    assert sum(minima(rates)) < 5
-    assert minima(rates)[-1]
+    assert sum(local_minima(rates)) < 5
+    assert local_minima(rates)[-1]
 
 
 def test_a_last_one_on_its_way_down_is_said(caplog):
     caplog.set_level(logging.INFO)
-    assert minima([3, 2, 1]) == [False, False, True]
+    assert at_minima([saved(3), saved(2), saved(1)], "abc")[1] == [False, False, True]
     assert "still falling" in caplog.messages[0]
 
 
 @pytest.mark.parametrize(
-    ("rates", "turns"),
-    [([3, 1, 2], ()), ([3, 1, 1], ()), ([1, 1], ()), ([1], ()), ([3, 2, 1], (False, False, True))],
+    ("rates", "scheduler"),
+    [
+        ([3, 1, 2], None),
+        ([3, 1, 1], None),
+        ([1, 1], None),
+        ([1], None),
+        ([3, 2, 0.025], {"T_0": 3, "last_epoch": 2}),  # the last of three epochs
+    ],
 )
-def test_nothing_is_said_where_it_is_none(caplog, rates, turns):
+def test_nothing_is_said_where_it_is_none(caplog, rates, scheduler):
     caplog.set_level(logging.INFO)
-    minima(rates, turns)
+    *records, _ = map(saved, rates)
+    state = scheduler and RESTARTS | scheduler | {"_last_lr": [rates[-1]]}
+    records.append(saved(rates[-1], state, global_step=3))
+    assert at_minima(records, "abc"[: len(rates)])[1][-1] == (rates[-1] == min(rates))
     assert not caplog.messages
 
 
@@ -495,9 +524,10 @@ def test_strange_states_of_schedulers_do_no_harm(state):
     started = time.process_time()
     for key, value in itertools.product(state, STRANGE):
         records = [saved(0.1, state | {key: value}, epoch=n, global_step=n) for n in (2, 3, 4)]
-        rates = rates_of(records)
-        assert all(math.isfinite(rate) for rate in rates)
-        minima(rates, turning_points(records))
+        for recorded in (None, "used", "next"):
+            with contextlib.suppress(SelectionError):
+                rates, _ = at_minima(records, "abc", recorded)
+                assert all(math.isfinite(rate) for rate in rates)
     assert time.process_time() - started < 5
 
 

@@ -1,0 +1,231 @@
+"""The learning rate of each checkpoint's last update, and where that rate has local minima.
+
+1. Chosen are the checkpoints whose last update had a lower rate than those before and after it.
+2. Saved before `scheduler.step()`, a checkpoint records that rate; saved after it, the next one.
+3. The scheduler's count tells which: after its step it equals the updates (or epochs) done.
+4. Instead of a next rate counts the logged one, an earlier checkpoint's, or torch's formula.
+5. If nothing tells, the recorded rate counts as used, unless the choice depends on it: an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from ckptavg.errors import SelectionError, printable
+from ckptavg.select.schedules import close, has_formula, is_minimum, rate_at, steps_taken
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.select.schedules import State
+
+log = logging.getLogger("ckptavg")
+
+Reading = Literal["used", "next"]
+"""Whether a trainer records the rate of the last update or that of the next one."""
+
+_ALTERNATIVES = "choose by cycle, steps or every instead"
+_MOST_NAMED = 5
+_UNSURE = "it cannot be told whether the learning rate in %s is the one used or the next one"
+_NEXT = "the learning rate in %s is the next one, and the one used is not recorded"
+
+
+class _Rate(NamedTuple):
+    """The rate of a last update, whether a formula has its minimum there, and what is in doubt."""
+
+    value: float
+    is_minimum: bool = False
+    doubt: str = ""
+
+
+def at_minima(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None = None
+) -> tuple[list[float], list[bool]]:
+    """The rates of the last updates, and which of them are local minima.
+
+    Args:
+        checkpoints: the checkpoints in the order of training.
+        names: the checkpoints' names, for messages.
+        recorded: whether the rate used or the next one is recorded; None to find out.
+
+    Raises:
+        SelectionError: a checkpoint records no rate; only another parameter group's rate changes;
+            or which rate was recorded is unknown, and the choice depends on it.
+    """
+    rates = _last_rates(checkpoints, names, recorded)
+    unsure = [name for name, rate in zip(names, rates, strict=True) if rate.doubt == _UNSURE]
+    if unsure:
+        used, following = (_last_rates(checkpoints, names, which) for which in get_args(Reading))
+        if _chosen(used) != _chosen(following):
+            raise SelectionError(
+                f"{_UNSURE % _listed(unsure)}, and the choice depends on it",
+                remedy="set lr_recorded to 'used' if the trainer saves before scheduler.step(), "
+                "or to 'next' if after it",
+            )
+    values = [rate.value for rate in rates]
+    other_groups = zip(*(each.training.other_rates for each in checkpoints), strict=False)
+    if not all(close(value, values[0], max(values)) for value in values):
+        _report_doubts(names, rates)
+    elif any(len(set(group)) > 1 for group in other_groups):
+        raise SelectionError(
+            "the learning rate of the first parameter group is constant, that of another is not",
+            remedy=_ALTERNATIVES,
+        )
+    chosen = _chosen(rates)
+    # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
+    lowest = not any(close(values[-1], value, max(values)) for value in values[:-1])
+    if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:
+        log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
+    return values, chosen
+
+
+def local_minima(rates: Sequence[float]) -> list[bool]:
+    """Which rates, in the order of training, are lower than the rates before and after them.
+
+    Equal rates in a row count together: a constant rate is a minimum everywhere. The first rate is
+    none, since low rates at the start are a warm-up. The last is if it is below the one before.
+    """
+    plateaus: list[list[int]] = []
+    highest = max(rates, default=0.0)
+    for index, rate in enumerate(rates):
+        if plateaus and close(rate, rates[plateaus[-1][0]], highest):
+            plateaus[-1].append(index)
+        else:
+            plateaus.append([index])
+    levels = [-math.inf, *(rates[plateau[0]] for plateau in plateaus), math.inf]
+    chosen = [False] * len(rates)
+    for place, plateau in enumerate(plateaus, 1):
+        lower = levels[place - 1] > levels[place] < levels[place + 1]
+        for index in plateau:
+            chosen[index] = lower or len(plateaus) == 1
+    return chosen
+
+
+def _chosen(rates: Sequence[_Rate]) -> list[bool]:
+    """The minima among the checkpoints, and those of the scheduler's formula between them."""
+    minima = local_minima([rate.value for rate in rates])
+    return [rate.is_minimum or low for rate, low in zip(rates, minima, strict=True)]
+
+
+def _report_doubts(names: Sequence[str], rates: Sequence[_Rate]) -> None:
+    for doubt, level in ((_UNSURE, logging.WARNING), (_NEXT, logging.INFO)):
+        doubtful = [name for name, rate in zip(names, rates, strict=True) if rate.doubt == doubt]
+        if doubtful:
+            log.log(level, "%s: the recorded one counts", doubt % _listed(doubtful))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(printable, names[:_MOST_NAMED]))
+    return f"{shown} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else shown
+
+
+def _last_rates(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None
+) -> list[_Rate]:
+    """The rate of each checkpoint's last update, as far as it can be found out."""
+    readings = [recorded] * len(names) if recorded else _readings(checkpoints)
+    # Until 2025 transformers logged the next rate, which is the recorded one (its issue 35942).
+    logs = {
+        (training.logged_rate, training.learning_rate)
+        for training in (checkpoint.training for checkpoint in checkpoints)
+        if training.logged_rate is not None and steps_taken(training.scheduler)
+    }
+    logs_next = len(logs) > 1 and all(logged == rate for logged, rate in logs)
+    rates, missing = [], []
+    earlier: dict[int, float] = {}  # recorded so far, by the steps that the scheduler had taken
+    for checkpoint, name, reading in zip(checkpoints, names, readings, strict=True):
+        training, steps = checkpoint.training, steps_taken(checkpoint.training.scheduler)
+        logged = training.logged_before if logs_next else training.logged_rate
+        if logged is not None:
+            rates.append(_Rate(logged))
+        elif training.learning_rate is not None:
+            rates.append(_last_rate(training.learning_rate, training.scheduler, reading, earlier))
+        else:
+            missing.append(name)
+        if steps is not None and training.learning_rate is not None:
+            earlier[steps] = training.learning_rate
+    if missing:
+        what = f"{_listed(missing)} record no" if rates else "none of the checkpoints records a"
+        raise SelectionError(f"{what} learning rate", remedy=_ALTERNATIVES)
+    return rates
+
+
+def _last_rate(
+    recorded: float,
+    scheduler: State | None,
+    reading: Reading | None,
+    earlier: Mapping[int, float],
+) -> _Rate:
+    """The rate of a checkpoint's last update, where the trainer did not log it."""
+    steps = steps_taken(scheduler)
+    match scheduler:
+        case {"_last_lr": [float() | int() as rate, *_]} if not close(rate, recorded, recorded):
+            steps = None  # the scheduler belongs to another optimizer
+    if not steps:
+        return _Rate(recorded)
+    if reading is None:
+        return _Rate(recorded, doubt=_UNSURE)
+    if not has_formula(scheduler, steps, recorded):
+        scheduler = None
+    if reading == "used":
+        return _Rate(recorded, is_minimum(scheduler, steps))
+    used = earlier.get(steps - 1, rate_at(scheduler, steps - 1))
+    if used is None:
+        return _Rate(recorded, doubt=_NEXT)
+    return _Rate(used, is_minimum(scheduler, steps - 1))
+
+
+def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
+    """Which rate each checkpoint records; None where nothing tells it.
+
+    The scheduler counts what a counter does that is one away from its steps at most.
+    """
+    for counter in ("global_step", "step", "epoch"):
+        pairs = [(steps_taken(c.training.scheduler), c.facts.get(counter)) for c in checkpoints]
+        ahead = {None if n is None else steps - n for steps, n in pairs if steps is not None}
+        if ahead <= {0, 1} or ahead <= {-1, 0}:
+            first = 0 if 1 in ahead else 1 if -1 in ahead else _first_count(checkpoints, counter)
+            if first is None:
+                return [None] * len(checkpoints)
+            # Counted from 0, one unit more is done than the number says.
+            return [
+                "next" if n is not None and steps == n + 1 - first else "used" for steps, n in pairs
+            ]
+    # A scheduler may count updates where only epochs are recorded: then both are in proportion.
+    epochs = [(steps, n) for steps, n in pairs if steps is not None and n is not None]
+    if _first_epoch(epochs) is not None:
+        return ["next"] * len(checkpoints)
+    if _first_epoch([(steps + 1, n) for steps, n in epochs]) is not None:
+        return ["used"] * len(checkpoints)
+    return [None] * len(checkpoints)
+
+
+def _first_count(checkpoints: Sequence[Checkpoint], counter: str) -> int | None:
+    """Whether a counter starts from 0 or from 1; None where nothing tells it."""
+    counts = {checkpoint.facts.get(counter) for checkpoint in checkpoints}
+    if counter == "epoch":
+        if any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints):
+            return 0
+        facts = [checkpoint.facts for checkpoint in checkpoints]
+        updates = [(each.get("global_step", 0), each.get("epoch", 0)) for each in facts]
+        first = _first_epoch([pair for pair in updates if pair[0] > 0])
+        if first is not None:
+            return first
+    if 0 in counts:
+        return 0
+    without_gap = len(counts) > 1 and counts == set(range(1, len(counts) + 1))
+    return 1 if without_gap or counter == "global_step" else None
+
+
+def _first_epoch(pairs: Sequence[tuple[float, float]]) -> int | None:
+    """The number of the first epoch, if updates are in proportion to the epochs counted from it."""
+    if len({epoch for _, epoch in pairs}) > 1:
+        for first in (0, 1):
+            done = [(updates, epoch + 1 - first) for updates, epoch in pairs]
+            if all(a * d == c * b for (a, b), (c, d) in itertools.pairwise(done)):
+                return first
+    return None

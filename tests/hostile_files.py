@@ -43,7 +43,6 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "overlapping offsets": lambda: _safetensors({"a": U8, "b": U8}),
     "reversed offsets": lambda: _safetensors({"a": _entry("U8", [2], 2, 0)}),
     "offsets beyond the file": lambda: _safetensors({"a": _entry("U8", [9], 0, 9)}),
-    "a key twice": lambda: _safetensors(b'{"a":%s,"a":%s}' % ((json.dumps(U8).encode(),) * 2)),
     "metadata twice, apart": lambda: _safetensors(
         b"{%s}"
         % b",".join(
@@ -58,7 +57,7 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     ),
     "a name with a newline": lambda: _safetensors({"a\n\x1b[2J": _entry("U8", [3], 0, 2)}),
     "a name with a NUL": lambda: _safetensors({"a\0": _entry("U8", [3], 0, 2)}),
-    "a name of 10 MB": lambda: _safetensors({"n" * 10_000_000: U8}),
+    "a name of 10 MB": lambda: _safetensors({"n" * 10_000_000: _entry("U8", [3], 0, 2)}),
     "names of 50 MB in all": lambda: _safetensors(
         {f"{index}{'n' * 500_000}": _entry("U8", [3], 0, 2) for index in range(100)}
     ),
@@ -84,8 +83,17 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     "400,000 tensors and a bad one": lambda: _safetensors(
         b"{%s}" % b",".join([*(_ENTRY % index for index in range(400_000)), b'"bad":{}'])
     ),
-    "400,000 tensors and two alike": lambda: _safetensors(
-        b"{%s}" % b",".join([*(_ENTRY % index for index in range(400_000)), _ENTRY % 7])
+    "110,000 tensors and a bad one": lambda: _safetensors(
+        b"{%s}" % b",".join([*(_ENTRY % index for index in range(110_000)), b'"bad":{}'])
+    ),
+    "110,000 tensors and bytes that nobody has": lambda: _safetensors(
+        b"{%s}" % b",".join(_ENTRY % index for index in range(110_000))
+    ),
+    "390,000 entries in the metadata, and a bad tensor": lambda: _safetensors(
+        b'{"__metadata__":{%s},"a":{}}' % b",".join(b'"%x":""' % index for index in range(390_000))
+    ),
+    "an array of 1.9 million numbers": lambda: _safetensors(
+        b'{"a":{"dtype":"U8","shape":[%s1],"data_offsets":[0,1]}}' % (b"1," * 1_900_000)
     ),
 }
 

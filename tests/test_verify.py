@@ -22,7 +22,6 @@ from ckptavg import Selection
 from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, VerificationError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.parts import ByteSource
 from tests.oracle import random_state_dicts, save_run
 
 
@@ -221,11 +220,9 @@ class TestVerify:
         out = tmp_path / "o.safetensors"
         ckptavg.average(tmp_path / "run", out)
         opened = open_checkpoint(out)
-        [part] = opened.parts
-        assert isinstance(part, ByteSource)
         for number in (11, 12, 30):
             place = opened.tensors[f"w{number:03}"]
-            flip(out, part.start + place.offset + 4 * 40_000)
+            flip(out, place.offset + 4 * 40_000)
         for threads in (1, 4):
             with pytest.raises(VerificationError) as caught:
                 ckptavg.verify(out, [tmp_path / "run"], threads=threads)

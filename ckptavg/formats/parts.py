@@ -52,13 +52,10 @@ class ByteSource(ABC):
 
     Attributes:
         path: where they are.
-        start: what offsets count from. A reader sets it to where a header ends, so that
-            checkpoints with headers of unlike lengths have equal offsets.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.start = 0
 
     @property
     @abstractmethod
@@ -190,14 +187,13 @@ class File(ByteSource):
         if fd is not None:
             # Into memory that need not be cleared first.
             with contextlib.suppress(OSError):
-                found = os.pread(fd, size, offset + self.start)
+                found = os.pread(fd, size, offset)
                 if len(found) == size:
                     return found
         return super().read(offset, size)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""
-        offset += self.start
         fd = self._fd
         if fd is not None:
             self._read(fd, offset, out)
@@ -265,7 +261,6 @@ class Section(ByteSource):
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`, of the piece."""
-        offset += self.start
         if offset + len(out) > self._size:
             raise self._truncated(self._size, offset + len(out) - self._size)
         self._whole.read_into(self._offset + offset, out)

@@ -58,7 +58,7 @@ class RemoteFile(ByteSource):
 
     def read_many(self, places: Iterable[tuple[int, int]]) -> list[bytes]:
         """Small pieces, by offset and size, many at once where the file system can."""
-        spans = [(self.start + offset, self.start + offset + size) for offset, size in places]
+        spans = [(offset, offset + size) for offset, size in places]
         if not spans:
             return []
         with self._explained():
@@ -71,13 +71,12 @@ class RemoteFile(ByteSource):
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""
-        start = self.start + offset
         if not len(out):
             return
         with self._explained():
             # By name: not every file system has them in this order.
-            piece = self._files.cat_file(self._name, start=start, end=start + len(out))
-        self._check(piece, start, start + len(out))
+            piece = self._files.cat_file(self._name, start=offset, end=offset + len(out))
+        self._check(piece, offset, offset + len(out))
         out[:] = piece
 
     def _check(self, piece: bytes, start: int, end: int) -> None:

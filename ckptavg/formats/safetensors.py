@@ -1,34 +1,38 @@
-"""Read `.safetensors`: a length, a JSON header, and the tensors' bytes without a gap.
+"""Read `.safetensors`: a length, a JSON header, and the tensors' bytes without gaps.
 
-https://huggingface.co/docs/safetensors/index#format. The header is validated here in full, as the
-reference reader does; equal keys and unknown entries, which it lets pass in silence, are refused.
+https://huggingface.co/docs/safetensors/index#format. The safetensors library validates the header
+and lists the tensors in the order of their bytes; each one's offset is the sum of the sizes before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import weakref
-from typing import TYPE_CHECKING
+import json
+import math
+import tempfile
+from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import FormatError, SelectionError, printable
+from safetensors import SafetensorError, safe_open
+
+from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
 from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.formats.parts import open_source
-from ckptavg.formats.safetensorsheader import parse, split_metadata
+from ckptavg.formats.paths import is_remote
+from ckptavg.formats.shapes import is_possible
+from ckptavg.formats.tensors import BY_CODE, Tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import ByteSource
-    from ckptavg.formats.table import Table
 
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
-_LONGEST_HEADER = 100_000_000  # the reference reader's limit
-_SPACES = b" \t\r\n"  # JSON's; writers pad the header with some
-
-# Checkpoints of one run have the same header but for its metadata: of the last one, as long as a
-# checkpoint has its tensors, the bytes that follow the metadata.
-_last: tuple[bytes, weakref.ref[Table]] | None = None
+_LONGEST_HEADER = 100_000_000  # the library's limit
+# The headers of 100,000 tensors have fewer. The library takes up to 80 bytes of memory for each.
+_MARKS, _MOST_MARKS = (b'"', b",", b"[", b"{"), 2_000_000
+_CONTEXT = 100
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -37,29 +41,35 @@ def matches(path: Path, head: bytes) -> bool:
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
-    """Describe what a safetensors file holds.
+    """Describe the tensors of a safetensors file.
 
     Raises:
-        FormatError: the header breaks the format's rules, or the file was truncated.
+        FormatError: the header is damaged, or the file is truncated.
+        SelectionError: a key is given; the file is a single state dict.
     """
     if key is not None:
         raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=path)
     file = open_source(path)
+    header = _read_header(file)
     try:
-        digest, metadata, tensors = _read(file)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"damaged header: {printable(error)}", path=path) from error
-    _check_size(file, tensors.end)
+        library = _open_with_library(file, header)
+    except SafetensorError as error:
+        raise FormatError(
+            _explain(error, header, file.size), path=path, remedy="save or download it again"
+        ) from error
+    except OSError as error:
+        raise CkptAvgError(f"cannot read it: {error.strerror or error}", path=path) from error
+    tensors = _list_tensors(path, library, _LENGTH + len(header))
+    metadata: dict[str, str] = library.metadata() or {}
+    steps = {name: metadata[name] for name in STEP_FACTS if _is_count(metadata.get(name, ""))}
     return Checkpoint(
         path=path,
         container="safetensors",
         parts=(file,),
         tensors=tensors,
         metadata=metadata,
-        digest=digest,
-        facts={
-            name: int(metadata[name]) for name in STEP_FACTS if _is_count(metadata.get(name, ""))
-        },
+        digest=hashlib.sha256(header).hexdigest(),
+        facts={name: int(step) for name, step in steps.items()},
     )
 
 
@@ -76,44 +86,71 @@ def _read_header(file: ByteSource) -> bytes:
             f"header of {length} bytes in a file of {file.size}: truncated, or no safetensors file",
             path=file.path,
         )
-    return file.read(_LENGTH, length)
+    header = file.read(_LENGTH, length)
+    if sum(map(header.count, _MARKS)) > _MOST_MARKS:
+        raise FormatError("damaged header: more entries than any model has", path=file.path)
+    return header
 
 
-def _read(file: ByteSource) -> tuple[str, dict[str, str], Table]:
-    """The header's digest, the metadata, and the tensors: the very same for the same text.
-
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    global _last  # noqa: PLW0603
-    raw = _read_header(file)
-    file.start = _LENGTH + len(raw)
-    digest = hashlib.sha256(raw).hexdigest()
-    raw = raw.rstrip(_SPACES)
-    leading, start = split_metadata(raw)
-    if _last is not None and (tensors := _last[1]()) is not None:
-        if len(_last[0]) == len(raw) - start and raw.endswith(_last[0]):
-            return digest, leading or {}, tensors
-        del tensors
-    _last = None
-    metadata, tensors = parse(raw, start)
-    if metadata is None:
-        _last = raw[start:], weakref.ref(tensors, _forget)
-    elif leading is not None:
-        raise ValueError("metadata twice")
-    return digest, leading or metadata or {}, tensors
+def _open_with_library(file: ByteSource, header: bytes) -> Any:  # noqa: ANN401 - untyped there
+    """Open the file with safetensors; for a remote file, a sparse local one with its header."""
+    if not is_remote(file.path):
+        return safe_open(file.path, "numpy")
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(len(header).to_bytes(_LENGTH, "little") + header)
+        copy.truncate(file.size)
+        copy.flush()
+        return safe_open(copy.name, "numpy")
 
 
-def _forget(gone: weakref.ref[Table]) -> None:
-    global _last  # noqa: PLW0603
-    if _last is not None and _last[1] is gone:
-        _last = None
+def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  # noqa: ANN401
+    """The tensors in the order of their bytes, of which the first is at `offset`."""
+    tensors = []
+    for name in library.offset_keys():
+        entry = library.get_slice(name)
+        code, shape = entry.get_dtype(), tuple(entry.get_shape())
+        dtype = BY_CODE.get(code)
+        if dtype is None or not is_possible(shape, dtype.bits):
+            raise FormatError(
+                f"damaged header: no tensor of {code} has the shape {printable(shape)}",
+                path=path,
+                tensor=name,
+            )
+        tensor = Tensor(dtype, shape, 0, offset)
+        tensors.append((offset, tensor.nbytes, name, tensor))
+        offset += tensor.nbytes
+    # The library gives empty tensors at the same place in random order.
+    return {name: tensor for *_, name, tensor in sorted(tensors, key=lambda entry: entry[:3])}
 
 
-def _check_size(file: ByteSource, end: int) -> None:
-    """The file ends with the last tensor."""
-    if file.start + end != file.size:
-        what = "truncated" if file.size < file.start + end else "followed by something else"
-        raise FormatError(
-            f"is {file.size} bytes long, not {file.start + end}: {what}", path=file.path
-        )
+def _explain(error: SafetensorError, header: bytes, file_size: int) -> str:
+    """What is wrong with a header and where, as the library's messages lack names and sizes."""
+    reason = str(error).rpartition(" header: ")[2]
+    text, is_json, column = reason.partition(" at line 1 column ")
+    if is_json:
+        before = header[: int(column)][-_CONTEXT:].decode(errors="replace")
+        return f"damaged header: {printable(text)} at byte {column}: ...{printable(before)}"
+    fault = None
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # spellings that the library accepts
+        fault = _explain_offsets(json.loads(header), _LENGTH + len(header), file_size)
+    return fault or f"damaged header: {printable(reason)}"
+
+
+def _explain_offsets(entries: dict[str, Any], start: int, file_size: int) -> str | None:
+    """The first entry whose offsets are wrong, or how the data's size is wrong."""
+    entries.pop("__metadata__", None)
+    place = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        bits = BY_CODE[code].bits
+        if not is_possible(tuple(shape), bits) or math.prod(shape) * bits != 8 * (end - begin):
+            what = f"{code} {shape} does not fill bytes {[begin, end]}"
+            return f"damaged header: {printable(name)}: {printable(what)}"
+        if begin != place:
+            what = f"begins at byte {begin} of the data, not at {place}"
+            return f"damaged header: {printable(name)}: {what}"
+        place = end
+    if start + place == file_size:
+        return None
+    what = "truncated" if file_size < start + place else "followed by something else"
+    return f"is {file_size} bytes long, not {start + place}: {what}"

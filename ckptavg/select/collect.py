@@ -16,7 +16,7 @@ from ckptavg.merge.lora import is_lora
 from ckptavg.select.compare import Contents
 from ckptavg.select.discover import find
 from ckptavg.select.order import DIGITS, in_order, labels, natural
-from ckptavg.select.sources import Collection, Source, compare, locate, locate_alike
+from ckptavg.select.sources import Collection, Source, compare, locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -198,13 +198,6 @@ class _Gathered:
     def add(self, checkpoint: Checkpoint) -> None:
         """Put it with those of the same model."""
         for reference, sources in zip(self._references, self._sources, strict=True):
-            if checkpoint.tensors is reference.tensors:
-                alike = replace(sources[0], checkpoint=replace(checkpoint, tensors={}))
-                sources.append(alike)
-                return
-            if (located := locate_alike(reference.tensors, checkpoint)) is not None:
-                sources.append(located)
-                return
             if next(compare(reference, checkpoint, any_rank=self._any_rank), None) is None:
                 sources.append(locate(reference.tensors, checkpoint))
                 return

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptavg.errors import printable
-from ckptavg.formats.table import Table
 from ckptavg.formats.tensors import Tensor
 from ckptavg.merge.lora import has_rank
 from ckptavg.select.order import labels
@@ -143,15 +142,3 @@ def locate(reference: Mapping[str, Tensor], checkpoint: Checkpoint) -> Source:
             if tensor.shape != like.shape
         },
     )
-
-
-def locate_alike(reference: Mapping[str, Tensor], checkpoint: Checkpoint) -> Source | None:
-    """The same for checkpoints that are quickly compared; None if they may differ."""
-    tensors = checkpoint.tensors
-    if not isinstance(reference, Table) or not isinstance(tensors, Table):
-        return None
-    offsets = tensors.offsets_like(reference)
-    if offsets is None:
-        return None
-    parts = np.broadcast_to(np.int32(0), offsets.shape)
-    return Source(replace(checkpoint, tensors={}), parts, offsets, {})

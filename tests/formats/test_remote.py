@@ -255,13 +255,12 @@ def test_pieces_of_a_file(store):
     assert source.read_many([(0, 2), (98, 2), (5, 0)]) == [b"\0\1", b"bc", b""]
     assert source.read_many([]) == []
     out = np.zeros(3, np.uint8)
-    source.start = 10
-    source.read_into(1, out.data)
+    source.read_into(11, out.data)
     assert out.tolist() == [11, 12, 13]
     with pytest.raises(CkptAvgError, match="ends at byte 100, 5 bytes too early"):
-        source.read(85, 10)
+        source.read(95, 10)
     with pytest.raises(CkptAvgError, match="too early"):
-        source.read_many([(85, 10)])
+        source.read_many([(95, 10)])
 
 
 def test_a_checkpoint_behind_a_url_is_described(tmp_path, store):

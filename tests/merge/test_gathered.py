@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import ckptavg
-from ckptavg.errors import CkptAvgError, FormatError, ValueRangeError
-from ckptavg.formats import safetensors, safetensorsheader
+from ckptavg.errors import CkptAvgError, ValueRangeError
 from ckptavg.formats.parts import Memory
 from ckptavg.merge import plan
 from ckptavg.merge.gathered import Gathered
@@ -121,97 +120,3 @@ def test_pieces_are_read_as_one(pieces, data):
     out = bytearray(end - begin)
     together.read_into(begin, memoryview(out))
     assert out == whole[begin:end]
-
-
-def _header(path, text):
-    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(4096))
-    return safetensors.open_checkpoint(path, None)
-
-
-_A = '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"{{{_A},{_A}}}",
-        f'{{"a":0,{_A}}}',
-        f'{{"a":{{}},{_A}}}',
-        '{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-        '{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}',
-        '{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}',
-        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4,4]}}',
-        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[4]}}',
-        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,36893488147419103232]}}',
-        '{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}',
-        '{"a":{"dtype":"F32","shape":"1","data_offsets":[0,4]}}',
-        '{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
-        '{"a":{"dtype":"F32","shape":[1],"offsets":[0,4]}}',
-        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
-        f'{{{_A},"b":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}',
-        f'{{{_A},"b":{{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}}}',
-        f"[{_A}]",
-        '"a"',
-    ],
-)
-def test_no_shortcut_lets_a_damaged_header_pass(tmp_path, text):
-    with pytest.raises(FormatError):
-        _header(tmp_path / "x.safetensors", text)
-
-
-def test_an_empty_tensor_behind_the_one_that_begins_with_it(tmp_path):
-    whole = '{"w":{"dtype":"F32","shape":[1024],"data_offsets":[0,4096]},'
-    empty = '"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
-    found = _header(tmp_path / "x.safetensors", whole + empty).tensors
-    assert {name: tensor.shape for name, tensor in found.items()} == {"w": (1024,), "e": (0,)}
-
-
-def test_the_shortcut_is_taken(run):
-    folder, _ = run
-    path = folder / "step_0.safetensors"
-    checkpoint = safetensors.open_checkpoint(path, None)
-    raw = path.read_bytes()
-    raw = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
-    _, start = safetensorsheader.split_metadata(raw)
-    for text, entries in safetensorsheader._slices(raw, start):
-        quick, slow = safetensorsheader._Parser(), safetensorsheader._Parser()
-        found = quick.quickly(text, entries)
-        assert found is not None
-        wanted = slow.entry_by_entry(text)
-        assert found[0] == wanted[0]
-        assert all(map(np.array_equal, found[1:], wanted[1:]))
-        assert quick.kinds == slow.kinds
-    assert len(checkpoint.tensors) == 3001
-
-
-@pytest.mark.parametrize("names", ["ab", ["a},", "b"], ["},", "}"], ["a},{", ":},"], "aa"])
-@pytest.mark.parametrize("size", [1, 60, 90, 1000])
-def test_a_header_is_the_same_in_slices_of_any_size(names, size, tmp_path, monkeypatch):
-    names = [*names, "x", "y"]
-    sizes = [0, 1, 2, 4093]
-    entries = []
-    for name, size_of, begin in zip(names, sizes, [0, 0, 1, 3], strict=True):
-        end = begin + size_of
-        entries.append(
-            f'"{name}":{{"dtype":"U8","shape":[{size_of}],"data_offsets":[{begin},{end}]}}'
-        )
-    text = f"{{{','.join(entries)}}}"
-    monkeypatch.setattr(safetensorsheader, "_SLICE", size)
-    if len(set(names)) < len(names):
-        with pytest.raises(FormatError, match="the same key twice"):
-            _header(tmp_path / "x.safetensors", text)
-        return
-    found = _header(tmp_path / "x.safetensors", text).tensors
-    assert [tensor.offset for tensor in found.values()] == [0, 0, 1, 3]
-    assert [tensor.shape for tensor in found.values()] == [(size,) for size in sizes]
-    assert list(found) == names
-
-
-def test_a_header_is_forgotten_with_its_checkpoint(run):
-    folder, _ = run
-    one = safetensors.open_checkpoint(folder / "step_0.safetensors", None)
-    other = safetensors.open_checkpoint(folder / "step_0.safetensors", None)
-    assert one.tensors is other.tensors
-    del one, other
-    assert safetensors._last is None

@@ -268,15 +268,6 @@ class TestDiscovery:
         assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [64.5, 64.5]
 
 
-def test_headers_that_are_alike_are_held_once(tmp_path):
-    for step in range(3):
-        save_file(
-            {"w": torch.randn(2)}, tmp_path / f"{step}.safetensors", {"step": "9" * step + "1"}
-        )
-    found = collect([tmp_path])
-    assert found.sources[0].offsets is found.sources[1].offsets is found.sources[2].offsets
-
-
 def test_labels_are_below_the_common_folder(tmp_path):
     assert labels([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == ("a/x.pt", "b/x.pt")
     assert labels([tmp_path / "x.pt"]) == ("x.pt",)

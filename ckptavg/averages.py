@@ -194,11 +194,11 @@ class Averages:
         return tuple(
             summarise(
                 plan, variant, layout, target.path,
-                norm_stats=_norm_state(plan), written=not options.dry_run, threads=threads,
-                sha256=digest, hashes=hashes,
+                norm_stats=_norm_stats(plan, number)["state"], written=not options.dry_run,
+                threads=threads, sha256=digest, hashes=hashes,
             )
-            for variant, layout, target, digest in zip(
-                variants, layouts, targets, made, strict=True
+            for number, (variant, layout, target, digest) in enumerate(
+                zip(variants, layouts, targets, made, strict=True)
             )
         )  # fmt: skip
 
@@ -277,7 +277,7 @@ class Averages:
                 **({"sha256": unknown} if unknown else {}),
                 "roles": plan.counts,
                 **({"selection": variant.rules} if variant.rules else {}),
-                "norm_stats": {"state": _norm_state(plan)},
+                "norm_stats": _norm_stats(plan, number),
             }
         )
         if self._options.dtype is not None and target.kind == "directory":
@@ -345,5 +345,17 @@ def _with_dtype(folder: Path, dtype: str) -> dict[str, bytes]:
     return {path.name: to_json({**config, **stale})} if stale else {}
 
 
-def _norm_state(plan: Plan) -> str:
-    return "stale" if any(is_norm_statistic(name) for name in plan.collection.names) else "none"
+def _norm_stats(plan: Plan, number: int) -> dict[str, Any]:
+    """The provenance's entry on the norm statistics of one of the outputs.
+
+    A copy of one checkpoint has the statistics that belong to its weights: it keeps their state.
+    """
+    if not any(map(is_norm_statistic, plan.collection.names)):
+        return {"state": "none"}
+    column = plan.columns[number]
+    if column.count > 1 or sum(column.weights) != column.divisor:
+        return {"state": "stale"}
+    entry = (plan.last(number).checkpoint.provenance or {}).get("norm_stats")
+    if isinstance(entry, dict) and isinstance(entry.get("state"), str):
+        return entry
+    return {"state": "kept"}

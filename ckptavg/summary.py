@@ -61,7 +61,9 @@ class Summary:
             the share of those from it on.
         tensors: number of tensors in the output, tied ones once.
         roles: how many of them were `averaged`, are the `last` checkpoint's, or were `kept`.
-        norm_stats: `none` where the model has no running statistics; else `stale`.
+        norm_stats: state of the running statistics: `none` if there are none, `stale` in an
+            average. A copy of one checkpoint has that checkpoint's state: of one of our outputs
+            what it records, of others `kept`.
         bytes_read: bytes of tensors that are read, for all outputs that are made at once.
         bytes_written: bytes of the output.
         memory: bytes of memory at the peak, an estimate.

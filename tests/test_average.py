@@ -190,6 +190,66 @@ def test_norm_statistics_are_marked_stale(tmp_path):
     assert ckptavg.average(tmp_path / "other", tmp_path / "b.safetensors").norm_stats == "none"
 
 
+class TestNormStatisticsOfACopy:
+    """The statistics of one checkpoint belong to its weights."""
+
+    def averaged(self, tmp_path, *inputs, **options):
+        output = tmp_path / f"o{len(list(tmp_path.iterdir()))}.safetensors"
+        summary = ckptavg.average(inputs, output, **options)
+        assert provenance(output)["norm_stats"]["state"] == summary.norm_stats
+        return output, summary.norm_stats
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        save_run(tmp_path / "run", [{"bn.running_mean": torch.randn(4)} for _ in range(3)])
+        return tmp_path / "run"
+
+    def test_are_kept(self, run, tmp_path):
+        output, state = self.averaged(tmp_path, run / "step_1.safetensors")
+        assert state == "kept"
+        assert self.averaged(tmp_path, output) == (tmp_path / "o2.safetensors", "kept")
+
+    def test_are_kept_where_one_has_all_the_weight(self, run, tmp_path):
+        assert self.averaged(tmp_path, run, weights=[0, 2, 0])[1] == "kept"
+        assert self.averaged(tmp_path, run, weights=[0, 2, 1])[1] == "stale"
+
+    def test_are_kept_where_all_are_copies_of_it(self, run, tmp_path):
+        for number in (4, 5):
+            name = f"step_{number}.safetensors"
+            (tmp_path / "run" / name).write_bytes((run / "step_2.safetensors").read_bytes())
+        copies = [run / f"step_{number}.safetensors" for number in (2, 4, 5)]
+        assert self.averaged(tmp_path, *copies)[1] == "kept"
+
+    def test_are_stale_where_the_weights_are_scaled(self, run, tmp_path):
+        step = run / "step_1.safetensors"
+        assert self.averaged(tmp_path, step, weights=[0.5], normalize=False)[1] == "stale"
+        assert self.averaged(tmp_path, step, weights=[1], normalize=False)[1] == "kept"
+
+    def test_have_the_state_that_an_average_of_ours_records(self, run, tmp_path):
+        average, state = self.averaged(tmp_path, run)
+        assert state == "stale"
+        assert self.averaged(tmp_path, average)[1] == "stale"
+        refreshed = {"state": "refreshed", "samples": 7}
+        entry = {**provenance(average), "norm_stats": refreshed}
+        save_file(load_file(average), average, metadata={"ckptavg": json.dumps(entry)})
+        output, state = self.averaged(tmp_path, average)
+        assert state == "refreshed"
+        assert provenance(output)["norm_stats"] == refreshed
+
+    @pytest.mark.parametrize("entry", [None, 3, "stale", {}, {"state": 3}], ids=str)
+    def test_are_kept_where_that_is_damaged(self, entry, run, tmp_path):
+        step = run / "step_1.safetensors"
+        metadata = {"ckptavg": json.dumps({"norm_stats": entry})}
+        save_file(load_file(step), step, metadata=metadata)
+        assert self.averaged(tmp_path, step)[1] == "kept"
+
+    def test_are_told_apart_among_several_averages(self, run, tmp_path):
+        summaries = ckptavg.average_many(run, tmp_path / "many", last=[1, 2])
+        assert [summary.norm_stats for summary in summaries] == ["kept", "stale"]
+        for summary in summaries:
+            assert provenance(Path(summary.output))["norm_stats"] == {"state": summary.norm_stats}
+
+
 class TestIntegers:
     def test_counters_are_the_last_checkpoints(self, tmp_path):
         states = [{"bn.num_batches_tracked": torch.tensor(value)} for value in (5, 9, 7)]

@@ -238,6 +238,12 @@ class TestInspect:
         made = f"ckptavg {ckptavg.__version__}: uniform average of 3 checkpoints"
         assert f"{made}, norm statistics stale" in text
 
+    def test_a_copy_of_one_checkpoint_needs_no_refresh(self, ckpts, tmp_path):
+        output = tmp_path / "o.safetensors"
+        assert "bn-refresh" not in run("average", ckpts / "step_1.safetensors", "-o", output).stdout
+        made = f"ckptavg {ckptavg.__version__}: uniform average of 1 checkpoint"
+        assert f"{made}, norm statistics kept" in run("inspect", output).stdout
+
     def test_a_directory_is_an_aligned_table(self, ckpts):
         lines = run("inspect", ckpts).stdout.splitlines()
         assert len(lines) == 4

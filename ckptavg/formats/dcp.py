@@ -20,9 +20,9 @@ from ckptavg.formats.blocks import Blocks, Pieces
 from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.formats.dcpmetadata import Metadata
 from ckptavg.formats.dcpshards import Shards
-from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 from ckptavg.formats.recorded import training_facts, training_record
+from ckptavg.formats.remote import open_source
 from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.tensors import Tensor
 from ckptavg.formats.torchpickle import is_tensor, scalars

@@ -12,8 +12,9 @@ from ckptavg.errors import CkptAvgError, FormatError
 from ckptavg.formats.blocks import Box, misfit
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.dcpmetadata import OtherEntry
-from ckptavg.formats.parts import Section, open_source
+from ckptavg.formats.parts import Section
 from ckptavg.formats.pickled import PickledTensor
+from ckptavg.formats.remote import open_source
 from ckptavg.formats.torchpickle import locate
 from ckptavg.formats.torchzip import Archive
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ckptavg.errors import FormatError
 from ckptavg.formats import safetensors, torchlegacy, torchzip
-from ckptavg.formats.parts import open_source
+from ckptavg.formats.remote import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import ByteSource
 
 _HEAD_BYTES = 512
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
@@ -29,7 +30,7 @@ class FileFormat(Protocol):
     def matches(self, path: Path, head: bytes) -> bool:
         """Whether the module reads this file, by its first 512 bytes and its name."""
 
-    def open_checkpoint(self, path: Path, key: str | None) -> Checkpoint:
+    def open_checkpoint(self, file: ByteSource, key: str | None) -> Checkpoint:
         """Describe what the file holds, from its headers alone."""
 
 
@@ -49,7 +50,7 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
     head = file.read(0, min(_HEAD_BYTES, file.size))
     for module in FILES:
         if module.matches(path, head):
-            return module.open_checkpoint(path, key)
+            return module.open_checkpoint(file, key)
     if not head:
         problem = "is empty: was the disk full when it was written?"
     elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):

@@ -102,19 +102,6 @@ class ByteSource(ABC):
         )
 
 
-def open_source(path: Path) -> ByteSource:
-    """Open a file for reading, whether it is on this machine or behind a URL.
-
-    Raises:
-        CkptAvgError: it is missing, no regular file, or not to be read.
-    """
-    if not is_remote(path):
-        return File(path)
-    from ckptavg.formats.remote import RemoteFile  # noqa: PLC0415 - which builds on this module
-
-    return RemoteFile(path)
-
-
 def any_remote(parts: Iterable[Part]) -> bool:
     """Whether some of the bytes have to come over a network."""
     return any(is_remote(part.path) for part in parts)

@@ -1,4 +1,4 @@
-"""Files behind URLs: any that fsspec knows, read by ranges."""
+"""Files behind URLs, read by ranges through fsspec; and a function that opens any file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.formats.parts import ByteSource
-from ckptavg.formats.paths import file_system
+from ckptavg.formats.parts import ByteSource, File
+from ckptavg.formats.paths import file_system, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -102,3 +102,12 @@ _VERSION_FACTS = ("size", "ETag", "etag", "md5Hash", "crc32c", "mtime", "LastMod
 def _version(info: dict[str, Any]) -> tuple[str, ...]:
     """What a file system says of a file that another content would change."""
     return tuple(str(info.get(fact)) for fact in _VERSION_FACTS)
+
+
+def open_source(path: Path) -> ByteSource:
+    """Open a file for reading, whether it is on this machine or behind a URL.
+
+    Raises:
+        CkptAvgError: it is missing, not a regular file, or cannot be read.
+    """
+    return RemoteFile(path) if is_remote(path) else File(path)

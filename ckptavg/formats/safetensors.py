@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
 from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
-from ckptavg.formats.parts import open_source
 from ckptavg.formats.paths import is_remote
 from ckptavg.formats.shapes import is_possible
 from ckptavg.formats.tensors import BY_CODE, Tensor
@@ -40,16 +39,16 @@ def matches(path: Path, head: bytes) -> bool:
     return bool(head) and (head[_LENGTH : _LENGTH + 1] == b"{" or path.suffix in SUFFIXES)
 
 
-def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
     """Describe the tensors of a safetensors file.
 
     Raises:
         FormatError: the header is damaged, or the file is truncated.
         SelectionError: a key is given; the file is a single state dict.
     """
+    path = file.path
     if key is not None:
         raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=path)
-    file = open_source(path)
     header = _read_header(file)
     try:
         library = _open_with_library(file, header)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, cast
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats import unpickler
-from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import Storage, storage_itemsize
 from ckptavg.formats.streams import SourceStream
 from ckptavg.formats.tensors import DType
@@ -51,14 +50,13 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
     return _HEAD.match(head) is not None
 
 
-def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
     """Describe one state dict of a torch file.
 
     Raises:
         FormatError: the file is damaged or cut off, or holds what cannot be averaged.
         SelectionError: which state dict is wanted is unclear.
     """
-    file = open_source(path)
     content = _read(file)
     return describe(
         file,

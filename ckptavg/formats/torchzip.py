@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
-from ckptavg.formats.parts import open_source
 from ckptavg.formats.streams import SourceStream
 from ckptavg.formats.torchpickle import describe
 
@@ -35,14 +34,14 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
     return head.startswith(_ZIP)
 
 
-def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
     """Describe one state dict of a torch file.
 
     Raises:
         FormatError: the archive or its pickle is damaged, or holds what cannot be averaged.
         SelectionError: which state dict is wanted is unclear.
     """
-    archive = Archive.read(open_source(path))
+    archive = Archive.read(file)
     pickled = archive.content("data.pkl")
     return describe(
         archive.file,

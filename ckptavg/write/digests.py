@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.formats.checkpoint import read_view
-from ckptavg.formats.parts import open_source
 from ckptavg.formats.pauses import signals_waiting
+from ckptavg.formats.remote import open_source
 from ckptavg.formats.tensors import bytes_of
 
 if TYPE_CHECKING:

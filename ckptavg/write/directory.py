@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
-from ckptavg.formats.parts import open_source
+from ckptavg.formats.remote import open_source
 from ckptavg.merge.layout import Copy, FileLayout, Layout
 from ckptavg.select.discover import is_no_checkpoint
 from ckptavg.write.safetensors import lay_out_safetensors

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
 from ckptavg.formats import open_checkpoint, torchlegacy
-from ckptavg.formats.parts import File, open_source
+from ckptavg.formats.parts import File
+from ckptavg.formats.remote import open_source
 from ckptavg.formats.unpickler import PickleError
 from tests.formats.test_torch import DTYPES, assert_same, random_tensor, refusal, save, small_model
 from tests.oracle import naive_mean, random_state_dicts, same_bits

@@ -22,6 +22,7 @@ from ckptavg import Selection
 from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, VerificationError
 from ckptavg.formats import open_checkpoint
+from tests.helpers import run
 from tests.oracle import random_state_dicts, save_run
 
 
@@ -140,7 +141,7 @@ class TestHash:
     @pytest.mark.usefixtures("run")
     def test_the_command_prints_it(self, tmp_path):
         out = str(tmp_path / "o.safetensors")
-        result = CliRunner().invoke(cli, ["average", str(tmp_path / "run"), "-o", out, "--hash"])
+        result = run("average", tmp_path / "run", "-o", out, "--hash")
         assert provenance(Path(out))["sha256"] in result.stdout
 
 
@@ -368,13 +369,12 @@ class TestCommand:
     def test_says_what_was_verified(self, tmp_path):
         out = str(tmp_path / "o.safetensors")
         ckptavg.average(tmp_path / "run", out, hash=True)
-        result = CliRunner().invoke(cli, ["verify", out, str(tmp_path / "run")])
-        assert result.exit_code == 0
+        result = run("verify", out, tmp_path / "run")
         lines = result.stdout.splitlines()
         assert lines[0] == f"{out}: verified"
         assert "4 of them by SHA-256" in lines[2]
         assert "equal in every bit" in lines[3]
-        result = CliRunner().invoke(cli, ["verify", out, "--json"])
+        result = run("verify", out, "--json")
         assert json.loads(result.stdout) == {
             "output": out, "scheme": "uniform", "sources": 4, "hashed": True, "sources_hashed": 0,
             "compared": 0, "refreshed": 0, "notices": [],
@@ -399,12 +399,10 @@ class TestCommand:
             ["average", "run", "-o", "p.safetensors", "--hash"],
             ["bn-refresh", "p.safetensors", *spec],
         ):
-            result = CliRunner().invoke(cli, arguments)
-            assert result.exit_code == 0, result.output
+            run(*arguments)
         for name in ("o.safetensors", "p.safetensors"):
             assert provenance(Path(name))["sha256"] == digest_of(load_file(name))
-            result = CliRunner().invoke(cli, ["verify", name, "run"])
-            assert result.exit_code == 0, result.output
+            result = run("verify", name, "run")
             assert "3 tensors: statistics of data" in result.stdout
 
 
@@ -504,8 +502,7 @@ class TestKeys:
         torch.save({"model": norm, "model_ema": ema}, "one.pt")
         spec = ["--model", "m.py:model", "--loader", "m.py:loader", "--key", "model_ema"]
         for name, more in (("o.safetensors", []), ("o.pt", ["--container", "last"])):
-            result = CliRunner().invoke(cli, ["bn-refresh", "one.pt", "-o", name, *spec, *more])
-            assert result.exit_code == 0, result.output
+            run("bn-refresh", "one.pt", "-o", name, *spec, *more)
             assert ckptavg.verify(name, ["one.pt"]).compared == 2
         opened = open_checkpoint(Path("o.pt"), key="model_ema")
         flip(Path("o.pt"), opened.tensors["weight"].offset)

@@ -13,38 +13,18 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import ckptavg
 from ckptavg import cli
 from ckptavg.cli.average import _DTYPES
 from ckptavg.cli.common import plural, size
+from tests.helpers import process, run
 from tests.oracle import random_state_dicts, save_run
 
 STALE = (
     "The BatchNorm statistics are stale: no data have passed through these weights. Refresh them:"
 )
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    """Run a command in this process."""
-    result = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
-    if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the real command."""
-    return subprocess.run(
-        [sys.executable, "-m", "ckptavg", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-    )
 
 
 @pytest.fixture

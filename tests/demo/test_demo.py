@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from ckptavg.cli import cli
 from ckptavg.cli.common import Console
 from ckptavg.cli.demo import _say
 from ckptavg.demo import train
 from ckptavg.demo.run import run, run_with_budget
 from ckptavg.errors import CkptAvgError, OutputError
+from tests import helpers
 
 TINY = train.Budget(epochs=8, common=6, cycle=80)
 EPOCH = 40  # steps: 2,000 examples in batches of 50
@@ -212,8 +211,7 @@ def test_directory_has_the_script_that_made_it(tiny):
 def test_same_seed_gives_the_same_figures_and_json_is_alone_on_stdout(tiny, tmp_path, monkeypatch):
     report = tiny[0]
     monkeypatch.setattr(train, "Budget", lambda: TINY)
-    result = CliRunner().invoke(cli, ["demo", str(tmp_path / "new"), "--seed", "3", "--json"])
-    assert result.exit_code == 0, result.output
+    result = helpers.run("demo", tmp_path / "new", "--seed", "3", "--json")
     document = json.loads(result.stdout)
     again = dataclasses.asdict(report)["rows"]
     assert document["rows"] == json.loads(json.dumps(again))

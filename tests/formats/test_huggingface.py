@@ -15,8 +15,8 @@ import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.huggingface import read_json, weight_files
-from tests.cli.test_cli import process, run
 from tests.formats.test_dcp import save as save_dcp
+from tests.helpers import process, run
 from tests.oracle import StateDict, naive_mean, same_bits
 
 INDEX = "model.safetensors.index.json"

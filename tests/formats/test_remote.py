@@ -20,7 +20,7 @@ from ckptavg.errors import CkptAvgError, MismatchError, OutputError, SelectionEr
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_path
 from ckptavg.formats.remote import open_source
-from tests.cli.test_cli import run
+from tests.helpers import run
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 
 

@@ -17,11 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
-from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
@@ -32,6 +30,7 @@ from ckptavg.landscape.segment import segment
 from ckptavg.norm.evaluate import EvaluationOptions
 from ckptavg.norm.files import RefreshOptions
 from tests.gloo import LOOPBACK
+from tests.helpers import run
 
 SETUP = '''
 import os, signal
@@ -398,20 +397,17 @@ class TestResuming:
         assert Path("o/rays.json").read_bytes() == again
 
     def test_a_line_that_was_cut_off_is_evaluated_again(self):
-        run = CliRunner()
-        assert run.invoke(cli, arguments("rays", PATHS[:1], *COUNTED)).exit_code == 0
+        run(*arguments("rays", PATHS[:1], *COUNTED))
         whole = Path("o/points-0.jsonl").read_bytes()
         Path("o/points-0.jsonl").write_bytes(whole[:-9])
-        assert run.invoke(cli, arguments("rays", PATHS[:1], *COUNTED)).exit_code == 0
+        run(*arguments("rays", PATHS[:1], *COUNTED))
         assert Path("o/points-0.jsonl").read_bytes() == whole
         assert len(Path("log-0").read_text().splitlines()) == 5 + 1
 
     def test_of_more_points_only_the_new_ones_are_evaluated(self):
-        run = CliRunner()
         for positions in ("0,1", "0,0.5,1"):
             words = arguments("segment", PATHS[:2], *LOGGED, "--positions", positions)
-            result = run.invoke(cli, words)
-            assert result.exit_code == 0, result.output
+            run(*words)
         assert len(Path("log-0").read_text().splitlines()) == 3
 
     def test_two_processes_share_the_points(self):
@@ -437,13 +433,13 @@ class TestResuming:
     def test_points_of_another_landscape_are_not_mixed_in(self):
         one: dict[str, Any] = {"directions": 1, "distances": (0, 1)}
         rays(PATHS[:1], Path("o"), options(), **one)
-        for run in (
+        for another in (
             lambda: segment(PATHS[:2], Path("o"), options()),
             lambda: rays(PATHS[:2], Path("o"), options(), **one),
             lambda: rays(PATHS[:1], Path("o"), options(refresh=False), **one),
         ):
             with pytest.raises(OutputError, match="points of another landscape"):
-                run()
+                another()
         save_file(combined(0, 1, 0), "w0.safetensors")
         with pytest.raises(OutputError, match="points of another landscape"):
             rays(PATHS[:1], Path("o"), options(), **one)
@@ -465,8 +461,7 @@ class TestCommand:
     def test_writes_tables_and_pictures_and_leaves_the_inputs(self, kind, count, more, rows):
         before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in PATHS}
         words = arguments(kind, PATHS[:count], *more, "--test-loader", "setup.py:test_loader")
-        result = CliRunner().invoke(cli, [*words, "--json"])
-        assert result.exit_code == 0, result.output
+        result = run(*words, "--json")
         told = json.loads(result.stdout)
         written = json.loads(Path(f"o/{kind}.json").read_text())
         assert written.pop("ckptavg")
@@ -480,12 +475,12 @@ class TestCommand:
         assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in PATHS} == before
         files = [Path(f"o/{kind}.{ending}") for ending in ("png", "svg", "json", "csv")]
         first = [path.read_bytes() for path in files]
-        CliRunner().invoke(cli, words)
+        run(*words)
         assert [path.read_bytes() for path in files] == first
 
     def test_says_in_words_how_the_weights_compare(self):
         words = arguments("rays", PATHS[:2], "--directions", "3", "--distances", "0,1")
-        result = CliRunner().invoke(cli, [*words, "--no-plots"])
+        result = run(*words, "--no-plots")
         assert "loss rises less from w1.safetensors than from w0.safetensors in" in result.stdout
         assert not list(Path("o").glob("*.png"))
 
@@ -498,11 +493,10 @@ class TestCommand:
         ],
     )  # fmt: skip
     def test_mistakes_are_one_line(self, more, code):
-        result = CliRunner().invoke(cli, [*arguments("rays", PATHS[:1], "--no-plots"), *more])
+        result = run(*arguments("rays", PATHS[:1], "--no-plots"), *more, code=code)
         if code == 1:
             assert isinstance(result.exception, CkptAvgError)
         else:
-            assert result.exit_code == code
             assert result.stderr.splitlines()[-1].startswith("Error: ")
 
     def test_checkpoints_of_two_models_are_refused(self):
@@ -523,10 +517,9 @@ def test_a_configuration_for_other_commands_is_no_mistake(here):
         "[tool.ckptavg.landscape]\ndirections = 1\nno-plots = true\n"
     )
     words = ["landscape", "rays", "w0.safetensors", "-o", "o", "--distances", "0,1"]
-    result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 0, result.output
+    result = run(*words)
     assert "1 direction from 1 point" in result.stdout
-    result = CliRunner().invoke(cli, ["landscape", "segment", "w0.safetensors", "-o", "p"])
+    result = run("landscape", "segment", "w0.safetensors", "-o", "p", code=1)
     assert isinstance(result.exception, SelectionError)
 
 
@@ -651,8 +644,7 @@ class TestJournal:
 
     def test_force_evaluates_even_what_is_the_same_again(self):
         for times, more in ((5, ()), (5, ()), (10, ("--force",))):
-            result = CliRunner().invoke(cli, [*arguments("rays", PATHS[:1], *COUNTED), *more])
-            assert result.exit_code == 0, result.output
+            run(*arguments("rays", PATHS[:1], *COUNTED), *more)
             assert len(Path("log-0").read_text().splitlines()) == times
 
     @pytest.mark.parametrize(
@@ -681,7 +673,7 @@ class TestJournal:
         Path("o").mkdir()
         Path("o/rays.csv").write_text("mine")
         words = arguments("rays", PATHS[:1], "--directions", "1", "--distances", "0,1")
-        result = CliRunner().invoke(cli, words)
+        result = run(*words, code=1)
         assert isinstance(result.exception, OutputError)
         assert Path("o/rays.csv").read_text() == "mine"
 
@@ -691,8 +683,7 @@ class TestJournal:
 
         monkeypatch.setattr("ckptavg.landscape.plots.draw", fail)
         words = arguments("rays", PATHS[:1], "--directions", "1", "--distances", "0,1")
-        result = CliRunner().invoke(cli, words)
-        assert result.exit_code == 0, result.output
+        result = run(*words)
         assert "cannot be drawn: no" in result.stderr
         assert {path.suffix for path in Path("o").iterdir()} == {".json", ".csv", ".jsonl"}
 
@@ -700,5 +691,5 @@ class TestJournal:
         Path("_a$b^{2$.safetensors").write_bytes(PATHS[0].read_bytes())
         paths = [Path("_a$b^{2$.safetensors"), PATHS[1]]
         words = arguments("rays", paths, "--directions", "1", "--distances", "0,1")
-        assert CliRunner().invoke(cli, words).exit_code == 0
+        run(*words)
         assert "_a$b^{2$.safetensors" in Path("o/rays.svg").read_text()

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
 from ckptavg.formats import open_checkpoint
-from tests.cli.test_cli import run
+from tests.helpers import run
 from tests.layouts.libraries import assert_mean, differ
 from tests.layouts.lightning_runs import Net, Schedule, batches, trainer
 

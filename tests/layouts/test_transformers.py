@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckptavg
-from tests.cli.test_cli import process, run
+from tests.helpers import process, run
 from tests.layouts.libraries import assert_mean, differ, llama, tokenizer, trainer
 from tests.oracle import StateDict
 

@@ -8,15 +8,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg import Selection
-from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, ValueRangeError
 from ckptavg.formats import open_checkpoint
 from ckptavg.write.output import OutputFile
+from tests.helpers import run
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 
 SCHEMES = "uniform,ema:0.7,linear"
@@ -127,8 +126,7 @@ def test_the_command_makes_every_combination(tmp_path):
     save_run(tmp_path / "run", random_state_dicts(4))
     out = tmp_path / "out"
     arguments = ["average", str(tmp_path / "run"), "-o", str(out), "--last", "2,4"]
-    result = CliRunner().invoke(cli, [*arguments, "--weights", "uniform,ema:0.9", "--json"])
-    assert result.exit_code == 0, result.output
+    result = run(*arguments, "--weights", "uniform,ema:0.9", "--json")
     averages = json.loads(result.stdout)["averages"]
     assert {os.path.basename(one["output"]) for one in averages} == set(os.listdir(out))  # noqa: PTH119
     assert set(os.listdir(out)) == {
@@ -143,19 +141,9 @@ def test_the_command_makes_every_combination(tmp_path):
 
 def test_a_dry_run_prints_weights_and_what_decay_they_emulate(tmp_path):
     save_run(tmp_path / "run", random_state_dicts(4))
-    result = CliRunner().invoke(
-        cli,
-        [
-            "average",
-            str(tmp_path / "run"),
-            "-o",
-            str(tmp_path / "o.pt"),
-            "-n",
-            "--weights",
-            "decay:1-sqrt",
-        ],
+    result = run(
+        "average", tmp_path / "run", "-o", tmp_path / "o.pt", "-n", "--weights", "decay:1-sqrt"
     )
-    assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert "weight 0.5" in lines[0]
     assert "emulated decay 1" in lines[0]
@@ -177,8 +165,7 @@ def test_a_dry_run_prints_weights_and_what_decay_they_emulate(tmp_path):
 def test_wrong_usage(tmp_path, arguments):
     save_run(tmp_path / "run", random_state_dicts(2))
     out = str(tmp_path / "out")
-    result = CliRunner().invoke(cli, ["average", str(tmp_path / "run"), "-o", out, *arguments])
-    assert result.exit_code == 2, result.output
+    run("average", tmp_path / "run", "-o", out, *arguments, code=2)
 
 
 def test_no_normalize_takes_weights_as_they_are(tmp_path):

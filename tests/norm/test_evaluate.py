@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import ckptavg
-from ckptavg import Selection, cli
+from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, UserCodeError
 from ckptavg.norm.evaluate import Evaluation, EvaluationOptions, evaluate, winners
 from ckptavg.norm.files import RefreshOptions
 from ckptavg.select.metrics import read_metrics
 from tests.held_out import naive_metrics, save_trained, trained, user_module
+from tests.helpers import run
 from tests.oracle import save_run
 
 
@@ -33,15 +33,6 @@ def train(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def states(train):
     return save_trained(train, Path("run"))
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    """Run a command in this process."""
-    result = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
-    if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def options(model="train.py:Net", loader="train.py:batches", **others) -> EvaluationOptions:

@@ -7,21 +7,18 @@ import json
 import logging
 import os
 import random
-import subprocess
 import sys
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import ckptavg
-from ckptavg import cli
 from ckptavg.errors import (
     CkptAvgError,
     FormatError,
@@ -36,6 +33,7 @@ from ckptavg.norm.loading import as_torch, load_weights, match_names
 from ckptavg.norm.together import average_and_refresh
 from tests.formats.test_dcp import save as save_dcp
 from tests.formats.test_deepspeed import save_engine
+from tests.helpers import process, run
 from tests.oracle import same_bits
 
 TRAIN = """
@@ -1133,15 +1131,6 @@ class TestAverageAndRefresh:
         assert len(summary.sources) == 2
 
 
-def run(*arguments, code=0):
-    """Run a command in this process."""
-    result = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
-    if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
 SPECS = ("--model", "train.py:Net", "--loader", "train.py:batches", "--device", "cpu")
 
 
@@ -1305,18 +1294,6 @@ class TestCommand:
             assert "stale" not in result.stdout
             assert "refreshed 2 norm layers with 3 batches of 37 samples" in result.stdout
             assert f"wrote {tmp_path / 'o.safetensors'} (" in result.stdout
-
-
-def process(*arguments, cwd):
-    """Run the real command."""
-    return subprocess.run(
-        [sys.executable, "-m", "ckptavg", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
 
 
 class TestProcess:

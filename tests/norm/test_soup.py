@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import ckptavg
-from ckptavg import Selection, cli
+from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError, ValueRangeError
 from ckptavg.formats import open_checkpoint
 from ckptavg.norm.evaluate import EvaluationOptions, evaluate
 from ckptavg.norm.files import RefreshOptions
 from ckptavg.norm.soup import Soup, soup
 from tests.held_out import naive_average, naive_greedy, naive_metrics, save_trained, user_module
+from tests.helpers import run
 from tests.oracle import same_bits, save_run
 
 OUT = Path("soup.safetensors")
@@ -35,15 +35,6 @@ def train(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def states(train):
     return save_trained(train, Path("run"), count=6)
-
-
-def run(*arguments: object, code: int = 0) -> Result:
-    """Run a command in this process."""
-    result = CliRunner().invoke(cli.cli, [str(argument) for argument in arguments])
-    if code == 0 and result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def options(metric="loss", loader="train.py:batches", **others) -> EvaluationOptions:

@@ -13,9 +13,9 @@ import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.discover import find, is_no_checkpoint
-from tests.cli.test_cli import run
 from tests.formats.test_dcp import save as save_dcp
 from tests.formats.test_deepspeed import save_engine
+from tests.helpers import run
 
 
 def save(path: Path, value: float = 1.0) -> Path:

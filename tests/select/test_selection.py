@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg import Selection
-from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError, SelectionError
 from ckptavg.select.collect import survey
 from ckptavg.select.order import numbers_in
 from ckptavg.select.selection import chosen, select
+from tests import helpers
 from tests.oracle import naive_mean, same_bits
 
 
@@ -348,15 +347,14 @@ def test_the_average_is_of_those_taken(run, tmp_path):
         "step_900.pt",
         "step_1000.pt",
     ]
-    inspected = CliRunner().invoke(cli, ["inspect", "--json", str(out)])
+    inspected = helpers.run("inspect", "--json", out)
     made = json.loads(inspected.stdout)["checkpoints"][0]["provenance"]
     assert made["selection"] == {"start": "75%", "unit": "global_step"}
 
 
 class TestInspect:
     def rows(self, *arguments):
-        result = CliRunner().invoke(cli, ["inspect", "--json", *map(str, arguments)])
-        assert result.exit_code == 0, result.output
+        result = helpers.run("inspect", "--json", *arguments)
         return json.loads(result.stdout)["checkpoints"]
 
     def test_says_which_are_taken_and_why_not_the_others(self, run):
@@ -375,7 +373,7 @@ class TestInspect:
         assert said["swa.pt"] == "an average made earlier"
 
     def test_is_a_table_on_a_terminal(self, run):
-        result = CliRunner().invoke(cli, ["inspect", str(run), "--last", "2"])
+        result = helpers.run("inspect", run, "--last", "2")
         lines = result.output.splitlines()
         assert lines[0].split() == [
             "path",

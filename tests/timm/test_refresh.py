@@ -41,7 +41,7 @@ import ckptavg
 from ckptavg import cli
 from ckptavg.errors import UserCodeError
 from ckptavg.norm.libraries import maker
-from tests.cli.test_cli import run
+from tests.helpers import run
 from tests.norm.test_refresh import (
     STATISTICS,
     Snapshot,

@@ -20,7 +20,7 @@ from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.collect import survey
 from ckptavg.select.selection import chosen, select
-from tests.cli.test_cli import run
+from tests.helpers import run
 from tests.oracle import StateDict, naive_mean, same_bits
 
 MODEL = "test_resnet"

@@ -20,7 +20,7 @@ from torch import nn
 import ckptavg
 from ckptavg.errors import OutputError, SelectionError, ValueRangeError
 from ckptavg.formats import open_checkpoint
-from tests.cli.test_cli import process, run
+from tests.helpers import process, run
 from tests.oracle import StateDict, naive_mean, random_state_dicts, same_bits, save_run
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

@@ -18,7 +18,7 @@ from torch import nn
 
 import ckptavg
 from ckptavg.errors import SelectionError
-from tests.cli.test_cli import run
+from tests.helpers import run
 from tests.oracle import naive_mean, same_bits, save_run
 
 LEFT_OUT = "left out what is no tensor: "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg.errors import OutputError, ValueRangeError
 from ckptavg.write import output_directory
-from tests.cli.test_cli import run
+from tests.helpers import run
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ class Checkpoint:
         training: what else it says of that: the schedule, metrics.
         key: which of its state dicts `tensors` is; empty where it is the whole file.
         other_keys: the other state dicts in the file.
-        other_content: whether the file holds more than that state dict (an optimizer, say).
+        other_content: whether the file holds more than that state dict, such as an optimizer.
         other_entries: entries of the state dict that are no tensors (`_extra_state`), by name, as
             the pickle has them.
         inner_tensors: the pickled tensors within those, and where they are.

@@ -10,7 +10,6 @@ import numpy as np
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
-from ckptavg.formats.modules import is_module
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
 from ckptavg.formats.recorded import training_facts, training_record
 from ckptavg.formats.shapes import is_possible
@@ -81,7 +80,7 @@ def describe(
         ),
         key=taken,
         other_keys=tuple(name for name in found if name != taken),
-        other_content=bool(taken) or is_module(root),
+        other_content=entries is not root,
         other_entries=others,
         inner_tensors={inner[label]: tensor for label, tensor in inner_located.items()},
         module_versions=_module_versions(entries),

@@ -89,8 +89,13 @@ class Rewriting:
         check_vacant(self._target.path, force=self._force)
         if not self.replaces:
             refuse_own_input(self._target.path, [part.path for part in checkpoint.parts])
-        with _quietly():
-            _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
+        try:
+            with _quietly():
+                _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
+        except OutputError as error:
+            if self.replaces:
+                error.remedy = "write another file with -o"
+            raise
         check_output(self._target.path, layout, force=self._force)
         if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
             log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
@@ -200,13 +205,14 @@ def _destination(
     max_shard_size: int | None,
     replaces: bool,
 ) -> Destination:
-    """Where the result goes, and as what: in place nothing of a training checkpoint is lost.
+    """Where the result goes, and as what.
+
+    A torch file that is refreshed in place stays the same file but for its norm statistics.
 
     Raises:
         OutputError: the output's name does not say what it is to be, or not what it is in place.
     """
-    holds_more = checkpoint.other_content or bool(checkpoint.other_entries)
-    if replaces and checkpoint.container == "torch" and holds_more:
+    if replaces and checkpoint.container == "torch":
         container = "last"
     target = destination(
         output or checkpoint.path, checkpoint, container=container, max_shard_size=max_shard_size

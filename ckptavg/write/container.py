@@ -87,8 +87,8 @@ def _spans(
     for (_, end, name), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise OutputError(
-                f"shares bytes with {printable(other)} in the last checkpoint, so that its "
-                "container cannot hold their averages apart",
+                f"shares bytes with {printable(other)} in the last checkpoint, so that they "
+                "cannot be replaced one by one",
                 path=path,
                 tensor=name,
                 remedy="write the weights alone, without --container",

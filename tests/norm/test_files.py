@@ -890,6 +890,130 @@ class TestWhereItGoes:
             assert same_bits(value, before[name]) == (name not in REFRESHED), name
 
 
+def leaves(value, path=""):
+    """Everything in nested containers, by its place in them."""
+    if isinstance(value, nn.Module):
+        value = value.state_dict()
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {
+            place: leaf
+            for key, item in pairs
+            for place, leaf in leaves(item, f"{path}/{key}").items()
+        }
+    return {path: value}
+
+
+def optimizer_of(net, kind):
+    """The state of an optimizer that made one step; SGD's has no tensors."""
+    optimizer = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}[kind](net.parameters(), lr=0.5)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+class TestInPlaceKeepsAllElse:
+    """Only the norm statistics of a training checkpoint change, however it holds its weights."""
+
+    def roots(self, net):
+        optimizer = optimizer_of(net, "Adam")
+        state = net.state_dict()
+        other = {name: value.clone() for name, value in state.items()}
+        channels_last = state["conv.weight"].contiguous(memory_format=torch.channels_last)
+        whole = disturbed(type(net)())
+        return {
+            "top, Adam": {**state, "optimizer": optimizer},
+            "top, Adam and more": {**state, "optimizer": optimizer, "epoch": 3},
+            "top, SGD": {**state, "optimizer": optimizer_of(net, "SGD"), "epoch": 3},
+            "key": {"state_dict": state, "optimizer": optimizer, "epoch": 3, "args": {"lr": 0.5}},
+            "nested key": {"trainer": {"model": state}, "optimizer": optimizer},
+            "two keys": {"model": state, "model_ema": other, "optimizer": optimizer},
+            "one under two keys": {"model": state, "best_ema": state, "optimizer": optimizer},
+            "extra state": {**state, "_extra_state": {"scale": torch.ones(3), "step": 3}},
+            "extra state and Adam": {
+                "model": {**state, "_extra_state": {"scale": torch.ones(3), "step": 3}},
+                "optimizer": optimizer,
+            },
+            "module": whole,
+            "module and Adam": {"model": whole, "optimizer": optimizer},
+            "weights alone": state,
+            "parameters": dict(itertools.chain(net.named_parameters(), net.named_buffers())),
+            "another order": dict(reversed(list(state.items()))),
+            "channels last": {**state, "conv.weight": channels_last},
+        }
+
+    @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+    @pytest.mark.parametrize("number", range(15))
+    def test_in_a_torch_file(self, number, zipped, net, tmp_path):
+        name, root = list(self.roots(net).items())[number]
+        path = tmp_path / "c.pt"
+        torch.save(root, path, _use_new_zipfile_serialization=zipped)
+        before = torch.load(path, weights_only=False)
+        refresh_checkpoint(path, None, options(), in_place=True)
+        after = torch.load(path, weights_only=False)
+        assert type(after) is type(before)
+        found, expected = leaves(after), leaves(before)
+        assert list(found) == list(expected)
+        changed = set()
+        for place, value in expected.items():
+            if not isinstance(value, torch.Tensor):
+                assert found[place] == value, place
+                continue
+            assert found[place].requires_grad == value.requires_grad
+            assert found[place].stride() == value.stride()
+            if not same_bits(found[place].detach(), value.detach()):
+                changed.add(place)
+        prefixes = {"": "/", "key": "/state_dict/", "nested key": "/trainer/model/"}
+        prefixes |= dict.fromkeys(("two keys", "extra state and Adam"), "/model/")
+        prefixes |= {"module and Adam": "/model/"}
+        wanted = {prefixes.get(name, "/") + one for one in REFRESHED}
+        if name == "one under two keys":
+            wanted = {f"/{key}/{one}" for key in root for one in REFRESHED if key != "optimizer"}
+        assert changed == wanted
+
+    def test_of_the_state_dict_that_key_names(self, net, tmp_path):
+        path = tmp_path / "c.pt"
+        torch.save(self.roots(net)["two keys"], path)
+        before = leaves(torch.load(path))
+        refresh_checkpoint(path, None, options(), in_place=True, key="model_ema")
+        after = leaves(torch.load(path))
+        changed = {
+            place
+            for place, value in before.items()
+            if isinstance(value, torch.Tensor) and not same_bits(after[place], value)
+        }
+        assert changed == {f"/model_ema/{one}" for one in REFRESHED}
+
+    def test_of_a_safetensors_file(self, net, tmp_path):
+        path = save_safetensors(net.state_dict(), tmp_path / "c.safetensors", step="7", note="x")
+        before = load(path)
+        refresh_checkpoint(path, None, options(), in_place=True)
+        assert {**metadata_of(path), "ckptavg": ""} == {
+            "format": "pt", "step": "7", "note": "x", "ckptavg": ""
+        }  # fmt: skip
+        after = load(path)
+        assert {name for name in before if not same_bits(after[name], before[name])} == REFRESHED
+
+    def test_or_is_refused_before_the_model_runs(self, net, tmp_path):
+        """Tensors that share bytes in part cannot be replaced one by one."""
+        path = tmp_path / "c.pt"
+        both = torch.zeros(16)
+        state = net.state_dict() | {"bn.running_mean": both[:8], "bn.bias": both[4:12]}
+        torch.save({"model": state, "optimizer": {}}, path)
+        before = path.read_bytes()
+        with pytest.raises(OutputError, match=r"bn\..* shares bytes with .*; write another file"):
+            refresh_checkpoint(path, None, options("train.py:raising"), in_place=True)
+        assert path.read_bytes() == before
+
+    def test_but_another_file_has_the_weights_alone(self, net, tmp_path, caplog):
+        path = tmp_path / "c.pt"
+        torch.save(self.roots(net)["top, Adam"], path)
+        refresh_checkpoint(path, tmp_path / "o.pt", options())
+        assert "only the state dict is written, not what else c.pt holds" in caplog.text
+        assert "optimizer" not in load(tmp_path / "o.pt")
+
+
 class TestProvenance:
     def test_says_what_was_done(self, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)

@@ -255,8 +255,7 @@ def _scheduler(path: Path) -> object:
     if not file.is_file():
         return None
     try:
-        archive = Archive.read(open_source(file))
-        return archive.unpickle(archive.content("data.pkl"))
+        return Archive.read(open_source(file)).load()
     except FormatError as error:
         log.info("%s: its learning rate is not known", error)
         return None

@@ -1,23 +1,22 @@
-"""What a torch file's pickle describes, built of inert parts.
+"""What the pickle of a torch file is built of: descriptions of tensors, plain data, placeholders.
 
-Tensors' descriptions, containers, numbers and strings are built; every other global becomes a
-`Placeholder`. Nothing here imports or calls what a pickle names.
+The unpickler looks each global up with `stand_in`. A few globals are functions of this module, and
+all others are inert: nothing here imports or calls what a pickle names.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import enum
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeGuard
 
 from ckptavg.errors import printable
 from ckptavg.formats.tensors import BY_NAME, DType
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+Pairs = Iterable[tuple[object, object]]
 
 _WIDEST_KEY = 64  # bits
-
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -32,15 +31,6 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
-# Those without a dtype of ours, and the bytes of their elements.
-_RAW_STORAGES = {
-    "UntypedStorage": 1,
-    "QInt8Storage": 1,
-    "QUInt8Storage": 1,
-    "QUInt4x2Storage": 1,
-    "QUInt2x4Storage": 1,
-    "QInt32Storage": 4,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +38,17 @@ class Storage:
     """A storage as the pickle names it: a record of the file, which several tensors may share.
 
     Attributes:
-        key: the record's name.
-        dtype: element type; None where it is untyped bytes.
-        size: number of elements (of bytes where untyped).
+        key: name of the record.
+        dtype: element type; None where the storage is untyped bytes.
     """
 
     key: str
     dtype: DType | None
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A strided tensor as the pickle describes it.
+    """A strided tensor as the pickle describes it. Its numbers are unchecked.
 
     Attributes:
         storage: where its elements are.
@@ -78,7 +66,7 @@ class PickledTensor:
 
     @property
     def is_sound(self) -> bool:
-        """Whether it is made of numbers: a pickle can put anything there, endless to hash."""
+        """Whether offset, shape and strides are ints. If not, hashing it can take for ever."""
         return all(type(number) is int for number in (self.offset, *self.shape, *self.strides))
 
 
@@ -87,13 +75,18 @@ class UnreadableTensor:
     """A tensor that has no plain strided bytes: sparse, quantised, conjugate, ...
 
     Attributes:
-        reason: what it is, for the message if somebody wants it averaged.
+        reason: what kind of tensor it is, for the message if it is to be averaged.
     """
 
     reason: str
 
 
-class StateOrderedDict(OrderedDict[Any, Any]):
+def is_tensor(value: object) -> TypeGuard[PickledTensor | UnreadableTensor]:
+    """Whether a pickled value is a tensor, readable or not."""
+    return isinstance(value, PickledTensor | UnreadableTensor)
+
+
+class StateOrderedDict(dict[Any, Any]):
     """An `OrderedDict` that keeps a state dict's `_metadata` and takes no other attribute."""
 
     __slots__ = ("module_versions",)
@@ -102,37 +95,42 @@ class StateOrderedDict(OrderedDict[Any, Any]):
 
 
 class Placeholder:
-    """What stands for a global, or for what a call of it would have made: kept, never made.
+    """What stands for a global, or for the object that a call of it would have made.
 
     Attributes:
-        origin: what the pickle calls the class or function.
-        arguments: what it was to be called with; none yet for the global itself.
-        state: what it was to be given as state.
-        items: what was to be put into it.
+        origin: full name of the class or function.
+        arguments: what the pickle calls it with; empty for the global itself.
+        state: what the pickle gives the object as its state.
     """
 
-    __slots__ = ("arguments", "items", "origin", "state")
+    __slots__ = ("arguments", "origin", "state")
 
     def __init__(self, origin: str, arguments: tuple[object, ...] = ()) -> None:
         self.origin = origin
         self.arguments = arguments
         self.state: object = None
-        self.items: list[object] = []
 
     def append(self, item: object) -> None:
-        """Keep an item of a list-like."""
-        self.items.append(item)
+        """Drop an item of a list-like object."""
 
     def extend(self, items: Iterable[object]) -> None:
-        """Keep the items of a list-like or a set-like."""
-        self.items.extend(items)
+        """Drop the items of a list-like object."""
+
+
+class Special(enum.Enum):
+    """Globals whose calls the unpickler carries out itself."""
+
+    GETATTR = enum.auto()
+    """`getattr`: a nested class, a member of an enumeration, a bound method."""
+    REBUILD_FROM_TYPE = enum.auto()
+    """`torch._tensor._rebuild_from_type_v2`: a tensor of a subclass, or one with attributes."""
 
 
 def as_key(key: object) -> object:
-    """What stands for it as the key of a dict or the member of a set.
+    """What replaces an object as the key of a dict or the member of a set.
 
-    To hash a tuple of tuples of tuples can take for ever, and big integers and tuples of numbers
-    can be made to have one hash. So scalars are keys as they are, and all else by identity.
+    Hashing a tuple of tuples of tuples can take for ever, and big integers or tuples of numbers can
+    be made to have one hash. So scalars are keys as they are, and everything else by identity.
     """
     if isinstance(key, str | float | bytes | Placeholder | DType | None):
         return key
@@ -142,38 +140,41 @@ def as_key(key: object) -> object:
 
 
 def build_set(items: Iterable[object] = ()) -> set[object]:
-    """A set, members as `as_key` has them."""
+    """A set, with members as `as_key` has them."""
     return {as_key(item) for item in items}
 
 
 def build_frozenset(items: Iterable[object] = ()) -> frozenset[object]:
-    """A frozen set, members as `as_key` has them."""
+    """A frozen set, with members as `as_key` has them."""
     return frozenset(build_set(items))
 
 
-def fill(target: dict[Any, Any], pairs: Iterable[tuple[object, object]]) -> dict[Any, Any]:
-    """Put pairs into a dict, keys as `as_key` has them."""
+def fill(target: dict[Any, Any], pairs: Pairs) -> dict[Any, Any]:
+    """Put pairs into a dict, with keys as `as_key` has them."""
     for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
         target[as_key(key)] = value
     return target
 
 
-def _build_dict(pairs: Iterable[tuple[object, object]] = ()) -> dict[Any, Any]:
+def _build_dict(pairs: Pairs = ()) -> dict[Any, Any]:
     return fill({}, pairs)
 
 
-def _build_ordered_dict(pairs: Iterable[tuple[object, object]] = ()) -> dict[Any, Any]:
+def _build_ordered_dict(pairs: Pairs = ()) -> dict[Any, Any]:
     return fill(StateOrderedDict(), pairs)
 
 
-def _build_default_dict(
-    _factory: object = None, pairs: Iterable[tuple[object, object]] = ()
-) -> dict[Any, Any]:
+def _build_default_dict(_factory: object = None, pairs: Pairs = ()) -> dict[Any, Any]:
     return fill({}, pairs)
 
 
 def _build_size(values: Iterable[int] = ()) -> tuple[int, ...]:
     return tuple(values)
+
+
+def _build_parameter(data: object = None, *_: object) -> object:
+    """Also the class itself, of which torch before 0.4 made an instance around its data."""
+    return data
 
 
 def _build_tensor(
@@ -184,17 +185,17 @@ def _build_tensor(
     *rest: object,
     dtype: DType | None = None,
 ) -> PickledTensor | UnreadableTensor:
-    """`torch._utils._rebuild_tensor` and `_rebuild_tensor_v2`; rest: grad, hooks, metadata."""
+    """Arguments of `_rebuild_tensor` and `_rebuild_tensor_v2`; rest: grad, hooks, metadata."""
     if not isinstance(storage, Storage):
         return UnreadableTensor("a tensor without a storage of its own")
     marks = rest[2] if len(rest) > 2 else None  # noqa: PLR2004
     if isinstance(marks, dict) and any(marks.values()):
         kind = ", ".join(mark for mark in ("conj", "neg") if marks.get(mark)) or "unknown"
         return UnreadableTensor(f"a lazily transformed tensor ({kind})")
-    found = dtype or storage.dtype
-    if found is None:
+    dtype = dtype or storage.dtype
+    if dtype is None:
         return UnreadableTensor("a tensor of unknown element type")
-    return PickledTensor(storage, found, offset, tuple(shape), tuple(strides))
+    return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
 def _build_tensor_v3(  # noqa: PLR0917 - torch's own argument list
@@ -209,26 +210,17 @@ def _build_tensor_v3(  # noqa: PLR0917 - torch's own argument list
 ) -> PickledTensor | UnreadableTensor:
     if not isinstance(dtype, DType):
         kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "no dtype"
-        return UnreadableTensor(f"a tensor of a dtype that is not known here ({kind})")
+        return UnreadableTensor(f"a tensor of a dtype that is not supported ({kind})")
     return _build_tensor(storage, offset, shape, strides, None, None, metadata, dtype=dtype)
 
 
-def _build_parameter(data: object = None, *_: object) -> object:
-    """Also the class itself, of which torch before 0.4 made an instance around its data."""
-    return data
-
-
-def call_inner(function: object, _type: object, args: object, _state: object) -> object:
-    """`torch._tensor._rebuild_from_type_v2`: a tensor of a subclass, or one with attributes."""
-    raise NotImplementedError(function, args)  # the machine makes the inner call itself
-
-
-def look_up(owner: object, name: object) -> object:
-    """`getattr`: a nested class, an enumeration's member, a bound method."""
-    raise NotImplementedError(owner, name)  # the machine does, as for any global
-
-
-_BUILDERS: dict[tuple[str, str], Callable[..., object]] = {
+_BUILTINS: dict[str, Callable[..., object] | Special] = {
+    "set": build_set,
+    "frozenset": build_frozenset,
+    "dict": _build_dict,
+    "getattr": Special.GETATTR,
+}
+_GLOBALS: dict[tuple[str, str], Callable[..., object] | Special] = {
     ("collections", "OrderedDict"): _build_ordered_dict,
     ("collections", "defaultdict"): _build_default_dict,
     ("torch", "Size"): _build_size,
@@ -239,26 +231,17 @@ _BUILDERS: dict[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _build_parameter,
     ("torch.nn.parameter", "Parameter"): _build_parameter,
     ("torch.autograd.variable", "Variable"): _build_parameter,
-    ("torch._tensor", "_rebuild_from_type"): call_inner,
-    ("torch._tensor", "_rebuild_from_type_v2"): call_inner,
-    **{
-        (module, name): builder
-        for module in ("builtins", "__builtin__")
-        for name, builder in (
-            ("set", build_set),
-            ("frozenset", build_frozenset),
-            ("dict", _build_dict),
-            ("getattr", look_up),
-        )
-    },
+    ("torch._tensor", "_rebuild_from_type"): Special.REBUILD_FROM_TYPE,
+    ("torch._tensor", "_rebuild_from_type_v2"): Special.REBUILD_FROM_TYPE,
+    **{("builtins", name): builder for name, builder in _BUILTINS.items()},
+    **{("__builtin__", name): builder for name, builder in _BUILTINS.items()},
 }
 
 
 def stand_in(module: str, name: str) -> object:
     """What stands for a global: a function of this module, a dtype, or else a placeholder."""
-    builder = _BUILDERS.get((module, name))
-    if builder is not None:
-        return builder
+    if (module, name) in _GLOBALS:
+        return _GLOBALS[module, name]
     if module == "torch" and name in BY_NAME:
         return BY_NAME[name]
     if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
@@ -267,12 +250,3 @@ def stand_in(module: str, name: str) -> object:
         reason = printable(f"stored by {name} ({name.removeprefix('_rebuild_').replace('_', ' ')})")
         return lambda *_: UnreadableTensor(reason)
     return Placeholder(f"{module}.{name}")
-
-
-def storage_itemsize(kind: object) -> int | None:
-    """Bytes of an element of a storage of such a type; None where the type is not known."""
-    if isinstance(kind, DType):
-        return kind.itemsize
-    if isinstance(kind, Placeholder):
-        return _RAW_STORAGES.get(kind.origin.rpartition(".")[2])
-    return None

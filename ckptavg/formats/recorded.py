@@ -1,17 +1,18 @@
-"""Read what files record of the training: steps, learning rates, schedules, metrics.
+"""Read what a checkpoint records of the training: steps, learning rates, schedules, metrics.
 
-From pickles these are the values that stand in them as data, and a few tensors of one element (a
-metric); no tensor of an optimizer is ever read. From the Trainer's directories it is what its JSON
-says. Whatever is not as a trainer writes it is not there.
+From pickles come the values that are in them as data, and a few tensors of one element (metrics);
+no tensor of an optimizer is ever read. From the Trainer's directories comes what its JSON says. A
+value that is not as trainers write it is ignored.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import struct
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
 
 from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.formats.pickled import PickledTensor, Placeholder
@@ -25,41 +26,35 @@ ReadScalars = Callable[[Mapping[str, PickledTensor]], Mapping[str, float]]
 """Reads tensors of one element, by name; leaves out what cannot be read."""
 
 _LARGEST_COUNT = 1 << 63
-# What is looked at, at most, of what a hostile file may have without end.
+# How much is looked at of what a hostile file may have without end.
 _MOST_GROUPS = 64
 _MOST_METRICS = 1_000
 _MOST_SCALARS = 32
-_MOST_FOLDERS = 10
+_MOST_METRICS_DICTS = 10
 _MOST_CALLBACKS = 10
-_MOST_KEPT = 100_000
+_MOST_SCORES = 100_000
 _MOST_VALUES = 1_000
-_DEEPEST = 5
+_MOST_LEVELS = 5
 _LONGEST_NAME = 200
 _LONGEST_SCALAR = 8
-_OF_SCHEDULERS = ("last_epoch", "_last_lr", "_schedulers")
-# In the log of the Trainer, what stands beside the metrics.
+# A scheduler's state has one of these.
+_SCHEDULER_FACTS = ("last_epoch", "_last_lr", "_schedulers")
+# Entries of the Trainer's log that are no metrics.
 _NO_METRICS = ("epoch", "step", "learning_rate", "total_flos")
-# How numpy names what makes a number of its own out of a pickle, since 2.0 and before.
-_NUMPY_SCALARS = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-_NUMPY_CODES = {
-    "f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b",
-    "u8": "<Q", "u4": "<I", "u2": "<H", "u1": "<B",
-}  # fmt: skip
+# Dtypes of numpy's numbers, as their pickles name them.
+_NUMPY_DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1")
 
 
 def training_facts(root: object) -> dict[str, int | float]:
-    """What a torch file's pickle records of its place in the training: step, epoch, rate."""
+    """What a torch file's pickle records of its place in the training: steps, epoch, rate."""
     if not isinstance(root, Mapping):
         return {}
-    said = {name: root.get(name) for name in STEP_FACTS}
-    if is_deepspeed(root) and said["global_step"] is None:
-        said["global_step"] = root.get("global_steps")
-    counts = {name: _count(value) for name, value in said.items()}
-    facts: dict[str, int | float] = {name: n for name, n in counts.items() if n is not None}
-    rate = _learning_rate(root)
-    if rate is not None:
-        facts["learning_rate"] = rate
-    return facts
+    values = {name: root.get(name) for name in STEP_FACTS}
+    if is_deepspeed(root) and values["global_step"] is None:
+        values["global_step"] = root.get("global_steps")
+    facts: dict[str, int | float | None] = {name: _count(value) for name, value in values.items()}
+    facts["learning_rate"] = _learning_rate(root)
+    return {name: number for name, number in facts.items() if number is not None}
 
 
 def training_record(
@@ -68,61 +63,59 @@ def training_record(
     """What a torch file's pickle records of the schedule and of metrics.
 
     Args:
-        root: what it describes.
-        name: the file's name, by which Lightning's state knows its score.
+        root: what the pickle describes.
+        name: the file's name, under which Lightning's state has its score.
         read_scalars: reads tensors of one element.
         whole: whether the file is nothing but a state dict, whose tensors are no metrics.
     """
     if not isinstance(root, Mapping):
         return TrainingRecord()
-    found = dict(itertools.islice(_metrics(root, name, whole=whole), _MOST_METRICS))
-    tensors = {key: value for key, value in found.items() if isinstance(value, PickledTensor)}
-    scalars = read_scalars(dict(itertools.islice(tensors.items(), _MOST_SCALARS)))
-    numbers = {key: scalars.get(key, _number(value)) for key, value in found.items()}
+    values = dict(islice(_metrics(root, name, whole=whole), _MOST_METRICS))
+    tensors = ((key, value) for key, value in values.items() if isinstance(value, PickledTensor))
+    scalars = read_scalars(dict(islice(tensors, _MOST_SCALARS)))
     return TrainingRecord(
-        epochs_from_zero=_counts_from_zero(root),
+        # Lightning and timm record the epoch that is done, not how many are.
+        epochs_from_zero="pytorch-lightning_version" in root
+        or {"arch", "version", "epoch"} <= root.keys(),
         learning_rate=_learning_rate(root),
         other_rates=_other_rates(root),
         scheduler=_scheduler(root),
-        metrics={key: value for key, value in numbers.items() if value is not None},
+        metrics=_numbers({**values, **scalars}),
     )
 
 
 def trainer_record(state: Mapping[str, Any], scheduler: object) -> TrainingRecord:
     """What Hugging Face's Trainer records beside the weights.
 
-    The optimizer's file is left alone: the scheduler's has the rate as well.
+    The optimizer's file is not read: the scheduler's has the learning rate as well.
 
     Args:
         state: what `trainer_state.json` holds.
         scheduler: what the pickle of `scheduler.pt` describes.
     """
-    step = state.get("global_step")
-    logged = _logged(state.get("log_history"), step) if _is_count(step) else {}
-    before = _logged(state.get("log_history"), step - 1) if _is_count(step) else {}
+    step, history = state.get("global_step"), state.get("log_history")
+    logged = _logged(history, step) if _is_count(step) else {}
+    before = _logged(history, step - 1) if _is_count(step) else {}
+    logged_rate = _finite(logged.get("learning_rate"))
     schedule = _schedule(scheduler)
-    rates = (schedule or {}).get("_last_lr")
-    rate = rates[0] if isinstance(rates, list) and rates else None
+    rate = _last_rate(schedule)
+    metrics = {name: value for name, value in logged.items() if name not in _NO_METRICS}
     return TrainingRecord(
-        learning_rate=_finite(rate) if rate is not None else _finite(logged.get("learning_rate")),
+        learning_rate=logged_rate if rate is None else _finite(rate),
         scheduler=schedule,
-        logged_rate=_finite(logged.get("learning_rate")),
+        logged_rate=logged_rate,
         logged_before=_finite(before.get("learning_rate")),
-        metrics={
-            name: number
-            for name, value in itertools.islice(logged.items(), _MOST_METRICS)
-            if name not in _NO_METRICS and (number := _number(value)) is not None
-        },
+        metrics=_numbers(dict(islice(metrics.items(), _MOST_METRICS))),
     )
 
 
 def _logged(history: object, step: int) -> dict[str, object]:
-    """All that was logged at a step: an entry for the training, others for evaluations."""
-    found: dict[str, object] = {}
+    """All that the Trainer logged at a step: one entry of the training, others of evaluations."""
+    logged: dict[str, object] = {}
     for entry in history if isinstance(history, list) else []:
         if isinstance(entry, dict) and _is_count(entry.get("step")) and entry["step"] == step:
-            found |= entry
-    return found
+            logged |= entry
+    return logged
 
 
 def _is_count(value: object) -> TypeGuard[int]:
@@ -130,7 +123,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _count(value: object) -> int | None:
-    """A whole number, or one of numpy's."""
+    """The value of a plain integer, or of a whole number of numpy's."""
     if isinstance(value, Placeholder):
         number = _numpy_number(value)
         value = int(number) if number is not None and number.is_integer() else None
@@ -138,7 +131,7 @@ def _count(value: object) -> int | None:
 
 
 def _number(value: object) -> float | None:
-    """A plain number, or one of numpy's; not finite perhaps."""
+    """The value of a plain number, or of numpy's, which may be infinite or NaN."""
     if isinstance(value, Placeholder):
         return _numpy_number(value)
     return float(value) if type(value) is float or _is_count(value) else None
@@ -149,75 +142,85 @@ def _finite(value: object) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
+def _numbers(values: Mapping[str, object]) -> dict[str, float]:
+    numbers = {name: _number(value) for name, value in values.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
 def _numpy_number(value: Placeholder) -> float | None:
-    """A scalar of numpy: a dtype's name and the bytes, which old protocols spell as latin-1."""
-    if value.origin not in _NUMPY_SCALARS or len(value.arguments) != 2:  # noqa: PLR2004
+    """A numpy scalar, pickled as dtype and bytes; old protocols spell the bytes as latin-1."""
+    match value:
+        case Placeholder(
+            origin="numpy._core.multiarray.scalar" | "numpy.core.multiarray.scalar",
+            arguments=(Placeholder(arguments=(str(kind), *_)), data),
+        ) if kind in _NUMPY_DTYPES:
+            pass
+        case _:
+            return None
+    match data:
+        case Placeholder(origin="_codecs.encode", arguments=(str(text), *_)):
+            data = text.encode("latin-1", "ignore") if len(text) <= _LONGEST_SCALAR else None
+    if not isinstance(data, bytes) or len(data) != int(kind[1]):
         return None
-    dtype, data = value.arguments
-    if isinstance(data, Placeholder) and data.origin == "_codecs.encode" and data.arguments:
-        text = data.arguments[0]
-        is_short = isinstance(text, str) and len(text) <= _LONGEST_SCALAR
-        data = str(text).encode("latin-1", "ignore") if is_short else None
-    kind = dtype.arguments[0] if isinstance(dtype, Placeholder) and dtype.arguments else None
-    code = _NUMPY_CODES.get(kind) if isinstance(kind, str) else None
-    if code is None or not isinstance(data, bytes) or len(data) != struct.calcsize(code):
-        return None
-    return float(struct.unpack(code, data)[0])
+    return float(np.frombuffer(data, f"<{kind}")[0])
 
 
 def _learning_rate(root: Mapping[Any, object]) -> float | None:
-    """The first parameter group's rate, as any torch optimizer's state dict has it."""
-    for value in _first_states(root, "optim"):
-        match value:
-            case {"param_groups": [{"lr": rate}, *_]}:
-                number = _finite(rate)
-                if number is not None:
-                    return number
-    rates = (_scheduler(root) or {}).get("_last_lr")
-    return _finite(rates[0]) if isinstance(rates, list) and rates else None
+    """The rate of the first parameter group of an optimizer, or the scheduler's last one."""
+    for optimizer in _first_states(root, "optim"):
+        match optimizer:
+            case {"param_groups": [{"lr": rate}, *_]} if _finite(rate) is not None:
+                return _finite(rate)
+    return _finite(_last_rate(_scheduler(root)))
 
 
 def _other_rates(root: Mapping[Any, object]) -> tuple[float, ...]:
-    """Those of the further parameter groups."""
-    for value in _first_states(root, "optim"):
-        match value:
-            case {"param_groups": [_, *others]}:
-                rates = (
-                    group.get("lr") for group in others[:_MOST_GROUPS] if isinstance(group, dict)
-                )
-                return tuple(rate for found in rates if (rate := _finite(found)) is not None)
+    """The rates of the first optimizer's further parameter groups."""
+    for optimizer in _first_states(root, "optim"):
+        match optimizer:
+            case {"param_groups": [_, *groups]}:
+                dicts = (group for group in groups[:_MOST_GROUPS] if isinstance(group, dict))
+                rates = (_finite(group.get("lr")) for group in dicts)
+                return tuple(rate for rate in rates if rate is not None)
     return ()
 
 
 def _scheduler(root: Mapping[Any, object]) -> dict[str, Any] | None:
     """The first scheduler's state; it may have been saved as a whole object."""
-    found = (_schedule(value) for value in _first_states(root, "sched"))
-    return next((schedule for schedule in found if schedule is not None), None)
+    schedules = (_schedule(value) for value in _first_states(root, "sched"))
+    return next((schedule for schedule in schedules if schedule is not None), None)
 
 
 def _first_states(root: Mapping[Any, object], word: str) -> Iterator[object]:
-    """Values under names with a word in them; the first one where it is a list of several."""
+    """Values whose name contains a word; of a list of values the first."""
     for name, value in root.items():
         if isinstance(name, str) and word in name.lower():
             yield value[0] if isinstance(value, list) and value else value
 
 
 def _schedule(value: object) -> dict[str, Any] | None:
-    """A scheduler's state as plain values; None where it is none."""
+    """A scheduler's state as plain values; None where the value is no such state."""
     state = value.state if isinstance(value, Placeholder) else value
-    if not isinstance(state, dict) or not any(name in state for name in _OF_SCHEDULERS):
+    if not isinstance(state, dict) or not any(name in state for name in _SCHEDULER_FACTS):
         return None
-    plain = _Plain().value(state, _DEEPEST)
+    plain = _PlainCopy().copy(state, _MOST_LEVELS)
     return plain if isinstance(plain, dict) else None
 
 
-class _Plain:
-    """Numbers, strings, and lists and dicts of them, so many in all; None for anything else."""
+def _last_rate(schedule: dict[str, Any] | None) -> object:
+    match schedule:
+        case {"_last_lr": [rate, *_]}:
+            return rate
+    return None
+
+
+class _PlainCopy:
+    """Copies numbers, strings, lists and dicts, up to a number of values; all else is None."""
 
     def __init__(self) -> None:
         self._left = _MOST_VALUES
 
-    def value(self, value: object, depth: int) -> Any:  # noqa: ANN401
+    def copy(self, value: object, levels: int) -> Any:  # noqa: ANN401
         self._left -= 1
         if self._left < 0:
             return None
@@ -227,76 +230,55 @@ class _Plain:
             return value[:_LONGEST_NAME]
         if isinstance(value, bool) or _is_count(value):
             return value
-        if isinstance(value, dict) and depth:
-            pairs = itertools.islice(value.items(), self._left)
+        if isinstance(value, dict) and levels:
             return {
-                key: self.value(inner, depth - 1)
-                for key, inner in pairs
+                key: self.copy(inner, levels - 1)
+                for key, inner in islice(value.items(), self._left)
                 if isinstance(key, str) or _is_count(key)
             }
-        if isinstance(value, list | tuple) and depth:
-            return [self.value(inner, depth - 1) for inner in value[: self._left]]
+        if isinstance(value, list | tuple) and levels:
+            return [self.copy(inner, levels - 1) for inner in value[: self._left]]
         return _number(value)
-
-
-def _counts_from_zero(root: Mapping[Any, object]) -> bool:
-    """Whether Lightning wrote it, or timm: both say which epoch is done, not how many are."""
-    return "pytorch-lightning_version" in root or {"arch", "version", "epoch"} <= root.keys()
 
 
 def _metrics(root: Mapping[Any, object], name: str, *, whole: bool) -> Iterator[tuple[str, object]]:
     """Names and values of what may be metrics: numbers at the top, or in a dict of metrics."""
     yield from _scores(root.get("callbacks"), name)
-    folders = 0
+    dicts_left = _MOST_METRICS_DICTS
     for key, value in root.items():
         if isinstance(value, dict) and str(key).lower().endswith("metrics"):
-            folders += 1
-            if folders <= _MOST_FOLDERS:
-                inner = itertools.islice(value.items(), _MOST_METRICS)
+            if dicts_left:
+                dicts_left -= 1
+                inner = islice(value.items(), _MOST_METRICS)
                 yield from (pair for pair in inner if _is_metric(*pair))
         elif _is_metric(key, value) and not (
-            # A whole number at the top is a counter, a seed, a size.
+            # An integer at the top is a counter, a seed, a size.
             (_is_count(value) and key != "metric") or (whole and isinstance(value, PickledTensor))
         ):
             yield key, value
 
 
 def _is_metric(name: object, value: object) -> bool:
-    """Whether it has a name, and is a number or a tensor of one element."""
+    """Whether a value is a number, or a tensor of one element, and has a name."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME:
         return False
-    return _number(value) is not None or _is_scalar(value)
-
-
-def _is_scalar(value: object) -> TypeGuard[PickledTensor]:
-    return isinstance(value, PickledTensor) and value.shape == () and value.dtype.kind == "float"
+    if isinstance(value, PickledTensor):
+        return value.shape == () and value.dtype.kind == "float"
+    return _number(value) is not None
 
 
 def _scores(callbacks: object, name: str) -> Iterator[tuple[str, object]]:
-    """What Lightning's ModelCheckpoints monitor: the score of this file.
+    """What Lightning's ModelCheckpoints monitor: the score of this file, under the file's name.
 
-    They know it by the file's name. `current_score` is that of the latest file that was kept for
-    its score, which a `last.ckpt` or a `final.ckpt` need not be.
+    `current_score` is that of the latest file that was kept for its score, which a `last.ckpt` or a
+    `final.ckpt` need not be.
     """
-    entries = callbacks.items() if isinstance(callbacks, Mapping) else ()
-    states = [
-        state
-        for _, state in itertools.islice(entries, _MOST_CALLBACKS)
-        if isinstance(state, dict) and isinstance(state.get("best_k_models"), dict)
-    ]
-    for state in states:
-        score = _score(state["best_k_models"], name)
-        if _is_metric(state.get("monitor"), score):
-            yield state["monitor"], score
-
-
-def _score(kept: Mapping[Any, object], name: str) -> object:
-    """The score under a path that ends with the file's name."""
-    return next(
-        (
-            score
-            for path, score in itertools.islice(kept.items(), _MOST_KEPT)
-            if isinstance(path, str) and path.replace("\\", "/").rpartition("/")[2] == name
-        ),
-        None,
-    )
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    for state in islice(states, _MOST_CALLBACKS):
+        match state:
+            case {"monitor": monitor, "best_k_models": dict(scores)}:
+                for path, score in islice(scores.items(), _MOST_SCORES):
+                    if isinstance(path, str) and path.replace("\\", "/").rpartition("/")[2] == name:
+                        if _is_metric(monitor, score):
+                            yield monitor, score
+                        break

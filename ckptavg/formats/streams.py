@@ -1,4 +1,4 @@
-"""A `ByteSource` as the stream that `zipfile` and the pickle machine read."""
+"""A `ByteSource` as the stream that `zipfile` and the unpickler read."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ if TYPE_CHECKING:
 
 
 class SourceStream(io.RawIOBase):
-    """Reads a file from its start, and no more of it than it should.
+    """Reads a file from its start, up to a number of bytes.
 
     Args:
-        file: what is read.
-        most: bytes that may be read in all; a file can claim to need any number of them.
-        what: they are, for the message.
+        file: the file.
+        limit: how many bytes may be read in all, since a file can claim to need any number.
+        content: what these bytes are, for the message.
     """
 
-    def __init__(self, file: ByteSource, most: int, what: str) -> None:
+    def __init__(self, file: ByteSource, limit: int, content: str) -> None:
         super().__init__()
         self._file, self._position = file, 0
-        self._most, self._left, self._what = most, most, what
+        self._limit, self._left, self._content = limit, limit, content
 
     def readable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def tell(self) -> int:
-        """Where the next byte comes from."""
+        """Offset of the next byte."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go elsewhere.
+        """Go to another offset.
 
         Raises:
-            OSError: that is before the start of the file.
+            OSError: it is before the start of the file.
         """
         position = (0, self._position, self._file.size)[whence] + offset
         if position < 0:
@@ -52,17 +52,17 @@ class SourceStream(io.RawIOBase):
         return position
 
     def readinto(self, out: WriteableBuffer) -> int:
-        """Read what there is.
+        """Read as many bytes as there are.
 
         Raises:
-            FormatError: it is more than may be read.
+            FormatError: they are more than may be read.
         """
         view = memoryview(out).cast("B")
         count = min(len(view), max(0, self._file.size - self._position))
         self._left -= count
         if self._left < 0:
             raise FormatError(
-                f"its {self._what} has more than {self._most} bytes", path=self._file.path
+                f"its {self._content} has more than {self._limit} bytes", path=self._file.path
             )
         self._file.read_into(self._position, view[:count])
         self._position += count

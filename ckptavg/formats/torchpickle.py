@@ -1,16 +1,16 @@
-"""What torch's zip and its older stream have in common: a pickle whose tensors name storages."""
+"""What torch's zip files and its older streams have in common: a pickle that names storages."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
-from ckptavg.formats.pickled import PickledTensor, UnreadableTensor
+from ckptavg.formats.pickled import PickledTensor, UnreadableTensor, is_tensor
 from ckptavg.formats.recorded import training_facts, training_record
 from ckptavg.formats.shapes import is_possible
 from ckptavg.formats.statedict import check_kind, choose, find_state_dicts
@@ -20,34 +20,37 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import ByteSource
-    from ckptavg.formats.pickled import Storage
 
-# Expanded tensors repeat their bytes, and have to be held in memory whole.
+# Expanded tensors repeat their bytes, and have to be held in memory whole: bytes that any tensor
+# may have, and how many times those of its storage.
 _LARGEST_REPEATED, _MOST_REPEATED = 1 << 28, 16
 _LONGEST_LABEL = 300
 
-Places = Callable[[Mapping[str, str]], Mapping[str, tuple[int, int]]]
-"""Where storages begin in the file, and their bytes; missing ones are left out.
 
-Given are their keys, and for each the name of a tensor in it, for messages."""
+class Container(Protocol):
+    """A file with storages that a pickle names."""
+
+    @property
+    def file(self) -> ByteSource:
+        """The file."""
+
+    def storages(self, users: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
+        """Find where storages begin in the file, and their bytes. Missing ones are left out.
+
+        Args:
+            users: keys of the storages, and for each the name of a tensor in it, for messages.
+        """
 
 
 def describe(
-    file: ByteSource,
-    root: object,
-    key: str | None,
-    places: Places,
-    *,
-    digest: str,
-    metadata: Mapping[str, str],
+    container: Container, root: object, key: str | None, digest: str, metadata: Mapping[str, str]
 ) -> Checkpoint:
     """Describe one of the state dicts in a file.
 
     Args:
-        file: what is being read.
+        container: the file.
         root: what its pickle describes.
-        key: which state dict is wanted, if the user said so.
-        places: where the storages are.
+        key: the state dict that is wanted, if the user named one.
         digest: of the pickle.
         metadata: the file's own.
 
@@ -55,141 +58,51 @@ def describe(
         FormatError: a tensor has no plain strided bytes, or lies outside its storage.
         SelectionError: which state dict is wanted is unclear.
     """
-    found = find_state_dicts(root, file.path, key)
-    check_kind(file.path, root, found)
-    taken = choose(file.path, found, key)
-    entries = found[taken]
-    values = {name: value for name, value in entries.items() if is_tensor(value)}
-    others = {name: value for name, value in entries.items() if name not in values}
+    file = container.file
+    state_dicts = find_state_dicts(root, file.path, key)
+    check_kind(file.path, root, state_dicts)
+    chosen = choose(file.path, state_dicts, key)
+    entries = state_dicts[chosen]
+    tensors = locate(container, {name: v for name, v in entries.items() if is_tensor(v)})
+    others = {name: value for name, value in entries.items() if name not in tensors}
     inner = {
         f"{name[:_LONGEST_LABEL]}: {number}": tensor
-        for number, (name, tensor) in enumerate(_inner(others))
+        for number, (name, tensor) in enumerate(_inner_tensors(others))
     }
-    located = locate(file.path, values, places)
-    inner_located = locate(file.path, inner, places)
     return Checkpoint(
         path=file.path,
         container="torch",
         parts=(file,),
-        tensors=dict(sorted(located.items(), key=lambda item: item[1].offset)),
+        tensors=dict(sorted(tensors.items(), key=lambda item: item[1].offset)),
         metadata=metadata,
         digest=digest,
         facts=training_facts(root),
         training=training_record(
-            root, file.path.name, lambda wanted: scalars(file, wanted, places), whole=not taken
+            root, file.path.name, lambda wanted: scalars(container, wanted), whole=not chosen
         ),
-        key=taken,
-        other_keys=tuple(name for name in found if name != taken),
+        key=chosen,
+        other_keys=tuple(name for name in state_dicts if name != chosen),
         other_content=entries is not root,
         other_entries=others,
-        inner_tensors={inner[label]: tensor for label, tensor in inner_located.items()},
+        inner_tensors={inner[label]: t for label, t in locate(container, inner).items()},
         module_versions=_module_versions(entries),
     )
 
 
-def _inner(entries: Mapping[str, object]) -> Iterator[tuple[str, PickledTensor]]:
+def _inner_tensors(entries: Mapping[str, object]) -> Iterator[tuple[str, PickledTensor]]:
     """The tensors within entries that are none themselves (`_extra_state`), each once."""
     seen: set[int] = set()
-    found: set[PickledTensor] = set()
+    yielded: set[PickledTensor] = set()
     for name, entry in entries.items():
         waiting = [entry]
         while waiting:
             value = waiting.pop()
-            if isinstance(value, PickledTensor) and value.is_sound and value not in found:
-                found.add(value)
+            if isinstance(value, PickledTensor) and value.is_sound and value not in yielded:
+                yielded.add(value)
                 yield name, value
             elif isinstance(value, dict | list | tuple) and id(value) not in seen:
                 seen.add(id(value))
                 waiting += value.values() if isinstance(value, dict) else value
-
-
-def is_tensor(value: object) -> bool:
-    """Whether a pickled value is a tensor, be it one that can be read or not."""
-    return isinstance(value, PickledTensor | UnreadableTensor)
-
-
-def locate(path: Path, values: Mapping[str, object], places: Places) -> dict[str, Tensor]:
-    """Where tensors' bytes are in the file, checked against the sizes of their storages.
-
-    Args:
-        path: the file, for messages.
-        values: name to pickled tensor.
-        places: where the storages are.
-
-    Raises:
-        FormatError: a tensor has no plain strided bytes, or lies outside its storage.
-    """
-    found = places(
-        {
-            value.storage.key: name
-            for name, value in values.items()
-            if isinstance(value, PickledTensor)
-        }
-    )
-    return {name: _locate(path, name, value, found) for name, value in values.items()}
-
-
-def scalars(
-    file: ByteSource, values: Mapping[str, PickledTensor], places: Places
-) -> dict[str, float]:
-    """The values of tensors of one element each, as far as they can be read.
-
-    Args:
-        file: what they are in.
-        values: name to pickled tensor, of shape `()`.
-        places: where the storages are.
-    """
-    try:
-        located = locate(file.path, values, places)
-        spans = [(tensor.offset, tensor.nbytes) for tensor in located.values()]
-        found = zip(located.items(), file.read_many(spans), strict=True)
-    except FormatError:
-        return {}  # they are no part of the model
-    return {
-        name: float(np.frombuffer(data, tensor.dtype.numpy)[0]) for (name, tensor), data in found
-    }
-
-
-def _locate(path: Path, name: str, value: object, places: Mapping[str, tuple[int, int]]) -> Tensor:
-    if not isinstance(value, PickledTensor):
-        reason = value.reason if isinstance(value, UnreadableTensor) else "no tensor"
-        raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
-    numbers = (value.offset, *value.shape, *value.strides)
-    if (
-        len(value.shape) != len(value.strides)
-        or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
-        or not is_possible(value.shape, 8 * value.dtype.itemsize)
-    ):
-        raise FormatError("has no valid shape and strides", path=path, tensor=name)
-    itemsize = value.dtype.itemsize
-    # Of one index along an axis the stride says nothing: any number may stand there.
-    steps = tuple(
-        step if extent > 1 else 1 for extent, step in zip(value.shape, value.strides, strict=True)
-    )
-    start, size = _storage(path, name, value.storage, places)
-    if (value.offset + span_elements(value.shape, value.strides)) * itemsize > size:
-        raise FormatError(f"reaches beyond its storage of {size} bytes", path=path, tensor=name)
-    strides = None if is_contiguous(value.shape, steps) else steps
-    nbytes = math.prod(value.shape) * itemsize
-    if strides is not None and nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
-        raise FormatError(f"repeats {size} bytes to {nbytes}", path=path, tensor=name)
-    shape = value.shape
-    if value.dtype.kind == "packed":
-        if strides is not None or not shape:
-            raise FormatError("is packed and not contiguous", path=path, tensor=name)
-        # torch counts bytes, safetensors (and so we) the elements in them.
-        shape = (*shape[:-1], shape[-1] * 8 // value.dtype.bits)
-    return Tensor(value.dtype, shape, 0, start + value.offset * itemsize, strides)
-
-
-def _storage(
-    path: Path, name: str, storage: Storage, places: Mapping[str, tuple[int, int]]
-) -> tuple[int, int]:
-    if storage.key not in places:
-        raise FormatError(
-            f"record data/{printable(storage.key)} is missing", path=path, tensor=name
-        )
-    return places[storage.key]
 
 
 def _module_versions(entries: Mapping[str, object]) -> Mapping[str, Any] | None:
@@ -201,3 +114,93 @@ def _module_versions(entries: Mapping[str, object]) -> Mapping[str, Any] | None:
         for module, facts in versions.items()
         if isinstance(module, str) and isinstance(facts, Mapping)
     }
+
+
+def scalars(container: Container, values: Mapping[str, PickledTensor]) -> dict[str, float]:
+    """Read tensors of one element each, by name; none of them if one cannot be read."""
+    try:
+        tensors = locate(container, values)
+        spans = [(tensor.offset, tensor.nbytes) for tensor in tensors.values()]
+        data = container.file.read_many(spans)
+    except FormatError:
+        return {}  # they are no part of the model
+    return {
+        name: float(np.frombuffer(value, tensor.dtype.numpy)[0])
+        for (name, tensor), value in zip(tensors.items(), data, strict=True)
+    }
+
+
+def locate(container: Container, values: Mapping[str, object]) -> dict[str, Tensor]:
+    """Find where tensors' bytes are in a file, within the bounds of their storages.
+
+    Args:
+        container: the file.
+        values: name to pickled tensor.
+
+    Raises:
+        FormatError: a tensor has no plain strided bytes, or lies outside its storage.
+    """
+    path = container.file.path
+    tensors = {name: readable(value, path, name) for name, value in values.items()}
+    storages = container.storages({value.storage.key: name for name, value in tensors.items()})
+    return {name: _locate(path, name, value, storages) for name, value in tensors.items()}
+
+
+def readable(value: object, path: Path, name: str) -> PickledTensor:
+    """Return a pickled tensor that has plain strided bytes.
+
+    Raises:
+        FormatError: the value is no such tensor.
+    """
+    if isinstance(value, PickledTensor):
+        return value
+    reason = value.reason if isinstance(value, UnreadableTensor) else "no tensor"
+    raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
+
+
+def _locate(
+    path: Path, name: str, value: PickledTensor, storages: Mapping[str, tuple[int, int]]
+) -> Tensor:
+    def fault(message: str) -> FormatError:
+        return FormatError(message, path=path, tensor=name)
+
+    dtype, shape, strides = value.dtype, value.shape, value.strides
+    if (
+        len(shape) != len(strides)
+        or not all(
+            type(number) is int and 0 <= number < 1 << 62
+            for number in (value.offset, *shape, *strides)
+        )
+        or not is_possible(shape, 8 * dtype.itemsize)
+    ):
+        raise fault("has no valid shape and strides")
+    if value.storage.key not in storages:
+        raise fault(f"record data/{printable(value.storage.key)} is missing")
+    start, size = storages[value.storage.key]
+    if (value.offset + span_elements(shape, strides)) * dtype.itemsize > size:
+        raise fault(f"reaches beyond its storage of {size} bytes")
+    offset = start + value.offset * dtype.itemsize
+    if is_contiguous(shape, strides):
+        if dtype.kind != "packed":
+            return Tensor(dtype, shape, 0, offset)
+        if not shape:
+            raise fault("is packed and has no dimensions")
+        # torch counts bytes, safetensors (and so we) the elements in them.
+        return Tensor(dtype, (*shape[:-1], shape[-1] * 8 // dtype.bits), 0, offset)
+    if dtype.kind == "packed":
+        raise fault("is packed and not contiguous")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
+        raise fault(f"repeats {size} bytes to {nbytes}")
+    # The stride of an axis with one index has no meaning, and any number may stand there.
+    steps = tuple(step if extent > 1 else 1 for extent, step in zip(shape, strides, strict=True))
+    return Tensor(dtype, shape, 0, offset, steps)
+
+
+def big_endian(path: Path) -> FormatError:
+    """The error for a file of the other byte order."""
+    return FormatError(
+        "was saved on a big-endian machine",
+        path=path,
+        remedy="load it and save it again on a little-endian one",
+    )

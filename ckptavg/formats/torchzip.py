@@ -1,7 +1,7 @@
 """Read what `torch.save` writes since 1.6: a zip of stored records, one of them a pickle.
 
 https://docs.pytorch.org/docs/stable/notes/serialization.html. The pickle is read as data (see
-`unpickler`), the storages by offset and only those of the state dict that is wanted.
+`unpickler`), and storages by offset, only those of the state dict that is wanted.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.streams import SourceStream
-from ckptavg.formats.torchpickle import describe
+from ckptavg.formats.torchpickle import big_endian, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from ckptavg.formats.parts import ByteSource
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-_ZIP = b"PK\x03\x04"
-_LOCAL_HEADER = 30
+_MAGIC = b"PK\x03\x04"
+_LOCAL_HEADER = 30  # bytes
 _LARGEST_DIRECTORY = 64 << 20  # half a million records; they take ten times that in memory
 
 
 def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' common signature
     """Whether the file begins as a zip does."""
-    return head.startswith(_ZIP)
+    return head.startswith(_MAGIC)
 
 
 def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
@@ -43,19 +43,14 @@ def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
     """
     archive = Archive.read(file)
     pickled = archive.content("data.pkl")
-    return describe(
-        archive.file,
-        archive.unpickle(pickled),
-        key,
-        archive.storages,
-        digest=hashlib.sha256(pickled).hexdigest(),
-        metadata=archive.metadata(),
-    )
+    root = unpickler.load(pickled, file.path)
+    digest = hashlib.sha256(pickled).hexdigest()
+    return describe(archive, root, key, digest, archive.metadata())
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The records of a torch zip.
+    """A torch zip.
 
     Attributes:
         file: the zip.
@@ -71,14 +66,18 @@ class Archive:
 
     @staticmethod
     def read(file: ByteSource) -> Archive:
-        """Read the central directory."""
+        """Read the central directory.
+
+        Raises:
+            FormatError: the file is no zip that torch reads on this machine.
+        """
         try:
             stream = SourceStream(file, _LARGEST_DIRECTORY, "zip directory")
-            with zipfile.ZipFile(cast("BinaryIO", stream)) as archive:
-                entries, directory_start = archive.infolist(), archive.start_dir
+            with zipfile.ZipFile(cast("BinaryIO", stream)) as directory:
+                entries, directory_start = directory.infolist(), directory.start_dir
         except CkptAvgError:
             raise
-        # Whatever bytes can make the zip reader trip over.
+        # Damaged bytes can make the zip reader raise anything.
         except Exception as error:
             raise FormatError(
                 f"its zip directory is damaged ({printable(error)}): truncated?", path=file.path
@@ -93,87 +92,78 @@ class Archive:
         pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise FormatError("is a zip, but no torch checkpoint", path=file.path)
-        prefix = pickles[0].removesuffix("data.pkl")
-        opened = Archive(file, prefix, records, directory_start)
-        opened.check_kind()
-        return opened
+        archive = Archive(file, pickles[0].removesuffix("data.pkl"), records, directory_start)
+        if archive.has("byteorder") and archive.content("byteorder") != b"little":
+            raise big_endian(file.path)
+        return archive
 
-    def check_kind(self) -> None:
-        """Refuse other machines' byte order."""
-        path = self.file.path
-        if f"{self.prefix}byteorder" in self.records and self.content("byteorder") != b"little":
-            raise FormatError(
-                "was saved on a big-endian machine",
-                path=path,
-                remedy="load it and save it again on a little-endian one",
-            )
-
-    def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-        """Where storages begin in the file, and their bytes; missing ones are left out.
-
-        Args:
-            users: their keys, and for each the name of a tensor in it.
-        """
-        entries = {key: self.records.get(f"{self.prefix}data/{key}") for key in users}
-        present = {key: entry for key, entry in entries.items() if entry is not None}
-        places = self._places([(entry, users[key]) for key, entry in present.items()])
-        return dict(zip(present, places, strict=True))
-
-    def places(self, names: Iterable[str]) -> list[tuple[int, int]]:
-        """Where the bytes of records are, by their whole names: offset and size."""
-        return self._places([(self.records[name], None) for name in names])
-
-    def _places(
-        self, entries: Sequence[tuple[zipfile.ZipInfo, str | None]]
-    ) -> list[tuple[int, int]]:
-        """Where records' bytes begin in the file, and how many there are."""
-        for entry, user in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise self._fault(
-                    entry,
-                    user,
-                    "is compressed or encrypted, as torch never writes it: load and save it anew",
-                )
-            if not 0 <= entry.header_offset <= self.file.size - _LOCAL_HEADER:
-                raise self._fault(entry, user, "is not where the zip's directory says")
-        headers = self.file.read_many(
-            [(entry.header_offset, _LOCAL_HEADER) for entry, _ in entries]
-        )
-        places = []
-        for (entry, user), header in zip(entries, headers, strict=True):
-            skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            start = entry.header_offset + _LOCAL_HEADER + skip
-            if not header.startswith(_ZIP) or start + entry.file_size > self.file.size:
-                raise self._fault(entry, user, "is not where the zip's directory says")
-            places.append((start, entry.file_size))
-        return places
-
-    def _fault(self, entry: zipfile.ZipInfo, tensor: str | None, what: str) -> FormatError:
-        name = printable(entry.filename.removeprefix(self.prefix))
-        return FormatError(f"record {name} {what}", path=self.file.path, tensor=tensor)
+    def has(self, name: str) -> bool:
+        """Whether there is such a record in the folder."""
+        return self.prefix + name in self.records
 
     def content(self, name: str) -> bytes:
-        """The bytes of a small record."""
-        [(start, size)] = self.places([self.prefix + name])
+        """Read a small record in the folder."""
+        [(start, size)] = self.places({self.prefix + name: None}).values()
         if size > unpickler.LARGEST_PICKLE:
             raise FormatError(f"record {name} has {size} bytes", path=self.file.path)
         return self.file.read(start, size)
 
-    def unpickle(self, pickled: bytes) -> object:
-        """What a pickle describes, out of inert parts."""
-        try:
-            return unpickler.load(pickled)
-        except unpickler.PickleError as error:
-            raise FormatError(str(error), path=self.file.path) from error
+    def load(self) -> object:
+        """Read what the pickle describes, out of inert parts."""
+        return unpickler.load(self.content("data.pkl"), self.file.path)
+
+    def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+        """Find where storages begin in the file, and their bytes. Missing ones are left out.
+
+        Args:
+            users: keys of the storages, and for each the name of a tensor in it, for messages.
+        """
+        folder = f"{self.prefix}data/"
+        names = {folder + key: tensor for key, tensor in users.items()}
+        present = {name: tensor for name, tensor in names.items() if name in self.records}
+        return {name[len(folder) :]: place for name, place in self.places(present).items()}
+
+    def places(self, users: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
+        """Find where records begin in the file, and their bytes.
+
+        Args:
+            users: full names of the records, and for each the name of a tensor in it, for messages.
+
+        Raises:
+            FormatError: a record is compressed, or not where the directory says.
+        """
+
+        def fault(name: str, problem: str) -> FormatError:
+            record = printable(name.removeprefix(self.prefix))
+            return FormatError(
+                f"record {record} {problem}", path=self.file.path, tensor=users[name]
+            )
+
+        for name in users:
+            entry = self.records[name]
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                raise fault(name, "is compressed or encrypted, as torch never does: save it again")
+            if not 0 <= entry.header_offset <= self.file.size - _LOCAL_HEADER:
+                raise fault(name, "is not where the zip's directory says")
+        starts = [self.records[name].header_offset for name in users]
+        headers = self.file.read_many([(start, _LOCAL_HEADER) for start in starts])
+        places = {}
+        for name, start, header in zip(users, starts, headers, strict=True):
+            skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            begin, size = start + _LOCAL_HEADER + skip, self.records[name].file_size
+            if not header.startswith(_MAGIC) or begin + size > self.file.size:
+                raise fault(name, "is not where the zip's directory says")
+            places[name] = (begin, size)
+        return places
 
     def metadata(self) -> dict[str, str]:
-        """Our provenance, where this tool wrote the file."""
-        if self.prefix + PROVENANCE not in self.records:
+        """This tool's provenance, if it wrote the file."""
+        if not self.has(PROVENANCE):
             return {}
         return {PROVENANCE: self.content(PROVENANCE).decode(errors="replace")}
 
 
-def _refuse_programs(path: Path, records: Iterable[str]) -> None:
+def _refuse_programs(path: Path, records: Collection[str]) -> None:
     """Refuse a model that was saved with its code and not as a state dict."""
     names = {name.rpartition("/")[2] for name in records if name.count("/") <= 1}
     if "archive_format" in names and any("/data/aotinductor/" in name for name in records):

@@ -147,7 +147,7 @@ def _checksums(
     """The checksums of the records that hold some of the weights."""
     begins = [start for start, _ in spans]
     names = [name for name in directory if name.startswith(f"{archive.prefix}data/")]
-    for name, (start, size) in zip(names, archive.places(names), strict=True):
+    for name, (start, size) in archive.places(dict.fromkeys(names)).items():
         first = bisect.bisect_left(begins, start)
         if first == len(begins) or begins[first] >= start + size:
             continue

@@ -643,7 +643,7 @@ def test_whatever_byte_is_damaged_the_error_is_a_known_one(tmp_path):
 
 
 def test_pieces_that_are_named_again_and_again_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("ckptavg.formats.dcpmetadata._MOST_PIECES", 100)
+    monkeypatch.setattr("ckptavg.formats.dcpfiles._MOST_PIECES", 100)
     state = {"model": {str(number): torch.ones(4) for number in range(6)}}
     folder = save(state, tmp_path / "c")
 

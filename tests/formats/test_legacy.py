@@ -493,7 +493,7 @@ def load_legacy(pickled):
         # A budget that went by the size of the file would be none.
         os.truncate(path, 1 << 40)
         try:
-            return torchlegacy._read(open_source(path)).root
+            return torchlegacy.LegacyFile(open_source(path)).root
         except FormatError as error:
             raise PickleError(str(error)) from error
 

@@ -14,7 +14,7 @@ from ckptavg.formats.statedict import choose, find_state_dicts, is_average
 from ckptavg.formats.tensors import BY_NAME
 
 PATH = Path("run.pt")
-TENSOR = PickledTensor(Storage("0", BY_NAME["float32"], 4), BY_NAME["float32"], 0, (4,), (1,))
+TENSOR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (4,), (1,))
 STATE = {"a.weight": TENSOR, "a.bias": TENSOR}
 OTHER = {"b.weight": TENSOR}
 

@@ -23,8 +23,8 @@ from ckptavg.formats.tensors import BY_NAME
 from ckptavg.formats.training import TrainingRecord
 from tests.formats.test_dcp import save as save_dcp
 
-TENSOR = PickledTensor(Storage("0", BY_NAME["float32"], 4), BY_NAME["float32"], 0, (4,), (1,))
-SCALAR = PickledTensor(Storage("0", BY_NAME["float32"], 4), BY_NAME["float32"], 0, (), ())
+TENSOR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (4,), (1,))
+SCALAR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (), ())
 STATE = {"a.weight": TENSOR, "a.bias": TENSOR}
 WEIGHTS = {"w": torch.ones(2, 3)}
 

@@ -25,7 +25,7 @@ from tests.oracle import naive_mean, same_bits
 
 KINDS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-TENSOR = PickledTensor(Storage("0", BY_NAME["float32"], 4), BY_NAME["float32"], 0, (4,), (1,))
+TENSOR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (4,), (1,))
 
 # The classes are in a module that is gone when the file is read.
 SOURCE = """

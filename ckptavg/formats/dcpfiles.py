@@ -1,0 +1,357 @@
+"""Read the files of a `torch.distributed.checkpoint` directory: `.metadata` and `*.distcp`.
+
+`.metadata` is a pickle of classes of `torch.distributed.checkpoint.metadata` and `.filesystem`,
+which are placeholders here. It says where the items are in the `.distcp` files. Each item is a
+small torch zip: a piece of a tensor, or some other object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ckptavg.errors import CkptAvgError, FormatError, printable
+from ckptavg.formats import unpickler
+from ckptavg.formats.blocks import Box, misfit
+from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.parts import Section
+from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
+from ckptavg.formats.remote import open_source
+from ckptavg.formats.shapes import is_possible
+from ckptavg.formats.tensors import DType, Tensor
+from ckptavg.formats.torchpickle import locate
+from ckptavg.formats.torchzip import Archive
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterator, Sequence
+    from pathlib import Path
+
+    from ckptavg.formats.blocks import Region
+    from ckptavg.formats.parts import ByteSource
+
+METADATA = ".metadata"
+# A small pickle can name one long list again and again: so many pieces are looked at in all.
+_MOST_PIECES = 5_000_000
+_LONGEST_PLACE = 100
+_MOST_DIMENSIONS = 64
+_LARGEST_NUMBER = 1 << 60  # a number's hash is its remainder after division by 2**61 - 1
+_ENDS = 1 << 10  # bytes: an item's zip has its pickle in the first, its directory in the last
+_BATCH = 1_000  # items whose ends are in memory at once
+_LARGEST_OBJECT = 1 << 16
+
+Corner = tuple[int, ...]
+
+
+class Item(NamedTuple):
+    """Where a piece of a tensor, or some other object, is.
+
+    Attributes:
+        file: name of the file, relative to the directory.
+        offset: of the item's first byte.
+        length: its bytes.
+    """
+
+    file: str
+    offset: int
+    length: int
+
+
+class Piece(NamedTuple):
+    """A piece of a tensor, as the metadata describe it."""
+
+    name: str
+    dtype: DType
+    region: Region
+    item: Item
+
+
+class Metadata:
+    """What `.metadata` says.
+
+    Attributes:
+        file: the file.
+        digest: SHA-256 of the file, in hex.
+        names: the names of all entries, in the order of the file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Read the file.
+
+        Raises:
+            FormatError: it is not what torch writes.
+        """
+        self.file = open_source(directory / METADATA)
+        pickled = self.file.read(0, min(self.file.size, unpickler.LARGEST_PICKLE + 1))
+        self.digest = hashlib.sha256(pickled).hexdigest()
+        fields = self._fields(unpickler.load(pickled, self.file.path), "Metadata")
+        entries, items = fields.get("state_dict_metadata"), fields.get("storage_data")
+        if not isinstance(entries, Mapping) or not isinstance(items, Mapping):
+            raise self._fault("has no state_dict_metadata, or no storage_data")
+        if not all(isinstance(name, str) for name in entries):
+            raise self._fault("has an entry without a name")
+        self._entries, self._items = entries, items
+        places = fields.get("planner_data")
+        self._places: Mapping[Any, object] = places if isinstance(places, Mapping) else {}
+        self.names: tuple[str, ...] = tuple(entries)
+        self._pieces_left = _MOST_PIECES
+
+    def place(self, name: str) -> tuple[str | int, ...]:
+        """Keys under which an entry was in the nested state dict; its name if they are unknown."""
+        place = self._places.get(name, (name,))
+        if (
+            not isinstance(place, tuple)
+            or not 1 <= len(place) <= _LONGEST_PLACE
+            or not all(isinstance(key, str) or _is_small(key) for key in place)
+        ):
+            raise self._fault("has no valid place in the state dict", name)
+        return place
+
+    def has_place(self, name: str) -> bool:
+        """Whether it is recorded where an entry was in the nested state dict."""
+        return name in self._places
+
+    def leaf(self, name: str) -> PickledTensor | UnreadableTensor | Placeholder:
+        """What stands for an entry in the nested state dict.
+
+        For a tensor it is a `PickledTensor` whose storage has the entry's name as key.
+        """
+        if self._kind(self._entries[name]) != "TensorStorageMetadata":
+            return Placeholder("torch.distributed.checkpoint.metadata.BytesStorageMetadata")
+        fields = self._fields(self._entries[name], "TensorStorageMetadata", name)
+        shape = self._numbers(fields.get("size"), name)
+        match getattr(fields.get("properties"), "state", None):
+            case (DType() as dtype, *_) | {"dtype": DType() as dtype}:
+                if not is_possible(shape, 8 * dtype.itemsize):
+                    raise self._fault("has no valid shape", name)
+                return PickledTensor(Storage(name, dtype), dtype, 0, shape, ())
+        return UnreadableTensor("a tensor of a dtype that is not supported")
+
+    def pieces(self, tensors: Mapping[str, PickledTensor]) -> Iterator[Piece]:
+        """Every piece of some tensors, each tensor's once they are known to make it up.
+
+        Raises:
+            FormatError: the pieces do not make up a tensor, or one has not exactly one item.
+        """
+        items = self._items_of(tensors)
+        for name, tensor in tensors.items():
+            regions = self._regions(name)
+            fault = misfit(tensor.shape, regions)
+            if fault is not None:
+                raise self._fault(fault, name)
+            for region in regions:
+                corner, _ = region
+                # Older versions record no corner if it is the tensor's own.
+                found = items[name, corner] + ([] if any(corner) else items[name, None])
+                if len(found) != 1:
+                    count = f"{len(found)} places" if found else "no place"
+                    raise self._fault(f"its piece at {list(corner)} has {count} in the files", name)
+                yield Piece(name, tensor.dtype, region, found[0])
+
+    def object_item(self, name: str) -> Item | None:
+        """Where an object is that is no tensor; None if its place is unclear."""
+        items = self._items_of({name})[name, None]
+        return items[0] if len(items) == 1 else None
+
+    def _items_of(
+        self, names: Container[str]
+    ) -> defaultdict[tuple[str, Corner | None], list[Item]]:
+        """The items of some entries, by name and corner of the piece."""
+        found: defaultdict[tuple[str, Corner | None], list[Item]] = defaultdict(list)
+        for index, info in self._items.items():
+            fields = self._fields(index, "MetadataIndex")
+            name, offset = fields.get("fqn"), fields.get("offset")
+            if isinstance(name, str) and name in names:
+                corner = None if offset is None else self._numbers(offset, name)
+                found[name, corner].append(self._item(info, name))
+        return found
+
+    def _item(self, info: object, name: str) -> Item:
+        fields = self._fields(info, "_StorageInfo", name)
+        if extensions := fields.get("transform_descriptors"):
+            known = extensions if isinstance(extensions, list | tuple) else ()
+            names = [each for each in known[:_LONGEST_PLACE] if isinstance(each, str)]
+            raise FormatError(
+                printable(f"is stored by way of {', '.join(names) or 'an extension'}")
+                + ", which is not supported",
+                path=self.file.path,
+                tensor=name,
+                remedy="save it again without extensions of torch.distributed.checkpoint",
+            )
+        file, offset, length = map(fields.get, ("relative_path", "offset", "length"))
+        if not isinstance(file, str) or not _is_below(file):
+            where = f"in {file!r}" if isinstance(file, str) else "nowhere"
+            raise self._fault(f"is said to be {where}, outside the checkpoint", name)
+        if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
+            raise self._fault("has no valid place in its file", name)
+        return Item(file, offset, length)
+
+    def _regions(self, name: str) -> list[Region]:
+        """Where a tensor's pieces are in it: those that have elements, each once."""
+        chunks = self._fields(self._entries[name], "TensorStorageMetadata", name).get("chunks")
+        if not isinstance(chunks, list):
+            raise self._fault("has no list of pieces", name)
+        self._pieces_left -= len(chunks)
+        if self._pieces_left < 0:
+            raise self._fault(f"has more than {_MOST_PIECES} pieces of tensors", name)
+        regions: dict[Region, None] = {}
+        for chunk in chunks:
+            fields = self._fields(chunk, "ChunkStorageMetadata", name)
+            sizes = self._numbers(fields.get("sizes"), name)
+            if 0 not in sizes:
+                regions[self._numbers(fields.get("offsets"), name), sizes] = None
+        return list(regions)
+
+    def _numbers(self, value: object, name: str) -> tuple[int, ...]:
+        """A `torch.Size`: no negative numbers, and none so large that others have its hash."""
+        if (
+            not isinstance(value, tuple)
+            or len(value) > _MOST_DIMENSIONS
+            or not all(_is_small(number) and number >= 0 for number in value)
+        ):
+            raise self._fault("has no valid shape", name)
+        return value
+
+    def _fields(self, value: object, kind: str, tensor: str | None = None) -> dict[Any, Any]:
+        """The attributes of an object of some class."""
+        state = value.state if isinstance(value, Placeholder) else None
+        if self._kind(value) != kind or not isinstance(state, dict):
+            raise self._fault(f"has no {kind} where torch writes one", tensor)
+        return state
+
+    @staticmethod
+    def _kind(value: object) -> str:
+        return value.origin.rpartition(".")[2] if isinstance(value, Placeholder) else ""
+
+    def _fault(self, message: str, tensor: str | None = None) -> FormatError:
+        return FormatError(printable(message), path=self.file.path, tensor=tensor)
+
+
+def _is_small(value: object) -> bool:
+    """Whether a value is an int, of those that each have a hash of their own."""
+    return type(value) is int and abs(value) < _LARGEST_NUMBER
+
+
+def _is_below(name: str) -> bool:
+    """Whether a relative path stays in its directory."""
+    return "\0" not in name and not {"", ".", ".."} & set(name.replace("\\", "/").split("/"))
+
+
+class Shards:
+    """The `.distcp` files of a directory.
+
+    Args:
+        directory: the directory.
+        metadata: what says where the items are.
+
+    Attributes:
+        files: those that were opened, by name.
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        self.files: dict[str, ByteSource] = {}
+        self._directory, self._metadata = directory, metadata
+
+    def boxes(self, tensors: Mapping[str, PickledTensor]) -> dict[str, list[Box]]:
+        """Find the pieces of tensors, by the names of their entries.
+
+        Args:
+            tensors: what the metadata say of each.
+
+        Raises:
+            FormatError: the pieces do not make up the tensors, or an item is not the piece that
+                the metadata say; a file is missing or damaged.
+        """
+        by_file: defaultdict[str, list[Piece]] = defaultdict(list)
+        for piece in self._metadata.pieces(tensors):
+            by_file[piece.item.file].append(piece)
+        boxes: dict[str, list[Box]] = {name: [] for name in tensors}
+        for pieces in by_file.values():
+            pieces.sort(key=lambda piece: piece.item.offset)
+            for first in range(0, len(pieces), _BATCH):
+                for piece, section in self._sections(pieces[first : first + _BATCH]):
+                    boxes[piece.name].append(self._box(piece, section))
+        return boxes
+
+    def number(self, name: str) -> object:
+        """Read a number that was saved as an object, or as a tensor; None where it is neither."""
+        leaf = self._metadata.leaf(name)
+        if isinstance(leaf, PickledTensor) and not leaf.shape and leaf.dtype.kind == "int":
+            [box] = self.boxes({name: leaf})[name]
+            return int(read_view(box.source, Tensor(leaf.dtype, (), 0, box.offset)))
+        item = self._metadata.object_item(name) if isinstance(leaf, Placeholder) else None
+        if item is None or item.length > _LARGEST_OBJECT:
+            return None
+        return Archive.read(Section(self._open(item, name), item.offset, item.length)).load()
+
+    def _open(self, item: Item, tensor: str) -> ByteSource:
+        """Open the file of an item, and check that the item is in it."""
+        if item.file not in self.files:
+            try:
+                self.files[item.file] = open_source(self._directory / item.file)
+            except CkptAvgError as error:
+                raise _about(tensor, error) from error
+        file = self.files[item.file]
+        if item.offset + item.length > file.size:
+            raise FormatError(
+                f"ends at byte {file.size}, {item.offset + item.length - file.size} bytes too "
+                "early: was it truncated?",
+                path=file.path,
+                tensor=tensor,
+            )
+        return file
+
+    def _sections(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, _Zip]]:
+        """The items of pieces in one file, with what describes them read in few requests."""
+        places: list[tuple[int, int]] = []
+        for piece in pieces:
+            file = self._open(piece.item, piece.name)
+            _, offset, length = piece.item
+            size = min(_ENDS, length)
+            places += [(offset, size), (offset + length - size, size)]
+        ends = iter(file.read_many(places))
+        for piece, head, tail in zip(pieces, ends, ends, strict=True):
+            yield piece, _Zip(file, piece.item, head, tail)
+
+    def _box(self, piece: Piece, section: _Zip) -> Box:
+        """Find the tensor in an item, which must be the piece that the metadata say."""
+        name, dtype, (corner, shape), item = piece
+        file = self.files[item.file]
+        try:
+            archive = Archive.read(section)
+            value = archive.load()
+            tensor = locate(archive, {name: value})[name]
+        except CkptAvgError as error:
+            raise _about(name, error) from error
+        if not isinstance(value, PickledTensor) or (value.dtype, value.shape) != (dtype, shape):
+            raise FormatError(
+                f"has a piece of {tensor.dtype.name} {list(tensor.shape)} at byte {item.offset} "
+                f"where the metadata says {dtype.name} {list(shape)}",
+                path=file.path,
+                tensor=name,
+            )
+        return Box(file, corner, shape, item.offset + tensor.offset, tensor.strides)
+
+
+class _Zip(Section):
+    """An item of which the first and the last bytes are in memory."""
+
+    def __init__(self, file: ByteSource, item: Item, head: bytes, tail: bytes) -> None:
+        super().__init__(file, item.offset, item.length)
+        self._head, self._tail = head, tail
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`, of the item."""
+        end, tail_at = offset + len(out), self.size - len(self._tail)
+        if end <= len(self._head):
+            out[:] = self._head[offset:end]
+        elif tail_at <= offset and end <= self.size:
+            out[:] = self._tail[offset - tail_at : end - tail_at]
+        else:
+            super().read_into(offset, out)
+
+
+def _about(tensor: str, error: CkptAvgError) -> FormatError:
+    """The same error, with the tensor that it is about."""
+    return FormatError(error.message, path=error.path, tensor=tensor, remedy=error.remedy)

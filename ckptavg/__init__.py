@@ -4,16 +4,18 @@ Stochastic Weight Averaging (Izmailov et al. 2018, arXiv 1803.05407) after the f
 that a training run left behind.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptavg.averaging import average as average
-    from ckptavg.averaging import average_many as average_many
+    from ckptavg.average import average as average
+    from ckptavg.average import average_many as average_many
     from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
     from ckptavg.select.selection import Selection as Selection
-    from ckptavg.verifying import verify as verify
+    from ckptavg.verify import verify as verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,10 +30,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "average": "ckptavg.averaging",
-    "average_many": "ckptavg.averaging",
+    "average": "ckptavg.average",
+    "average_many": "ckptavg.average",
     "refresh_norm": "ckptavg.norm.refresh",
-    "verify": "ckptavg.verifying",
+    "verify": "ckptavg.verify",
     "Ranks": "ckptavg.distributed",
     "Selection": "ckptavg.select.selection",
     "CkptAvgError": "ckptavg.errors",
@@ -39,9 +41,20 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for and no more: `ckptavg --help` must not wait for numpy or torch."""
+    """Import a public object when it is first used: `ckptavg --help` must not wait for numpy."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+class _Package(ModuleType):
+    """Keeps the functions `average` and `verify` from being hidden by the modules they are in."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

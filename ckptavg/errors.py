@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -22,6 +24,18 @@ def printable(name: object) -> str:
     text = _QUERY.sub(r"\1", _USER.sub(r"\1", str(name)))
     text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
+
+
+@contextlib.contextmanager
+def without_notices() -> Iterator[None]:
+    """Log errors only: the notices have been logged already, or will be."""
+    log = logging.getLogger("ckptavg")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class CkptAvgError(Exception):

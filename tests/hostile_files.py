@@ -367,7 +367,7 @@ def _made(folder: Path, kind: str) -> Path:
 
 def main() -> None:
     """Average each, and print what came of it."""
-    import ckptavg.averaging  # noqa: F401 - once, and not in every fork
+    import ckptavg.average  # noqa: F401 - once, and not in every fork
 
     results: dict[str, tuple[object, ...]] = {}
     for kind in KINDS:

@@ -135,7 +135,7 @@ def test_weights_are_normalised_and_zero_weights_are_not_read(tmp_path):
     wanted = (states[0]["w"].double() + 3 * states[2]["w"].double()) / 4
     assert same_bits(load_file(tmp_path / "out.safetensors")["w"], wanted.float())
     entry = provenance(tmp_path / "out.safetensors")
-    assert [source["weight"] for source in entry["sources"]] == [1, 0, 3]
+    assert [source["weight"] for source in entry["sources"]] == [1, 3]
     assert entry["divisor"] == 4
 
 
@@ -244,7 +244,9 @@ class TestNormStatisticsOfACopy:
         assert self.averaged(tmp_path, step)[1] == "kept"
 
     def test_are_told_apart_among_several_averages(self, run, tmp_path):
-        summaries = ckptavg.average_many(run, tmp_path / "many", last=[1, 2])
+        summaries = ckptavg.average_many(
+            run, tmp_path / "many", select=ckptavg.Selection(last=[1, 2])
+        )
         assert [summary.norm_stats for summary in summaries] == ["kept", "stale"]
         for summary in summaries:
             assert provenance(Path(summary.output))["norm_stats"] == {"state": summary.norm_stats}
@@ -475,7 +477,7 @@ class TestNonFinite:
         with pytest.raises(ValueRangeError):
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
 
-    @pytest.mark.parametrize("weights", [None, [2, -1, 1]])
+    @pytest.mark.parametrize("weights", ["uniform", [2, -1, 1]])
     def test_the_same_value_everywhere_stays(self, tmp_path, weights):
         mask = torch.zeros(400, 400).masked_fill(torch.ones(400, 400).triu(1).bool(), float("-inf"))
         mask[0, 0] = float("nan")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.distributed import Ranks
-    from ckptavg.summary import SourceSummary, Summary
+    from ckptavg.write.summary import SourceSummary, Summary
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {
@@ -121,8 +121,7 @@ _ROLES = {
 @click.option(
     "--hash",
     is_flag=True,
-    help="Record SHA-256 of the checkpoints and of the output, for `ckptavg verify`: the "
-    "checkpoints are read once more.",
+    help="Record SHA-256 of the checkpoints, for `ckptavg verify`: they are read once more.",
 )
 @click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
@@ -153,28 +152,25 @@ def average(
     if refresh is None:
         # numpy's BLAS is not used here, and starting its threads takes as long as importing it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from ckptavg.averaging import average as run
-    from ckptavg.averaging import average_many
+    from ckptavg.average import average as run
+    from ckptavg.average import average_many
     from ckptavg.merge.schemes import parse
 
     select, last = take_selection(options)
+    select = dataclasses.replace(select, last=last or None)
     options |= {"fsync": not no_fsync, "dry_run": dry_run, "normalize": not no_normalize}
+    options |= {"weights": weights, "select": select}
     if len(last) > 1 or len(parse(weights)) > 1:
         if refresh is not None:
             raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
         if options.pop("update"):
             raise click.UsageError("--update makes one average: one --last and one of --weights")
         with _ranks(console) as ranks, _progress(console) as progress:
-            summaries = average_many(
-                inputs, output, last=last, weights=weights, select=select, ranks=ranks,
-                **progress, **options,
-            )  # fmt: skip
+            summaries = average_many(inputs, output, ranks=ranks, **progress, **options)
         for summary in summaries:
             _say(console, summary, summary.output)
         console.result({"averages": summaries})
         return
-    select = dataclasses.replace(select, last=last[0] if last else None)
-    options |= {"weights": weights, "select": select}
     if refresh is None or dry_run:
         with _ranks(console) as ranks, _progress(console) as progress:
             summary = run(inputs, output, ranks=ranks, **progress, **options)
@@ -235,8 +231,6 @@ def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = F
         )
         return
     console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
-    if summary.sha256 is not None and not refreshed:
-        console.say(f"  its tensors have SHA-256 {summary.sha256}")
     if summary.norm_stats == "stale" and not refreshed:
         name = shlex.quote(str(output))
         console.say(

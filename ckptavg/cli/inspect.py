@@ -75,16 +75,16 @@ def _say_choice(
 
     rules, last = take_selection(options)
     found = survey(paths, key=key, wanted=rules.unwanted)
-    verdicts = select(found, replace(rules, last=max(last, default=None)))
+    verdicts = select(found, replace(rules, last=last or None))
     rows = [
         {
-            "path": shown(verdict.source.path),
+            "path": shown(verdict.checkpoint.path),
             "step": verdict.step,
-            "rate": verdict.source.checkpoint.training.learning_rate
+            "rate": verdict.checkpoint.training.learning_rate
             if verdict.rate is None
             else verdict.rate,
             "metric": verdict.metric,
-            "bytes": verdict.source.checkpoint.size,
+            "bytes": verdict.checkpoint.size,
             "taken": verdict.taken,
             "reason": verdict.reason,
         }

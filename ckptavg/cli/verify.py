@@ -12,7 +12,7 @@ from ckptavg.errors import printable
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.verifying import Verification
+    from ckptavg.verify import Verification
 
 
 @click.command()
@@ -32,12 +32,12 @@ def verify(
 ) -> None:
     """Verify that an average is what it says of itself.
 
-    OUTPUT is an average that ckptavg has made. Its tensors must have the SHA-256 that `average
-    --hash` recorded. With INPUT, the checkpoints as they were given to `average`, these must be
-    those that it names, and the average is made again and compared bit for bit.
+    OUTPUT is an average that ckptavg has made, INPUT its checkpoints as they were given to
+    `average`. These must be the ones that it names; they are averaged again, into a temporary file
+    beside OUTPUT, and compared with it bit for bit.
     """
     console = Console(as_json=as_json, quiet=quiet)
-    from ckptavg.verifying import verify as run
+    from ckptavg.verify import verify as run
 
     with (
         console.progress("hashing", "B") as hashing,
@@ -46,20 +46,12 @@ def verify(
         found = run(
             output, inputs, key=key, threads=threads, progress=comparing, hash_progress=hashing
         )
-    _say(console, found, bool(inputs))
+    _say(console, found)
     console.result(found)
 
 
-def _say(console: Console, found: Verification, made_again: bool) -> None:  # noqa: FBT001
+def _say(console: Console, found: Verification) -> None:
     console.say(f"{printable(found.output)}: verified")
-    if found.hashed:
-        console.say("  its tensors have the SHA-256 that was recorded when they were written")
-    if not made_again:
-        console.say(
-            f"  its {plural(found.sources, 'checkpoint')} were not looked at: name them, and the "
-            "average is made again"
-        )
-        return
     checked = f", {found.sources_hashed} of them by SHA-256" if found.sources_hashed else ""
     console.say(
         f"  {plural(found.sources, 'checkpoint')} ({printable(found.scheme)}): those that it was "

@@ -13,16 +13,17 @@ from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of
 from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 PROVENANCE = "ckptavg"
+_PIECE = 1 << 20
 # What torch.compile and Lightning's strategies put before all names.
 _WRAPPERS = ("_orig_mod.", "_forward_module.")
 STEP_FACTS = ("global_step", "step", "epoch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """One checkpoint: what its headers say. No tensor is read to make it.
 
@@ -101,6 +102,24 @@ class Checkpoint:
         return np.ascontiguousarray(read_view(self.parts[tensor.part], tensor)).reshape(
             tensor.shape
         )
+
+    def pieces(self, name: str, end: int | None = None) -> Iterator[memoryview]:
+        """The bytes of a tensor in C order, in pieces of 1 MiB.
+
+        Args:
+            name: of the tensor.
+            end: how many of its bytes; None for all. A strided tensor is read in full.
+        """
+        tensor = self.tensors[name]
+        end = tensor.nbytes if end is None else min(end, tensor.nbytes)
+        if tensor.strides is not None:
+            data = bytes_of(self.read(name))
+            yield from (data[start : min(start + _PIECE, end)] for start in range(0, end, _PIECE))
+            return
+        for start in range(0, end, _PIECE):
+            piece = memoryview(bytearray(min(_PIECE, end - start)))
+            self.parts[tensor.part].read_into(tensor.offset + start, piece)
+            yield piece
 
     def with_values(self, values: Mapping[str, AnyArray]) -> Checkpoint:
         """The same checkpoint with some tensors in memory instead. Shapes and dtypes stay.

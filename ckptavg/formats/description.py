@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.names import is_norm_statistic
 from ckptavg.formats.paths import shown
-from ckptavg.merge.roles import is_norm_statistic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,7 +27,6 @@ from ckptavg.norm.factories import user_code
 from ckptavg.norm.loading import load_weights
 from ckptavg.select.collect import survey
 from ckptavg.select.order import labels
-from ckptavg.write import digests
 
 if TYPE_CHECKING:
     from ckptavg.distributed import Ranks
@@ -101,7 +100,7 @@ class Explorer:
         """Further checkpoints of the same model, in the order of training."""
         found = survey(inputs, key=self._options.key)
         opened = []
-        for source in found.sources:
+        for source in found.checkpoints:
             try:
                 one = self._opened(source.path)
                 _check_alike(self._checkpoints[0], one)
@@ -228,7 +227,11 @@ class Explorer:
         """What tells whether the checkpoints are the same, in every bit."""
         digest = hashlib.sha256()
         for path, opened in zip(self.names, self._checkpoints, strict=True):
-            digest.update(json.dumps([path, digests.of_checkpoint(opened)]).encode())
+            for name, tensor in sorted(opened.tensors.items()):
+                facts = [path, name, tensor.dtype.name, tensor.shape]
+                digest.update(json.dumps(facts).encode())
+                for piece in opened.pieces(name):
+                    digest.update(piece)
         return digest.hexdigest()
 
     def _facts(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the engine does: bytes of the outputs, and what they are made of."""
+"""The work of the engine: bytes of the outputs, and the inputs that they are computed from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.tensors import BY_NAME, Tensor
-from ckptavg.merge.gathered import Gathered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import DType
@@ -26,7 +25,7 @@ _BYTE = BY_NAME["uint8"]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A tensor's bytes in one checkpoint.
+    """The bytes of a tensor, or of neighbouring tensors, in one checkpoint.
 
     Attributes:
         part: the file.
@@ -39,17 +38,17 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one of the outputs takes of the inputs: `sum(weights[i] * inputs[i]) / divisor`.
+    """What one output computes from the inputs: `sum(weights[i] * inputs[i]) / divisor`.
 
     Attributes:
-        weights: one for each input; those with 0 are no part of it.
+        weights: one for each input; an input with weight 0 has no part in it.
         divisor: of the weighted sum.
         targets: offsets in the output at which the result is written.
-        output: which of the outputs.
-        scattered: further places, in which it is not contiguous.
+        output: the number of the output.
+        scattered: further places of the result, in which it is not contiguous.
         nonnegative: negative results are an error (variances under negative weights).
-        one_of_several: it is one checkpoint's of several, so that NaN and Inf in it do not stand
-            in every one.
+        one_of_several: the input is one of several checkpoints, so NaN and Inf in it need not
+            stand in all of them.
     """
 
     weights: tuple[float, ...]
@@ -63,15 +62,15 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Bytes of the outputs, and the inputs that they are made of, each of which is read once.
+    """Bytes of the outputs, and the inputs that they are computed from. Each input is read once.
 
     Attributes:
-        inputs: what is averaged; for a copy, the one that is copied.
-        count: elements; a run of neighbouring tensors counts as one.
-        copy: the input's bytes are the outputs'.
+        inputs: what is averaged, or the one input that is copied.
+        count: elements; neighbouring tensors count as one.
+        copy: the outputs' bytes are those of the input.
         dtype: element type of the outputs.
         shares: one for each output.
-        number: of the first tensor, for whoever must name one.
+        number: the position of the first tensor in the plan, for error messages.
     """
 
     inputs: tuple[Input, ...]
@@ -83,45 +82,65 @@ class Job:
 
     @property
     def strided(self) -> bool:
-        """Whether an input or a place is not contiguous, so that it goes tensor by tensor."""
+        """Whether an input or a target is not contiguous, so that the job is one tensor."""
         return any(share.scattered for share in self.shares) or any(
             entry.tensor.strides is not None for entry in self.inputs
         )
 
+    def is_continued_by(self, other: Job) -> bool:
+        """Whether another job does the same with the bytes behind this one's, in all files."""
+        if (
+            (self.dtype, self.copy, len(self.inputs), len(self.shares))
+            != (other.dtype, other.copy, len(other.inputs), len(other.shares))
+            or self.strided
+            or other.strided
+        ):  # fmt: skip
+            return False
+        for mine, theirs in zip(self.inputs, other.inputs, strict=True):
+            if mine.part is not theirs.part or mine.tensor.dtype is not theirs.tensor.dtype:
+                return False
+            end = mine.tensor.offset + self.count * mine.tensor.dtype.itemsize
+            if theirs.tensor.offset != end:
+                return False
+        size = self.count * self.dtype.itemsize
+        return all(
+            len(mine.targets) == 1
+            and theirs.targets == (mine.targets[0] + size,)
+            and (mine.weights, mine.divisor, mine.output, mine.nonnegative, mine.one_of_several)
+            == (theirs.weights, theirs.divisor, theirs.output, theirs.nonnegative,
+                theirs.one_of_several)
+            for mine, theirs in zip(self.shares, other.shares, strict=True)
+        )  # fmt: skip
+
     @staticmethod
     def copy_of(copied: Copy, output: int) -> Job:
-        """The job that copies some bytes into an output."""
+        """The job that copies bytes from a file into an output."""
         entry = Input(copied.part, Tensor(_BYTE, (copied.size,), 0, copied.offset))
         share = Share((1.0,), 1.0, (copied.target,), output)
         return Job((entry,), copied.size, copy=True, dtype=_BYTE, shares=(share,), number=-1)
 
 
-def _chunk_for(outputs: int) -> int:
-    """Elements of a chunk of which each output has a sum: fewer for many, but worth the calls."""
-    return max(_SMALLEST_CHUNK, min(_CHUNK_OF_SEVERAL, _SUMS // outputs))
-
-
-def chunks(jobs: Iterator[Job]) -> Iterator[tuple[Job, int, int]]:
+def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
     """Cut the jobs into chunks that stay in a core's cache: job, first element, elements."""
     for job in jobs:
-        # Each output has a sum of its own.
-        size = CHUNK if len(job.shares) == 1 else _chunk_for(len(job.shares))
-        if isinstance(job.inputs[0].part, Gathered):
-            size *= 2  # each chunk goes through much of the files
         if job.strided:
             yield job, 0, job.count
-        else:
-            for start in range(0, job.count, size):
-                yield job, start, min(size, job.count - start)
+            continue
+        outputs = len(job.shares)
+        size = CHUNK
+        if outputs > 1:  # each output has a sum of its own
+            size = max(_SMALLEST_CHUNK, min(_CHUNK_OF_SEVERAL, _SUMS // outputs))
+        for start in range(0, job.count, size):
+            yield job, start, min(size, job.count - start)
 
 
 class BadValueError(CkptAvgError):
-    """A value that must not be in the output; the caller knows the tensor's name.
+    """A value that must not be in the output. The caller knows the name of its tensor.
 
     Attributes:
-        number: of the first tensor of the job.
-        element: which element of the job it is; None for a strided tensor.
-        path: the input at fault, if it is one.
+        number: the position of the job's first tensor in the plan.
+        element: the element of the job; None in a strided tensor.
+        path: the file of the input that has the value, if an input has it.
     """
 
     def __init__(

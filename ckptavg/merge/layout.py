@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from ckptavg.formats.tensors import Tensor
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ckptavg.formats.parts import Part
-    from ckptavg.formats.tensors import DType
+    from ckptavg.formats.tensors import DType, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +101,12 @@ class Layout:
         targets: for each tensor, the offsets at which its bytes are written.
         copies: what is copied from elsewhere.
         scattered: further places of tensors, by the tensor's position.
-        tensors: what is laid out.
-        unknown: what stands in the metadata for the digest of the tensors; None if nothing does.
     """
 
     files: Mapping[str, FileLayout]
     targets: tuple[tuple[int, ...], ...]
     copies: tuple[Copy, ...] = ()
     scattered: Mapping[int, tuple[Scattered, ...]] = field(default_factory=dict)
-    tensors: tuple[OutputTensor, ...] = ()
-    unknown: str | None = None
 
     @property
     def size(self) -> int:
@@ -123,13 +117,6 @@ class Layout:
     def bases(self) -> list[int]:
         """The offset at which each of the files begins."""
         return list(accumulate((file.size for file in self.files.values()), initial=0))[:-1]
-
-    def place(self, position: int) -> Tensor:
-        """Where one of the tensors is written; once, if it is written in several places."""
-        if not self.targets[position]:
-            return self.scattered[position][0].tensor
-        tensor = self.tensors[position]
-        return Tensor(tensor.dtype, tensor.shape, 0, self.targets[position][0])
 
     @property
     def is_directory(self) -> bool:

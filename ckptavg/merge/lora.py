@@ -12,59 +12,31 @@ so `r' = sum r_i`, and `alpha' = r'` makes its scale 1.
 from __future__ import annotations
 
 import bisect
-import re
+import logging
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
 from ckptavg.formats.checkpoint import read_view
-from ckptavg.formats.lora_config import Config, joined_config
+from ckptavg.formats.lora_config import Config, joined_config, scales_beside
+from ckptavg.formats.names import is_of_lora, lora_factor
 from ckptavg.formats.tensors import bytes_of, fresh
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.names import Factor
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import AnyArray, Tensor
     from ckptavg.merge.weights import Weights
-    from ckptavg.select.sources import Collection, Source
 
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.(lora_(?P<factor>[AB])(?P<bias>\.weight|\.bias)|lora_embedding_(?P<table>[AB]))"
-)
-_ANY = re.compile(r"(.+\.)?lora_[A-Za-z_]+(\..+)?")
-Factor = Literal["A", "B", "bias"]
-
-
-def is_lora(names: Sequence[str]) -> bool:
-    """Whether there are LoRA factors among the tensors."""
-    return any(_FACTOR.fullmatch(name) for name in names)
-
-
-def is_factor(name: str) -> bool:
-    """Whether a tensor is a LoRA factor, or its bias."""
-    return _FACTOR.fullmatch(name) is not None
-
-
-def has_rank(name: str) -> bool:
-    """Whether a tensor is a LoRA factor whose rank may differ between checkpoints."""
-    found = _parse(name)
-    return found is not None and found[1] != "bias"
-
-
-def _parse(name: str) -> tuple[str, Factor] | None:
-    """The module that a factor belongs to, and which one it is."""
-    found = _FACTOR.fullmatch(name)
-    if found is None:
-        return None
-    if found["bias"] == ".bias":
-        return (found["module"], "bias") if found["factor"] == "B" else None
-    return found["module"], found["factor"] or found["table"]  # type: ignore[return-value]
+log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True)
@@ -163,162 +135,171 @@ class Joined:
         """The checkpoints' own files are checked."""
 
 
-def join(
-    collection: Collection, weights: Weights, *, allow_nonfinite: bool = False
-) -> tuple[Collection, bytes]:
-    """Let the factors stand side by side, in place of the last checkpoint's own.
+def check_scales(members: Sequence[Checkpoint]) -> None:
+    """Warn of what averaging LoRA factors apart means, and refuse it under unlike scales.
+
+    Raises:
+        MismatchError: the adapters' configurations scale their products differently.
+    """
+    first, *others = members
+    differences = [
+        f"{printable(first.path)} and {printable(other.path)}"
+        for other in others
+        if scales_beside(other.path) != scales_beside(first.path)
+    ]
+    if differences:
+        raise MismatchError(
+            "LoRA adapters of unlike rank or alpha, whose factors do not average apart "
+            "(--lora exact averages their products):",
+            differences,
+        )
+    log.warning(
+        "averaging the factors A and B of LoRA adapters apart is not averaging their products; "
+        "--lora exact does"
+    )
+
+
+def join_factors(
+    members: Sequence[Checkpoint], weights: Weights, *, allow_nonfinite: bool = False
+) -> tuple[tuple[Checkpoint, ...], bytes]:
+    """Put the factors of all adapters side by side, in place of the last adapter's own.
 
     Args:
-        collection: adapters, whose ranks may differ.
+        members: adapters, whose ranks may differ.
         weights: one for each of them.
         allow_nonfinite: let NaN and Inf pass.
 
     Returns:
-        The collection with the last checkpoint's factors replaced, which are then taken as they
-        are, and the configuration to go with them.
+        The members, of which the last one with a weight has the joined factors; and the
+        configuration (JSON) that goes with the joined factors.
 
     Raises:
-        FormatError: they are no plain LoRA, or a factor lacks the other.
+        FormatError: they are no plain LoRA adapters, or a factor lacks the other.
         MismatchError: factors differ in more than their ranks.
-        SelectionError: there is no configuration beside them, or no factor.
+        SelectionError: there is no configuration beside an adapter, or it has no factor.
         ValueRangeError: a factor has NaN or Inf.
     """
-    used = [
-        (source, value / weights.divisor)
-        for source, value in zip(collection.sources, weights.values, strict=True)
+    pairs = zip(members, weights.values, strict=True)
+    adapters = [
+        _Adapter(member, Config.read(member.path), value / weights.divisor)
+        for member, value in pairs
         if value
     ]
-    configs = [Config.read(source.path) for source, _ in used]
-    factors, ranks = _factors(collection, used, configs)
-    for factor in () if allow_nonfinite else factors:
-        factor.check()
-    last = used[-1][0]
-    part = Joined(last.path, factors)
-    by_name = {factor.name: factor.output for factor in factors}
-    tensors = {name: by_name.get(name, tensor) for name, tensor in collection.tensors.items()}
-    sources = tuple(
-        _with_part(source, part, by_name, collection.names) if source is last else source
-        for source in collection.sources
-    )
-    joined = replace(collection, tensors=tensors, sources=sources)
-    return joined, joined_config(configs[-1].content, ranks)
-
-
-def _with_part(
-    source: Source, part: Part, factors: Mapping[str, Tensor], names: Sequence[str]
-) -> Source:
-    """The source with its factors in another part."""
-    parts, offsets, strides = source.parts.copy(), source.offsets.copy(), dict(source.strides)
-    for index, name in enumerate(names):
-        if name in factors:
-            parts[index] = len(source.checkpoint.parts)
-            offsets[index] = factors[name].offset
-            strides.pop(index, None)
-    checkpoint = replace(source.checkpoint, parts=(*source.checkpoint.parts, part))
-    return replace(
-        source, checkpoint=checkpoint, parts=parts, offsets=offsets, strides=strides, shapes={}
-    )
-
-
-def _factors(
-    collection: Collection, used: Sequence[tuple[Source, float]], configs: Sequence[Config]
-) -> tuple[list[_Factor], dict[str, int]]:
-    """All factors of the average, and the rank of each module."""
-    modules: dict[str, dict[Factor, int]] = {}
-    for index, name in enumerate(collection.names):
-        found = _parse(name)
-        if found is not None:
-            modules.setdefault(found[0], {})[found[1]] = index
-        elif _ANY.fullmatch(name):
-            raise FormatError(
-                "is no factor A or B of a plain LoRA", path=used[-1][0].path, tensor=name
-            )
-    if not modules:
-        raise SelectionError("has no LoRA factors", path=used[-1][0].path)
+    last = adapters[-1].checkpoint
     factors: list[_Factor] = []
     ranks: dict[str, int] = {}
     offset = 0
-    for module, indices in modules.items():
-        pair = _Module(collection, used, configs, module, indices)
-        ranks[module] = pair.rank
-        for factor in pair.factors():
-            placed = replace(factor, output=replace(factor.output, offset=offset))
-            factors.append(placed)
-            offset += placed.output.nbytes
-    return factors, ranks
+    for module, names in _factors_by_module(last).items():
+        for factor in _joined(adapters, module, names):
+            factors.append(replace(factor, output=replace(factor.output, offset=offset)))
+            offset += factor.output.nbytes
+            if factor.kind == "A":
+                ranks[module] = factor.output.shape[0]
+    for factor in () if allow_nonfinite else factors:
+        factor.check()
+    part = len(last.parts)
+    by_name = {factor.name: replace(factor.output, part=part) for factor in factors}
+    joined = replace(
+        last,
+        parts=(*last.parts, Joined(last.path, factors)),
+        tensors={**last.tensors, **by_name},
+    )
+    replaced = tuple(joined if member is last else member for member in members)
+    return replaced, joined_config(adapters[-1].config.content, ranks)
 
 
-class _Module:
-    """The factors of one module in all checkpoints."""
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that is averaged.
 
-    def __init__(
-        self,
-        collection: Collection,
-        used: Sequence[tuple[Source, float]],
-        configs: Sequence[Config],
-        module: str,
-        indices: Mapping[Factor, int],
-    ) -> None:
-        self._indices, self._names = indices, collection.names
-        for factor in ("A", "B"):
-            if factor not in indices:
-                raise FormatError(
-                    f"has no LoRA factor {factor}", path=used[0][0].path, tensor=module
-                )
-        self._tensors: dict[Factor, list[tuple[Part, Tensor]]] = {
-            factor: [_tensor(collection, source, index) for source, _ in used]
-            for factor, index in indices.items()
-        }
-        self._module, self._used = module, used
-        self._groups = self._find_groups()
-        self._ranks = [tensor.shape[0] for _, tensor in self._tensors["A"]]
-        self.rank = sum(self._ranks)
-        self._scales = [
-            share * config.scale(module, rank)
-            for (_, share), config, rank in zip(used, configs, self._ranks, strict=True)
-        ]
+    Attributes:
+        checkpoint: the adapter.
+        config: its configuration.
+        share: its weight, divided by the divisor.
+    """
 
-    def _find_groups(self) -> int:
-        """In how many groups a convolution is; checks that all fits but for the ranks."""
-        pairs = list(zip(self._tensors["A"], self._tensors["B"], strict=True))
-        traits = {_without_rank(a.shape, b.shape) for (_, a), (_, b) in pairs}
-        groups = traits.pop()[-1] if len(traits) == 1 else 0
-        if not groups:
-            raise MismatchError(
-                "LoRA factors differ in more than their ranks:",
-                [
-                    f"{printable(self._module)}: A {a.shape} and B {b.shape} in "
-                    f"{printable(source.path)}"
-                    for (source, _), ((_, a), (_, b)) in zip(self._used, pairs, strict=True)
-                ],
+    checkpoint: Checkpoint
+    config: Config
+    share: float
+
+    def tensor(self, name: str) -> tuple[Part, Tensor]:
+        """A tensor, and the file that has it."""
+        tensor = self.checkpoint.tensors[name]
+        return self.checkpoint.parts[tensor.part], tensor
+
+
+def _factors_by_module(checkpoint: Checkpoint) -> dict[str, dict[Factor, str]]:
+    """The names of the factors of each module."""
+    modules: dict[str, dict[Factor, str]] = {}
+    for name in checkpoint.tensors:
+        factor = lora_factor(name)
+        if factor is not None:
+            modules.setdefault(factor[0], {})[factor[1]] = name
+        elif is_of_lora(name):
+            raise FormatError(
+                "is no factor A or B of a plain LoRA", path=checkpoint.path, tensor=name
             )
-        return groups
+    if not modules:
+        raise SelectionError("has no LoRA factors", path=checkpoint.path)
+    return modules
 
-    def factors(self) -> Iterator[_Factor]:
-        """The module's factors in the average."""
-        for factor, tensors in self._tensors.items():
-            like = tensors[-1][1]
-            shape = like.shape
-            if factor == "A":
-                shape = (self.rank, *shape[1:])
-            elif factor == "B":
-                shape = (shape[0], self.rank // self._groups, *shape[2:])
-            inputs = tuple(
-                (part, tensor, scale)
-                for (part, tensor), scale in zip(tensors, self._scales, strict=True)
-            )
-            output = replace(like, shape=shape, strides=None)
-            yield _Factor(factor, self._names[self._indices[factor]], inputs, self._groups, output)
+
+def _joined(
+    adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, str]
+) -> list[_Factor]:
+    """The factors of a module in the average."""
+    for kind in ("A", "B"):
+        if kind not in names:
+            path = adapters[0].checkpoint.path
+            raise FormatError(f"has no LoRA factor {kind}", path=path, tensor=module)
+    groups = _groups(adapters, module, names)
+    ranks = [adapter.tensor(names["A"])[1].shape[0] for adapter in adapters]
+    scales = [
+        adapter.share * adapter.config.scale(module, rank)
+        for adapter, rank in zip(adapters, ranks, strict=True)
+    ]
+    factors = []
+    for kind, name in names.items():
+        inputs = tuple(
+            (*adapter.tensor(name), scale) for adapter, scale in zip(adapters, scales, strict=True)
+        )
+        like = inputs[-1][1]
+        shape = like.shape
+        if kind == "A":
+            shape = (sum(ranks), *shape[1:])
+        elif kind == "B":
+            shape = (shape[0], sum(ranks) // groups, *shape[2:])
+        factors.append(
+            _Factor(kind, name, inputs, groups, replace(like, shape=shape, strides=None))
+        )
+    return factors
+
+
+def _groups(adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, str]) -> int:
+    """The number of groups of a convolution, else 1.
+
+    Raises:
+        MismatchError: the factors differ in more than their ranks.
+    """
+    shapes = [
+        (adapter.tensor(names["A"])[1].shape, adapter.tensor(names["B"])[1].shape)
+        for adapter in adapters
+    ]
+    without_rank = {_without_rank(a, b) for a, b in shapes}
+    groups = without_rank.pop()[-1] if len(without_rank) == 1 else 0
+    if not groups:
+        raise MismatchError(
+            "LoRA factors differ in more than their ranks:",
+            [
+                f"{printable(module)}: A {a} and B {b} in {printable(adapter.checkpoint.path)}"
+                for adapter, (a, b) in zip(adapters, shapes, strict=True)
+            ],
+        )
+    return groups
 
 
 def _without_rank(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """The shapes of a pair without the rank, and how often B's rank goes into A's (0: not)."""
+    """The shapes of a pair without the rank, and how often B's rank fits into A's (0: not)."""
     if min(len(a), len(b)) < 2 or not b[1] or a[0] % b[1]:  # noqa: PLR2004 - matrices at least
         return (*a, *b), 0
     return (*a[1:], b[0], *b[2:]), a[0] // b[1]
-
-
-def _tensor(collection: Collection, source: Source, index: int) -> tuple[Part, Tensor]:
-    """A factor in one checkpoint, in its own shape."""
-    tensor = source.tensor(index, collection.described[index])
-    return source.checkpoint.parts[tensor.part], tensor

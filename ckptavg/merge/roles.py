@@ -6,19 +6,20 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, MismatchError, printable
+from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statistic
 from ckptavg.select.compare import differing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import Tensor
-    from ckptavg.select.sources import Collection, Source
+    from ckptavg.merge.options import MergeOptions
 
 Role = Literal["averaged", "last", "kept", "joined"]
-"""What becomes of a tensor: its mean, the last checkpoint's, what all of them have, or (factors of
-LoRA adapters) all of them side by side."""
+"""What becomes of a tensor: its mean; the last checkpoint's; what all checkpoints have; or, for the
+factors of LoRA adapters, those of all checkpoints side by side."""
 
-_NORM_STATISTICS = ("running_mean", "running_var")
 _WIDEST_CODE = 8  # bits
 _QUANTISED = re.compile(
     r"(.*\.)?(qweight|qzeros|weight_packed|W_q|SCB|absmax|nested_absmax|quant_map|quant_state\..*"
@@ -26,57 +27,31 @@ _QUANTISED = re.compile(
 )
 
 
-def is_norm_statistic(name: str) -> bool:
-    """Whether a tensor is a norm layer's running statistic, by its name."""
-    return name.rpartition(".")[2] in _NORM_STATISTICS
-
-
-def is_extra_state(name: str) -> bool:
-    """Whether a tensor is a module's own state, whose bytes mean nothing here (fp8 recipes)."""
-    return name.rpartition(".")[2] == "_extra_state"
-
-
-def refuse_quantised(collection: Collection) -> None:
+def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Refuse codes with scales beside them: a mean of codes under unlike scales means nothing.
 
     Raises:
-        FormatError: the first such tensor.
+        FormatError: a tensor is quantised.
     """
-    by_last = _by_last_part(collection.names)
+    # The layers that have a scale or a zero point: its name begins with theirs.
     scaled = {
-        name.rpartition(".")[0]
-        for last, names in by_last.items()
-        if re.search("scale|zero", last)
-        for name in names
+        layer
+        for layer, _, last in (name.rpartition(".") for name in checkpoint.tensors)
+        if "scale" in last or "zero" in last
     }
-    # Few of the names are looked at one by one: of a hundred thousand that would take a while.
-    packed = any(tensor.dtype.kind == "packed" for tensor in collection.described)
-    every = packed or bool(scaled) or any("quant_state." in name for name in collection.names)
-    named = [
-        name for last, names in by_last.items() if _QUANTISED.fullmatch(last) for name in names
-    ]
-    for name in collection.names if every else named:
-        tensor = collection.tensors[name]
-        beside_scales = name in scaled or name.rpartition(".")[0] in scaled
+    for name, tensor in checkpoint.tensors.items():
+        is_scaled = name in scaled or name.rpartition(".")[0] in scaled
         if (
             tensor.dtype.kind == "packed"
             or _QUANTISED.fullmatch(name)
-            or (beside_scales and tensor.count > 1 and _may_be_codes(name, tensor))
+            or (is_scaled and tensor.count > 1 and _may_be_codes(name, tensor))
         ):
             raise FormatError(
                 "is quantised: codes and scales do not average apart",
-                path=collection.sources[0].path,
+                path=checkpoint.path,
                 tensor=name,
                 remedy="average the checkpoints before they are quantised",
             )
-
-
-def _by_last_part(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names by what follows their last dot."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(name[name.rfind(".") + 1 :], []).append(name)
-    return found
 
 
 def _may_be_codes(name: str, tensor: Tensor) -> bool:
@@ -85,38 +60,36 @@ def _may_be_codes(name: str, tensor: Tensor) -> bool:
     return tensor.dtype.averaged or name.rpartition(".")[2].startswith(("weight", "w", "W", "q"))
 
 
-def decide_roles(
-    collection: Collection, used: Sequence[Source], *, ints: str, norm_stats: str
-) -> list[Role]:
-    """What becomes of each tensor: floats are averaged, integers must agree.
+def decide_roles(members: Sequence[Checkpoint], options: MergeOptions) -> dict[str, Role]:
+    """The role of each tensor, by name.
+
+    Args:
+        members: checkpoints of one model, in order.
+        options: what becomes of integers, norm statistics and LoRA factors.
 
     Raises:
-        MismatchError: an integer tensor (of more than one element) differs between checkpoints.
+        MismatchError: an integer tensor of several elements differs between checkpoints.
     """
-    tensors = collection.described
-    roles: list[Role] = [
-        "last"
-        if (norm_stats == "last" and is_norm_statistic(name)) or is_extra_state(name)
-        else "averaged"
-        if tensor.dtype.averaged
-        else "kept"
-        for name, tensor in collection.tensors.items()
-    ]
-    whole = [
-        index
-        for index, (tensor, role) in enumerate(zip(tensors, roles, strict=True))
-        if not tensor.dtype.averaged and role != "last"
-    ]
-    problems: dict[int, str] = {}
-    for source in used[1:]:
-        for index in differing(tensors, whole, used[0], source):
-            roles[index] = "last"
-            if tensors[index].count > 1 and ints != "last":
+    first, *others = members
+    roles: dict[str, Role] = {}
+    for name, tensor in first.tensors.items():
+        if is_extra_state(name) or (options.norm_stats == "last" and is_norm_statistic(name)):
+            roles[name] = "last"
+        elif options.lora == "exact" and is_lora_factor(name):
+            roles[name] = "joined"
+        else:
+            roles[name] = "averaged" if tensor.dtype.averaged else "kept"
+    integers = [name for name, role in roles.items() if role == "kept"]
+    problems: dict[str, str] = {}
+    for other in others:
+        for name in differing(integers, first, other):
+            roles[name] = "last"
+            tensor = first.tensors[name]
+            if tensor.count > 1 and options.ints != "last":
                 problems.setdefault(
-                    index,
-                    f"{printable(collection.names[index])}: {tensors[index].dtype.name} "
-                    f"{tensors[index].shape} differs between {printable(used[0].path)} and "
-                    f"{printable(source.path)}",
+                    name,
+                    f"{printable(name)}: {tensor.dtype.name} {tensor.shape} differs between "
+                    f"{printable(first.path)} and {printable(other.path)}",
                 )
     if problems:
         raise MismatchError(

@@ -76,6 +76,21 @@ class Scheme:
         return self.make(() if steps is None else steps, names, normalize)
 
 
+def schemes_of(weights: str | Sequence[float]) -> tuple[Scheme, ...]:
+    """The schemes that `weights` asks for.
+
+    Args:
+        weights: what `parse` takes, or one number for each checkpoint.
+
+    Raises:
+        SelectionError: it says no scheme, or the numbers are no numbers.
+    """
+    if isinstance(weights, str):
+        return parse(weights)
+    values = list(weights)
+    return (_explicit_scheme(values),)
+
+
 def parse(text: str) -> tuple[Scheme, ...]:
     """What the option `--weights` says.
 

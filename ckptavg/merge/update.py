@@ -1,185 +1,116 @@
 """Fold further checkpoints into a uniform average that was made earlier.
 
-`(n * average + x_1 + ... + x_m) / (n + m)`, with n from the average's own provenance.
+The result is `(n * average + x_1 + ... + x_m) / (n + m)`: a mean with the
+coefficients n, 1, ..., 1. n is the number of members in the provenance of the average.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
+from ckptavg.formats.names import is_extra_state
 from ckptavg.merge.weights import Weights
-from ckptavg.select.compare import fingerprints
-from ckptavg.select.order import in_order
-from ckptavg.select.sources import Collection
+from ckptavg.select.compare import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Sequence
 
-    from ckptavg.merge.plan import Plan
-    from ckptavg.select.collect import Survey
-    from ckptavg.select.sources import Source
-    from ckptavg.summary import Variant
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.merge.recipe import Recipe
 
 _FEWEST_BITS = 32
 _UNIFORM = ("uniform", "greedy soup")
 
 
-@dataclass(frozen=True)
-class Base:
-    """An average made earlier.
-
-    Attributes:
-        source: its file.
-        members: what its provenance says of the checkpoints in it.
-        others: the checkpoints that are to be folded in.
-    """
-
-    source: Source
-    members: tuple[dict[str, Any], ...]
-    others: Survey
-
-    @property
-    def files(self) -> frozenset[Path]:
-        """Its files, one of which may be the output."""
-        return frozenset(part.path for part in self.source.checkpoint.parts)
-
-    def refuse_member(self, other: Source) -> None:
-        """Refuse a checkpoint that is in it already, by what it holds.
-
-        Raises:
-            SelectionError: it is.
-        """
-        tensors = self.others.references[self.others.models[other]].tensors
-        own = fingerprints(Collection(tensors, (other,), order_is_known=True))[other]
-        for member in self.members:
-            if member.get("content") == own:
-                name = printable(member.get("name"))
-                raise SelectionError(
-                    f"has {printable(other.path)} in it already, as {name}",
-                    path=self.source.path,
-                    remedy="leave it out",
-                )
-
-    def is_newer_than(self, other: Source) -> bool:
-        """Whether its newest member was saved after a checkpoint, as far as steps are recorded."""
-        step = other.checkpoint.step
-        steps = [member.get("step") for member in self.members]
-        return step is not None and any(
-            isinstance(one, list) and one[0] == step[0] and one[1] > step[1] for one in steps
-        )
-
-    def check(self, plan: Plan) -> None:
-        """Refuse what a rounded average cannot be.
-
-        Raises:
-            SelectionError: its floats have 16 bits: each update would round them again.
-        """
-        for planned in plan.tensors:
-            if planned.role == "averaged" and planned.tensor.dtype.bits < _FEWEST_BITS:
-                name = printable(planned.output.names[0])
-                raise SelectionError(
-                    f"has {planned.tensor.dtype.name} in it ({name}), which each update would "
-                    "round again",
-                    path=self.source.path,
-                    remedy="average all checkpoints at once",
-                )
-
-
-def find_base(found: Survey, unwanted: Callable[[str], str | None]) -> Base:
-    """The one earlier average among the checkpoints.
-
-    Args:
-        found: all of the inputs.
-        unwanted: why a checkpoint of that name is not to be folded in, if it is not.
+def find_base(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """The earlier average among the checkpoints.
 
     Raises:
-        SelectionError: there is none or several, or it is not uniform.
+        SelectionError: there is none or several, it is not uniform, or its floats have 16 bits or
+            fewer, so that each update would round them again.
     """
-    averages = [source for source in found.sources if source.checkpoint.is_average]
+    averages = [checkpoint for checkpoint in checkpoints if checkpoint.is_average]
     if len(averages) != 1:
         raise SelectionError(
-            f"--update needs one average made earlier among its inputs, and there are "
-            f"{len(averages)}",
+            f"an update needs one earlier average among its inputs, and there are {len(averages)}",
             remedy="name it: ckptavg average SWA NEW... --update -o OUTPUT",
         )
-    [source] = averages
-    members = _members(source)
-    others = [
-        other
-        for other, name in zip(found.sources, found.labels(), strict=True)
-        if other is not source and unwanted(name) is None
-    ]
-    if not others:
-        raise SelectionError("there is nothing to fold into it", path=source.path)
-    ordered, known = in_order(others)
-    return Base(
-        source,
-        members,
-        dataclasses.replace(found, sources=tuple(ordered), order_is_known=known),
-    )
+    [base] = averages
+    if len(checkpoints) == 1:
+        raise SelectionError("there is nothing to fold into it", path=base.path)
+    recorded_members(base)
+    for name, tensor in base.tensors.items():
+        if tensor.dtype.averaged and tensor.dtype.bits < _FEWEST_BITS and not is_extra_state(name):
+            raise SelectionError(
+                f"has {tensor.dtype.name} in it ({printable(name)}), which each update would "
+                "round again",
+                path=base.path,
+                remedy="average all checkpoints at once",
+            )
+    return base
 
 
-def _members(source: Source) -> tuple[dict[str, Any], ...]:
-    entry = source.checkpoint.provenance or {}
+def recorded_members(base: Checkpoint) -> list[dict[str, Any]]:
+    """What the provenance of a uniform average says of its members.
+
+    Raises:
+        SelectionError: it is not a uniform average.
+    """
+    entry = base.provenance or {}
     scheme, members = entry.get("scheme"), entry.get("sources")
     if scheme not in _UNIFORM or not isinstance(members, list) or not members:
         raise SelectionError(
-            f"is no uniform average ({printable(scheme)}), which alone can be updated",
-            path=source.path,
+            f"is no uniform average ({printable(scheme)}): only such an average can be updated",
+            path=base.path,
         )
     if entry.get("divisor") != len(members):
-        raise SelectionError("is no mean: its provenance has another divisor", path=source.path)
-    for member in members:
-        if not isinstance(member, dict) or member.get("weight") != 1:
-            raise SelectionError("is no mean: its provenance has other weights", path=source.path)
-    return tuple(members)
+        raise SelectionError("is no mean: its provenance has another divisor", path=base.path)
+    if not all(isinstance(member, dict) and member.get("weight") == 1 for member in members):
+        raise SelectionError("is no mean: its provenance has other weights", path=base.path)
+    return members
 
 
-def fold(base: Base, new: Variant) -> Variant:
-    """The average and the new checkpoints, each checkpoint with one share.
+def fold(base: Checkpoint, new: Recipe) -> Recipe:
+    """The recipe of the updated average: each checkpoint has the same share.
 
-    The average stands where its newest member would: of what is taken from the last checkpoint,
-    it has that one's.
+    The earlier average stands where its newest member would: what is taken from the last
+    checkpoint, is that member's if it is the newest.
 
     Args:
-        base: the average.
+        base: the earlier average.
         new: the checkpoints to fold in.
 
     Raises:
-        SelectionError: one of them is in it already.
+        SelectionError: a checkpoint is in the average already.
     """
-    for source in new.sources:
-        base.refuse_member(source)
-    count = len(base.members)
-    place = sum(base.is_newer_than(source) for source in new.sources)
-    sources, names, values = [*new.sources], [*new.names], [1.0] * len(new.sources)
-    sources.insert(place, base.source)
-    names.insert(place, base.source.path.name)
+    recorded = recorded_members(base)
+    contents = {member["content"]: member for member in recorded if member.get("content")}
+    for checkpoint in new.members:
+        if member := contents.get(fingerprint(checkpoint)):
+            raise SelectionError(
+                f"has {printable(checkpoint.path)} in it already, as "
+                f"{printable(member.get('name'))}",
+                path=base.path,
+                remedy="leave it out",
+            )
+    count, place = len(recorded), sum(_is_newer(recorded, each) for each in new.members)
+    members, names, values = [*new.members], [*new.names], [1.0] * len(new.members)
+    members.insert(place, base)
+    names.insert(place, base.path.name)
     values.insert(place, float(count))
-    weights = Weights("uniform", tuple(values), float(count + len(new.sources)))
-    return dataclasses.replace(
-        new, sources=tuple(sources), names=tuple(names), weights=weights, needs_order=False
+    weights = Weights("uniform", tuple(values), float(count + len(new.members)))
+    return replace(
+        new, members=tuple(members), names=tuple(names), weights=weights, needs_order=False,
+        base=base,
+    )  # fmt: skip
+
+
+def _is_newer(recorded: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> bool:
+    """Whether a recorded member was saved after a checkpoint, as far as steps are recorded."""
+    step = checkpoint.step
+    steps = [member.get("step") for member in recorded]
+    return step is not None and any(
+        isinstance(each, list) and each[0] == step[0] and each[1] > step[1] for each in steps
     )
-
-
-def folded_sources(
-    base: Base, variant: Variant, sources: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """What the updated average says of its sources: all checkpoints, with equal shares.
-
-    Args:
-        base: the average.
-        variant: it and the new ones.
-        sources: what is to be said of each of these.
-    """
-    pairs = zip(variant.sources, sources, strict=True)
-    new = [entry for source, entry in pairs if source is not base.source]
-    every = [*base.members, *new]
-    steps = [entry.get("step") for entry in every]
-    if all(isinstance(step, list) and step[0] == (steps[0] or [""])[0] for step in steps):
-        every.sort(key=lambda entry: int(entry["step"][1]))
-    return [{**entry, "weight": 1.0} for entry in every]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -41,9 +41,18 @@ class Weights:
     divisor: float
 
     @property
-    def uniform(self) -> bool:
-        """Whether the order of the checkpoints does not matter."""
-        return len(set(self.values)) <= 1
+    def count(self) -> int:
+        """The number of checkpoints with a weight other than 0."""
+        return sum(value != 0 for value in self.values)
+
+    @property
+    def last(self) -> int:
+        """The place of the last checkpoint with a weight other than 0."""
+        return max(place for place, value in enumerate(self.values) if value != 0)
+
+    def of(self, places: Sequence[int]) -> Weights:
+        """The weights of some of the checkpoints, with the same divisor."""
+        return replace(self, values=tuple(self.values[place] for place in places))
 
     @property
     def emulated_decay(self) -> tuple[float, ...]:

@@ -132,7 +132,7 @@ def evaluate(
         evaluator = Evaluator(options)
         found = []
         for verdict in taken:
-            path = verdict.source.path
+            path = verdict.checkpoint.path
             metrics = evaluator(open_checkpoint(path, key=key))
             found.append(Evaluation(verdict.name, str(path), verdict.step, metrics))
             if progress is not None:

@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.names import is_norm_statistic
 from ckptavg.formats.paths import is_remote
-from ckptavg.merge.roles import is_norm_statistic
 from ckptavg.norm.factories import load_object
 from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights

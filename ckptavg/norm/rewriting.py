@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
-from ckptavg.errors import OutputError
+from ckptavg.errors import OutputError, without_notices
 from ckptavg.formats import huggingface
 from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.names import is_norm_statistic
 from ckptavg.formats.paths import is_remote
+from ckptavg.merge.engine import default_threads
+from ckptavg.merge.options import MergeOptions
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.roles import is_norm_statistic
+from ckptavg.merge.recipe import Recipe
 from ckptavg.merge.weights import uniform
-from ckptavg.options import default_threads
-from ckptavg.select.sources import Collection
-from ckptavg.summary import Variant
-from ckptavg.write import digests
 from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.provenance import encode_provenance, source_entries
 from ckptavg.write.vacancy import check_vacant
 from ckptavg.write.writing import (
     check_output,
-    encode_provenance,
-    provenance_sources,
     refuse_own_input,
     write,
 )
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.layout import Layout
     from ckptavg.merge.plan import Plan
+    from ckptavg.merge.roles import Role
     from ckptavg.norm.report import RefreshReport
     from ckptavg.write.layouts import Destination
 
@@ -90,7 +86,7 @@ class Rewriting:
         if not self.replaces:
             refuse_own_input(self._target.path, [part.path for part in checkpoint.parts])
         try:
-            with _quietly():
+            with without_notices():
                 _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
         except OutputError as error:
             if self.replaces:
@@ -109,23 +105,21 @@ class Rewriting:
             [(self._target.path, layout)],
             force=self._force,
             fsync=fsync,
-            threads=default_threads(plan.used),
+            threads=default_threads(plan.members),
         )
 
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
         """The output with that provenance."""
-        original, collection = self._checkpoint, Collection.of_one(refreshed)
-        unknown = digests.unknown(collection.sources) if "sha256" in entry else None
-        if unknown is not None:
-            entry = {**entry, "sha256": unknown}
+        original = self._checkpoint
         metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
-        plan = make_plan(collection, [uniform(1)], roles=["kept"] * len(collection.names))
+        roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
+        plan = make_plan([refreshed], [uniform(1)], MergeOptions(), roles=roles)
         places = [original.tensors[one.names[0]] for one in plan.outputs]
         layout = lay_out(
             self._target, plan.outputs, metadata, original,
             places=places, mirrored=original.is_average,
         )  # fmt: skip
-        return plan, replace(layout, unknown=unknown)
+        return plan, layout
 
 
 def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) -> dict[str, Any]:
@@ -138,7 +132,7 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
     """
     entry = checkpoint.provenance or {
         "scheme": "none",
-        "sources": provenance_sources(_alone(checkpoint)),
+        "sources": source_entries(Recipe("", (checkpoint,), (checkpoint.path.name,), uniform(1))),
         "divisor": 1.0,
     }
     state: dict[str, Any] = {"state": "none"}
@@ -153,22 +147,6 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
             "seed": seed,
         }
     return {**entry, "version": __version__, "norm_stats": state}
-
-
-def _alone(checkpoint: Checkpoint) -> Variant:
-    source = Collection.of_one(checkpoint).sources[0]
-    return Variant("", (source,), (checkpoint.path.name,), uniform(1))
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Say nothing of what will be said again when it is done."""
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:

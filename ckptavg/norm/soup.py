@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.averages import Averages
-from ckptavg.averaging import average
+from ckptavg.average import average, find_run, write_averages
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.merge.recipe import Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
-from ckptavg.options import Options
 from ckptavg.select.collect import survey
 from ckptavg.select.metrics import mode_of
 from ckptavg.select.selection import Selection, Verdict, chosen
 from ckptavg.select.selection import select as choose
-from ckptavg.summary import Summary, Variant
+from ckptavg.write.options import AverageOptions
 from ckptavg.write.scratch import folder_beside
 from ckptavg.write.vacancy import check_vacant
 from ckptavg.write.writing import refuse_own_input
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.report import RefreshReport
     from ckptavg.select.collect import Survey
     from ckptavg.select.metrics import Mode
+    from ckptavg.write.summary import Summary
 
 SCHEME = "greedy soup"
 
@@ -135,8 +135,8 @@ def soup(
         taken = chosen(choose(found, rules))
         given = None if metrics is None else _read(found, taken, options.metric_name, metrics, way)
         # What cannot be averaged, or not be put there, is to be found out before the evaluations.
-        check = _Averager(inputs, Options(**common, force=True, dry_run=True))
-        check.write([str(verdict.source.path) for verdict in taken], output)
+        check = _Averager(inputs, AverageOptions(**common, force=True, dry_run=True))
+        check.write([str(verdict.checkpoint.path) for verdict in taken], output)
         trial = folder / f"trial{target.suffix if target.suffix in SUFFIXES else SUFFIXES[0]}"
         trials = _Trials(
             inputs, taken, options, mode=way, trial=trial, common=common, progress=progress
@@ -146,7 +146,7 @@ def soup(
         value, uniform = trials.value, trials.uniform(len(kept))
         del trials  # with its model: the refresh makes one of its own
         trial.unlink(missing_ok=True)
-        last = Options(**common, force=force, fsync=fsync)
+        last = AverageOptions(**common, force=force, fsync=fsync)
         summary, refresh = _write(
             inputs, output, kept, last, refresh=options.refresh, folder=folder
         )
@@ -176,28 +176,28 @@ def _read(
     Raises:
         SelectionError: it has none of them.
     """
-    rules = Selection(best=len(found.sources), metric=metric, metrics=file, mode=mode)
-    metrics = {verdict.source: verdict.metric for verdict in choose(found, rules)}
-    values = [metrics[verdict.source] for verdict in taken]
+    rules = Selection(best=len(found.checkpoints), metric=metric, metrics=file, mode=mode)
+    metrics = {verdict.checkpoint: verdict.metric for verdict in choose(found, rules)}
+    values = [metrics[verdict.checkpoint] for verdict in taken]
     return [math.nan if value is None else value for value in values]
 
 
 class _Averager:
     """The candidates, any of which make an average."""
 
-    def __init__(self, inputs: Sequence[Path], options: Options) -> None:
-        self._run = Averages(inputs, options)
-        last = None if options.select is None else options.select.last
-        [self._whole] = self._run.variants([last], parse("uniform"))
+    def __init__(self, inputs: Sequence[Path], options: AverageOptions) -> None:
+        self._run, self._options = find_run(inputs, options), options
+        [self._all] = recipes_of(self._run, parse("uniform"), options.select, options)
 
     def write(self, paths: Iterable[str], output: str | os.PathLike[str]) -> Summary:
         """Write the uniform average of some of the candidates, in the order of training."""
-        wanted, whole = set(paths), self._whole
-        pairs = zip(whole.sources, whole.names, strict=True)
-        members = [pair for pair in pairs if str(pair[0].path) in wanted]
-        sources, names = zip(*members, strict=True)
+        wanted = set(paths)
+        pairs = zip(self._all.members, self._all.names, strict=True)
+        kept = [pair for pair in pairs if str(pair[0].path) in wanted]
+        members, names = zip(*kept, strict=True)
         weights = Weights(SCHEME, (1.0,) * len(members), float(len(members)))
-        [summary] = self._run.make([Variant("", sources, names, weights)], lambda _: output)
+        recipe = Recipe("", members, names, weights)
+        [summary] = write_averages(self._run, [recipe], [output], self._options)
         return summary
 
 
@@ -221,7 +221,7 @@ class _Trials:
     ) -> None:
         self._taken, self._options, self._mode, self._trial = taken, options, mode, trial
         self._inputs, self._common = inputs, {**common, "force": True, "fsync": False}
-        self._averager = _Averager(inputs, Options(**self._common))
+        self._averager = _Averager(inputs, AverageOptions(**self._common))
         self._evaluator = Evaluator(options)
         self._progress = progress
         self.value = math.nan
@@ -244,7 +244,7 @@ class _Trials:
         members: list[str] = []
         for index in able:
             verdict = self._taken[index]
-            path = str(verdict.source.path)
+            path = str(verdict.checkpoint.path)
             if members:
                 value = self._together([*members, path])
             else:
@@ -261,7 +261,7 @@ class _Trials:
             )
         unable = [index for index in range(len(alone)) if index not in able]
         for verdict, value in ((self._taken[index], alone[index]) for index in unable):
-            path = str(verdict.source.path)
+            path = str(verdict.checkpoint.path)
             steps.append(SoupStep(verdict.name, path, value, math.nan, kept=False))
         return steps
 
@@ -280,7 +280,7 @@ class _Trials:
         return value <= self.value if self._mode == "min" else value >= self.value
 
     def _own(self, verdict: Verdict) -> float:
-        return self._evaluated(verdict.source.path, key=self._common["key"])
+        return self._evaluated(verdict.checkpoint.path, key=self._common["key"])
 
     def _together(self, paths: Sequence[str]) -> float:
         self._averager.write(paths, self._trial)
@@ -297,7 +297,7 @@ def _write(
     inputs: Sequence[Path],
     output: str | os.PathLike[str],
     kept: Sequence[str],
-    options: Options,
+    options: AverageOptions,
     *,
     refresh: RefreshOptions | None,
     folder: Path,

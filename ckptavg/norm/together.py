@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptavg.averaging import average
+from ckptavg.average import average
 from ckptavg.errors import OutputError
 from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.write.scratch import folder_beside
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ckptavg.norm.files import RefreshOptions
     from ckptavg.norm.report import RefreshReport
-    from ckptavg.summary import Summary
-    from ckptavg.write.writing import Progress
+    from ckptavg.write.options import Progress
+    from ckptavg.write.summary import Summary
 
 
 def average_and_refresh(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import MismatchError, SelectionError, printable
+from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
 from ckptavg.formats.lora_config import scales_beside
+from ckptavg.formats.names import has_lora_factors
 from ckptavg.formats.pauses import collector_at_rest
-from ckptavg.merge.lora import is_lora
 from ckptavg.select.compare import Contents
 from ckptavg.select.discover import find
 from ckptavg.select.order import DIGITS, in_order, labels, natural
-from ckptavg.select.sources import Collection, Source, compare, locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,44 +42,22 @@ class Survey:
     """All the checkpoints there are to choose from.
 
     Attributes:
-        sources: in the order of training; copies of one checkpoint count once.
+        checkpoints: in the order of training; copies of one checkpoint count once.
         left_out: copies, and averages made earlier.
-        order_is_known: whether the order comes from steps, or is but that of the names.
+        order_is_known: whether the order comes from steps, or only from the names.
         files: all files that were opened, those of copies included.
-        references: of each model among them the first checkpoint; a run has but one.
-        models: which of the models each source is of.
+        base: the earlier average that the checkpoints bring up to date; it is none of them.
     """
 
-    sources: tuple[Source, ...]
+    checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[LeftOut, ...]
     order_is_known: bool
     files: tuple[Path, ...]
-    references: tuple[Checkpoint, ...]
-    models: dict[Source, int]
+    base: Checkpoint | None = None
 
     def labels(self) -> tuple[str, ...]:
-        """The sources' paths below the folder that they have in common."""
-        return labels([source.path for source in self.sources])
-
-    def collection(self, chosen: Sequence[Source]) -> Collection:
-        """The chosen checkpoints, in the order of training.
-
-        Raises:
-            MismatchError: they differ in names, shapes or dtypes.
-        """
-        models = [self.models[source] for source in chosen]
-        if len(set(models)) > 1:
-            first = replace(self.references[models[0]], path=chosen[0].path)
-            others = (
-                replace(self.references[model], path=source.path)
-                for model, source in zip(models, chosen, strict=True)
-                if model != models[0]
-            )
-            differences = [line for other in others for line in compare(first, other)]
-            raise MismatchError("the checkpoints are not of one model:", differences)
-        _mention_what_is_left([source.checkpoint for source in chosen])
-        tensors = self.references[models[0]].tensors
-        return Collection(tensors, tuple(chosen), self.order_is_known, self.files)
+        """The paths of the checkpoints below the folder that they have in common."""
+        return labels([checkpoint.path for checkpoint in self.checkpoints])
 
 
 def survey(
@@ -88,7 +65,6 @@ def survey(
     *,
     key: str | None = None,
     keep_prefix: bool = False,
-    any_rank: bool = False,
     wanted: Callable[[str], str | None] | None = None,
 ) -> Survey:
     """Find, open, compare and order the checkpoints.
@@ -97,7 +73,6 @@ def survey(
         inputs: directories of checkpoints, and checkpoints.
         key: which state dict to take where a file holds several.
         keep_prefix: leave a wrapper's prefix on the names.
-        any_rank: let the ranks of LoRA factors differ.
         wanted: given a label, why the checkpoint is not even opened; None if it is.
 
     Raises:
@@ -105,71 +80,43 @@ def survey(
         FormatError: one of them is damaged or of an unknown kind.
     """
     with collector_at_rest():
-        return _survey(inputs, key, keep_prefix, _Gathered(any_rank=any_rank), wanted)
+        return _survey(inputs, key, keep_prefix, wanted)
 
 
 def _survey(
     inputs: Sequence[Path],
     key: str | None,
     keep_prefix: bool,  # noqa: FBT001
-    gathered: _Gathered,
     wanted: Callable[[str], str | None] | None,
 ) -> Survey:
-    taken_off: dict[str, int] = defaultdict(int)
-    found = find(inputs)
-    names = labels([path for path, _ in found]) if found else ()
-    for (path, named), name in zip(found, names, strict=True):
+    prefixes: dict[str, int] = defaultdict(int)
+    opened: list[Checkpoint] = []
+    left_out: list[LeftOut] = []
+    candidates = find(inputs)
+    names = labels([path for path, _ in candidates]) if candidates else ()
+    for (path, named), name in zip(candidates, names, strict=True):
         if wanted is not None and (reason := wanted(name)) is not None:
-            gathered.left_out.append(LeftOut(path, reason))
+            left_out.append(LeftOut(path, reason))
             continue
-        opened = _open(path, key, named=named)
-        if opened is None:
+        checkpoint = _open(path, key, named=named)
+        if checkpoint is None:
             log.info("%s is an average made earlier: left out", printable(path.name))
-            gathered.left_out.append(LeftOut(path, "an average made earlier"))
+            left_out.append(LeftOut(path, "an average made earlier"))
             continue
-        checkpoint, prefix = without_wrappers(opened, keep_prefix=keep_prefix)
+        checkpoint, prefix = without_wrappers(checkpoint, keep_prefix=keep_prefix)
         if prefix:
-            taken_off[prefix] += 1
-        gathered.add(checkpoint)
-    for prefix, count in taken_off.items():
+            prefixes[prefix] += 1
+        opened.append(checkpoint)
+    for prefix, count in prefixes.items():
         log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
-    return gathered.finish(inputs)
-
-
-def collect(
-    inputs: Sequence[Path], *, key: str | None = None, keep_prefix: bool = False
-) -> Collection:
-    """All the checkpoints that there are, without a choice.
-
-    Args:
-        inputs: directories of checkpoints, and checkpoints.
-        key: which state dict to take where a file holds several.
-        keep_prefix: leave a wrapper's prefix on the names.
-
-    Raises:
-        SelectionError: there are none.
-        FormatError: one of them is damaged or of an unknown kind.
-        MismatchError: they differ in names, shapes or dtypes.
-    """
-    found = survey(inputs, key=key, keep_prefix=keep_prefix)
-    return found.collection(found.sources)
-
-
-def gather(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False) -> Collection:
-    """Checkpoints that are known already, in the order given; copies count like others.
-
-    Args:
-        checkpoints: opened, without wrappers' prefixes.
-        any_rank: let the ranks of LoRA factors differ.
-
-    Raises:
-        MismatchError: they differ in names, shapes or dtypes.
-    """
-    with collector_at_rest():
-        gathered = _Gathered(any_rank=any_rank)
-        for checkpoint in checkpoints:
-            gathered.add(checkpoint)
-        return gathered.as_given()
+    if not opened:
+        where = ", ".join(printable(path) for path in inputs) or "no input"
+        what = f" but {left_out[0].reason}" if left_out else ""
+        raise SelectionError(f"no checkpoint found in {where}{what}")
+    distinct, copies = _without_duplicates(opened)
+    ordered, known = in_order(distinct)
+    files = tuple(part.path for checkpoint in opened for part in checkpoint.parts)
+    return Survey(tuple(ordered), (*left_out, *copies), known, files)
 
 
 def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
@@ -186,59 +133,8 @@ def _open(path: Path, key: str | None, *, named: bool) -> Checkpoint | None:
     return None if opened.is_average and not named else opened
 
 
-class _Gathered:
-    """What has been opened so far."""
-
-    def __init__(self, *, any_rank: bool) -> None:
-        self._any_rank = any_rank
-        self._references: list[Checkpoint] = []
-        self._sources: list[list[Source]] = []
-        self.left_out: list[LeftOut] = []
-
-    def add(self, checkpoint: Checkpoint) -> None:
-        """Put it with those of the same model."""
-        for reference, sources in zip(self._references, self._sources, strict=True):
-            if next(compare(reference, checkpoint, any_rank=self._any_rank), None) is None:
-                sources.append(locate(reference.tensors, checkpoint))
-                return
-        self._references.append(checkpoint)
-        self._sources.append([locate(checkpoint.tensors, checkpoint)])
-
-    def as_given(self) -> Collection:
-        """All of them, as they were added."""
-        first, *others = self._references
-        if others:
-            differences = [line for other in others for line in compare(first, other)]
-            raise MismatchError("the checkpoints are not of one model:", differences)
-        [sources] = self._sources
-        return Collection(first.tensors, tuple(sources), order_is_known=True)
-
-    def finish(self, inputs: Sequence[Path]) -> Survey:
-        """Count copies once, and bring the rest into order."""
-        if not self._sources:
-            where = ", ".join(printable(path) for path in inputs) or "no input"
-            what = f" but {self.left_out[0].reason}" if self.left_out else ""
-            raise SelectionError(f"no checkpoint found in {where}{what}")
-        files = tuple(
-            part.path
-            for sources in self._sources
-            for source in sources
-            for part in source.checkpoint.parts
-        )
-        models: dict[Source, int] = {}
-        for model, (reference, sources) in enumerate(
-            zip(self._references, self._sources, strict=True)
-        ):
-            distinct, copies = _without_duplicates(reference, sources)
-            models |= dict.fromkeys(distinct, model)
-            self.left_out += copies
-        ordered, known = in_order(list(models))
-        return Survey(
-            tuple(ordered), tuple(self.left_out), known, files, tuple(self._references), models
-        )
-
-
-def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
+def mention_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
+    """Say which state dicts the last checkpoint holds beside the one that is taken."""
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
@@ -258,40 +154,40 @@ def _mention_what_is_left(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def _without_duplicates(
-    reference: Checkpoint, sources: list[Source]
-) -> tuple[list[Source], list[LeftOut]]:
+    checkpoints: Sequence[Checkpoint],
+) -> tuple[list[Checkpoint], list[LeftOut]]:
     """Hard links, symlinks and copies of one checkpoint count once.
 
     A copy has the same recorded step and the same bytes in every tensor. Of several names the one
     with a number in it stays: `checkpoint-12`, not `last`.
     """
     by_name = sorted(
-        sources,
-        key=lambda source: (
-            not DIGITS.search(source.path.name),
-            source.path.is_symlink(),
-            natural(str(source.path)),
+        checkpoints,
+        key=lambda checkpoint: (
+            not DIGITS.search(checkpoint.path.name),
+            checkpoint.path.is_symlink(),
+            natural(str(checkpoint.path)),
         ),
     )
-    own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
-    content = Contents(tuple(reference.tensors.values()))
-    by_file: dict[object, Source] = {}
-    by_step: defaultdict[object, list[Source]] = defaultdict(list)
+    names = dict(zip(checkpoints, labels([one.path for one in checkpoints]), strict=True))
+    contents = Contents()
+    by_file: dict[object, Checkpoint] = {}
+    by_step: defaultdict[object, list[Checkpoint]] = defaultdict(list)
     copies: list[LeftOut] = []
-    lora = is_lora(tuple(reference.tensors))
-    for source in by_name:
-        files = tuple(part.identity for part in source.checkpoint.parts)
+    for checkpoint in by_name:
+        files = tuple(part.identity for part in checkpoint.parts)
         # Equal factors under another alpha are another adapter.
-        scales = scales_beside(source.path) if lora else ()
-        alike = by_step[source.checkpoint.step, scales]
+        lora = has_lora_factors(checkpoint.tensors)
+        scales = scales_beside(checkpoint.path) if lora else ()
+        alike = by_step[checkpoint.step, scales]
         twin = by_file.get(files) or next(
-            (other for other in alike if content.same(other, source)), None
+            (other for other in alike if contents.same(other, checkpoint)), None
         )
         if twin is None:
-            by_file[files] = source
-            alike.append(source)
+            by_file[files] = checkpoint
+            alike.append(checkpoint)
         else:
-            names = printable(own[source]), printable(own[twin])
-            log.info("%s is the same checkpoint as %s: counted once", *names)
-            copies.append(LeftOut(source.path, f"the same checkpoint as {names[1]}"))
+            pair = printable(names[checkpoint]), printable(names[twin])
+            log.info("%s is the same checkpoint as %s: counted once", *pair)
+            copies.append(LeftOut(checkpoint.path, f"the same checkpoint as {pair[1]}"))
     return list(by_file.values()), copies

@@ -1,138 +1,120 @@
-"""Whether bytes are equal: of whole checkpoints (copies), and of integers (never averaged)."""
+"""Compare checkpoints: their names, shapes and dtypes, and the bytes of their tensors."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.formats.checkpoint import read_view
-from ckptavg.formats.runs import Integers, run_edges
-from ckptavg.formats.tensors import bytes_of
+from ckptavg.errors import MismatchError, printable
+from ckptavg.formats.names import has_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from ckptavg.formats.tensors import AnyArray, Tensor
-    from ckptavg.select.sources import Collection, Source
+    from ckptavg.formats.checkpoint import Checkpoint
 
-_PIECE = 1 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 512
-_FINGERS = 32
+_FINGERPRINT_SAMPLES = 32
+
+
+def differences(reference: Checkpoint, other: Checkpoint, *, any_rank: bool) -> Iterator[str]:
+    """Every difference in names, shapes and dtypes, one line each.
+
+    Args:
+        reference: the first checkpoint.
+        other: the second checkpoint.
+        any_rank: let the ranks of LoRA factors differ.
+    """
+    if other.tensors is reference.tensors:
+        return
+    first, second = printable(reference.path), printable(other.path)
+    for name, tensor in reference.tensors.items():
+        twin = other.tensors.get(name)
+        label = printable(name)
+        if twin is None:
+            yield f"{label}: in {first}, missing in {second}"
+            continue
+        if twin.shape != tensor.shape and not (any_rank and has_rank(name)):
+            yield f"{label}: shape {tensor.shape} in {first}, {twin.shape} in {second}"
+        if twin.dtype is not tensor.dtype:
+            yield f"{label}: {tensor.dtype.name} in {first}, {twin.dtype.name} in {second}"
+    for name in sorted(other.tensors.keys() - reference.tensors.keys()):
+        yield f"{printable(name)}: in {second}, missing in {first}"
+
+
+def check_one_model(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False) -> None:
+    """Refuse checkpoints that are not of one model.
+
+    Args:
+        checkpoints: at least one.
+        any_rank: let the ranks of LoRA factors differ.
+
+    Raises:
+        MismatchError: their names, shapes or dtypes differ; it lists all differences.
+    """
+    first, *others = checkpoints
+    lines = [line for other in others for line in differences(first, other, any_rank=any_rank)]
+    if lines:
+        raise MismatchError("the checkpoints are not of one model:", lines)
 
 
 class Contents:
-    """Compares whole checkpoints by digests of their tensors.
+    """Compares the contents of checkpoints by digests of their tensors.
 
     Samples are compared first: checkpoints that differ do so nearly everywhere. Only those whose
-    samples agree are read whole, each once.
+    samples agree are read in full, each once.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._chosen = _spread(len(tensors), _SAMPLES)
-        self._digests: dict[tuple[int, bool], bytes] = {}
+    def __init__(self) -> None:
+        self._digests: dict[tuple[Checkpoint, bool], bytes] = {}
 
-    def same(self, one: Source, other: Source) -> bool:
+    def same(self, one: Checkpoint, other: Checkpoint) -> bool:
         """Whether two checkpoints have the same bytes in every tensor."""
+        if next(differences(one, other, any_rank=False), None) is not None:
+            return False
         return all(
             self._digest(one, whole=whole) == self._digest(other, whole=whole)
             for whole in (False, True)
         )
 
-    def _digest(self, source: Source, *, whole: bool) -> bytes:
-        key = (id(source), whole)
+    def _digest(self, checkpoint: Checkpoint, *, whole: bool) -> bytes:
+        key = (checkpoint, whole)
         if key not in self._digests:
+            names = sorted(checkpoint.tensors)
             digest = hashlib.sha256()
-            for index in range(len(self._tensors)) if whole else self._chosen:
-                for piece in _pieces(source, index, self._tensors[index], whole=whole):
+            for name in names if whole else _spread(names, _SAMPLES):
+                for piece in checkpoint.pieces(name, None if whole else _SAMPLE_BYTES):
                     digest.update(piece)
             self._digests[key] = digest.digest()
         return self._digests[key]
 
 
-def fingerprints(collection: Collection) -> dict[Source, str]:
-    """What tells each checkpoint's weights from others', from samples of some of its tensors.
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What tells a checkpoint's weights from others', from samples of some of its tensors.
 
-    It does not depend on the container, or on the order of the tensors in it.
+    It depends neither on the container nor on the order of the tensors in it.
     """
-    places = {name: index for index, name in enumerate(collection.names)}
-    names = sorted(name for name, tensor in collection.tensors.items() if tensor.count)
-    chosen = [names[place] for place in _spread(len(names), _FINGERS)]
-    found = {}
-    for source in collection.sources:
-        digest = hashlib.sha256()
-        for name in chosen:
-            digest.update(name.encode("utf-8", "surrogatepass"))
-            [sample] = _pieces(source, places[name], collection.tensors[name], whole=False)
-            digest.update(sample[:_SAMPLE_BYTES])
-        found[source] = digest.hexdigest()[:32]
-    return found
+    names = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.count)
+    digest = hashlib.sha256()
+    for name in _spread(names, _FINGERPRINT_SAMPLES):
+        digest.update(name.encode("utf-8", "surrogatepass"))
+        [sample] = checkpoint.pieces(name, _SAMPLE_BYTES)
+        digest.update(sample)
+    return digest.hexdigest()[:32]
 
 
-def _spread(count: int, most: int) -> list[int]:
-    """So many positions at most, spread over all of them."""
-    positions: list[int] = np.linspace(0, count - 1, min(most, count)).astype(int).tolist()
-    return positions
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names, spread evenly over all of them."""
+    places = np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)
+    return [names[place] for place in places.tolist()]
 
 
-def _pieces(source: Source, index: int, like: Tensor, *, whole: bool) -> Iterator[memoryview]:
-    """A tensor's bytes in C order: all of them, or the first. One that is strided comes whole."""
-    if index in source.strides:
-        yield bytes_of(_strided(source, index, like))
-        return
-    nbytes = source.tensor(index, like).nbytes
-    end = nbytes if whole else min(_SAMPLE_BYTES, nbytes)
-    for start in range(0, end, _PIECE):
-        yield _read(source, index, start, min(_PIECE, end - start)).data
-
-
-def _strided(source: Source, index: int, like: Tensor) -> AnyArray:
-    tensor = source.tensor(index, like)
-    return np.ascontiguousarray(read_view(source.checkpoint.parts[tensor.part], tensor))
-
-
-def differing(
-    tensors: Sequence[Tensor], indices: Sequence[int], one: Source, other: Source
-) -> Iterator[int]:
-    """Indices of the tensors whose bytes differ between two checkpoints, among `indices`."""
-    unlike = one.strides.keys() | other.strides.keys()
-    for index in indices:
-        if index in unlike and not _same_strided(tensors[index], index, one, other):
-            yield index
-    flat = np.array([index for index in indices if index not in unlike], int)
-    nbytes = np.array([tensors[index].nbytes for index in flat], np.int64)
-    places = [(source.parts[flat], source.offsets[flat]) for source in (one, other)]
-    for first, last in itertools.pairwise(run_edges(nbytes, places).tolist()):
-        yield from _differing_in_run(flat[first:last], nbytes[first:last], one, other)
-
-
-def _differing_in_run(
-    indices: Integers, nbytes: Integers, one: Source, other: Source
-) -> Iterator[int]:
-    ends = np.cumsum(nbytes)
-    found = -1
-    for start in range(0, int(ends[-1]), _PIECE):
-        size = min(_PIECE, int(ends[-1]) - start)
-        unequal = _read(one, indices[0], start, size) != _read(other, indices[0], start, size)
-        where = np.flatnonzero(unequal) + start
-        for position in np.unique(np.searchsorted(ends, where, side="right")):
-            if position > found:
-                found = int(position)
-                yield int(indices[position])
-
-
-def _read(source: Source, index: int, start: int, size: int) -> Integers:
-    """Bytes of a run that begins at a tensor."""
-    out = np.empty(size, np.uint8)
-    part = source.checkpoint.parts[source.parts[index]]
-    part.read_into(int(source.offsets[index]) + start, bytes_of(out))
-    return out
-
-
-def _same_strided(like: Tensor, index: int, one: Source, other: Source) -> bool:
-    mine, theirs = (_strided(source, index, like).view(np.uint8) for source in (one, other))
-    return bool(np.array_equal(mine, theirs))
+def differing(names: Iterable[str], one: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """Those of the names whose tensors have other bytes in one checkpoint than in the other."""
+    for name in names:
+        pairs = zip(one.pieces(name), other.pieces(name), strict=True)
+        if any(first != second for first, second in pairs):
+            yield name

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from ckptavg.select.sources import Source
+    from ckptavg.formats.checkpoint import Checkpoint
 
 DIGITS = re.compile(r"(\d+)")
 # What numbers in names are called: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`.
@@ -26,19 +26,21 @@ _LABELS = {
 }
 
 
-def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
+def in_order(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint], bool]:
     """Sort by training step: as recorded, else by the numbers in the names.
 
     Returns:
-        The sources, and whether that order is sure: not where only some of them have a step.
+        The checkpoints, and whether that order is sure: not where only some of them have a step.
     """
-    own = dict(zip(sources, labels([source.path for source in sources]), strict=True))
-    by_name = sorted(sources, key=lambda source: natural(own[source]))
-    names = [own[source] for source in by_name]
-    for facts in _orders(sources):
-        if all(facts <= source.checkpoint.facts.keys() for source in sources):
+    own = dict(
+        zip(checkpoints, labels([checkpoint.path for checkpoint in checkpoints]), strict=True)
+    )
+    by_name = sorted(checkpoints, key=lambda checkpoint: natural(own[checkpoint]))
+    names = [own[checkpoint] for checkpoint in by_name]
+    for facts in _orders(checkpoints):
+        if all(facts <= checkpoint.facts.keys() for checkpoint in checkpoints):
             steps = [
-                tuple(source.checkpoint.facts[fact] for fact in sorted(facts)) for source in by_name
+                tuple(checkpoint.facts[fact] for fact in sorted(facts)) for checkpoint in by_name
             ]
             break
     else:
@@ -46,22 +48,22 @@ def in_order(sources: Sequence[Source]) -> tuple[list[Source], bool]:
     tell = _numbers_tell(names)
     if steps:
         ordered = sorted(zip(steps, range(len(by_name)), by_name, strict=True))
-        return [source for *_, source in ordered], tell or len(set(steps)) == len(steps)
-    recorded = any(source.checkpoint.step is not None for source in sources)
+        return [checkpoint for *_, checkpoint in ordered], tell or len(set(steps)) == len(steps)
+    recorded = any(checkpoint.step is not None for checkpoint in checkpoints)
     stepless = not recorded and not any(map(DIGITS.search, _without_common_numbers(names)))
     return by_name, tell or stepless
 
 
-def _orders(sources: Sequence[Source]) -> list[set[str]]:
+def _orders(checkpoints: Sequence[Checkpoint]) -> list[set[str]]:
     """What may tell the order: one fact, or where steps begin anew in each epoch, both."""
-    if restarts(sources):
+    if restarts(checkpoints):
         return [{"global_step"}, {"epoch", "step"}]
     return [{fact} for fact in STEP_FACTS]
 
 
-def restarts(sources: Sequence[Source]) -> bool:
+def restarts(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether what is recorded as `step` is counted anew in each epoch."""
-    facts = [source.checkpoint.facts for source in sources]
+    facts = [checkpoint.facts for checkpoint in checkpoints]
     if not all({"epoch", "step"} <= recorded.keys() for recorded in facts):
         return False
     rows = sorted((recorded["epoch"], recorded["step"]) for recorded in facts)

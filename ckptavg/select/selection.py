@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.select.collect import Survey
-    from ckptavg.select.sources import Source
 
 log = logging.getLogger("ckptavg")
 
@@ -52,7 +52,7 @@ class Selection:
         metric: which metric that is.
         mode: `min` or `max`; None where the metric's name says it.
         metrics: a file that has the metric, CSV or JSON.
-        last: take so many of the last.
+        last: take so many of the last; several numbers make several averages.
         every: take every so many, counted back from the last.
         unit: what steps are: `global_step`, `step` or `epoch`; None for the first of these that
             all of the checkpoints record.
@@ -69,7 +69,7 @@ class Selection:
     metric: str | None = None
     mode: Mode | None = None
     metrics: Path | None = None
-    last: int | None = None
+    last: int | Sequence[int] | None = None
     every: int | None = None
     unit: str | None = None
 
@@ -89,10 +89,16 @@ class Selection:
             raise SelectionError("--metrics and --mode need a --metric")
         for name in ("cycle", "best", "last", "every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SelectionError(f"--{name} is at least 1, not {value}")
+            for number in (value,) if isinstance(value, int) else value or ():
+                if number < 1:
+                    raise SelectionError(f"--{name} is at least 1, not {number}")
         if self.mode not in (None, "min", "max"):
             raise SelectionError(f"mode is 'min' or 'max', not {self.mode!r}")
+
+    @property
+    def counts(self) -> tuple[int | None, ...]:
+        """How many of the last checkpoints each of several averages takes; None stands for all."""
+        return tuple(self.last or (None,)) if not isinstance(self.last, int) else (self.last,)
 
     def unwanted(self, name: str) -> str | None:
         """Why a checkpoint is left out by its name alone, if it is."""
@@ -129,7 +135,7 @@ class Verdict:
     """Whether a checkpoint is taken.
 
     Attributes:
-        source: the checkpoint.
+        checkpoint: the checkpoint.
         name: its path below the folder that all have in common.
         reason: why not; empty where it is taken.
         step: its place in the training as it counts itself, where it is known.
@@ -139,7 +145,7 @@ class Verdict:
         metric: its metric, where it was asked for.
     """
 
-    source: Source
+    checkpoint: Checkpoint
     name: str
     reason: str = ""
     step: int | None = None
@@ -190,22 +196,22 @@ class _Chooser:
     """The checkpoints while the rules narrow them down."""
 
     def __init__(self, found: Survey, selection: Selection) -> None:
-        self._sources, self._selection = found.sources, selection
+        self._checkpoints, self._selection = found.checkpoints, selection
         self._names = found.labels()
         self._known = found.order_is_known
-        self._reasons = [""] * len(self._sources)
-        self._rates: list[float | None] = [None] * len(self._sources)
-        self._metrics: list[float | None] = [None] * len(self._sources)
+        self._reasons = [""] * len(self._checkpoints)
+        self._rates: list[float | None] = [None] * len(self._checkpoints)
+        self._metrics: list[float | None] = [None] * len(self._checkpoints)
         self._begin = 0
-        self._timeline = Timeline.of(self._sources, self._names, selection.unit)
+        self._timeline = Timeline.of(self._checkpoints, self._names, selection.unit)
 
     def verdicts(self) -> list[Verdict]:
         """What has come out."""
-        unknown = [None] * len(self._sources)
+        unknown = [None] * len(self._checkpoints)
         columns = (
-            *(self._sources, self._names, self._reasons),
+            *(self._checkpoints, self._names, self._reasons),
             *(self._timeline.numbers or unknown, self._timeline.done or unknown),
-            *([self._timeline.unit] * len(self._sources), self._rates, self._metrics),
+            *([self._timeline.unit] * len(self._checkpoints), self._rates, self._metrics),
         )
         return [Verdict(*row) for row in zip(*columns, strict=True)]
 
@@ -293,8 +299,7 @@ class _Chooser:
             return
         if not self._known:
             raise SelectionError("--lr-minima needs to know the order of the checkpoints")
-        records = [source.checkpoint for source in self._sources]
-        rates, at_minimum = at_minima(records, self._names, self._selection.lr_recorded)
+        rates, at_minimum = at_minima(self._checkpoints, self._names, self._selection.lr_recorded)
         self._rates = list(rates)
         self._keep(lambda i: at_minimum[i], lambda i: f"its rate {rates[i]:g} is no minimum")
 
@@ -333,23 +338,23 @@ class _Chooser:
             table = read_metrics(self._selection.metrics, metric)
             return _look_up_all(table, self._named())
         values = []
-        for name, source in self._named():
-            recorded = source.checkpoint.training.metrics.get(metric)
+        for name, checkpoint in self._named():
+            recorded = checkpoint.training.metrics.get(metric)
             values.append(from_name(name, metric) if recorded is None else recorded)
         return values
 
-    def _named(self) -> list[tuple[str, Source]]:
-        return list(zip(self._names, self._sources, strict=True))
+    def _named(self) -> list[tuple[str, Checkpoint]]:
+        return list(zip(self._names, self._checkpoints, strict=True))
 
     def _metrics_there(self) -> str:
-        known = sorted({m for source in self._sources for m in source.checkpoint.training.metrics})
+        known = sorted({m for checkpoint in self._checkpoints for m in checkpoint.training.metrics})
         shown = ", ".join(map(printable, known[:10]))
         return f"recorded are: {shown}; " if shown else ""
 
     def last(self) -> None:
         """So many of the last."""
-        if self._selection.last is not None:
-            count = self._selection.last
+        count = max((count for count in self._selection.counts if count), default=None)
+        if count is not None:
             last = set(self._left()[-count:])
             self._check_order("--last")
             self._keep(lambda i: i in last, lambda _: f"not among the last {count}")
@@ -371,14 +376,14 @@ class _Chooser:
 
 
 def _look_up_all(
-    table: dict[str, float], named: Sequence[tuple[str, Source]]
+    table: dict[str, float], named: Sequence[tuple[str, Checkpoint]]
 ) -> list[float | None]:
     """Each checkpoint's value in a table, by its path, its label, or a name that no other has."""
-    names = Counter(source.path.name for _, source in named)
-    stems = Counter(source.path.stem for _, source in named)
+    names = Counter(checkpoint.path.name for _, checkpoint in named)
+    stems = Counter(checkpoint.path.stem for _, checkpoint in named)
     values: list[float | None] = []
-    for name, source in named:
-        path = source.path
+    for name, checkpoint in named:
+        path = checkpoint.path
         keys = [str(path), str(absolute(path)), name]
         keys += [path.name] if names[path.name] == 1 else []
         keys += [path.stem] if stems[path.stem] == 1 else []

@@ -12,7 +12,7 @@ from ckptavg.select.order import numbers_in, restarts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptavg.select.sources import Source
+    from ckptavg.formats.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Timeline:
         return number + self.from_zero
 
     @staticmethod
-    def of(sources: Sequence[Source], names: Sequence[str], unit: str | None) -> Timeline:
+    def of(checkpoints: Sequence[Checkpoint], names: Sequence[str], unit: str | None) -> Timeline:
         """Find out what the checkpoints record, or what their names say.
 
         Raises:
@@ -56,46 +56,46 @@ class Timeline:
         recorded = {
             fact: numbers
             for fact in STEP_FACTS
-            if (numbers := _recorded(sources, fact)) is not None
-            and not (fact == "step" and restarts(sources))
+            if (numbers := _recorded(checkpoints, fact)) is not None
+            and not (fact == "step" and restarts(checkpoints))
         }
         if unit is not None and unit not in recorded:
-            anew = unit == "step" and restarts(sources)
+            anew = unit == "step" and restarts(checkpoints)
             named = None if anew else numbers_in(names, "epoch" if unit == "epoch" else "step")
             if named is None:
                 raise SelectionError(
-                    f"not all checkpoints record the {unit}: {_lacking(sources, names, unit)}"
+                    f"not all checkpoints record the {unit}: {_lacking(checkpoints, names, unit)}"
                 )
-            return _counted(unit, named, sources, ())
+            return _counted(unit, named, checkpoints, ())
         taken = unit or next(iter(recorded), None)
         if taken is not None:
             others = tuple(fact for fact in recorded if fact != taken)
-            return _counted(taken, recorded[taken], sources, others)
+            return _counted(taken, recorded[taken], checkpoints, others)
         numbers = numbers_in(names)
         return (
             Timeline("number", None, ())
             if numbers is None
-            else _counted("number", numbers, sources, ())
+            else _counted("number", numbers, checkpoints, ())
         )
 
 
-def _recorded(sources: Sequence[Source], fact: str) -> tuple[int, ...] | None:
-    numbers = [source.checkpoint.facts.get(fact) for source in sources]
+def _recorded(checkpoints: Sequence[Checkpoint], fact: str) -> tuple[int, ...] | None:
+    numbers = [checkpoint.facts.get(fact) for checkpoint in checkpoints]
     known = tuple(int(number) for number in numbers if number is not None)
     return known if len(known) == len(numbers) else None
 
 
-def _lacking(sources: Sequence[Source], names: Sequence[str], unit: str) -> str:
+def _lacking(checkpoints: Sequence[Checkpoint], names: Sequence[str], unit: str) -> str:
     """The first that does not record it, or what is the matter with those that do."""
-    pairs = zip(names, sources, strict=True)
-    name = next((name for name, source in pairs if unit not in source.checkpoint.facts), None)
+    pairs = zip(names, checkpoints, strict=True)
+    name = next((name for name, checkpoint in pairs if unit not in checkpoint.facts), None)
     return "it begins anew in each epoch" if name is None else f"{printable(name)} does not"
 
 
 def _counted(
-    unit: str, numbers: tuple[int, ...], sources: Sequence[Source], others: tuple[str, ...]
+    unit: str, numbers: tuple[int, ...], checkpoints: Sequence[Checkpoint], others: tuple[str, ...]
 ) -> Timeline:
     from_zero = unit == "epoch" and (
-        0 in numbers or any(source.checkpoint.training.epochs_from_zero for source in sources)
+        0 in numbers or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
     )
     return Timeline(unit, numbers, tuple(number + from_zero for number in numbers), others)

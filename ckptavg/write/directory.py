@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
+from ckptavg.formats.huggingface import read_json
 from ckptavg.formats.remote import open_source
 from ckptavg.merge.layout import Copy, FileLayout, Layout
 from ckptavg.select.discover import is_no_checkpoint
@@ -175,3 +176,13 @@ def _companions(last: Checkpoint) -> Iterator[tuple[str, Path]]:
             yield entry.name, entry
         elif not entry.is_dir():
             raise FormatError("is no regular file, or a link to nothing", path=entry)
+
+
+def with_dtype(folder: Path, dtype: str) -> dict[str, bytes]:
+    """The configuration of a directory with another dtype, in which `from_pretrained` loads it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    stale = {name: dtype for name in config if name in ("dtype", "torch_dtype")}
+    return {path.name: to_json({**config, **stale})} if stale else {}

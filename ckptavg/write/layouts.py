@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -145,22 +145,6 @@ def lay_out(
     Raises:
         OutputError: the kind of file cannot hold them.
     """
-    layout = _lay_out(
-        target, tensors, metadata, last, places=places, replaced=replaced, mirrored=mirrored
-    )
-    return replace(layout, tensors=tuple(tensors))
-
-
-def _lay_out(
-    target: Destination,
-    tensors: Sequence[OutputTensor],
-    metadata: Mapping[str, str],
-    last: Checkpoint,
-    *,
-    places: Sequence[Tensor],
-    replaced: Mapping[str, bytes] | None,
-    mirrored: bool,
-) -> Layout:
     if target.kind == "container":
         return _lay_out_container(target.path, tensors, metadata, last, places, mirrored=mirrored)
     entries = _writable(last) if target.kind == "torch" else {}

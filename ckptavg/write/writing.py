@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import shutil
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats.paths import is_remote
 from ckptavg.merge.engine import execute
 from ckptavg.merge.jobs import BadValueError
-from ckptavg.write import digests
 from ckptavg.write.output import OutputFile
 from ckptavg.write.output_directory import OutputDirectory, check_directory_destination
 from ckptavg.write.scratch import clear_beside
@@ -23,16 +20,12 @@ from ckptavg.write.shared_output import JoinedOutput
 from ckptavg.write.vacancy import check_destination, check_room
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from ckptavg.merge.layout import Layout
     from ckptavg.merge.plan import Plan
-    from ckptavg.select.sources import Source
-    from ckptavg.summary import Variant
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes written since the last call, and with those of the whole output."""
+    from ckptavg.write.options import Progress
 
 
 def refuse_own_input(output: Path, files: Iterable[Path]) -> None:
@@ -83,7 +76,7 @@ def write(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
-) -> list[str | None]:
+) -> None:
     """Carry a plan out: the outputs are complete afterwards, or were never there.
 
     Args:
@@ -96,9 +89,6 @@ def write(
         progress: hears of the bytes written.
         ranks: the processes that do it together, each its share of the chunks; the first one makes
             the outputs and gives them their names.
-
-    Returns:
-        For each output the digest of its tensors, where it has a place for it in its metadata.
 
     Raises:
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
@@ -122,7 +112,7 @@ def write(
                     if ranks.has_failed_peer():
                         break  # gathering says so
             except BadValueError as error:
-                raise plan.name_of(error) from error
+                raise plan.explain(error) from error
         _check_unchanged(plan, layouts)
         for sink in sinks:
             if isinstance(sink, JoinedOutput):
@@ -131,21 +121,8 @@ def write(
         if written != total:
             raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
         own = [sink for sink in sinks if not isinstance(sink, JoinedOutput)]
-        made = [_fill_in(sink, layout) for sink, layout in zip(own, layouts, strict=False)]
         _commit(own, force=force)
-        # No process returns before the outputs have their names.
-        return ranks.gather(made)[0]
-
-
-def _fill_in(sink: OutputFile | OutputDirectory, layout: Layout) -> str | None:
-    """Put the digest of an output's tensors where its metadata waits for it."""
-    marks = digests.marks(layout)
-    if not marks:
-        return None
-    found = digests.of_output(sink, layout)
-    for mark in marks:
-        sink.write(mark, memoryview(found.encode()))
-    return found
+        ranks.gather(None)  # no process returns before the outputs have their names
 
 
 def _enter(
@@ -190,8 +167,8 @@ def _enter(
 def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
     """What tells whether other processes are about to do the same."""
     digest = hashlib.sha256()
-    for source in plan.used:
-        digest.update(repr((source.checkpoint.digest, source.checkpoint.size)).encode())
+    for member in plan.members:
+        digest.update(repr((member.digest, member.size)).encode())
     for column, (path, layout) in zip(plan.columns, outputs, strict=True):
         digest.update(repr((path.name, column, layout.targets, layout.bases)).encode())
         for file in layout.files.values():
@@ -202,7 +179,7 @@ def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
 
 def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
     """Raise if a file that was read is no longer what it was."""
-    used = (part for source in plan.used for part in source.checkpoint.parts)
+    used = (part for member in plan.members for part in member.parts)
     copied = (copy.part for layout in layouts for copy in layout.copies)
     for part in {id(part): part for part in itertools.chain(used, copied)}.values():
         part.check_unchanged()
@@ -244,37 +221,3 @@ def _open(
     if layout.is_directory:
         return OutputDirectory(output, layout, force=force, fsync=fsync, shared=shared)
     return OutputFile(output, layout.files[""], force=force, fsync=fsync, shared=shared)
-
-
-def encode_provenance(entry: dict[str, Any]) -> str:
-    """Our entry in a file's metadata: JSON, the same text for the same facts."""
-    return json.dumps(entry, separators=(",", ":"), sort_keys=True)
-
-
-def provenance_sources(
-    variant: Variant,
-    contents: Mapping[Source, str] | None = None,
-    hashes: Mapping[Path, str] | None = None,
-) -> list[dict[str, Any]]:
-    """What a file says of its sources: no absolute paths, no times.
-
-    Args:
-        variant: what it is made of.
-        contents: what tells the checkpoints' weights apart; None to leave it out.
-        hashes: digests of the files of those that have a weight; None to leave them out.
-    """
-    return [
-        {
-            "name": label,
-            "bytes": source.checkpoint.size,
-            "header_sha256": source.checkpoint.digest,
-            **({"key": source.checkpoint.key} if source.checkpoint.key else {}),
-            **({"content": contents[source]} if contents else {}),
-            **({"sha256": digests.told(source.checkpoint, hashes)} if hashes and value else {}),
-            **({"step": list(source.checkpoint.step)} if source.checkpoint.step else {}),
-            "weight": value,
-        }
-        for label, source, value in zip(
-            variant.names, variant.sources, variant.weights.values, strict=True
-        )
-    ]

@@ -22,7 +22,7 @@ from tests.layouts.lightning_runs import Net, batches, trainer
 def taken(folder: Path, **rules: Any) -> list[str]:
     selection = Selection(**rules)
     found = survey([folder], wanted=selection.unwanted)
-    return [verdict.source.path.name for verdict in chosen(select(found, selection))]
+    return [verdict.checkpoint.path.name for verdict in chosen(select(found, selection))]
 
 
 class Measured(Net):

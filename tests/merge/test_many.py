@@ -33,7 +33,7 @@ def assert_same_files(one, other):
 def test_each_is_what_it_would_be_alone(tmp_path, kind, dtype):
     save_run(tmp_path / "run", random_state_dicts(7, dtype), kind)
     summaries = ckptavg.average_many(
-        tmp_path / "run", tmp_path / "out", last=[2, 5, 7], weights=SCHEMES
+        tmp_path / "run", tmp_path / "out", select=Selection(last=[2, 5, 7]), weights=SCHEMES
     )
     assert len(summaries) == len(list((tmp_path / "out").iterdir())) == 9
     for last in (2, 5, 7):
@@ -47,7 +47,7 @@ def test_each_is_what_it_would_be_alone(tmp_path, kind, dtype):
 def test_the_uniform_ones_are_the_naive_means(tmp_path):
     states = random_state_dicts(6)
     save_run(tmp_path / "run", states)
-    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[1, 3, 6])
+    ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[1, 3, 6]))
     for last in (1, 3, 6):
         found = load_file(tmp_path / "out" / f"last{last}-uniform.safetensors")
         for name in ("embed.weight", "scalar", "layer.weight", "empty"):
@@ -65,7 +65,9 @@ def test_strided_and_tied_tensors(tmp_path):
         state = {"a": tied, "b": tied, "t": torch.randn(50, 20, generator=made).t()}
         torch.save(state, tmp_path / "run" / f"step_{step}.pt")
         states.append(state)
-    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[2, 4], weights="uniform,linear")
+    ckptavg.average_many(
+        tmp_path / "run", tmp_path / "out", select=Selection(last=[2, 4]), weights="uniform,linear"
+    )
     for last in (2, 4):
         found = load_file(tmp_path / "out" / f"last{last}-uniform.safetensors")
         for name in "abt":
@@ -83,7 +85,10 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", preadv)
     ckptavg.average_many(
-        tmp_path / "run", tmp_path / "out", last=[1, 2, 4, 6], weights="uniform,ema:0.9"
+        tmp_path / "run",
+        tmp_path / "out",
+        select=Selection(last=[1, 2, 4, 6]),
+        weights="uniform,ema:0.9",
     )
     tensors = 6 * 700 * 1000 * 4
     assert tensors <= sum(counted) <= 1.02 * tensors
@@ -93,9 +98,9 @@ def test_a_checkpoint_that_only_some_take_may_hold_nan(tmp_path):
     states = [{"w": torch.randn(5)} for _ in range(4)]
     states[0]["w"][2] = float("nan")
     save_run(tmp_path / "run", states)
-    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[1, 2, 3])
+    ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[1, 2, 3]))
     with pytest.raises(ValueRangeError, match=r"step_0\.safetensors.*w.*element 2: is nan"):
-        ckptavg.average_many(tmp_path / "run", tmp_path / "no", last=[2, 4])
+        ckptavg.average_many(tmp_path / "run", tmp_path / "no", select=Selection(last=[2, 4]))
     assert not (tmp_path / "no").exists()
 
 
@@ -104,9 +109,11 @@ def test_all_of_them_or_none(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last3-uniform.safetensors").write_text("precious")
     with pytest.raises(OutputError, match="exists already"):
-        ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[2, 3])
+        ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[2, 3]))
     assert os.listdir(tmp_path / "out") == ["last3-uniform.safetensors"]
-    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[2, 3], force=True)
+    ckptavg.average_many(
+        tmp_path / "run", tmp_path / "out", select=Selection(last=[2, 3]), force=True
+    )
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
@@ -116,7 +123,7 @@ def test_directories_make_directories(tmp_path):
         folder.mkdir(parents=True)
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text("{}")
-    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[2, 3])
+    ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[2, 3]))
     names = ["config.json", "model.safetensors"]
     for last in (2, 3):
         assert sorted(os.listdir(tmp_path / "out" / f"last{last}-uniform")) == names
@@ -340,7 +347,7 @@ class TestUpdate:
 
 def test_each_says_how_it_was_chosen(tmp_path):
     save_run(tmp_path / "run", random_state_dicts(4))
-    ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[2, 3])
+    ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[2, 3]))
     ckptavg.average(tmp_path / "run", tmp_path / "one.safetensors", select=Selection(last=3))
     several = (tmp_path / "out" / "last3-uniform.safetensors").read_bytes()
     assert several == (tmp_path / "one.safetensors").read_bytes()
@@ -349,7 +356,7 @@ def test_each_says_how_it_was_chosen(tmp_path):
 def test_fewer_than_asked_for_is_said(tmp_path, caplog):
     save_run(tmp_path / "run", random_state_dicts(2))
     with caplog.at_level("INFO", "ckptavg"):
-        ckptavg.average_many(tmp_path / "run", tmp_path / "out", last=[1, 9])
+        ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[1, 9]))
     assert "of the last 9 there are only 2" in caplog.text
 
 
@@ -365,15 +372,21 @@ def test_names_taken_meanwhile_leave_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(OutputFile, "commit", commit)
     with pytest.raises(OutputError, match="exists already"):
-        ckptavg.average_many(tmp_path / "run", out, last=[2, 3])
+        ckptavg.average_many(tmp_path / "run", out, select=Selection(last=[2, 3]))
     assert os.listdir(out) == ["last3-uniform.safetensors"]
 
 
 def test_many_outputs_take_little_memory(tmp_path):
     save_run(tmp_path / "run", random_state_dicts(3))
-    few = ckptavg.average_many(tmp_path / "run", tmp_path / "a", last=[2], dry_run=True)
+    few = ckptavg.average_many(
+        tmp_path / "run", tmp_path / "a", select=Selection(last=[2]), dry_run=True
+    )
     many = ckptavg.average_many(
-        tmp_path / "run", tmp_path / "a", last=[1, 2, 3], weights=SCHEMES, dry_run=True
+        tmp_path / "run",
+        tmp_path / "a",
+        select=Selection(last=[1, 2, 3]),
+        weights=SCHEMES,
+        dry_run=True,
     )
     assert few[0].memory < many[0].memory < 128 << 20
     assert not (tmp_path / "a").exists()
@@ -384,4 +397,4 @@ def test_several_outputs_need_a_directory_here(tmp_path, output):
     save_run(tmp_path / "run", random_state_dicts(3))
     place = output if "://" in output else tmp_path / output
     with pytest.raises(OutputError):
-        ckptavg.average_many(tmp_path / "run", place, last=[2, 3])
+        ckptavg.average_many(tmp_path / "run", place, select=Selection(last=[2, 3]))

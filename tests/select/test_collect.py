@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,13 +17,22 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
-from ckptavg.select.collect import collect
+from ckptavg.select.collect import mention_other_state_dicts, survey
+from ckptavg.select.compare import check_one_model
 from ckptavg.select.order import labels, natural
 from tests.oracle import save_run
 
 
+def collect(inputs, **options):
+    """All checkpoints among the inputs, which must be of one model."""
+    found = survey(inputs, **options)
+    check_one_model(found.checkpoints)
+    mention_other_state_dicts(found.checkpoints)
+    return found
+
+
 def names(*inputs: Path, **options) -> list[str]:
-    return [source.path.name for source in collect(inputs, **options).sources]
+    return [checkpoint.path.name for checkpoint in collect(inputs, **options).checkpoints]
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -198,7 +208,7 @@ class TestDiscovery:
         assert names(tmp_path) == ["model_1.pt", "sampler.ckpt", "scaler.3d_unet.pt", "train.pt"]
 
     def test_a_refreshed_checkpoint_is_no_average(self, tmp_path):
-        from ckptavg.write.writing import encode_provenance
+        from ckptavg.write.provenance import encode_provenance
 
         for step in range(2):
             entry = encode_provenance({"scheme": "none", "norm_stats": {"state": "refreshed"}})
@@ -293,7 +303,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_named(tmp_path, monkeypatch, cha
             os.utime(paths[1], ns=(1, 1))
         return make_plan(*arguments, **options)
 
-    monkeypatch.setattr("ckptavg.averages.make_plan", change_then_plan)
+    monkeypatch.setattr(sys.modules["ckptavg.average"], "make_plan", change_then_plan)
     with pytest.raises(CkptAvgError, match=r"step_1\.safetensors: "):
         ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

@@ -41,7 +41,7 @@ def taken(folder, **rules):
     """The numbers of the checkpoints that the rules take."""
     selection = Selection(**rules)
     found = survey([folder], wanted=selection.unwanted)
-    names = [verdict.source.path.name for verdict in chosen(select(found, selection))]
+    names = [verdict.checkpoint.path.name for verdict in chosen(select(found, selection))]
     return [int(torch.load(folder / name, weights_only=False)["model"]["w"][0]) for name in names]
 
 

@@ -175,7 +175,7 @@ def test_bn_refresh_of_a_file_is_loaded_by_timm(trained, tmp_path):
 
 def taken(folder: Path, **rules: Any) -> list[str]:
     found = survey([folder])
-    return [verdict.source.path.name for verdict in chosen(select(found, Selection(**rules)))]
+    return [verdict.checkpoint.path.name for verdict in chosen(select(found, Selection(**rules)))]
 
 
 def numbered(*epochs: int) -> list[str]:

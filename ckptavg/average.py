@@ -1,0 +1,378 @@
+"""Average checkpoints: from the files of a training run to one output, or to several."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ckptavg.errors import OutputError, SelectionError, printable
+from ckptavg.formats import SUFFIXES
+from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.lora_config import CONFIG
+from ckptavg.formats.names import has_lora_factors
+from ckptavg.formats.paths import as_path, is_remote
+from ckptavg.formats.pauses import collector_at_rest
+from ckptavg.merge.engine import default_threads
+from ckptavg.merge.lora import check_scales, join_factors
+from ckptavg.merge.plan import make_plan
+from ckptavg.merge.recipe import recipes_of
+from ckptavg.merge.schemes import schemes_of
+from ckptavg.merge.update import find_base, fold
+from ckptavg.select.collect import mention_other_state_dicts, survey
+from ckptavg.select.compare import check_one_model, fingerprint
+from ckptavg.select.order import in_order, labels
+from ckptavg.write.digests import digests_by_checkpoint, hash_files
+from ckptavg.write.directory import with_dtype
+from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.options import AverageOptions, takes_fields
+from ckptavg.write.provenance import encode_provenance, provenance
+from ckptavg.write.summary import Summary, summarise
+from ckptavg.write.vacancy import check_parent, check_vacant
+from ckptavg.write.writing import check_output, refuse_own_input, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.paths import PathLike
+    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.plan import Plan
+    from ckptavg.merge.recipe import Recipe
+    from ckptavg.select.collect import Survey
+    from ckptavg.write.layouts import Destination
+    from ckptavg.write.provenance import Digests
+
+log = logging.getLogger("ckptavg")
+
+
+@takes_fields
+def average(
+    inputs: PathLike | Iterable[PathLike], output: PathLike, options: AverageOptions
+) -> Summary:
+    """Average checkpoints into one, in memory that does not grow with them.
+
+    Floating tensors are summed in float64, divided once and rounded as `torch.Tensor.to` does.
+    Integers must agree; a differing counter such as `num_batches_tracked` is the last
+    checkpoint's. The statistics of norm layers are stale afterwards: see `refresh_norm`.
+
+    Args:
+        inputs: a directory of checkpoints, a checkpoint, or several of either; URLs such as
+            `s3://bucket/run` as well.
+        output: ends with `.safetensors`, or with `.pt`, `.pth`, `.bin`, `.ckpt` or `.tar` for a
+            torch file, or with a slash for a directory such as `from_pretrained` takes.
+        options: the fields of `AverageOptions`, as keywords.
+
+    Raises:
+        CkptAvgError: the checkpoints do not fit together, hold what cannot be averaged, or the
+            output cannot be written. Nothing is left behind then.
+    """
+    schemes = schemes_of(options.weights)
+    if len(schemes) != 1 or len(options.select.counts) != 1:
+        raise SelectionError("several averages are asked for", remedy="use average_many")
+    if options.update and schemes[0].name != "uniform":
+        raise SelectionError("only a uniform average can be updated")
+    run = find_run(inputs, options)
+    [recipe] = recipes_of(run, schemes, options.select, options)
+    if run.base is not None:
+        recipe = fold(run.base, recipe)
+    [summary] = write_averages(run, [recipe], [output], options)
+    return summary
+
+
+@takes_fields
+def average_many(
+    inputs: PathLike | Iterable[PathLike], directory: PathLike, options: AverageOptions
+) -> tuple[Summary, ...]:
+    """Make several averages from one read of the checkpoints: each byte is read once.
+
+    Each scheme in `weights` goes with each number in `select.last`.
+
+    Args:
+        inputs: as in `average`.
+        directory: where the averages go, each under a name that says what it is, such as
+            `last5-ema0.9.safetensors`.
+        options: the fields of `AverageOptions`, as keywords.
+
+    Raises:
+        CkptAvgError: as `average` does.
+    """
+    if options.update or options.lora == "exact":
+        raise SelectionError("an update, and exact LoRA averages, are made one at a time")
+    if "://" in os.fspath(directory):
+        raise OutputError("outputs are written on this machine only", path=str(directory))
+    folder = Path(directory)
+    is_file_name = folder.suffix in SUFFIXES and not folder.is_dir()
+    if is_file_name or (os.path.lexists(folder) and not folder.is_dir()):
+        raise OutputError(
+            "several averages go into a directory", path=folder, remedy="give it another name"
+        )
+    run = find_run(inputs, options)
+    recipes = recipes_of(run, schemes_of(options.weights), options.select, options)
+    # os.path.join keeps the slash at the end of a directory's name.
+    outputs = [os.path.join(folder, _file_name(recipe, options)) for recipe in recipes]  # noqa: PTH118
+    is_new = not folder.exists() and not options.dry_run
+    if is_new:
+        folder.mkdir(exist_ok=options.ranks.size > 1)  # another process may be faster
+    try:
+        return write_averages(run, recipes, outputs, options)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty, or another process was faster
+                folder.rmdir()
+        raise
+
+
+def find_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> Survey:
+    """The checkpoints among the inputs.
+
+    Raises:
+        CkptAvgError: there are none, or one cannot be read.
+    """
+    is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
+    paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if is_one else inputs)]
+    # An average that is updated was named, whatever the patterns say.
+    unwanted = None if options.update else options.select.unwanted
+    run = survey(paths, key=options.key, keep_prefix=options.keep_prefix, wanted=unwanted)
+    if not options.update:
+        return run
+    base = find_base(run.checkpoints)
+    named = zip(run.checkpoints, run.labels(), strict=True)
+    others = [one for one, name in named if one is not base and not options.select.unwanted(name)]
+    if not others:
+        raise SelectionError("there is nothing to fold into it", path=base.path)
+    ordered, known = in_order(others)
+    return replace(run, checkpoints=tuple(ordered), order_is_known=known, base=base)
+
+
+def _file_name(recipe: Recipe, options: AverageOptions) -> str:
+    """The name of one of several outputs: directories make directories."""
+    if recipe.last.is_of_directories:
+        return f"{recipe.label}/"
+    return recipe.label + (".pt" if options.container == "last" else ".safetensors")
+
+
+def write_averages(
+    run: Survey, recipes: Sequence[Recipe], outputs: Sequence[PathLike], options: AverageOptions
+) -> tuple[Summary, ...]:
+    """Write several averages of one run from one read of its checkpoints.
+
+    Args:
+        run: the checkpoints.
+        recipes: what each average is made of.
+        outputs: where each average goes.
+        options: how they are made and written.
+
+    Raises:
+        CkptAvgError: as `average` does.
+    """
+    with collector_at_rest():
+        return _write_averages(run, recipes, outputs, options)
+
+
+def _write_averages(
+    run: Survey, recipes: Sequence[Recipe], outputs: Sequence[PathLike], options: AverageOptions
+) -> tuple[Summary, ...]:
+    members = _all_members(run, recipes)
+    check_one_model(members, any_rank=options.lora == "exact")
+    mention_other_state_dicts(members)
+    if len(members) == 1:
+        name = printable(recipes[0].names[0])
+        log.warning("only one checkpoint: the output is a copy of %s", name)
+    targets = [
+        destination(
+            output, recipe.last, container=options.container, max_shard_size=options.max_shard_size
+        )
+        for output, recipe in zip(outputs, recipes, strict=True)
+    ]
+    read, files = _with_joined_factors(members, recipes[0], targets[0], options)
+    plan = make_plan(read, [recipe.column(members) for recipe in recipes], options)
+    _check_order(run, plan, recipes, targets)
+    threads = options.threads or default_threads(members)
+    details = _Details(
+        options,
+        {} if options.lora == "exact" else {one: fingerprint(one) for one in members},
+        _hash(members, targets, threads, options) if options.hash and not options.dry_run else {},
+        files,
+    )
+    layouts = [
+        _layout(plan, number, recipe, target, details)
+        for number, (recipe, target) in enumerate(zip(recipes, targets, strict=True))
+    ]
+    _check_outputs(run, targets, layouts, options)
+    if not options.dry_run:
+        write(
+            plan,
+            [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)],
+            force=options.force, fsync=options.fsync, threads=threads,
+            allow_nonfinite=options.allow_nonfinite, progress=options.progress,
+            ranks=options.ranks,
+        )  # fmt: skip
+    return tuple(
+        summarise(
+            plan, number, recipe, layout,
+            output=target.path, written=not options.dry_run, threads=threads,
+            hashes=details.hashes,
+        )
+        for number, (recipe, layout, target) in enumerate(
+            zip(recipes, layouts, targets, strict=True)
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Details:
+    """What goes into the outputs beside the tensors.
+
+    Attributes:
+        options: how the average is made.
+        fingerprints: of the members' weights.
+        hashes: SHA-256 of the members' files.
+        files: files of a directory that are not as the last member has them, by name.
+    """
+
+    options: AverageOptions
+    fingerprints: Mapping[Checkpoint, str]
+    hashes: Mapping[Checkpoint, Digests]
+    files: Mapping[str, bytes]
+
+
+def _all_members(run: Survey, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
+    """The members of all averages, in the order of training."""
+    if len(recipes) == 1:
+        return recipes[0].members
+    wanted = {member for recipe in recipes for member in recipe.members}
+    return tuple(one for one in run.checkpoints if one in wanted)
+
+
+def _with_joined_factors(
+    members: tuple[Checkpoint, ...], recipe: Recipe, target: Destination, options: AverageOptions
+) -> tuple[tuple[Checkpoint, ...], dict[str, bytes]]:
+    """The members with LoRA factors side by side, if that is asked for, and the new configuration.
+
+    Raises:
+        MismatchError: adapters of unlike scales are averaged factor by factor.
+        OutputError: the output has no place for the configuration.
+    """
+    if options.lora == "separate":
+        if len(members) > 1 and has_lora_factors(members[0].tensors):
+            check_scales(members)
+        return members, {}
+    if target.kind != "directory":
+        raise OutputError(
+            "the ranks add up, and a file of weights alone does not say so",
+            path=target.path,
+            remedy="let the output be a directory: end its name with a slash",
+        )
+    joined, config = join_factors(members, recipe.weights, allow_nonfinite=options.allow_nonfinite)
+    return joined, {CONFIG: config}
+
+
+def _check_order(
+    run: Survey, plan: Plan, recipes: Sequence[Recipe], targets: Sequence[Destination]
+) -> None:
+    """Refuse an output that depends on the order of the checkpoints, where it is not known.
+
+    Raises:
+        SelectionError: it depends on the order.
+    """
+    if run.order_is_known:
+        return
+    what = None
+    if "last" in plan.counts or any(recipe.needs_order for recipe in recipes):
+        what = "the result depends on their order"
+    elif any(
+        target.kind == "container" or (target.kind == "torch" and recipe.last.other_entries)
+        for target, recipe in zip(targets, recipes, strict=True)
+    ):
+        what = "the output takes along what the last of them has"
+    if what is not None:
+        names = ", ".join(map(printable, labels([member.path for member in plan.members])))
+        raise SelectionError(
+            f"only some of the checkpoints have a step, and {what}: {names}",
+            remedy="put the step into every name",
+        )
+
+
+def _hash(
+    members: Sequence[Checkpoint],
+    targets: Sequence[Destination],
+    threads: int,
+    options: AverageOptions,
+) -> Mapping[Checkpoint, Digests]:
+    """SHA-256 of the members' files; each of several processes hashes its share."""
+    for target in targets:  # before minutes of hashing
+        check_vacant(target.path, force=options.force)
+    hashes = hash_files(members, threads, options.hash_progress, options.ranks)
+    return digests_by_checkpoint(members, hashes)
+
+
+def _layout(
+    plan: Plan, number: int, recipe: Recipe, target: Destination, details: _Details
+) -> Layout:
+    """The layout of an output, with its provenance."""
+    options, last, outputs = details.options, plan.last(number), plan.outputs
+    metadata = {"format": "pt"} | dict(last.metadata)
+    if options.drop_aliases:
+        if target.kind not in ("safetensors", "directory"):
+            raise OutputError(
+                "a torch file keeps tied tensors tied: there are no aliases to drop",
+                path=target.path,
+                remedy="leave drop_aliases out",
+            )
+        metadata |= {alias: each.names[0] for each in outputs for alias in each.names[1:]}
+        outputs = tuple(replace(each, names=each.names[:1]) for each in outputs)
+    entry = provenance(
+        recipe,
+        norm_stats=plan.norm_stats(number),
+        roles=plan.counts,
+        options=options.recorded,
+        fingerprints=details.fingerprints,
+        hashes=details.hashes,
+    )
+    metadata[PROVENANCE] = encode_provenance(entry)
+    files = details.files
+    if options.dtype is not None and target.kind == "directory":
+        files = with_dtype(last.path, options.dtype) | dict(files)
+    layout = lay_out(
+        target, outputs, metadata, last,
+        places=[last.tensors[planned.name] for planned in plan.tensors], replaced=files,
+        mirrored=len(recipe.members) > 1,
+    )  # fmt: skip
+    if options.hash and not any(file.blobs for file in layout.files.values()):
+        raise OutputError(
+            "a file as torch wrote it before 1.6 has no place for digests",
+            path=target.path,
+            remedy="leave hash out, or container",
+        )
+    return layout
+
+
+def _check_outputs(
+    run: Survey,
+    targets: Sequence[Destination],
+    layouts: Sequence[Layout],
+    options: AverageOptions,
+) -> None:
+    """Find out before the work starts whether the outputs can be written.
+
+    Raises:
+        OutputError: one of them cannot. After a dry run it is only said.
+    """
+    replaceable = run.base.parts if run.base is not None and options.force else ()
+    inputs = set(run.files) - {part.path for part in replaceable}
+    for target, layout in zip(targets, layouts, strict=True):
+        try:
+            refuse_own_input(target.path, inputs)
+            folder = target.path.parent
+            if len(targets) > 1 and options.dry_run and not folder.exists():
+                check_parent(folder)  # the folder would be made
+            else:
+                check_output(target.path, layout, force=options.force)
+        except OutputError as error:
+            if not options.dry_run:
+                raise
+            log.warning("it would fail: %s", error)

@@ -1,0 +1,323 @@
+"""Verify an average: find its members again, average them again, and compare every bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ckptavg.average import write_averages
+from ckptavg.errors import (
+    CkptAvgError,
+    MismatchError,
+    VerificationError,
+    printable,
+    without_notices,
+)
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.formats.lora_config import CONFIG
+from ckptavg.formats.names import is_batch_counter, is_norm_statistic
+from ckptavg.formats.paths import absolute, as_path, is_remote
+from ckptavg.merge.engine import default_threads
+from ckptavg.merge.plan import tied_names
+from ckptavg.merge.recipe import Recipe
+from ckptavg.select.collect import Survey
+from ckptavg.select.compare import fingerprint
+from ckptavg.select.discover import find
+from ckptavg.write.digests import digests_by_checkpoint, hash_files
+from ckptavg.write.options import AverageOptions
+from ckptavg.write.provenance import Record
+from ckptavg.write.scratch import folder_beside
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.paths import PathLike
+    from ckptavg.write.options import Progress
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified.
+
+    Attributes:
+        output: the average.
+        scheme: of its weights.
+        sources: the number of its members.
+        sources_hashed: the number of members whose files have the recorded SHA-256.
+        compared: the number of tensors that were made again and are equal in every bit.
+        refreshed: the number of tensors that were not compared: statistics of data.
+    """
+
+    output: str
+    scheme: str
+    sources: int
+    sources_hashed: int
+    compared: int
+    refreshed: int
+
+
+def verify(
+    output: PathLike,
+    inputs: Iterable[PathLike],
+    *,
+    key: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    hash_progress: Progress | None = None,
+) -> Verification:
+    """Verify an average against its members.
+
+    The members must be what the provenance says of them. They are averaged again into a temporary
+    file, which takes as much room as the output, and the two are compared bit for bit. The norm
+    statistics of a refreshed average come from data, and are not compared.
+
+    Args:
+        output: the average.
+        inputs: its members, as they were given to `average`.
+        key: the state dict of the output that is the average, where it holds several.
+        threads: how many threads share the work; None as in `average`.
+        progress: called with the bytes averaged since the last call, and with those of the output.
+        hash_progress: called likewise with the bytes of the members' files.
+
+    Raises:
+        VerificationError: it is not what its provenance says; the first tensor that differs is
+            named.
+        MismatchError: the inputs are not its members: all differences.
+        CkptAvgError: it was not made by ckptavg, or something cannot be read.
+    """
+    average, record = _open(as_path(output), key)
+    paths = [as_path(path) for path in inputs]
+    if not paths:
+        raise VerificationError(
+            "is verified against its members", path=average.path, remedy="name them as well"
+        )
+    members = _find_members(paths, record)
+    hashed = _check_hashes(members, record, threads, hash_progress)
+    if record.is_update:
+        raise VerificationError(
+            "was brought up to date with --update: what was rounded on the way cannot be made again"
+            " (its members are those that it names)",
+            path=record.path,
+        )
+    if record.is_copy:
+        compared, skipped = _compare(average, members[0], record)
+    else:
+        with _averaged_again(members, record, threads, progress) as again:
+            compared, skipped = _compare(average, again, record)
+    return Verification(str(output), record.scheme, len(record.members), hashed, compared, skipped)
+
+
+def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
+    """The average, with the names that were averaged, and its provenance."""
+    average = open_checkpoint(path, key=key)
+    record = Record.of(average)
+    # A container has the average in the place of the last member's weights.
+    if key is None and record.key != average.key and record.key in average.other_keys:
+        average = open_checkpoint(path, key=record.key)
+    if record.options.container == "last" and not record.is_copy:
+        average, _ = without_wrappers(average, keep_prefix=record.options.keep_prefix)
+    return average, record
+
+
+def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, ...]:
+    """The members of an average, in its order.
+
+    They are found by the ends of their paths, and several of one name by what they hold. Each
+    checkpoint is one member at most.
+
+    Raises:
+        MismatchError: members are missing, or have changed: all of them.
+    """
+    paths_by_name: defaultdict[str, list[Path]] = defaultdict(list)
+    for path, _ in find(inputs):
+        paths_by_name[absolute(path).name].append(path)
+    members: dict[int, Checkpoint] = {}
+    faults: dict[int, str] = {}
+    assigned: set[Path] = set()
+    # Longer names first: `a/model.safetensors` ends with `model.safetensors` as well.
+    for number, entry in sorted(enumerate(record.members), key=lambda pair: -len(pair[1]["name"])):
+        name = entry["name"]
+        paths = [
+            path
+            for path in paths_by_name[name.rpartition("/")[2]]
+            if path not in assigned and f"/{absolute(path).as_posix()}".endswith(f"/{name}")
+        ]
+        if not paths:
+            faults[number] = f"{printable(name)}: is not among the inputs"
+        for path in paths:
+            member, difference = _open_member(path, entry, record)
+            if member is not None and not difference:
+                members[number] = member
+                assigned.add(path)
+                faults.pop(number, None)
+                break
+            faults.setdefault(number, f"{printable(path)}: {difference}")
+    if faults:
+        raise _mismatch(record, [fault for _, fault in sorted(faults.items())])
+    return tuple(members[number] for number in range(len(record.members)))
+
+
+def _mismatch(record: Record, faults: Sequence[str]) -> MismatchError:
+    return MismatchError(f"not the checkpoints that {printable(record.path)} was made of:", faults)
+
+
+def _open_member(
+    path: Path, entry: dict[str, Any], record: Record
+) -> tuple[Checkpoint | None, str]:
+    """A checkpoint, and how it differs from what is recorded of a member; empty if it does not."""
+    try:
+        member = open_checkpoint(path, key=entry.get("key"))
+    except CkptAvgError as error:
+        return None, error.message
+    if not record.is_copy:
+        member, _ = without_wrappers(member, keep_prefix=record.options.keep_prefix)
+    difference = ""
+    if member.size != entry["bytes"]:
+        difference = f"has {member.size} bytes, and had {entry['bytes']}"
+    elif member.digest != entry["header_sha256"]:
+        difference = "has another header than it had"
+    elif entry.get("content") not in (None, fingerprint(member)):
+        difference = "has other values than it had"
+    return member, difference
+
+
+def _check_hashes(
+    members: Sequence[Checkpoint], record: Record, threads: int | None, progress: Progress | None
+) -> int:
+    """The number of members whose SHA-256 is recorded. All of these must have it still.
+
+    Raises:
+        MismatchError: some have another: all of these.
+    """
+    pairs = zip(members, record.members, strict=True)
+    wanted = {member: entry["sha256"] for member, entry in pairs if entry.get("sha256")}
+    hashes = hash_files(tuple(wanted), threads or default_threads(wanted), progress)
+    faults = []
+    for member, digests in digests_by_checkpoint(tuple(wanted), hashes).items():
+        recorded = wanted[member]
+        if digests == recorded:
+            continue
+        where = printable(member.path)
+        if isinstance(digests, dict) and isinstance(recorded, dict):
+            names = sorted(digests.keys() | recorded.keys())
+            changed = [name for name in names if digests.get(name) != recorded.get(name)]
+            where += f", {', '.join(map(printable, changed))}"
+        faults.append(f"{where}: has another SHA-256 than it had")
+    if faults:
+        raise _mismatch(record, faults)
+    return len(wanted)
+
+
+@contextlib.contextmanager
+def _averaged_again(
+    members: tuple[Checkpoint, ...],
+    record: Record,
+    threads: int | None,
+    progress: Progress | None,
+) -> Iterator[Checkpoint]:
+    """The members averaged again, in a temporary file beside the average.
+
+    Raises:
+        VerificationError: the configuration beside joined LoRA factors differs.
+        CkptAvgError: they cannot be averaged.
+    """
+    run = Survey(members, (), order_is_known=True, files=())
+    names = tuple(entry["name"] for entry in record.members)
+    recipe = Recipe("", members, names, record.weights)
+    options = record.options
+    again = AverageOptions(
+        dtype=options.dtype, ints=options.ints, norm_stats=options.norm_stats, lora=options.lora,
+        allow_nonfinite=True, fsync=False, threads=threads, progress=progress,
+    )  # fmt: skip
+    with _temporary_folder(record.path) as folder:
+        output = os.path.join(folder, "average.pt")  # noqa: PTH118 - the other one has a slash
+        if options.lora == "exact":
+            output = os.path.join(folder, "average", "")  # noqa: PTH118
+        with without_notices():
+            write_averages(run, [recipe], [output], again)
+        if options.lora == "exact" and record.path.is_dir():
+            path, wanted = record.path / CONFIG, Path(output, CONFIG).read_bytes()
+            if not path.is_file() or path.read_bytes() != wanted:
+                raise VerificationError("is not what its members give", path=path)
+        yield open_checkpoint(Path(output))
+
+
+@contextlib.contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the average, or where temporary files go if nothing can be written there."""
+    if is_remote(path) or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        with folder_beside(path.absolute()) as folder:
+            yield folder
+
+
+def _compare(average: Checkpoint, again: Checkpoint, record: Record) -> tuple[int, int]:
+    """Compare an average with the one that was made again, tied tensors once.
+
+    Returns:
+        How many tensors are equal in every bit, and how many are statistics of data.
+
+    Raises:
+        VerificationError: the first tensor that is missing, superfluous or different.
+    """
+    compared = skipped = 0
+    for names in tied_names([again]):
+        tensor = again.tensors[names[0]]
+        for name in names:
+            own = average.tensors.get(name)
+            if own is None:
+                # Some tied tensors may have been dropped, if the metadata say which one is left.
+                if average.metadata.get(name) in average.tensors.keys() & set(names):
+                    continue
+                raise VerificationError("is not in it", path=record.path, tensor=name)
+            if (own.dtype, own.shape) != (tensor.dtype, tensor.shape):
+                raise VerificationError(
+                    f"is {own.dtype.name} {list(own.shape)} in it, and its checkpoints give "
+                    f"{tensor.dtype.name} {list(tensor.shape)}",
+                    path=record.path, tensor=name, remedy=record.remedy,
+                )  # fmt: skip
+        if record.is_refreshed and (is_norm_statistic(names[0]) or is_batch_counter(names[0])):
+            skipped += 1
+            continue
+        for name in names:
+            if name in average.tensors:
+                _compare_values(average, again, name, record)
+        compared += 1
+    for name in sorted(average.tensors.keys() - again.tensors.keys()):
+        raise VerificationError(
+            "is in it, and not in its checkpoints", path=record.path, tensor=name
+        )
+    return compared, skipped
+
+
+def _compare_values(average: Checkpoint, again: Checkpoint, name: str, record: Record) -> None:
+    dtype, start = again.tensors[name].dtype, 0
+    for own, wanted in zip(average.pieces(name), again.pieces(name), strict=True):
+        if own == wanted:
+            start += len(own)
+            continue
+        have, give = (np.frombuffer(data, np.uint8) for data in (own, wanted))
+        place = int(np.flatnonzero(have != give)[0]) // dtype.itemsize * dtype.itemsize
+        values = [
+            data[place : place + dtype.itemsize].view(dtype.numpy)[0] for data in (have, give)
+        ]
+        if str(values[0]) == str(values[1]):  # NaN of two kinds
+            values = [value.tobytes().hex() for value in values]
+        element = (start + place) // dtype.itemsize
+        raise VerificationError(
+            f"element {element} is {values[0]}, and its checkpoints give {values[1]}",
+            path=record.path, tensor=name, remedy=record.remedy,
+        )  # fmt: skip

@@ -202,7 +202,7 @@ def tree(path: Path) -> dict[str, bytes | None] | None:
 
 
 _AVERAGE = (
-    "cli", "average", "merge.schemes", "launched", "write.digests", "write.container",
+    "cli", "average", "merge.schemes", "distributed", "write.digests", "write.container",
     "write.directory", "write.torchzip", "write.pickling", "formats.safetensors",
     "formats.torchzip", "formats.huggingface",
 )  # fmt: skip

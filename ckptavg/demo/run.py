@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.averaging import average
+from ckptavg.average import average
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
@@ -21,7 +21,7 @@ from ckptavg.norm.loading import load_weights
 from ckptavg.select.selection import Selection
 
 if TYPE_CHECKING:
-    from ckptavg.summary import Summary
+    from ckptavg.write.summary import Summary
 
 try:
     from ckptavg.demo import train

@@ -64,7 +64,7 @@ def save_all(folder: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.gloo", str(rank), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK},
+            env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

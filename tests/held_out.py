@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -105,28 +99,6 @@ def constant_score(model, batches):
 
 once = iter(batches())
 """
-
-
-@contextlib.contextmanager
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module above as `train.py` in an empty working directory; forgotten afterwards."""
-    log = logging.getLogger("ckptavg")
-    before = log.propagate, log.level, log.handlers
-    log.propagate, log.level, log.handlers = True, logging.INFO, []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.chdir(tmp_path)
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda _: None)
-    (tmp_path / "train.py").write_text(TRAIN)
-    importlib.invalidate_caches()
-    yield importlib.import_module("train")
-    torch.set_num_threads(threads)
-    log.propagate, log.level, log.handlers = before
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def trained(train: Any, kind: str, count: int, *, rate: float = 0.3) -> list[StateDict]:

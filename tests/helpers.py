@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +21,11 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 
 def process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, in which torch has one thread."""
+    """Run the command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "ckptavg", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

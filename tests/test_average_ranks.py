@@ -41,7 +41,7 @@ def launch(*arguments, code=0, by_rank=False):
         port = str(probe.getsockname()[1])
     ours = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ours |= {"TORCHELASTIC_RUN_ID": "none"}
-    ours |= {"GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1"}
+    ours |= {"GLOO_SOCKET_IFNAME": LOOPBACK}
     processes = [
         subprocess.Popen(
             [*_PYTHON, *map(str, arguments[rank] if by_rank else arguments)],

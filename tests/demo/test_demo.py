@@ -3,8 +3,6 @@
 import dataclasses
 import importlib
 import json
-import logging
-import os
 import shlex
 import subprocess
 import sys
@@ -53,16 +51,6 @@ def tiny(tmp_path_factory):
         patch.setattr(torch.optim.SGD, "step", step)
         report = run_with_budget(directory, TINY, seed=3, progress=lambda *told: heard.append(told))
     return report, directory, rates, heard
-
-
-@pytest.fixture
-def own_logging():
-    """Keep what a console does to the logger from other tests."""
-    log = logging.getLogger("ckptavg")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.propagate = before[0], before[2]
-    log.setLevel(before[1])
 
 
 def formula(i, c, a1, a2):
@@ -195,7 +183,6 @@ def test_commands_work_as_printed_and_repeat_the_result(tiny, tmp_path):
         subprocess.run(
             [sys.executable, "-m", "ckptavg", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
         )
     again, refreshed = (directory / f"{name}.safetensors" for name in ("swa", "refreshed-bn"))
@@ -207,7 +194,6 @@ def test_directory_has_the_script_that_made_it(tiny):
     assert (directory / "train.py").read_bytes() == Path(train.__file__).read_bytes()
 
 
-@pytest.mark.usefixtures("own_logging")
 def test_same_seed_gives_the_same_figures_and_json_is_alone_on_stdout(tiny, tmp_path, monkeypatch):
     report = tiny[0]
     monkeypatch.setattr(train, "Budget", lambda: TINY)
@@ -217,7 +203,6 @@ def test_same_seed_gives_the_same_figures_and_json_is_alone_on_stdout(tiny, tmp_
     assert document["rows"] == json.loads(json.dumps(again))
 
 
-@pytest.mark.usefixtures("own_logging")
 def test_table_is_aligned_and_ends_with_the_commands(tiny, capsys):
     report = tiny[0]
     _say(Console(as_json=False, quiet=False), report)

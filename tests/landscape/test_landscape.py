@@ -367,7 +367,7 @@ def arguments(kind, paths, *more, output="o"):
 def start(*words, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "ckptavg", *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

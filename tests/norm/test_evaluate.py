@@ -19,15 +19,9 @@ from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, UserCode
 from ckptavg.norm.evaluate import Evaluation, EvaluationOptions, evaluate, winners
 from ckptavg.norm.files import RefreshOptions
 from ckptavg.select.metrics import read_metrics
-from tests.held_out import naive_metrics, save_trained, trained, user_module
+from tests.held_out import naive_metrics, save_trained, trained
 from tests.helpers import run
 from tests.oracle import save_run
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch):
-    with user_module(tmp_path, monkeypatch) as module:
-        yield module
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import random
 import sys
@@ -131,25 +130,8 @@ number = 3
 
 
 @pytest.fixture(autouse=True)
-def clean(caplog, monkeypatch, tmp_path):
-    """An empty directory to work in, imports that are forgotten, and the log of a library."""
-    log = logging.getLogger("ckptavg")
-    before = log.propagate, log.level, log.handlers
-    log.propagate, log.handlers = True, []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    caplog.set_level(logging.INFO, logger="ckptavg")
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.chdir(tmp_path)
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda _: None)
-    (tmp_path / "train.py").write_text(TRAIN)
-    yield
-    torch.set_num_threads(threads)
-    log.propagate, log.level, log.handlers = before
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
+def _folder(user_folder, notices, no_fsync):
+    (user_folder / "train.py").write_text(TRAIN)
 
 
 @pytest.fixture
@@ -1469,7 +1451,6 @@ class Scaled(torch.nn.BatchNorm2d):
 def test_a_layer_that_scales_its_input_keeps_its_own_statistics(caplog):
     from ckptavg.norm.refresh import refresh_norm
 
-    logging.getLogger("ckptavg").propagate = True
     batches = [torch.randn(8, 3, 4, 4) for _ in range(3)]
     mine, theirs = torch.nn.Sequential(Scaled(3)), torch.nn.Sequential(Scaled(3))
     refresh_norm(mine, batches, estimator="torch", memory_format="contiguous")
@@ -1499,7 +1480,6 @@ class Handmade(torch.nn.BatchNorm2d):
 
 
 def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path, caplog, monkeypatch):
-    logging.getLogger("ckptavg").propagate = True
     for step in range(2):
         state = {"0.running_mean": torch.randn(2), "0.running_var": torch.rand(2)}
         torch.save(state, tmp_path / f"{step}.pt")

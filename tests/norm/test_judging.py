@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,24 +73,12 @@ EVAL = ("--eval-loader", "train.py:held_out")
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    """An empty directory with a trained model, imports that are forgotten, and a log put back."""
-    log = logging.getLogger("ckptavg")
-    before = log.propagate, log.level, log.handlers
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "train.py").write_text(TRAIN)
-    yield
-    torch.set_num_threads(threads)
-    log.propagate, log.level, log.handlers = before
-    sys.modules.pop("train", None)
+def _folder(user_folder):
+    (user_folder / "train.py").write_text(TRAIN)
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
+def train():
     import train  # type: ignore[import-not-found]
 
     return train

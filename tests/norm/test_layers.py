@@ -25,10 +25,7 @@ from tests.norm.test_refresh import (
     draw,
     explode,
     make,
-    notices,
 )
-
-__all__ = ["notices"]  # a fixture
 
 
 def blocks():

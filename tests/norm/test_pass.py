@@ -22,10 +22,7 @@ from tests.norm.test_refresh import (
     explode,
     make,
     norms,
-    notices,
 )
-
-__all__ = ["notices"]  # a fixture
 
 
 def wide_net():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 from collections import OrderedDict, UserDict, namedtuple
 from typing import Any, NamedTuple
 
@@ -23,20 +22,6 @@ from ckptavg.norm.refresh import RefreshReport, refresh_norm
 from tests.oracle import same_bits
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def notices(caplog):
-    """The package's log as a library has it, whatever ran before; and one thread: work is small."""
-    log = logging.getLogger("ckptavg")
-    before = log.propagate, log.level, log.handlers
-    log.propagate, log.handlers = True, []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    caplog.set_level(logging.INFO, logger="ckptavg")
-    yield caplog
-    torch.set_num_threads(threads)
-    log.propagate, log.level, log.handlers = before
 
 
 class Mlp(nn.Sequential):

@@ -19,17 +19,11 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.norm.evaluate import EvaluationOptions, evaluate
 from ckptavg.norm.files import RefreshOptions
 from ckptavg.norm.soup import Soup, soup
-from tests.held_out import naive_average, naive_greedy, naive_metrics, save_trained, user_module
+from tests.held_out import naive_average, naive_greedy, naive_metrics, save_trained
 from tests.helpers import run
 from tests.oracle import same_bits, save_run
 
 OUT = Path("soup.safetensors")
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch):
-    with user_module(tmp_path, monkeypatch) as module:
-        yield module
 
 
 @pytest.fixture(autouse=True)

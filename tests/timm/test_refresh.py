@@ -48,11 +48,8 @@ from tests.norm.test_refresh import (
     assert_same_statistics,
     draw,
     norms,
-    notices,
 )
 from tests.oracle import same_bits
-
-__all__ = ["notices"]  # a fixture
 
 tv: Any = torchvision.models
 timm_model: Callable[..., Any] = functools.partial(timm.create_model, num_classes=3)
@@ -740,10 +737,8 @@ def own_batches(size: int = 32) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(user_folder, tmp_path, monkeypatch):
     """A directory to work in, without a network and with imports that are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "batches.py").write_text(LOADER)
@@ -759,9 +754,6 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(place, name, explode)
     yield tmp_path
     assert not (tmp_path / "torch").exists()
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def command(checkpoint: object, model: str, *arguments: object) -> list[object]:

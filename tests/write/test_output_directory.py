@@ -18,11 +18,7 @@ from ckptavg.errors import OutputError, ValueRangeError
 from ckptavg.write import output_directory
 from tests.helpers import run
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""Fixtures that tests of several rooms share."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Torch's threads wait for each other by spinning, which takes longer than the tests' small work.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _log_of_a_library() -> Iterator[None]:
+    """The package's log as a library has it, whatever a command has made of it before."""
+    log = logging.getLogger("ckptavg")
+    log.propagate, log.handlers = True, []
+    log.setLevel(logging.NOTSET)
+    yield
+    log.propagate, log.handlers = True, []
+    log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def notices(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The notices and warnings of the package."""
+    caplog.set_level(logging.INFO, logger="ckptavg")
+    return caplog
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the disk."""
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda _: None)
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory on the import path; what was imported from it is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def train(user_folder: Path, notices: object, no_fsync: None) -> Any:
+    """A user's module, `train.py` in the working directory: models, batches and metrics."""
+    from tests.held_out import TRAIN
+
+    (user_folder / "train.py").write_text(TRAIN)
+    return importlib.import_module("train")

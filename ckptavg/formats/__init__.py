@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from ckptavg.errors import FormatError
 from ckptavg.formats import dcp, deepspeed, huggingface
 from ckptavg.formats.files import SUFFIXES, open_file
-from ckptavg.formats.paths import reaching
+from ckptavg.formats.paths import remote_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
         FormatError: it is damaged, or its layout is unknown.
         SelectionError: it holds several state dicts, and it is unclear which one is wanted.
     """
-    with reaching(path):
+    with remote_errors(path):
         if not path.is_dir():
             return open_file(path, key)
         for module in DIRECTORIES:

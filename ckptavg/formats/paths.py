@@ -20,45 +20,40 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """A path, or what fsspec knows behind a URL (`s3://bucket/run`) as something like one.
+    """A path; for a URL (`s3://bucket/run`) a `UPath`, which has the methods of a path.
 
     Raises:
-        CkptAvgError: no file system is known for the URL, or its package is not installed.
+        CkptAvgError: fsspec has no file system for the URL, or its package is not installed.
     """
     if is_remote(text):
         return cast("Path", text)
-    spelled = os.fspath(text)
-    scheme, mark, _ = spelled.partition("://")
-    if not mark:
-        return Path(spelled)
-    from upath import UPath  # noqa: PLC0415 - fsspec takes longer than all else
+    address = os.fspath(text)
+    scheme, is_url, _ = address.partition("://")
+    if not is_url:
+        return Path(address)
+    from upath import UPath  # noqa: PLC0415 - importing fsspec takes longer than all else
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # of schemes that it does not know well
-            path = UPath(spelled)
-            _ = path.fs  # the file system's package is looked for only now
+        with warnings.catch_warnings(action="ignore"):  # about schemes that upath does not test
+            path = UPath(address)
+            _ = path.fs  # imports the package of the file system
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         remedy = f"pip install 'ckptavg[{extra}]'" if extra else None
-        raise CkptAvgError(str(error), path=spelled, remedy=remedy) from error
-    # Whatever a file system of somebody else's raises on an address that it does not like.
-    except Exception as error:
-        raise CkptAvgError(f"cannot be reached: {error}", path=spelled) from error
+        raise CkptAvgError(str(error), path=address, remedy=remedy) from error
+    except Exception as error:  # file systems raise exceptions of their own
+        raise CkptAvgError(f"cannot be reached: {error}", path=address) from error
     return Path(os.fspath(path)) if isinstance(path, os.PathLike) else cast("Path", path)
 
 
 def is_remote(path: object) -> bool:
-    """Whether it is something like a path, behind a URL."""
+    """Whether it is a path behind a URL."""
     return not isinstance(path, str | bytes | os.PathLike) and hasattr(path, "fs")
 
 
 @contextlib.contextmanager
-def reaching(path: Path) -> Iterator[None]:
-    """Say in one line what a file system behind a URL raises: each has exceptions of its own.
-
-    Raises:
-        CkptAvgError: it raised one.
-    """
+def remote_errors(path: Path) -> Iterator[None]:
+    """Raise a CkptAvgError for whatever exception the file system behind a URL raises."""
     try:
         yield
     except CkptAvgError:
@@ -66,24 +61,26 @@ def reaching(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        what = printable(error) or type(error).__name__
-        raise CkptAvgError(f"cannot be reached: {what}", path=path) from error
+        if isinstance(error, FileNotFoundError):
+            raise CkptAvgError("does not exist", path=path) from error
+        reason = printable(error) or type(error).__name__
+        raise CkptAvgError(f"cannot read it: {reason}", path=path) from error
 
 
 def shown(path: Path) -> str:
-    """The path for a report: of an address without user, password and query."""
+    """The path for a report; of a URL without user, password and query."""
     return printable(path) if is_remote(path) else str(path)
 
 
 def absolute(path: Path) -> PurePosixPath | Path:
-    """The whole path, links in it left as they are; of a URL what stands behind the scheme."""
+    """The absolute path, with its links; of a URL the part behind the scheme, without secrets."""
     if is_remote(path):
         address = str(path).partition("://")[2].partition("?")[0].lstrip("/")
         host, slash, rest = address.partition("/")
         return PurePosixPath("/", host.rpartition("@")[2] + slash + rest)
-    return Path(os.path.abspath(path))  # noqa: PTH100 - links stay links
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links
 
 
-def file_system(path: Any) -> tuple[Any, str]:  # noqa: ANN401 - a universal_pathlib path
+def file_system(path: Any) -> tuple[Any, str]:  # noqa: ANN401 - a UPath
     """The fsspec file system behind a URL, and the path in it."""
     return path.fs, path.path

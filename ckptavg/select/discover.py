@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
-from ckptavg.formats.paths import is_remote, reaching
+from ckptavg.formats.paths import is_remote, remote_errors
 from ckptavg.select.order import natural
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def find(inputs: Iterable[Path]) -> list[tuple[Path, bool]]:
     found: dict[Path, bool] = {}
     passed: list[str] = []
     for path in inputs:
-        with reaching(path):
+        with remote_errors(path):
             for checkpoint in _of(path, passed):
                 found[checkpoint] = found.get(checkpoint, False) or checkpoint == path
     if passed:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.formats.paths import absolute, as_path, is_remote, reaching
+from ckptavg.formats.paths import absolute, as_path, is_remote, remote_errors
 from ckptavg.select.order import labels
 
 ADDRESS = "memory://user:secret@bucket/run/step_1.pt?token=secret"
@@ -106,26 +106,26 @@ class TestLabels:
         assert labels(paths) == ("a.pt", "step_1.pt", "step_2.pt")
 
 
-class TestReaching:
+class TestRemoteErrors:
     def test_says_in_one_line_what_a_store_raises(self):
-        with pytest.raises(CkptAvgError) as caught, reaching(as_path(ADDRESS)):
+        with pytest.raises(CkptAvgError) as caught, remote_errors(as_path(ADDRESS)):
             raise RuntimeError(f"403 for {ADDRESS}\nbecause")
         assert str(caught.value) == (
-            "memory://bucket/run/step_1.pt: cannot be reached: "
+            "memory://bucket/run/step_1.pt: cannot read it: "
             "403 for memory://bucket/run/step_1.pt\\nbecause"
         )
 
     def test_names_what_says_nothing(self):
         with (
-            pytest.raises(CkptAvgError, match="cannot be reached: KeyError"),
-            reaching(as_path(ADDRESS)),
+            pytest.raises(CkptAvgError, match="cannot read it: KeyError"),
+            remote_errors(as_path(ADDRESS)),
         ):
             raise KeyError
 
     def test_leaves_errors_of_ours_alone(self):
-        with pytest.raises(FormatError, match=r"^is damaged$"), reaching(as_path(ADDRESS)):
+        with pytest.raises(FormatError, match=r"^is damaged$"), remote_errors(as_path(ADDRESS)):
             raise FormatError("is damaged")
 
     def test_leaves_what_this_machine_raises_alone(self, tmp_path):
-        with pytest.raises(RuntimeError, match="a bug"), reaching(tmp_path):
+        with pytest.raises(RuntimeError, match="a bug"), remote_errors(tmp_path):
             raise RuntimeError("a bug")

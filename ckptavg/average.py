@@ -15,7 +15,6 @@ from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.names import has_lora_factors
 from ckptavg.formats.paths import as_path, is_remote
-from ckptavg.formats.pauses import collector_at_rest
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.plan import make_plan
@@ -169,13 +168,6 @@ def write_averages(
     Raises:
         CkptAvgError: as `average` does.
     """
-    with collector_at_rest():
-        return _write_averages(run, recipes, outputs, options)
-
-
-def _write_averages(
-    run: Survey, recipes: Sequence[Recipe], outputs: Sequence[PathLike], options: AverageOptions
-) -> tuple[Summary, ...]:
     members = _all_members(run, recipes)
     check_one_model(members, any_rank=options.lora == "exact")
     mention_other_state_dicts(members)

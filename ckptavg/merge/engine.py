@@ -20,11 +20,11 @@ import numpy as np
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
 from ckptavg.formats.parts import any_remote
-from ckptavg.formats.pauses import signals_waiting
 from ckptavg.formats.tensors import AnyArray, Room, Tensor, bytes_of, fresh
 from ckptavg.merge.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
 from ckptavg.merge.narrow import format_of
+from ckptavg.merge.signals import signals_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence

@@ -12,7 +12,6 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, without_wrappers
 from ckptavg.formats.lora_config import scales_beside
 from ckptavg.formats.names import has_lora_factors
-from ckptavg.formats.pauses import collector_at_rest
 from ckptavg.select.compare import Contents
 from ckptavg.select.discover import find
 from ckptavg.select.order import DIGITS, in_order, labels, natural
@@ -79,16 +78,6 @@ def survey(
         SelectionError: there are none.
         FormatError: one of them is damaged or of an unknown kind.
     """
-    with collector_at_rest():
-        return _survey(inputs, key, keep_prefix, wanted)
-
-
-def _survey(
-    inputs: Sequence[Path],
-    key: str | None,
-    keep_prefix: bool,  # noqa: FBT001
-    wanted: Callable[[str], str | None] | None,
-) -> Survey:
     prefixes: dict[str, int] = defaultdict(int)
     opened: list[Checkpoint] = []
     left_out: list[LeftOut] = []

@@ -8,8 +8,8 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.formats.pauses import signals_waiting
 from ckptavg.formats.remote import open_source
+from ckptavg.merge.signals import signals_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,31 +1,14 @@
-"""Python's collector of cyclic garbage, and signals, kept out of the way."""
+"""Signals that wait until threads have started."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import signal
 import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Make many objects without its going through all of them again and again.
-
-    That takes as long as parsing a header of 100,000 tensors does.
-    """
-    was_at_work = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_at_work:
-            gc.enable()
-
 
 _HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

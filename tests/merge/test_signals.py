@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckptavg.formats.pauses import signals_waiting
+from ckptavg.merge.signals import signals_waiting
 
 
 class TerminatedError(Exception):

@@ -24,14 +24,20 @@ from ckptavg.merge.update import find_base, fold
 from ckptavg.select.collect import mention_other_state_dicts, survey
 from ckptavg.select.compare import check_one_model, fingerprint
 from ckptavg.select.order import in_order, labels
+from ckptavg.write.checks import (
+    check_output,
+    check_parent,
+    check_room,
+    check_vacant,
+    refuse_own_input,
+)
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.directory import with_dtype
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.options import AverageOptions, takes_fields
 from ckptavg.write.provenance import encode_provenance, provenance
 from ckptavg.write.summary import Summary, summarise
-from ckptavg.write.vacancy import check_parent, check_vacant
-from ckptavg.write.writing import check_output, refuse_own_input, write
+from ckptavg.write.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -356,15 +362,16 @@ def _check_outputs(
     """
     replaceable = run.base.parts if run.base is not None and options.force else ()
     inputs = set(run.files) - {part.path for part in replaceable}
-    for target, layout in zip(targets, layouts, strict=True):
-        try:
-            refuse_own_input(target.path, inputs)
-            folder = target.path.parent
-            if len(targets) > 1 and options.dry_run and not folder.exists():
-                check_parent(folder)  # the folder would be made
+    outputs = [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)]
+    try:
+        for path, layout in outputs:
+            refuse_own_input(path, inputs)
+            if len(outputs) > 1 and options.dry_run and not path.parent.exists():
+                check_parent(path.parent)  # the folder would be made
             else:
-                check_output(target.path, layout, force=options.force)
-        except OutputError as error:
-            if not options.dry_run:
-                raise
-            log.warning("it would fail: %s", error)
+                check_output(path, layout, force=options.force)
+        check_room([(path, layout.size) for path, layout in outputs])
+    except OutputError as error:
+        if not options.dry_run:
+            raise
+        log.warning("it would fail: %s", error)

@@ -34,7 +34,7 @@ from ckptavg.select.discover import find
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.options import AverageOptions
 from ckptavg.write.provenance import Record
-from ckptavg.write.scratch import folder_beside
+from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -260,7 +260,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        with folder_beside(path.absolute()) as folder:
+        with temporary_beside(path.absolute(), folder=True) as folder:
             yield folder
 
 

@@ -29,7 +29,7 @@ enum {
     REMOVE = 128, MKDIR = 256, CHMOD = 512, READ = 1024, OPEN = 2048
 };
 enum { NOTHING, FAIL, SIGNAL_BEFORE, SIGNAL_AFTER, SHORT };
-enum { NO_TMPFILE = 1, NO_EXCHANGE = 2, NO_LINK = 4 };
+enum { NO_EXCHANGE = 1, NO_LINK = 2 };
 
 #define LOG_SIZE (4 << 20)
 
@@ -168,10 +168,6 @@ static unsigned sync_of(int fd) {
         mode_t mode = 0; \
         int creates = (flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE; \
         if (creates) { va_list rest; va_start(rest, flags); mode = va_arg(rest, mode_t); va_end(rest); } \
-        if (state->armed && (state->refused & NO_TMPFILE) && (flags & O_TMPFILE) == O_TMPFILE) { \
-            errno = EOPNOTSUPP; \
-            return -1; \
-        } \
         if (!(flags & O_DIRECTORY) || creates) \
             UNLESS_FAILING(creates ? CREATE : OPEN, #name, FOLDER, path); \
         return finish(real PASSED); \

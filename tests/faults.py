@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ckptavg
+
 HERE = Path(__file__).parent
 
 KINDS = {
@@ -35,7 +38,7 @@ CHANGES = tuple(kind for kind in KINDS if kind not in ("read", "open"))
 """Calls after which the disk is another one."""
 _NAMES = {bit: kind for kind, bit in KINDS.items()}
 _ACTS = {"nothing": 0, "fail": 1, "before": 2, "after": 3, "short": 4}
-_REFUSALS = {"tmpfile": 1, "exchange": 2, "link": 4}
+_REFUSALS = {"exchange": 1, "link": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Fault:
         act: `fail`; `before` and `after`: a signal comes then; `short`: fewer bytes are done.
         value: the error's or the signal's number.
         sticky: so do all later ones.
-        refused: what the file system cannot do: `tmpfile`, `exchange`, `link`.
+        refused: what the file system cannot do: `exchange`, `link`.
     """
 
     kinds: Sequence[str] = CHANGES
@@ -201,17 +204,16 @@ def tree(path: Path) -> dict[str, bytes | None] | None:
     }
 
 
-_AVERAGE = (
-    "cli", "average", "merge.schemes", "distributed", "write.digests", "write.container",
-    "write.directory", "write.torchzip", "write.pickling", "formats.safetensors",
-    "formats.torchzip", "formats.huggingface",
-)  # fmt: skip
-_REFRESH = ("norm.files", "norm.together", "norm.report_file", "norm.judging")
+def _import_all(*, torch: bool) -> None:
+    """Import what the commands need, so that no run has to."""
+    rooms = {"cli", "formats", "select", "merge", "write", *(("norm",) if torch else ())}
+    for module in pkgutil.walk_packages(ckptavg.__path__, "ckptavg."):
+        if module.name.split(".")[1] in rooms:
+            importlib.import_module(module.name)
 
 
 def _serve() -> None:
-    for name in _AVERAGE + (_REFRESH if "torch" in sys.argv else ()):
-        importlib.import_module(f"ckptavg.{name}")
+    _import_all(torch="torch" in sys.argv)
     library = ctypes.CDLL(None)
     library.faults_log.restype = ctypes.c_char_p
     library.faults_arm.argtypes = [

@@ -195,20 +195,17 @@ _BASE = {
 
 
 def _on(kind: str, scene: Scene) -> Scene:
-    return Scene(**{**vars(scene), "refused": tuple(kind.split(" and "))})
+    return dataclasses.replace(scene, refused=(kind,))
 
 
 SCENES = _BASE | {
     f"{name}, no {kind}": _on(kind, _BASE[name])
-    for name, kinds in {
-        "a new file": ("tmpfile", "tmpfile and link"),
-        "a file over an old one": ("tmpfile",),
-        "a training checkpoint": ("tmpfile",),
-        "a new directory": ("tmpfile",),
-        "a directory over an old one": ("tmpfile", "exchange"),
-        "a directory refreshed in place": ("exchange",),
-    }.items()
-    for kind in kinds
+    for name, kind in (
+        ("a new file", "link"),
+        ("a training checkpoint", "link"),
+        ("a directory over an old one", "exchange"),
+        ("a directory refreshed in place", "exchange"),
+    )
 }
 
 

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError
-from ckptavg.write.scratch import hold
+from ckptavg.write.temporary import try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,7 @@ def journal(folder: Path, task: dict[str, Any], ranks: Ranks, *, force: bool) ->
     with _explained(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        if not hold(fd):
+        if not try_lock(fd):
             raise OutputError("another run is at work here", path=folder)
         ranks.gather(None)  # all hold theirs: nothing changes any more
         found = {one: _read(one) for one in files(folder)}

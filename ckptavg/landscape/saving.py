@@ -12,7 +12,7 @@ from ckptavg import __version__
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
 from ckptavg.landscape.journal import files
-from ckptavg.write.scratch import folder_beside
+from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ def save(
     Raises:
         OutputError: they cannot be written.
     """
-    with folder_beside(folder / kind) as made:
+    with temporary_beside(folder / kind, folder=True) as made:
         try:
             as_json = {"ckptavg": __version__, "kind": kind, **vars(result)}
             (made / f"{kind}.json").write_text(to_text(as_json) + "\n", encoding="utf-8")

@@ -30,7 +30,8 @@ from ckptavg.norm.making import RandomState, import_all, make_batches, make_mode
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance
-from ckptavg.write.scratch import put_back
+from ckptavg.write.checks import followed
+from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:
     import os
@@ -133,7 +134,7 @@ def refresh_checkpoint(
     """
     with ranks.together():
         if not is_remote(path) and ranks.rank == 0:
-            put_back(path)
+            put_back(followed(path))
         checkpoint = open_checkpoint(path, key=key)
         rewriting = Rewriting(
             checkpoint, output, in_place=in_place, container=container,

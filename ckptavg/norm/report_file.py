@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
-from ckptavg.write.scratch import folder_beside
-from ckptavg.write.vacancy import check_destination
+from ckptavg.write.checks import check_file
+from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +46,7 @@ class ReportFile:
                 raise OutputError(
                     "is the checkpoint or the output, and not for a report", path=self._path
                 )
-        check_destination(self._path, force=force)
+        check_file(self._path, force=force)
 
     def write(
         self,
@@ -64,7 +64,7 @@ class ReportFile:
         where = {"checkpoint": printable(checkpoint), "output": printable(output or checkpoint)}
         text = to_text(where | report.as_dict(statistics=True)) + "\n"
         try:
-            with folder_beside(self._path) as folder:
+            with temporary_beside(self._path, folder=True) as folder:
                 made = folder / self._path.name
                 made.write_text(text, encoding="utf-8")
                 made.replace(self._path)

@@ -17,14 +17,10 @@ from ckptavg.merge.options import MergeOptions
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import Recipe
 from ckptavg.merge.weights import uniform
+from ckptavg.write.checks import check_output, check_vacant, refuse_own_input
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import encode_provenance, source_entries
-from ckptavg.write.vacancy import check_vacant
-from ckptavg.write.writing import (
-    check_output,
-    refuse_own_input,
-    write,
-)
+from ckptavg.write.writing import write
 
 if TYPE_CHECKING:
     import os

@@ -27,10 +27,9 @@ from ckptavg.select.collect import survey
 from ckptavg.select.metrics import mode_of
 from ckptavg.select.selection import Selection, Verdict, chosen
 from ckptavg.select.selection import select as choose
+from ckptavg.write.checks import check_vacant, refuse_own_input
 from ckptavg.write.options import AverageOptions
-from ckptavg.write.scratch import folder_beside
-from ckptavg.write.vacancy import check_vacant
-from ckptavg.write.writing import refuse_own_input
+from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -129,7 +128,7 @@ def soup(
     check_vacant(target, force=force)
     rules = select or Selection()
     common: dict[str, Any] = {"select": rules, "key": key, "threads": threads}
-    with said_once(), folder_beside(target) as folder:
+    with said_once(), temporary_beside(target, folder=True) as folder:
         found = survey(inputs, key=key, wanted=rules.unwanted)
         refuse_own_input(target, found.files)
         taken = chosen(choose(found, rules))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.average import average
 from ckptavg.errors import OutputError
 from ckptavg.norm.files import refresh_checkpoint
-from ckptavg.write.scratch import folder_beside
-from ckptavg.write.vacancy import check_vacant
-from ckptavg.write.writing import refuse_own_input
+from ckptavg.write.checks import check_vacant, refuse_own_input
+from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +58,7 @@ def average_and_refresh(
     """
     target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
     check_vacant(target, force=force)
-    with folder_beside(target) as folder:
+    with temporary_beside(target, folder=True) as folder:
         # With the slash that makes a directory of it, if there is one.
         average_path = os.path.join(folder, target.name, "")  # noqa: PTH118
         if not os.fspath(output).endswith(os.sep) and not target.is_dir():

@@ -1,253 +1,281 @@
-"""Write one file so that it is there whole or not at all.
+"""Write an output, a file or a directory, so that it is there whole or not at all.
 
-It is written without a name where the system can (`O_TMPFILE`), else under a temporary one beside
-its destination, and gets its name when it is complete and on the disk.
+It is written under a temporary name beside its destination, brought to the disk, and renamed.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import os
 import stat
 import threading
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError
-from ckptavg.write import scratch
-from ckptavg.write.vacancy import identify, refuse_another
+from ckptavg.write.checks import followed, identify, refuse_another
+from ckptavg.write.replacement import replace_directory
+from ckptavg.write.temporary import locked, temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
+    from pathlib import Path
 
-    from ckptavg.merge.layout import Checksum, FileLayout
+    from ckptavg.merge.layout import Checksum, Layout
 
 _SYNC_EVERY = 128 << 20
 _PIECE = 1 << 20
-_MODE = 0o666
 
 
-def write_all(fd: int, offset: int, data: memoryview) -> None:
-    """Write all of `data`, which the system may take in pieces."""
-    while len(data):
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
-
-
-class OutputFile:
-    """The output while it is being written: a context that leaves nothing behind unless committed.
+class Output:
+    """An output while it is being written: a context that leaves nothing behind unless published.
 
     Args:
-        path: its destination.
-        layout: its size, and what stands around the tensors.
+        path: its destination; of a link, what it leads to.
+        layout: its files, and what stands around the tensors in them.
         force: replace what is there.
         fsync: have it on the disk before it gets its name.
-        shared: other processes write to it as well, which find it by its temporary name.
+        temporary: its temporary name, if another process has begun it; that one publishes it.
+
+    Attributes:
+        path: its destination.
+        temporary: the file, or the directory of files, that is written.
 
     Raises:
         OutputError: there is no room, or the disk fails.
     """
 
+    temporary: Path
+
     def __init__(
-        self, path: Path, layout: FileLayout, *, force: bool, fsync: bool, shared: bool = False
+        self,
+        path: Path,
+        layout: Layout,
+        *,
+        force: bool,
+        fsync: bool,
+        temporary: Path | None = None,
     ) -> None:
-        self.path, self._layout, self._force, self._fsync = path, layout, force, fsync
-        self._shared = shared
-        self._replaced = identify(path)
-        self._temporary: Path | None = None
-        self._syncer: _Syncer | None = None
+        self.path, self._layout, self._force, self._fsync = followed(path), layout, force, fsync
+        self._begun = temporary
+        self._replaced = identify(self.path)
+        self._bases = layout.bases
+        self._fds: list[int] = []
+        self._syncer = _Syncer()
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        with self._explained():
-            self._fd = self._create()
-        try:
-            with self._explained():
-                self._reserve()
-            for offset, blob in self._layout.blobs:
-                self.write(offset, memoryview(blob))
-        except BaseException:
-            self._discard()
-            raise
-        if self._fsync:
-            self._syncer = _Syncer(self._fd)
+        with contextlib.ExitStack() as stack:
+            if self._begun is None:
+                folder = self._layout.is_directory
+                self.temporary = stack.enter_context(temporary_beside(self.path, folder=folder))
+                stack.callback(self._close)
+                self._create_files()
+            else:
+                self.temporary = self._begun
+                stack.callback(self._close)
+                self._join_files()
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._discard()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
-    def _reserve(self) -> None:
-        """Have the room for all of it, or fail now; not every system and file system can tell."""
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._fd, 0, self._layout.size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-            else:
-                return
-        os.truncate(self._fd, self._layout.size)
+    def _create_files(self) -> None:
+        for number, name in enumerate(self._layout.files):
+            with self._explained(number):
+                (self.temporary / name).parent.mkdir(exist_ok=True)
+                self._open(name, os.O_CREAT)
+        for number, (fd, file) in enumerate(
+            zip(self._fds, self._layout.files.values(), strict=True)
+        ):
+            with self._explained(number):
+                _reserve(fd, file.size)
+            for offset, blob in file.blobs:
+                self._write(number, offset, memoryview(blob))
 
-    def _create(self) -> int:
-        flags = os.O_RDWR | os.O_CLOEXEC
-        if not self._shared and hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
-            # Not every file system knows it; NFS does not.
-            with contextlib.suppress(OSError):
-                fd = os.open(self.path.parent, flags | os.O_TMPFILE, _MODE)
-                scratch.hold(fd)
-                return fd
-        self._temporary, fd = scratch.make(
-            self.path, lambda name: os.open(name, flags | os.O_CREAT | os.O_EXCL, _MODE)
-        )
-        return fd
+    def _join_files(self) -> None:
+        try:
+            for name in self._layout.files:
+                self._open(name, 0)
+        except OSError as error:
+            raise OutputError(
+                f"the first process has made {self.temporary.name}, which cannot be opened here: "
+                f"{error.strerror}",
+                path=self.path,
+                remedy="all processes must see the same file system",
+            ) from error
 
-    @property
-    def temporary(self) -> tuple[Path, ...]:
-        """Where other processes find it, while it is written."""
-        assert self._temporary is not None, "a file that is not shared has no name"  # noqa: S101
-        return (self._temporary,)
+    def _open(self, name: str, flags: int) -> None:
+        fd = os.open(self.temporary / name, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
+        self._fds.append(fd)
 
-    def _discard(self) -> None:
-        """Close it, and take away a temporary name that was not used up."""
-        if self._syncer is not None:
-            self._syncer.stop()
-        os.close(self._fd)
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
+    def _close(self) -> None:
+        self._syncer.stop()
+        while self._fds:
+            os.close(self._fds.pop())
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at `offset`. Safe from several threads at once."""
-        size = len(data)
-        with self._explained():
-            write_all(self._fd, offset, data)
-        if self._syncer is not None:
-            self._syncer.written(size)
+        """Write all of `data` at `offset`, which counts through all files. Threads may share it."""
+        # An empty file begins where the next one does: the last of these has the bytes.
+        number = bisect.bisect_right(self._bases, offset) - 1
+        self._write(number, offset - self._bases[number], data)
 
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` with what was written from `offset`."""
-        with self._explained():
-            while len(out):
-                count = os.preadv(self._fd, [out], offset)
-                out, offset = out[count:], offset + count
-
-    def commit(self) -> None:
-        """Fill in the checksums, bring it to the disk, and give it its name."""
-        for checksum in self._layout.checksums:
-            crc = self._crc(checksum).to_bytes(4, "little")
-            for target in checksum.targets:
-                self.write(target, memoryview(crc))
-        with self._explained():
-            if self._syncer is not None:
-                self._syncer.stop()
-                self._syncer.raise_failure()
-                os.fsync(self._fd)
-            self._publish()
+    def _write(self, number: int, offset: int, data: memoryview) -> None:
+        fd, size = self._fds[number], len(data)
+        with self._explained(number):
+            while len(data):
+                count = os.pwrite(fd, data, offset)
+                data, offset = data[count:], offset + count
         if self._fsync:
-            # It is in its place already, and some file systems cannot sync a directory.
-            with contextlib.suppress(OSError):
-                self._sync_directory()
+            self._syncer.add(fd, size)
 
-    def _crc(self, checksum: Checksum) -> int:
-        crc, start, end = 0, checksum.start, checksum.start + checksum.size
+    def finish(self) -> None:
+        """Bring what this process has written to the disk, and close the files.
+
+        On a network file system other processes see it only then.
+        """
         with self._explained():
-            while start < end:
-                data = os.pread(self._fd, min(_PIECE, end - start), start)
-                crc, start = zlib.crc32(data, crc), start + len(data)
-        return crc
+            self._syncer.finish()
+        for number, fd in enumerate(self._fds if self._fsync else ()):
+            with self._explained(number):
+                os.fsync(fd)
+        with self._explained():
+            self._close()
 
-    def _publish(self) -> None:
-        """Give it its name: in one step, and never over a file that was not there before."""
-        if self._force:
-            if self._temporary is None:
-                self._temporary = scratch.name_beside(self.path)
-                self._name_nameless(self._temporary)
-            self._keep_mode()
-            with scratch.alone_in(self.path.parent):
+    def publish(self) -> None:
+        """Fill in the checksums, bring all to the disk, and give it its name.
+
+        Raises:
+            OutputError: the disk fails, or something else has got the name meanwhile.
+        """
+        for number, (name, file) in enumerate(self._layout.files.items()):
+            for checksum in file.checksums:
+                with self._explained(number):
+                    crc = _crc(self.temporary / name, checksum)
+                for target in checksum.targets:
+                    self._write(number, target, memoryview(crc.to_bytes(4, "little")))
+        self.finish()
+        with self._explained():
+            self._rename()
+        if self._fsync:
+            _sync_folder(self.path.parent)
+
+    def _rename(self) -> None:
+        if self._fsync and self._layout.is_directory:
+            for folder in {(self.temporary / name).parent for name in self._layout.files}:
+                _sync_folder(folder)
+        if not self._force and self._layout.is_directory:
+            self.temporary.rename(self.path)  # fails unless an empty directory or nothing is there
+        elif not self._force:
+            _link(self.temporary, self.path)
+        else:
+            self._keep_modes()
+            with locked(self.path.parent):
                 refuse_another(self.path, self._replaced)
-                self._temporary.replace(self.path)
-                self._temporary = None
-        elif self._temporary is None:
-            self._name_nameless(self.path)
-        else:
-            self._name_named(self._temporary)
+                if self._layout.is_directory and self.path.exists():
+                    replace_directory(self.path, self.temporary)
+                else:
+                    self.temporary.rename(self.path)
 
-    def _keep_mode(self) -> None:
-        """Whoever could not read the file that is replaced cannot read this one."""
-        with contextlib.suppress(FileNotFoundError):
-            os.fchmod(self._fd, stat.S_IMODE(self.path.stat().st_mode))
-
-    def _name_nameless(self, name: Path) -> None:
-        # Given a directory, Python calls linkat, which follows the link in /proc to the file.
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=directory)
-        finally:
-            os.close(directory)
-
-    def _name_named(self, temporary: Path) -> None:
-        try:
-            os.link(temporary, self.path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            # A file system without hard links: look before the rename, which would replace.
-            with scratch.alone_in(self.path.parent):
-                if os.path.lexists(self.path):
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-                temporary.rename(self.path)
-        else:
-            try:
-                temporary.unlink()  # now: a directory around it may get another name
-            except OSError:
-                self.path.unlink()
-                raise
-        self._temporary = None
-
-    def _sync_directory(self) -> None:
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    def _keep_modes(self) -> None:
+        """Whoever could not read the files that are replaced cannot read the new ones."""
+        for name in dict.fromkeys(("", *self._layout.files)):
+            with contextlib.suppress(FileNotFoundError):
+                mode = stat.S_IMODE((self.path / name).stat().st_mode)
+                (self.temporary / name).chmod(mode)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, number: int | None = None) -> Iterator[None]:
+        """Raise the system's errors as ours, which name the destination or one of its files."""
         try:
             yield
-        except FileExistsError as error:
-            raise OutputError(
-                "exists already: somebody else wrote it meanwhile",
-                path=self.path,
-                remedy="--force replaces it",
-            ) from error
         except OSError as error:
-            need = f" ({self._layout.size} bytes are needed)" if error.errno == errno.ENOSPC else ""
-            raise OutputError(f"cannot write it: {error.strerror}{need}", path=self.path) from error
+            files = list(self._layout.files.items())
+            name, size = "", self._layout.size
+            if number is not None:
+                name, size = files[number][0], files[number][1].size
+            message = f"cannot write it: {error.strerror}"
+            remedy = None
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                message = "exists already: somebody else wrote it meanwhile"
+                remedy = "--force replaces it"
+            elif error.errno == errno.ENOSPC:
+                message += f" ({size} bytes are needed)"
+            elif error.errno == errno.EMFILE and self._layout.is_directory:
+                remedy = "a larger --max-shard-size makes fewer files"
+            raise OutputError(message, path=self.path / name, remedy=remedy) from error
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have room for all of a file, or fail now, where the system and the file system can tell."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        else:
+            return
+    os.truncate(fd, size)
+
+
+def _crc(path: Path, checksum: Checksum) -> int:
+    crc, left = 0, checksum.size
+    with path.open("rb", buffering=0) as file:
+        file.seek(checksum.start)
+        while left:
+            data = file.read(min(_PIECE, left))
+            if not data:
+                raise OSError(errno.EIO, "it was shortened meanwhile")
+            crc, left = zlib.crc32(data, crc), left - len(data)
+    return crc
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file a second name, which nothing may have yet."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # The file system has no hard links: look before the rename, which would replace.
+        with locked(path.parent):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+            temporary.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a directory to the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 class _Syncer:
-    """A thread that brings the file to the disk while the rest is still being made.
+    """Brings files to the disk while they are still being written, in a thread of its own.
 
-    Waiting for the whole of it at the end takes half as long again.
+    Waiting for all of it at the end takes half as long again.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd, self._pending, self._stopping = fd, 0, False
+    def __init__(self) -> None:
+        self._dirty: set[int] = set()
+        self._pending = 0
+        self._stopping = False
         self._failure: OSError | None = None
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def written(self, count: int) -> None:
-        """Note that so many more bytes wait in the page cache."""
+    def add(self, fd: int, count: int) -> None:
+        """Note that so many bytes were written to a file."""
         with self._wake:
+            self._dirty.add(fd)
             self._pending += count
             if self._pending < _SYNC_EVERY:
                 return
@@ -257,12 +285,22 @@ class _Syncer:
             self._wake.notify()
 
     def stop(self) -> None:
-        """Let the thread end; what is pending then is the caller's."""
+        """Let the thread end. What it has not brought to the disk is left to the caller."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+
+    def finish(self) -> None:
+        """Stop, and raise what a sync has failed with: the system reports each failure only once.
+
+        Raises:
+            OSError: the disk has failed.
+        """
+        self.stop()
+        if self._failure is not None:
+            raise self._failure
 
     def _run(self) -> None:
         while True:
@@ -270,14 +308,10 @@ class _Syncer:
                 self._wake.wait_for(lambda: self._stopping or self._pending >= _SYNC_EVERY)
                 if self._stopping:
                     return
-                self._pending = 0
+                fds, self._dirty, self._pending = self._dirty, set(), 0
             try:
-                getattr(os, "fdatasync", os.fsync)(self._fd)
+                for fd in fds:
+                    getattr(os, "fdatasync", os.fsync)(fd)
             except OSError as error:
                 self._failure = error
                 return
-
-    def raise_failure(self) -> None:
-        """Raise what the disk said; the kernel tells each failure but once."""
-        if self._failure is not None:
-            raise self._failure

@@ -14,7 +14,7 @@ import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, ValueRangeError
 from ckptavg.formats import open_checkpoint
-from ckptavg.write.output import OutputFile
+from ckptavg.write.output import Output
 from tests.helpers import run
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 
@@ -363,14 +363,14 @@ def test_fewer_than_asked_for_is_said(tmp_path, caplog):
 def test_names_taken_meanwhile_leave_none(tmp_path, monkeypatch):
     save_run(tmp_path / "run", random_state_dicts(3))
     out = tmp_path / "out"
-    original = OutputFile.commit
+    original = Output.publish
 
-    def commit(sink):
+    def publish(sink):
         if sink.path.name.startswith("last3"):
             sink.path.write_text("somebody else")
         original(sink)
 
-    monkeypatch.setattr(OutputFile, "commit", commit)
+    monkeypatch.setattr(Output, "publish", publish)
     with pytest.raises(OutputError, match="exists already"):
         ckptavg.average_many(tmp_path / "run", out, select=Selection(last=[2, 3]))
     assert os.listdir(out) == ["last3-uniform.safetensors"]

@@ -679,6 +679,16 @@ class TestWhereItGoes:
         # Now it is of our making.
         refresh_checkpoint(path, None, options())
 
+    def test_what_a_link_leads_to_is_refreshed_in_place(self, net, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        path = save(net.state_dict(), tmp_path / "elsewhere" / "a.safetensors")
+        link = tmp_path / "link.safetensors"
+        link.symlink_to("elsewhere/a.safetensors")
+        refresh_checkpoint(link, None, options(), in_place=True)
+        assert str(link.readlink()) == "elsewhere/a.safetensors"
+        assert provenance(path)["norm_stats"]["state"] == "refreshed"
+        assert os.listdir(tmp_path / "elsewhere") == ["a.safetensors"]
+
     def container(self, net, tmp_path):
         path = tmp_path / "run.ckpt"
         state = {f"model.{name}": value for name, value in net.state_dict().items()}

@@ -181,6 +181,15 @@ class TestSmallDisk:
             assert os.listdir(disk) == ["o.safetensors"]
             assert (disk / "o.safetensors").read_bytes() == before
 
+    def test_with_room_for_each_of_two_outputs_lacks_it_for_both(self, run):
+        with mounted(run / "disk", "size=600k") as disk:
+            done = average(run, "-o", disk / "out", "--last", "1,2", "--hash")
+            assert done.code == 1
+            assert done.err.count("\n") == 1
+            assert re.search(r"\(8\d{5} bytes are needed for 2 outputs, \d+ are free\)", done.err)
+            assert done.count(("create", "allocate")) == 0
+            assert os.listdir(disk) == []
+
     def test_with_room_for_it_holds_the_output_of_inputs_on_another_one(self, run):
         with mounted(run / "disk", "size=2m") as disk:
             for _ in range(2):

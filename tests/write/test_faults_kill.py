@@ -142,12 +142,12 @@ def command(root: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["a new file, no tmpfile"], indirect=True)
+@pytest.mark.parametrize("stage", ["a new file"], indirect=True)
 def test_a_process_that_is_started_anew_dies_and_is_cleaned_up_after_just_so(stage):
     """What the warm process's children do is what the command does."""
     root = stage.set()
     last = stage.count()
-    fault = Fault(number=last - 1, act="before", value=signal.SIGKILL, refused=["tmpfile"])
+    fault = Fault(number=last - 1, act="before", value=signal.SIGKILL)
     arguments = [sys.executable, "-m", "ckptavg", *stage.scene.arguments]
     killed = subprocess.run(
         arguments, cwd=root, env=environment(library(), root, fault), check=False

@@ -14,8 +14,7 @@ from tests.faults_scenes import EVERY_OR_SOME, Stage, folder_in_memory
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 NAMES = [
-    "a new file", "a new file, no tmpfile", "a new file, no tmpfile and link",
-    "a file over an old one", "a file over an old one, no tmpfile", "a new directory",
+    "a new file", "a new file, no link", "a file over an old one", "a new directory",
     "a directory over an old one", "a directory over an old one, no exchange",
 ]  # fmt: skip
 OTHER = ("--weights", "linear")

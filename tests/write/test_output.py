@@ -12,27 +12,24 @@ from pathlib import Path
 import pytest
 
 from ckptavg.errors import OutputError
-from ckptavg.merge.layout import Checksum, FileLayout
-from ckptavg.write import scratch
-from ckptavg.write.output import OutputFile
-from ckptavg.write.vacancy import check_destination
+from ckptavg.merge.layout import Checksum, FileLayout, Layout
+from ckptavg.write.checks import check_file
+from ckptavg.write.output import Output
+from ckptavg.write.temporary import temporary_beside
 
 LAYOUT = FileLayout(size=20, blobs=((0, b"head"),))
 
 
-@pytest.fixture(params=["nameless", "named"], autouse=True)
-def temporary(request, monkeypatch):
-    """Both ways of hiding the file until it is complete."""
-    if request.param == "named":
-        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+def a_file(layout: FileLayout) -> Layout:
+    return Layout({"": layout}, ())
 
 
 def write(
     path: Path, *, force: bool = False, fsync: bool = True, layout: FileLayout = LAYOUT
 ) -> None:
-    with OutputFile(path, layout, force=force, fsync=fsync) as sink:
+    with Output(path, a_file(layout), force=force, fsync=fsync) as sink:
         sink.write(4, memoryview(b"0123456789abcdef"))
-        sink.commit()
+        sink.publish()
 
 
 @pytest.mark.parametrize("fsync", [True, False])
@@ -87,7 +84,6 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_arguments, **_options):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     monkeypatch.setattr(os, "link", refuse)
     write(tmp_path / "out")
     with pytest.raises(OutputError, match="exists already"):
@@ -109,10 +105,10 @@ def test_a_directory_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
 
 
 def test_of_two_writers_at_once_one_wins_and_the_other_says_so(tmp_path):
-    with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=False) as first:
+    with Output(tmp_path / "out", a_file(LAYOUT), force=False, fsync=False) as first:
         write(tmp_path / "out")
         with pytest.raises(OutputError, match="somebody else wrote it meanwhile"):
-            first.commit()
+            first.publish()
     assert (tmp_path / "out").read_bytes() == b"head0123456789abcdef"
     assert os.listdir(tmp_path) == ["out"]
 
@@ -121,7 +117,7 @@ def test_an_exception_leaves_what_was_there_before(tmp_path):
     (tmp_path / "out").write_bytes(b"old")
     with (
         pytest.raises(KeyboardInterrupt),
-        OutputFile(tmp_path / "out", LAYOUT, force=True, fsync=True),
+        Output(tmp_path / "out", a_file(LAYOUT), force=True, fsync=True),
     ):
         raise KeyboardInterrupt
     assert (tmp_path / "out").read_bytes() == b"old"
@@ -147,13 +143,12 @@ def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fdatasync", fail)
     monkeypatch.setattr("ckptavg.write.output._SYNC_EVERY", 1)
-    with OutputFile(tmp_path / "out", LAYOUT, force=False, fsync=True) as sink:
+    with Output(tmp_path / "out", a_file(LAYOUT), force=False, fsync=True) as sink:
         sink.write(4, memoryview(b"0123"))
-        assert sink._syncer is not None
         assert sink._syncer._thread is not None
         sink._syncer._thread.join(10)
         with pytest.raises(OutputError, match="cannot write it: Input/output error"):
-            sink.commit()
+            sink.publish()
     assert os.listdir(tmp_path) == []
 
 
@@ -161,7 +156,7 @@ def test_a_full_disk_is_found_before_the_work_starts(tmp_path):
     enormous = FileLayout(size=1 << 60)
     with (
         pytest.raises(OutputError, match="cannot write it"),
-        OutputFile(tmp_path / "out", enormous, force=False, fsync=False),
+        Output(tmp_path / "out", a_file(enormous), force=False, fsync=False),
     ):
         pytest.fail("it began")
     assert os.listdir(tmp_path) == []
@@ -174,38 +169,92 @@ def test_checksums_are_filled_in_from_what_was_written(tmp_path):
     assert (tmp_path / "out").read_bytes() == crc + b"0123456789abcdef" + crc
 
 
+def test_a_file_that_is_shortened_meanwhile_is_an_error(tmp_path):
+    layout = FileLayout(24, ((0, b"head"),), (Checksum(4, 16, (0, 20)),))
+    with Output(tmp_path / "out", a_file(layout), force=False, fsync=False) as sink:
+        sink.write(4, memoryview(b"0123456789abcdef"))
+        os.truncate(sink.temporary, 10)
+        with pytest.raises(OutputError, match="out: cannot write it: it was shortened meanwhile"):
+            sink.publish()
+    assert os.listdir(tmp_path) == []
+
+
+class TestLink:
+    """A link is written through: it stays, and what it leads to is replaced."""
+
+    @pytest.fixture
+    def real(self, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "out").symlink_to("elsewhere/real")
+        return tmp_path / "elsewhere" / "real"
+
+    def assert_written(self, real, tmp_path):
+        assert real.read_bytes() == b"head0123456789abcdef"
+        assert str((tmp_path / "out").readlink()) == "elsewhere/real"
+        assert os.listdir(real.parent) == ["real"]
+        assert sorted(os.listdir(tmp_path)) == ["elsewhere", "out"]
+
+    def test_to_a_file(self, tmp_path, real):
+        real.write_bytes(b"old")
+        real.chmod(0o640)
+        write(tmp_path / "out", force=True)
+        self.assert_written(real, tmp_path)
+        assert stat.S_IMODE(real.stat().st_mode) == 0o640
+
+    def test_to_nothing(self, tmp_path, real):
+        check_file(tmp_path / "out", force=True)
+        write(tmp_path / "out", force=True)
+        self.assert_written(real, tmp_path)
+
+    def test_has_the_temporary_file_beside_what_it_leads_to(self, tmp_path, real):
+        with Output(tmp_path / "out", a_file(LAYOUT), force=True, fsync=False) as sink:
+            assert sink.temporary.parent == real.parent
+
+    @pytest.mark.parametrize("target", ["old", None])
+    def test_needs_force(self, tmp_path, real, target):
+        if target is not None:
+            real.write_text(target)
+        with pytest.raises(OutputError, match="exists already"):
+            check_file(tmp_path / "out", force=False)
+
+    def test_into_a_directory_that_is_not_there(self, tmp_path, real):
+        real.parent.rmdir()
+        with pytest.raises(OutputError, match=r"there is no directory .*elsewhere"):
+            check_file(tmp_path / "out", force=True)
+
+
 class TestDestination:
     def test_a_missing_directory_is_named(self, tmp_path):
         with pytest.raises(OutputError, match="there is no directory"):
-            check_destination(tmp_path / "no" / "out", force=False)
+            check_file(tmp_path / "no" / "out", force=False)
 
     def test_a_directory_is_no_file(self, tmp_path):
         with pytest.raises(OutputError, match="is a directory"):
-            check_destination(tmp_path, force=True)
+            check_file(tmp_path, force=True)
 
     def test_a_fifo_is_no_file(self, tmp_path):
         os.mkfifo(tmp_path / "out")
         with pytest.raises(OutputError, match="is no regular file"):
-            check_destination(tmp_path / "out", force=True)
+            check_file(tmp_path / "out", force=True)
 
     def test_a_dangling_symlink_exists(self, tmp_path):
         (tmp_path / "out").symlink_to("nowhere")
         with pytest.raises(OutputError, match="exists already"):
-            check_destination(tmp_path / "out", force=False)
+            check_file(tmp_path / "out", force=False)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_a_directory_without_permission(self, tmp_path):
         (tmp_path / "locked").mkdir(mode=0o555)
         with pytest.raises(OutputError, match="not to be written to"):
-            check_destination(tmp_path / "locked" / "out", force=False)
+            check_file(tmp_path / "locked" / "out", force=False)
 
 
 def test_within_a_directory_of_its_own_no_other_run_is_waited_for(tmp_path):
-    with scratch.folder_beside(tmp_path / "out") as folder:
+    with temporary_beside(tmp_path / "out", folder=True) as folder:
         (folder / "out").write_bytes(b"old")
         started = time.monotonic()
-        with OutputFile(folder / "out", FileLayout(3), force=True, fsync=False) as out:
+        with Output(folder / "out", a_file(FileLayout(3)), force=True, fsync=False) as out:
             out.write(0, memoryview(b"new"))
-            out.commit()
+            out.publish()
         assert time.monotonic() - started < 5
     assert list(tmp_path.iterdir()) == []

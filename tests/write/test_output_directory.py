@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import OutputError, ValueRangeError
-from ckptavg.write import output_directory
+from ckptavg.write import replacement
 from tests.helpers import run
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -198,7 +198,7 @@ def refuse_exchange(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(one))
 
-    monkeypatch.setattr(output_directory, "exchange", exchange)
+    monkeypatch.setattr(replacement, "exchange", exchange)
 
 
 def fail_to_publish(monkeypatch: pytest.MonkeyPatch, out: Path, error: BaseException) -> None:
@@ -218,13 +218,13 @@ class TestExchange:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "was").write_text(name)
-        output_directory.exchange(tmp_path / "a", tmp_path / "b")
+        replacement.exchange(tmp_path / "a", tmp_path / "b")
         assert [(tmp_path / name / "was").read_text() for name in ("a", "b")] == ["b", "a"]
 
     def test_of_what_is_not_there_is_the_system_s_error(self, tmp_path):
         (tmp_path / "a").mkdir()
         with pytest.raises(FileNotFoundError):
-            output_directory.exchange(tmp_path / "a", tmp_path / "absent")
+            replacement.exchange(tmp_path / "a", tmp_path / "absent")
 
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
     def test_takes_two_steps_where_the_system_cannot(self, ckpts, tmp_path, monkeypatch, number):

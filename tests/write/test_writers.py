@@ -33,7 +33,7 @@ from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.tensors import BY_NAME, DTYPES
 from ckptavg.merge.layout import OutputTensor
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.output import OutputFile
+from ckptavg.write.output import Output
 from ckptavg.write.safetensors import lay_out_safetensors
 from ckptavg.write.torchzip import lay_out_torch
 
@@ -57,11 +57,11 @@ def make(names, dtype_name, shape):
 
 def write(path, layout, contents):
     """Fill a layout as the engine does."""
-    with OutputFile(path, layout.files[""], force=True, fsync=False) as output:
+    with Output(path, layout, force=True, fsync=False) as output:
         for targets, content in zip(layout.targets, contents, strict=True):
             for target in targets:
                 output.write(target, memoryview(content))
-        output.commit()
+        output.publish()
     return path
 
 
@@ -384,7 +384,7 @@ import sys
 from pathlib import Path
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.merge.layout import OutputTensor
-from ckptavg.write.output import OutputFile
+from ckptavg.write.output import Output
 from ckptavg.formats.tensors import DTYPES
 from ckptavg.write.layouts import destination, lay_out
 
@@ -395,11 +395,11 @@ versions = {"": {"version": 1}, "a": {"version": 1, "name": "version"}}
 metadata = {name: "x" for name in {"ckptavg", "format", "other"}}
 last = Checkpoint(path, "torch", (), {}, {}, "", module_versions=versions)
 layout = lay_out(destination(path, last), tensors, metadata, last)
-with OutputFile(path, layout.files[""], force=False, fsync=False) as output:
+with Output(path, layout, force=False, fsync=False) as output:
     for index, targets in enumerate(layout.targets):
         for target in targets:
             output.write(target, memoryview(bytes([index]) * tensors[index].nbytes))
-    output.commit()
+    output.publish()
 """
     paths = [tmp_path / f"{seed}.{ending}" for seed in (1, 2)]
     for seed, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""The command line: parse, draw progress, map errors to exit codes. No logic."""
+"""The command line: it reads options, shows progress, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 from ckptavg import __version__
 from ckptavg.cli.average import average
 from ckptavg.cli.bn_refresh import bn_refresh
+from ckptavg.cli.console import say_on_stderr
 from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
@@ -24,7 +25,7 @@ from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
 if TYPE_CHECKING:
     from types import FrameType
 
-_FAULT, _INTERRUPTED = 1, 130
+_ERROR, _INTERRUPTED = 1, 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -42,7 +43,7 @@ for _command in (average, bn_refresh, evaluate, soup, landscape, inspect, verify
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM or SIGHUP arrived: everything is to be cleaned up on the way out."""
+    """SIGTERM or SIGHUP has arrived; as an exception it lets everything be cleaned up."""
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
@@ -54,7 +55,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line and leave with the exit code that `docs/cli.md` lists."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and shall
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
             signal.signal(number, _on_signal)
     sys.exit(_run())
 
@@ -63,23 +64,22 @@ def _run() -> int:
     try:
         code = cli(standalone_mode=False)
     except PeerError:
-        return _FAULT  # it has said itself what was wrong
-    except BaseException as error:  # noqa: BLE001 - what is not known there is raised again
+        return _ERROR  # the process that failed says why
+    except BaseException as error:  # noqa: BLE001 - an unknown one is raised again
         return _explain(error)
     return code if isinstance(code, int) else 0
 
 
 def _explain(error: BaseException) -> int:
-    """Say what happened in one line; returns the exit code."""
-    code = _FAULT
+    """Say in one line what went wrong; returns the exit code."""
+    code = _ERROR
     match error:
-        case click.exceptions.Exit() | click.ClickException():
-            code = error.exit_code
-            if isinstance(error, click.ClickException):
-                error.show()
-            return code
-        case KeyboardInterrupt() | click.Abort():
+        case click.exceptions.Exit():
+            return error.exit_code
+        case click.Abort() | KeyboardInterrupt():
             text, code = "interrupted", _INTERRUPTED
+        case click.ClickException():
+            return _show(error)
         case _TerminatedError():
             text, code = "terminated", 128 + int(error.args[0])
         case UserCodeError():
@@ -88,7 +88,7 @@ def _explain(error: BaseException) -> int:
         case CkptAvgError():
             text = f"error: {error}"
         case BrokenPipeError():
-            # Whoever read our output has left: stdout must not be flushed again at exit.
+            # The reader of our output has left: stdout must not be flushed again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
         case OSError():
@@ -98,5 +98,13 @@ def _explain(error: BaseException) -> int:
             text = "error: out of memory; fewer --threads take less"
         case _:
             raise error
-    click.echo(f"ckptavg: {text}", err=True)
+    say_on_stderr(text)
     return code
+
+
+def _show(error: click.ClickException) -> int:
+    """Print a usage error; returns the exit code."""
+    error.show()
+    if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+        click.echo("It may also be set in [tool.ckptavg] of pyproject.toml.", err=True)
+    return error.exit_code

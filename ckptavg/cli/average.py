@@ -2,226 +2,226 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.common import (
-    Console,
-    OutputType,
-    PathType,
-    SizeType,
-    common_options,
-    plural,
-    size,
-    threads_option,
-)
-from ckptavg.cli.refresh_options import refresh_options, say_report, take_refresh_options
-from ckptavg.cli.selection_options import selection_options, take_selection
+from ckptavg.cli import options, types
+from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
+from ckptavg.cli.console import Console, plural, size
+from ckptavg.cli.options import option
+from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Mapping
 
-    from ckptavg.distributed import Ranks
     from ckptavg.write.summary import SourceSummary, Summary
 
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {
     "averaged": "averaged",
     "last": "taken from the last checkpoint",
     "kept": "the same in all",
     "joined": "LoRA factors side by side",
 }
+_SUM_TO_1 = ("ema:", "power:", "decay:")
+
+_AVERAGING = (
+    option(
+        "--weights SCHEME",
+        "uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt; or a number for "
+        "each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,... Several schemes, or several --last, "
+        "make every combination from one read, in the directory OUTPUT.",
+        type=types.weights,
+        default="uniform",
+    ),
+    option("--no-normalize", "Do not divide by the sum of the weights."),
+    option("--update", "Fold the other inputs into the uniform average among them, made earlier."),
+    option(
+        "--ints equal|last",
+        "Integer tensors must be equal, or are taken from the last checkpoint.",
+        default="equal",
+    ),
+    option(
+        "--norm-stats average|last",
+        "Average running_mean and running_var, or take those of the last checkpoint.",
+        default="average",
+    ),
+    option(
+        "--lora separate|exact",
+        "Average the factors A and B of LoRA adapters apart, or their products exactly: the ranks "
+        "then add up.",
+        default="separate",
+    ),
+    option("--allow-nonfinite", "Accept NaN and Inf in the inputs."),
+)
+_WRITING = (
+    option(
+        "-o --output PATH",
+        "Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for a torch file; or "
+        "a directory (DIR/) for from_pretrained.",
+        required=True,
+    ),
+    options.FORCE,
+    options.CONTAINER,
+    options.MAX_SHARD_SIZE,
+    option(
+        "--dtype NAME",
+        f"Dtype of floating tensors: {', '.join(DTYPES)}.  [default: as in the input]",
+        type=click.Choice(DTYPES),
+    ),
+    option("--keep-prefix", "Leave module. and _orig_mod. on the names."),
+    option("--drop-aliases", "Write tied tensors once, and name the others in the metadata."),
+    option(
+        "--hash",
+        "Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them once more.",
+    ),
+    options.NO_FSYNC,
+)
 
 
-@click.command()
-@click.argument("inputs", nargs=-1, required=True, type=PathType(), metavar="INPUT...")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=OutputType(),
-    help="Where the average goes: .safetensors, or .pt .pth .bin .ckpt .tar for a torch file, or "
-    "a directory (DIR/) as from_pretrained takes it.",
+def _is_one_file(params: Mapping[str, Any]) -> bool:
+    from ckptavg.formats import SUFFIXES
+
+    path = Path(params["output"])
+    is_directory = params["output"].endswith(os.sep) or path.is_dir()
+    return path.suffix in SUFFIXES and not is_directory
+
+
+_NO_EFFECT = (
+    without("best", "metric", "metrics"),
+    *options.SELECTION_NO_EFFECT,
+    NoEffect(
+        "without --start, --steps, --cycle or --weights power",
+        lambda params: (
+            not any(params[name] for name in ("start", "steps", "cycle"))
+            and not any(scheme.needs_steps for scheme in params["weights"])
+        ),
+        ["unit"],
+    ),
+    NoEffect(
+        "with --weights ema, power and decay, which sum to 1",
+        lambda params: all(scheme.name.startswith(_SUM_TO_1) for scheme in params["weights"]),
+        ["normalize"],
+    ),
+    NoEffect(
+        "with --container last",
+        lambda params: params["container"] == "last",
+        ["max_shard_size", "dtype", "drop_aliases"],
+    ),
+    NoEffect("with an --output that is one file", _is_one_file, ["max_shard_size"]),
+    NoEffect(
+        "with an --output that is a torch file",
+        lambda params: _is_one_file(params) and not params["output"].endswith(".safetensors"),
+        ["drop_aliases"],
+    ),
+    NoEffect("with --dry-run", lambda params: bool(params["dry_run"]), ["hash"]),
+    *options.REFRESH_NO_EFFECT,
 )
-@selection_options
-@click.option(
-    "--weights",
-    default="uniform",
-    show_default=True,
-    metavar="SCHEME",
-    help="uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt; or a number for "
-    "each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,... Several schemes, or several --last, make "
-    "every combination from one read, in the directory OUTPUT.",
+
+
+@click.command(
+    cls=Command,
+    groups={
+        "Which checkpoints": (
+            *options.SELECTION,
+            options.KEY,
+            option("--expect N", "Fail unless N checkpoints are taken."),
+        ),
+        "How they are averaged": _AVERAGING,
+        "What is written": _WRITING,
+        "Refresh of the norm statistics": options.REFRESH,
+        RUNNING: (
+            option("-n --dry-run", "Only say what would be read and written."),
+            options.THREADS,
+            *options.COMMON,
+        ),
+    },
+    no_effect=_NO_EFFECT,
 )
-@click.option("--no-normalize", is_flag=True, help="Do not divide by the sum of the weights.")
-@click.option(
-    "--update",
-    is_flag=True,
-    help="Fold the other inputs into the uniform average among them, made earlier.",
-)
-@click.option("-f", "--force", is_flag=True, help="Replace an existing output.")
-@click.option(
-    "--container",
-    type=click.Choice(["weights", "last"]),
-    default="weights",
-    show_default=True,
-    help="Write the weights alone, or the last checkpoint's torch file with all that it holds "
-    "(optimizer, hyper-parameters) and the average in the place of its weights.",
-)
-@click.option(
-    "--max-shard-size",
-    type=SizeType(),
-    metavar="SIZE",
-    help="Bytes of tensors in a file of a directory: 5GB, 500MB.  [default: the inputs' own]",
-)
-@click.option("--key", help="State dict to take where a file holds several.")
-@click.option("--keep-prefix", is_flag=True, help="Leave module. and _orig_mod. on the names.")
-@click.option(
-    "--drop-aliases", is_flag=True, help="Write tied tensors once, and name the others in metadata."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(_DTYPES),
-    metavar="NAME",
-    help=f"Round floating tensors to this: {', '.join(_DTYPES)}.",
-)
-@click.option(
-    "--ints",
-    type=click.Choice(["equal", "last"]),
-    default="equal",
-    show_default=True,
-    help="Integer tensors must be equal, or are taken from the last checkpoint.",
-)
-@click.option(
-    "--norm-stats",
-    type=click.Choice(["average", "last"]),
-    default="average",
-    show_default=True,
-    help="What becomes of running_mean and running_var.",
-)
-@click.option(
-    "--lora",
-    type=click.Choice(["separate", "exact"]),
-    default="separate",
-    show_default=True,
-    help="Average the factors A and B of LoRA adapters apart, or their products exactly: the "
-    "ranks then add up.",
-)
-@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and Inf in the inputs pass.")
-@click.option(
-    "--expect", type=click.IntRange(1), metavar="N", help="Fail unless there are N checkpoints."
-)
-@click.option(
-    "--hash",
-    is_flag=True,
-    help="Record SHA-256 of the checkpoints, for `ckptavg verify`: they are read once more.",
-)
-@click.option("--no-fsync", is_flag=True, help="Do not wait until the output is on the disk.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be done.")
-@threads_option
-@refresh_options
-@common_options
+@click.argument("inputs", nargs=-1, required=True, type=types.path_text, metavar="INPUT...")
 def average(
-    inputs: tuple[Path, ...],
-    *,
+    console: Console,
+    inputs: tuple[str, ...],
     output: str,
-    as_json: bool,
-    quiet: bool,
-    no_fsync: bool,
-    no_normalize: bool,
-    dry_run: bool,
-    weights: str,
-    **options: Any,  # noqa: ANN401 - the options above, which the library checks
+    **params: Any,  # noqa: ANN401 - the fields of the dataclasses below
 ) -> None:
     """Average checkpoints into one.
 
-    INPUT is a directory of checkpoints, or checkpoints, or a URL of either: .safetensors, what
-    torch.save wrote, directories of Hugging Face's libraries and of torch.distributed.checkpoint.
+    INPUT is a directory of checkpoints, a checkpoint, or a URL of either: .safetensors, what
+    torch.save writes, directories of Hugging Face's libraries and of torch.distributed.checkpoint.
     With --model and --loader the BatchNorm statistics are refreshed as well. Under `torchrun
     --no-python` the processes share the work, on a file system that all of them see.
     """
-    console = Console(as_json=as_json, quiet=quiet)
-    refresh = take_refresh_options(options, required=False)
-    if refresh is None:
+    refreshes = params.get("model") is not None
+    if not refreshes:
         # numpy's BLAS is not used here, and starting its threads takes as long as importing it.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.average import average as run
     from ckptavg.average import average_many
-    from ckptavg.merge.schemes import parse
+    from ckptavg.select.selection import Selection
+    from ckptavg.write.options import AverageOptions
 
-    select, last = take_selection(options)
-    select = dataclasses.replace(select, last=last or None)
-    options |= {"fsync": not no_fsync, "dry_run": dry_run, "normalize": not no_normalize}
-    options |= {"weights": weights, "select": select}
-    if len(last) > 1 or len(parse(weights)) > 1:
-        if refresh is not None:
-            raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
-        if options.pop("update"):
-            raise click.UsageError("--update makes one average: one --last and one of --weights")
-        with _ranks(console) as ranks, _progress(console) as progress:
-            summaries = average_many(inputs, output, ranks=ranks, **progress, **options)
-        for summary in summaries:
-            _say(console, summary, summary.output)
-        console.result({"averages": summaries})
-        return
-    if refresh is None or dry_run:
-        with _ranks(console) as ranks, _progress(console) as progress:
-            summary = run(inputs, output, ranks=ranks, **progress, **options)
-        _say(console, summary, output)
-        console.result(summary)
-        return
+    fields = fields_of(AverageOptions, params)
+    fields["select"] = Selection(**fields_of(Selection, params))
+    several = len(params["weights"]) > 1 or len(params["last"] or ()) > 1
+    if several and refreshes:
+        raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
+    if several and params["update"]:
+        raise click.UsageError("--update makes one average: one --last and one of --weights")
+    with (
+        console.ranks(only_torchrun=True) as ranks,
+        console.progress("hashing", "B") as fields["hash_progress"],
+        console.progress("averaging", "B") as fields["progress"],
+    ):
+        fields["ranks"] = ranks
+        if several:
+            summaries = average_many(inputs, output, **fields)
+            for summary in summaries:
+                _say(console, summary, summary.output)
+            console.result({"averages": summaries})
+        elif not refreshes or params["dry_run"]:
+            summary = run(inputs, output, **fields)
+            _say(console, summary, output)
+            console.result(summary)
+        else:
+            _average_and_refresh(console, inputs, output, params, fields)
+
+
+def _average_and_refresh(
+    console: Console,
+    inputs: tuple[str, ...],
+    output: str,
+    params: Mapping[str, Any],
+    fields: Mapping[str, Any],
+) -> None:
     from ckptavg.norm.together import average_and_refresh
 
-    with (
-        console.others_to_stderr(),
-        _progress(console) as progress,
-        console.progress("refreshing", "batch") as refresh_progress,
-    ):
+    refresh, paths = options.refresh_options(params), [*map(types.path, inputs)]
+    with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
         summary, report = average_and_refresh(
-            inputs, output, refresh, refresh_progress=refresh_progress, **progress, **options
+            paths, output, refresh, refresh_progress=progress, **fields
         )
-    _say(console, summary, output, refreshed=True)
+    _say(console, summary, output)
     say_report(console, report)
     console.result({**vars(summary), "refresh": report.as_dict()})
 
 
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[dict[str, Any]]:
-    """The bars of an average, as keywords."""
-    with (
-        console.progress("hashing", "B") as hashing,
-        console.progress("averaging", "B") as averaging,
-    ):
-        yield {"hash_progress": hashing, "progress": averaging}
-
-
-@contextlib.contextmanager
-def _ranks(console: Console) -> Iterator[Ranks]:
-    """The processes that `torchrun` started for this command; the first one speaks."""
-    from ckptavg.distributed import launched_ranks
-
-    with launched_ranks(only_torchrun=True) as ranks:
-        if ranks.rank:
-            console.mute()
-        yield ranks
-
-
-def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = False) -> None:
-    """The summary for people."""
-    sources = summary.sources
+def _say(console: Console, summary: Summary, output: str) -> None:
+    """Print the summary of one average."""
+    members = summary.sources
     if not summary.written:
-        rows = zip(sources, summary.emulated_decay, strict=True)
-        console.say_table([_source_row(*row) for row in rows])
+        rows = zip(members, summary.emulated_decay, strict=True)
+        console.say_table([_row(*row) for row in rows])
     verb = "averaged" if summary.written else "would average"
     scheme = "" if summary.scheme == "uniform" else f" ({summary.scheme})"
-    console.say(f"{verb} {plural(len(sources), 'checkpoint')}{scheme}: {_span(summary)}")
+    names = [printable(member.name) for member in (members[0], members[-1])]
+    span = " to ".join(names if len(members) > 1 else names[:1])
+    console.say(f"{verb} {plural(len(members), 'checkpoint')}{scheme}: {span}")
     roles = ", ".join(f"{count:,} {_ROLES[role]}" for role, count in summary.roles.items())
     console.say(f"  {plural(summary.tensors, 'tensor')}: {roles}")
     if not summary.written:
@@ -231,21 +231,16 @@ def _say(console: Console, summary: Summary, output: str, *, refreshed: bool = F
         )
         return
     console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
-    if summary.norm_stats == "stale" and not refreshed:
-        name = shlex.quote(str(output))
+    if summary.norm_stats == "stale":
         console.say(
             "The BatchNorm statistics are stale: no data have passed through these weights. "
             "Refresh them:\n"
-            f"  ckptavg bn-refresh {name} --model FILE.py:MODEL --loader FILE.py:LOADER"
+            f"  ckptavg bn-refresh {shlex.quote(output)} --model FILE.py:MODEL "
+            "--loader FILE.py:LOADER"
         )
 
 
-def _source_row(source: SourceSummary, decay: float) -> tuple[str, ...]:
-    step = f"{source.step[0]} {source.step[1]}" if source.step else "no step recorded"
-    weight, emulated = f"weight {source.weight:.4g}", f"emulated decay {decay:.4g}"
-    return printable(source.name), step, size(source.bytes), weight, emulated
-
-
-def _span(summary: Summary) -> str:
-    names = [printable(source.name) for source in summary.sources]
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+def _row(member: SourceSummary, decay: float) -> tuple[str, ...]:
+    step = " ".join(map(str, member.step)) if member.step else "no step recorded"
+    weight, emulated = f"weight {member.weight:.4g}", f"emulated decay {decay:.4g}"
+    return printable(member.name), step, size(member.bytes), weight, emulated

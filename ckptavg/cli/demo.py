@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.common import Console, PathType, common_options
+from ckptavg.cli import options, types
+from ckptavg.cli.command import RUNNING, Command
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.cli.console import Console
     from ckptavg.demo.run import DemoReport
 
 
-@click.command()
-@click.argument("directory", type=PathType(), default=Path("ckptavg-demo"), metavar="[DIR]")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of the first weights and of the shuffles.",
+@click.command(
+    cls=Command,
+    groups={
+        RUNNING: (
+            options.variant(
+                options.SEED,
+                "Seed of the first weights and of the shuffles.",
+                type=click.IntRange(0, 2**32 - 1),
+            ),
+            *options.COMMON,
+        )
+    },
 )
-@common_options
-def demo(directory: Path, *, seed: int, as_json: bool, quiet: bool) -> None:
+@click.argument("directory", type=types.path, default="ckptavg-demo", metavar="[DIR]")
+def demo(console: Console, directory: Path, seed: int) -> None:
     """Train a small network, average its checkpoints, and show what that is worth.
 
-    Takes about a minute on two processors and downloads nothing. Everything is left in
-    DIR (ckptavg-demo unless named), which must be new or empty.
+    This takes about a minute on two processors, and downloads nothing. Everything is left in DIR
+    (ckptavg-demo by default), which must be new or empty.
     """
-    console = Console(as_json=as_json, quiet=quiet)
     from ckptavg.demo.run import run
 
     with (
@@ -42,15 +48,13 @@ def demo(directory: Path, *, seed: int, as_json: bool, quiet: bool) -> None:
 
 
 def _say(console: Console, report: DemoReport) -> None:
-    """The report for people."""
+    """Print what each model is worth, and how the loss rises around them."""
     console.say(
         f"MNIST-1D: {report.train_examples:,} training examples, {report.label_noise:.0%} of the "
         f"labels wrong; {report.test_examples:,} clean test examples; {report.epochs} epochs\n"
     )
-    width = max(len(row.name) for row in report.rows)
-    console.say(f"{'':{width}}  {'accuracy':>8}  {'NLL':>5}")
-    for row in report.rows:
-        console.say(f"{row.name:{width}}  {row.accuracy:6.1f} %  {row.nll:.3f}")
+    rows = [(row.name, f"{row.accuracy:6.1f} %", f"{row.nll:.3f}") for row in report.rows]
+    console.say_table([("", "accuracy", "  NLL"), *rows])
     last, average = report.rise.rises
     slower = "more slowly" if average < last else "no more slowly"
     rise = report.rise

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli.common import Console, PathType, common_options, plural
-from ckptavg.cli.evaluation_options import check_metric
-from ckptavg.cli.refresh_options import OPTIONS, Command, add, check_spec, keywords, require
+from ckptavg.cli import options, types
+from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
+from ckptavg.cli.console import Console, plural
+from ckptavg.cli.options import option
 from ckptavg.errors import printable
-from ckptavg.landscape import spaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
     from ckptavg.landscape.explore import ExploreOptions
     from ckptavg.landscape.plane import PlaneResult
     from ckptavg.landscape.rays import Rays
     from ckptavg.landscape.segment import Segment
-
-_OF_REFRESH = ("estimator", "memory_format", "train_mode")
 
 
 @click.group()
@@ -34,229 +31,168 @@ def landscape() -> None:
     """
 
 
-class Numbers(click.ParamType[Any]):
-    """`0,0.5,1`, or `FIRST:LAST:COUNT`."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        """The numbers as a tuple."""
-        if not isinstance(value, str):
-            return value
-        try:
-            if ":" in value:
-                first, last, count = value.split(":")
-                if int(count) < 1:
-                    raise ValueError  # noqa: TRY301
-                numbers = spaced(float(first), float(last), int(count))
-            else:
-                numbers = tuple(float(one) for one in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is neither numbers (0,0.5,1) nor FIRST:LAST:COUNT", param, ctx)
-        if not all(map(math.isfinite, numbers)):
-            self.fail(f"{value!r} has what is no number", param, ctx)
-        return numbers
-
-
-def _landscape_options(command: Command) -> Command:
-    """What all landscapes have in common."""
-    own = {
-        "output": click.option(
-            "-o",
-            "--output",
+_COMMON = {
+    "Model, data and metric": (
+        options.variant(options.MODEL, required=True),
+        options.variant(
+            options.LOADER,
+            "Training batches, for the refresh and for the metric on training data: an iterable, "
+            "or a callable that returns it.",
             required=True,
-            type=PathType(),
-            help="Directory of the results. A run that was stopped goes on from what is there.",
         ),
-        "loader": click.option(
-            "--loader",
-            callback=check_spec,
-            metavar="SPEC",
-            help="An iterable of training batches, or a callable that makes it: for the refresh, "
-            "and for loss and error on the training data.",
+        option("--test-loader SPEC", "Held-out batches, for the metric on test data."),
+        *(*options.ARGUMENTS, options.keywords_for("test-loader")),
+        *(options.METRIC, options.FORWARD, *options.LIMITS),
+        *(options.DEVICE, options.SEED, options.KEY),
+    ),
+    "Refresh of the norm statistics at each point": (
+        option("--no-refresh", "Combine the statistics like weights, instead of refreshing them."),
+        *options.HOW_TO_REFRESH,
+    ),
+    "What is written": (
+        option(
+            "-o --output PATH",
+            "Directory of the results. A run that was stopped goes on from what is there.",
+            required=True,
         ),
-        "test-loader": click.option(
-            "--test-loader",
-            callback=check_spec,
-            metavar="SPEC",
-            help="Held-out batches, to evaluate on as well. Made like --loader.",
-        ),
-        "test-loader-arg": click.option(
-            "--test-loader-arg",
-            "test_loader_args",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="For the held-out loader.",
-        ),
-        "metric": click.option(
-            "--metric",
-            callback=check_metric,
-            metavar="loss|accuracy|SPEC",
-            help="Mean cross-entropy, share of right classes, or a function that is called with "
-            "the model and the batches.  [default: loss and accuracy]",
-        ),
-        "no-refresh": click.option(
-            "--no-refresh",
-            is_flag=True,
-            help="Leave the BatchNorm statistics as the weights' own combination has them.",
-        ),
-        "no-plots": click.option("--no-plots", is_flag=True, help="Draw nothing."),
-        "force": click.option(
-            "-f", "--force", is_flag=True, help="Forget the points that are there."
-        ),
-        "key": click.option("--key", help="State dict to take where a file holds several."),
+        options.variant(options.FORCE, "Discard the points that are there."),
+        option("--no-plots", "Do not draw plots."),
+    ),
+    RUNNING: options.COMMON,
+}
+_NO_EFFECT = (
+    without("test_loader", "test_loader_args"),
+    NoEffect(
+        "with --no-refresh",
+        lambda params: not params["refresh"],
+        options.names_of(options.HOW_TO_REFRESH),
+    ),
+)
+_RAYS = (
+    option(
+        "--directions N",
+        "Random directions, the same from each of the weights.",
+        default=10,
+    ),
+    option(
+        "--distances NUMBERS",
+        "Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.  [default: 11 up to twice the "
+        "distance of the first two checkpoints]",
+    ),
+    option(
+        "--filter-normalize",
+        "Scale each filter of a direction to the norm of the weights' own (Li et al. 2018).",
+    ),
+)
+_SEGMENT = (
+    option(
+        "--positions NUMBERS",
+        "0 for the first checkpoint, 1 for the second: 0,0.5,1 or FIRST:LAST:COUNT.  [default: "
+        "-0.5:1.5:21]",
+    ),
+)
+_PLANE = (
+    option("--size N", "Points along each axis.", type=click.IntRange(2), default=21),
+    option(
+        "--margin SHARE",
+        "How far the grid reaches beyond the three checkpoints, relative to their extent.",
+        type=click.FloatRange(0),
+        default=0.2,
+    ),
+    option(
+        "--project PATH",
+        "Checkpoints, or directories of them, whose projections are marked; repeatable.",
+        type=types.path,
+        multiple=True,
+    ),
+)
+
+
+def _settings(points: Sequence[click.Option]) -> dict[str, Any]:
+    """What the commands have in common, beside the options that say which points they evaluate."""
+    return {
+        "cls": Command,
+        "groups": {"Which points": points, **_COMMON},
+        "no_effect": _NO_EFFECT,
     }
-    order = (
-        *("output", "model", "loader", "test-loader", "model-arg", "loader-arg"),
-        *("test-loader-arg", "metric", "forward", "max-samples", "max-batches", "no-refresh"),
-        *("estimator", "memory-format", "train-mode", "device", "seed", "key", "no-plots", "force"),
-    )
-    return common_options(add(command, [(OPTIONS | own)[name] for name in order]))
 
 
-_CHECKPOINTS = click.argument(
-    "checkpoints", nargs=-1, required=True, type=PathType(), metavar="CHECKPOINT..."
-)
-
-
-@landscape.command()
-@_CHECKPOINTS
-@click.option(
-    "--directions",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Random directions, the same from each of the weights.",
-)
-@click.option(
-    "--distances",
-    type=Numbers(),
-    metavar="NUMBERS",
-    help="Along each: 0,1,2 or FIRST:LAST:COUNT.  [default: 11 up to twice the distance of the "
-    "first two]",
-)
-@click.option(
-    "--filter-normalize",
-    is_flag=True,
-    help="Give each filter of a direction the norm of the weights' own (Li et al. 2018).",
-)
-@_landscape_options
-def rays(checkpoints: tuple[Path, ...], *, filter_normalize: bool, **options: Any) -> None:  # noqa: ANN401
+@landscape.command(**_settings(_RAYS))
+@options.CHECKPOINTS
+def rays(**params: Any) -> None:  # noqa: ANN401
     """Loss and error along random directions from each CHECKPOINT.
 
     Directions are drawn uniformly from the unit sphere of the parameters (Izmailov et al. 2018).
-    A flatter region shows by a slower rise. --model and --loader name your own code, which is
-    imported and run.
+    Around a flatter minimum the loss rises more slowly. --model and --loader name your own code,
+    which is imported and run.
     """
     from ckptavg.landscape.rays import rays as run
 
-    own = {name: options.pop(name) for name in ("directions", "distances")}
-    own["filter_normalize"] = filter_normalize
-    _run("rays", lambda **explore: run(checkpoints, **own, **explore), options)
+    _run(run, _RAYS, params, _say_rays)
 
 
-@landscape.command()
-@_CHECKPOINTS
-@click.option(
-    "--positions",
-    type=Numbers(),
-    metavar="NUMBERS",
-    help="0 is the first, 1 the second: 0,0.5,1 or FIRST:LAST:COUNT.  [default: -0.5:1.5:21]",
-)
-@_landscape_options
-def segment(checkpoints: tuple[Path, ...], **options: Any) -> None:  # noqa: ANN401
-    """Loss and error along the line between two CHECKPOINTs, and past both.
+@landscape.command(**_settings(_SEGMENT))
+@options.CHECKPOINTS
+def segment(**params: Any) -> None:  # noqa: ANN401
+    """Loss and error along the line through two CHECKPOINTs.
 
     --model and --loader name your own code, which is imported and run.
     """
     from ckptavg.landscape.segment import segment as run
 
-    positions = options.pop("positions")
-    _run("segment", lambda **explore: run(checkpoints, positions=positions, **explore), options)
+    _run(run, _SEGMENT, params, _say_segment)
 
 
-@landscape.command()
-@_CHECKPOINTS
-@click.option(
-    "--size", type=click.IntRange(2), default=21, show_default=True, help="Points along each axis."
-)
-@click.option(
-    "--margin",
-    type=click.FloatRange(0),
-    default=0.2,
-    show_default=True,
-    help="How far the grid reaches beyond the three, relative to their extent.",
-)
-@click.option(
-    "--project",
-    multiple=True,
-    type=PathType(),
-    metavar="PATH",
-    help="Checkpoints, or directories of them, whose projections are marked; may be repeated.",
-)
-@_landscape_options
-def plane(checkpoints: tuple[Path, ...], **options: Any) -> None:  # noqa: ANN401
+@landscape.command(**_settings(_PLANE))
+@options.CHECKPOINTS
+def plane(**params: Any) -> None:  # noqa: ANN401
     """Loss and error on the plane through three CHECKPOINTs.
 
     --model and --loader name your own code, which is imported and run.
     """
     from ckptavg.landscape.plane import plane as run
 
-    own = {name: options.pop(name) for name in ("size", "margin", "project")}
-    _run("plane", lambda **explore: run(checkpoints, **own, **explore), options)
+    _run(run, _PLANE, params, _say_plane)
 
 
-def _run(kind: str, call: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Make a landscape, write it, and say what it shows."""
-    console = Console(as_json=options.pop("as_json"), quiet=options.pop("quiet"))
-    folder, plots = options.pop("output"), not options.pop("no_plots")
-    if plots:
-        import ckptavg.landscape.plots  # noqa: F401 - now, and not when all is evaluated
-    explore = _take(options)
-    from ckptavg.distributed import launched_ranks
+def _run(
+    function: Callable[..., Any],
+    points: Sequence[click.Option],
+    params: Mapping[str, Any],
+    say: Callable[[Console, Any], None],
+) -> None:
+    """Make a landscape, write it, and print what it shows."""
+    if params["plots"]:
+        import ckptavg.landscape.plots  # noqa: F401 - fails now, and not after all evaluations
+    from ckptavg.formats.paths import as_path
     from ckptavg.landscape.saving import refuse_others, save
 
+    console, kind = params["console"], function.__name__
+    folder, explore = as_path(params["output"]), _explore_options(params)
+    which = {name: params[name] for name in options.names_of(points)}
     files = []
-    with launched_ranks() as ranks:
-        if ranks.rank:
-            console.mute()
+    with console.ranks() as ranks:
         refuse_others(folder, kind, force=explore.force)
         ranks.gather(None)  # all have looked
         with console.others_to_stderr(), console.progress("evaluating", "point") as progress:
-            result = call(folder=folder, options=explore, ranks=ranks, progress=progress)
+            result = function(
+                params["checkpoints"], folder, explore, ranks=ranks, progress=progress, **which
+            )
         if ranks.rank == 0:
-            files = save(result, folder, kind, plots=plots)
-    _SAY[kind](console, result)
+            files = save(result, folder, kind, plots=params["plots"])
+    say(console, result)
     console.say(f"  wrote {', '.join(printable(file) for file in files)}")
     console.result({"kind": kind, **vars(result), "files": [str(file) for file in files]})
 
 
-def _take(options: dict[str, Any]) -> ExploreOptions:
-    """Take what concerns the evaluation out of a command's options."""
-    require("a landscape", model=options["model"], loader=options["loader"])
+def _explore_options(params: Mapping[str, Any]) -> ExploreOptions:
     from ckptavg.landscape.explore import ExploreOptions
     from ckptavg.norm.evaluate import EvaluationOptions
     from ckptavg.norm.files import RefreshOptions
 
-    limits = {name: options.pop(name) for name in ("max_samples", "max_batches")}
-    common: dict[str, Any] = {
-        "model_args": keywords(options.pop("model_args")),
-        "loader_args": keywords(options.pop("loader_args")),
-        **{name: options.pop(name) for name in ("model", "loader", "forward", "device", "seed")},
-    }
-    others = {name: options.pop(name) for name in _OF_REFRESH}
-    refresh = None
-    if not options.pop("no_refresh"):
-        refresh = RefreshOptions(**others, **limits, **common)
-    return ExploreOptions(
-        evaluation=EvaluationOptions(
-            metric=options.pop("metric"), refresh=refresh, **limits, **common
-        ),
-        test_loader=options.pop("test_loader"),
-        test_loader_args=keywords(options.pop("test_loader_args")),
-        key=options.pop("key"),
-        force=options.pop("force"),
-    )
+    refresh = RefreshOptions(**fields_of(RefreshOptions, params)) if params["refresh"] else None
+    evaluation = EvaluationOptions(**{**fields_of(EvaluationOptions, params), "refresh": refresh})
+    return ExploreOptions(**fields_of(ExploreOptions, params), evaluation=evaluation)
 
 
 def _say_rays(console: Console, result: Rays) -> None:
@@ -268,7 +204,7 @@ def _say_rays(console: Console, result: Rays) -> None:
     rows = [
         (
             f"  {printable(rise.metric)}, risen at {rise.distance:.3g}",
-            *(f"{one:+.4g}" for one in rise.rises),
+            *(f"{value:+.4g}" for value in rise.rises),
         )
         for rise in result.rises()
     ]
@@ -290,8 +226,9 @@ def _say_segment(console: Console, result: Segment) -> None:
     )
     for metric, values in result.curves.items():
         pairs = zip(values, result.positions, strict=True)
-        if found := [pair for pair in pairs if not math.isnan(pair[0])]:
-            console.say(f"  least {printable(metric)}: {min(found)[0]:.4g} at {min(found)[1]:.3g}")
+        if finite := [pair for pair in pairs if not math.isnan(pair[0])]:
+            value, position = min(finite)
+            console.say(f"  least {printable(metric)}: {value:.4g} at {position:.3g}")
 
 
 def _say_plane(console: Console, result: PlaneResult) -> None:
@@ -303,19 +240,12 @@ def _say_plane(console: Console, result: PlaneResult) -> None:
         rows.append((f"  {mark.checkpoint}", f"{mark.x:.4g}", f"{mark.y:.4g}", *values))
     console.say_table(rows)
     for metric, grid in result.grids.items():
-        found = [
+        points = [
             (value, x, y)
             for y, row in zip(result.ys, grid, strict=True)
             for x, value in zip(result.xs, row, strict=True)
             if not math.isnan(value)
         ]
-        if found:
-            value, x, y = min(found)
+        if points:
+            value, x, y = min(points)
             console.say(f"  least {printable(metric)} on the grid: {value:.4g} at {x:.4g}, {y:.4g}")
-
-
-_SAY: dict[str, Callable[[Console, Any], None]] = {
-    "rays": _say_rays,
-    "segment": _say_segment,
-    "plane": _say_plane,
-}

@@ -11,13 +11,16 @@ from ckptavg.formats.tensors import BY_NAME
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ckptavg.merge.schemes import Scheme
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """How checkpoints are weighted, and what becomes of their tensors.
 
     Attributes:
-        weights: a scheme such as `ema:0.9`, or one number for each checkpoint, in order.
+        weights: a scheme such as `ema:0.9`, one number for each checkpoint, in order, or what
+            `schemes.parse` returns.
         normalize: divide by the sum of the weights.
         update: fold the other checkpoints into the earlier uniform average among the inputs.
         expect: the number of checkpoints that there must be.
@@ -31,7 +34,7 @@ class MergeOptions:
         allow_nonfinite: let NaN and Inf pass.
     """
 
-    weights: str | Sequence[float] = "uniform"
+    weights: str | Sequence[float] | Sequence[Scheme] = "uniform"
     normalize: bool = True
     update: bool = False
     expect: int | None = None

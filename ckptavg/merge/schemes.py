@@ -76,19 +76,21 @@ class Scheme:
         return self.make(() if steps is None else steps, names, normalize)
 
 
-def schemes_of(weights: str | Sequence[float]) -> tuple[Scheme, ...]:
+def schemes_of(weights: str | Sequence[float] | Sequence[Scheme]) -> tuple[Scheme, ...]:
     """The schemes that `weights` asks for.
 
     Args:
-        weights: what `parse` takes, or one number for each checkpoint.
+        weights: what `parse` takes or returns, or one number for each checkpoint.
 
     Raises:
         SelectionError: it says no scheme, or the numbers are no numbers.
     """
     if isinstance(weights, str):
         return parse(weights)
-    values = list(weights)
-    return (_explicit_scheme(values),)
+    schemes = tuple(each for each in weights if isinstance(each, Scheme))
+    return schemes or (
+        _explicit_scheme([float(each) for each in weights if not isinstance(each, Scheme)]),
+    )
 
 
 def parse(text: str) -> tuple[Scheme, ...]:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import ckptavg
 from ckptavg import cli
-from ckptavg.cli.average import _DTYPES
-from ckptavg.cli.common import plural, size
+from ckptavg.cli.average import DTYPES
+from ckptavg.cli.console import plural, size
 from tests.helpers import process, run
 from tests.oracle import random_state_dicts, save_run
 
@@ -94,7 +94,7 @@ class TestAverage:
     def test_the_dtypes_offered_are_those_known(self):
         from ckptavg.formats.tensors import BY_NAME
 
-        assert all(BY_NAME[name].kind == "float" for name in _DTYPES)
+        assert all(BY_NAME[name].kind == "float" for name in DTYPES)
 
 
 class TestExitCodes:

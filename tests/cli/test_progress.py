@@ -21,8 +21,8 @@ pty = pytest.importorskip("pty")
 SCRIPT = """
 import sys
 from ckptavg import cli
-from ckptavg.cli import common
-common._DELAY = float(sys.argv.pop(1))
+from ckptavg.cli import console
+console._DELAY = float(sys.argv.pop(1))
 try:
     cli.main()
 finally:

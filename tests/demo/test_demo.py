@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptavg.cli.common import Console
+from ckptavg.cli.console import Console
 from ckptavg.cli.demo import _say
 from ckptavg.demo import train
 from ckptavg.demo.run import run, run_with_budget

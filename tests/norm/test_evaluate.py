@@ -393,11 +393,14 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--loader", "train.py:batches"), "needs --model"),
-            (("--model", "train.py:Net"), "needs --loader"),
+            (("--loader", "train.py:batches"), "Missing option '--model'"),
+            (("--model", "train.py:Net"), "Missing option '--loader'"),
             ((*COMMON, "--metric", "f1"), "not of the form"),
-            ((*COMMON, "--refresh-max-batches", "3"), "need a --refresh-loader"),
-            ((*COMMON, "--last", "2,3"), "--last is one number"),
+            (
+                (*COMMON, "--refresh-max-batches", "3"),
+                "--refresh-max-batches has no effect without --refresh-loader",
+            ),
+            ((*COMMON, "--last", "2,3"), "Invalid value for '--last'"),
             ((*COMMON, "--best", "2"), "No such option"),
         ],
     )

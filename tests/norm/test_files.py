@@ -1448,7 +1448,7 @@ class TestProcess:
     def test_wrong_usage_is_2(self, tmp_path):
         done = process("bn-refresh", "a.pt", cwd=tmp_path)
         assert done.returncode == 2
-        assert "a refresh needs --model" in done.stderr
+        assert "Missing option '--model'" in done.stderr
 
 
 class Scaled(torch.nn.BatchNorm2d):

@@ -210,7 +210,7 @@ class TestKeepBetter:
     )
     def test_needs_held_out_batches(self, arguments, option, train):
         save(train.trained(), stale=True)
-        assert f"{option} needs an --eval-loader" in run(*REFRESH, *arguments, code=2)
+        assert f"{option} has no effect without --eval-loader" in run(*REFRESH, *arguments, code=2)
 
 
 def open_checkpoint_provenance(path):

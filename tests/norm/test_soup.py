@@ -461,9 +461,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (COMMON, 2, "a soup needs --metric"),
+            (COMMON, 2, "Missing option '--metric'"),
             ((*COMMON, "--metric", "f1"), 2, "not of the form"),
-            (("--metric", "loss"), 2, "needs --model"),
+            (("--metric", "loss"), 2, "Missing option '--model'"),
             ((*COMMON, "--metric", "loss", "--metrics", "none.csv"), 2, "does not exist"),
         ],
     )

@@ -1,0 +1,103 @@
+"""Commands whose help shows groups of options, and whose options fill dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+from click.core import ParameterSource
+
+from ckptavg.cli.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+RUNNING = "Running"
+"""Title of the group that every command has; it shows `--help` as well."""
+
+
+class NoEffect(NamedTuple):
+    """A combination in which some options have no effect.
+
+    Attributes:
+        where: completes `--OPTION has no effect ...`, and names the other option.
+        applies: called with the command's parameters: whether they are such a combination.
+        options: the names of the options' parameters.
+    """
+
+    where: str
+    applies: Callable[[Mapping[str, Any]], bool]
+    options: Sequence[str]
+
+
+def without(other: str, *options: str) -> NoEffect:
+    """The rule for options that have no effect unless another is given."""
+    where = f"without --{other.replace('_', '-')}"
+    return NoEffect(where, lambda params: not params.get(other), options)
+
+
+class Command(click.Command):
+    """A command that shows its options in groups and refuses those without effect.
+
+    Its function is called with a `console`, and without the options of that.
+
+    Args:
+        groups: the options by the title above them.
+        no_effect: the combinations in which an option has no effect.
+        params: the arguments.
+        settings: what `click.Command` takes.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        *,
+        groups: Mapping[str, Sequence[click.Option]],
+        no_effect: Iterable[NoEffect] = (),
+        params: Iterable[click.Parameter],
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
+        options = [option for group in groups.values() for option in group]
+        super().__init__(name, params=[*params, *options], **settings)
+        self._groups, self._no_effect = groups, no_effect
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options into the help, a section for each group."""
+        for title, options in self._groups.items():
+            shown = [*options, self.get_help_option(ctx) if title == RUNNING else None]
+            records = [option.get_help_record(ctx) for option in shown if option is not None]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
+        """Run the command; an option without effect that the configuration set is dropped.
+
+        Raises:
+            click.UsageError: an option on the command line has no effect.
+        """
+        for where, applies, options in self._no_effect:
+            for name in options:
+                source = ctx.get_parameter_source(name)
+                if source in (None, ParameterSource.DEFAULT) or not applies(ctx.params):
+                    continue
+                if source is ParameterSource.COMMANDLINE:
+                    [spelled] = [param.opts[-1] for param in self.params if param.name == name]
+                    raise click.UsageError(f"{spelled} has no effect {where}", ctx)
+                ctx.params.pop(name, None)
+        as_json, quiet = ctx.params.pop("as_json"), ctx.params.pop("quiet")
+        ctx.params["console"] = Console(as_json=as_json, quiet=quiet)
+        return super().invoke(ctx)
+
+
+def fields_of(kind: type, params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a dataclass that a command's parameters have, by name.
+
+    Args:
+        kind: the dataclass.
+        params: the command's parameters.
+        prefix: the field `loader` is the parameter `PREFIXloader`, if there is one.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    plain = {name: params[name] for name in names if name in params}
+    return plain | {name: params[prefix + name] for name in names if prefix + name in params}

@@ -1,0 +1,97 @@
+"""Defaults of options from `[tool.ckptavg]` in a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Options that mean something else in these commands than in the table for all commands: with a
+# model and a loader `average` would refresh, `evaluate` and `soup` need held-out batches and not
+# those of the training, and the metric of a selection is recorded, not computed.
+_NOT_SHARED = {
+    "average": {"model", "loader"},
+    "bn-refresh": {"metric", "mode"},
+    "evaluate": {"loader", "metric"},
+    "soup": {"loader", "metric"},
+}
+
+
+def load_defaults(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Set a command's defaults: from the table for all commands, and from its own.
+
+    Raises:
+        click.UsageError: the file cannot be read, or names an option that does not exist.
+    """
+    table = _read(path)
+    root = context.find_root()
+    name, command = context.info_name or "", context
+    while command.parent is not None and command.parent is not root:  # of `landscape rays`
+        command = command.parent
+        name = command.info_name or ""
+    commands = root.command.commands if isinstance(root.command, click.Group) else {}
+    known = {name: _options_of(command) for name, command in commands.items()}
+    for key, value in table.items():
+        if key in known:
+            for option in _as_table(key, value):
+                if option not in known[key]:
+                    raise click.UsageError(f"configuration: {key} has no option {option!r}")
+        elif not any(key in options for options in known.values()):
+            raise click.UsageError(f"configuration: no command has an option {key!r}")
+    shared = {key: value for key, value in table.items() if key not in known}
+    for key in _NOT_SHARED.get(name, ()):
+        shared.pop(key, None)
+    options = known.get(name, {})
+    values = {**shared, **table.get(name, {})}
+    context.default_map = {
+        str(options[key].name): _as_default(options[key], value)
+        for key, value in values.items()
+        if key in options
+    }
+
+
+def _options_of(command: click.Command) -> dict[str, click.Option]:
+    """A command's options by their keys in the configuration."""
+    if isinstance(command, click.Group):
+        inner = [_options_of(one) for one in command.commands.values()]
+        return {key: option for options in inner for key, option in options.items()}
+    return {
+        spelled.removeprefix("--"): option
+        for option in command.params
+        if isinstance(option, click.Option)
+        for spelled in option.opts
+        if spelled.startswith("--") and spelled not in ("--config", "--help")
+    }
+
+
+def _as_default(option: click.Option, value: object) -> object:
+    """A value as click takes it."""
+    if option.multiple and not isinstance(value, list):
+        return [value]
+    is_negative = option.is_flag and option.flag_value is False  # such as --no-fsync
+    return not value if is_negative else value
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    """The table `[tool.ckptavg]`; empty if no file is named and there is none here."""
+    file = path or Path("pyproject.toml")
+    if path is None and not file.is_file():
+        return {}
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.UsageError(f"configuration: {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"configuration: {file}: {error}") from error
+    tool = _as_table("tool", content.get("tool", {}))
+    if path is not None and "ckptavg" not in tool:
+        raise click.UsageError(f"configuration: {file} has no table [tool.ckptavg]")
+    return _as_table("tool.ckptavg", tool.get("ckptavg", {}))
+
+
+def _as_table(key: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise click.UsageError(f"configuration: {key} must be a table")
+    return value

@@ -1,0 +1,67 @@
+"""The report of a refresh, for people."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ckptavg.cli.console import Console, plural
+from ckptavg.errors import printable
+
+if TYPE_CHECKING:
+    from ckptavg.norm.report import RefreshReport
+
+
+def say_report(console: Console, report: RefreshReport) -> None:
+    """Print what a refresh changed, and how certain the new statistics are."""
+    if not report.layers:
+        unused = "no norm layer was called: nothing was refreshed"
+        console.say(unused if report.unused else "no norm statistics to refresh")
+        return
+    shared = f" in {report.processes} processes" if report.processes > 1 else ""
+    console.say(
+        f"refreshed {plural(len(report.layers), 'norm layer')} with "
+        f"{plural(report.batches, 'batch')} of {plural(report.samples, 'sample')} in all{shared} "
+        f"(estimator {report.estimator})"
+    )
+    mean = report.largest(lambda layer: layer.mean_change)
+    variance = report.largest(lambda layer: layer.variance_ratio)
+    console.say(
+        f"  largest change: mean by {mean.mean_change:.3g} standard deviations in "
+        f"{printable(mean.name)}, variance by a factor of {variance.variance_ratio:.3g} in "
+        f"{printable(variance.name)}"
+    )
+    _say_errors(console, report)
+    _say_gaps(console, report)
+
+
+def _say_errors(console: Console, report: RefreshReport) -> None:
+    """Print how far the statistics may be from those of endless data."""
+    known = [layer for layer in report.layers if math.isfinite(layer.mean_error)]
+    if known:
+        mean = max(known, key=lambda layer: layer.mean_error)
+        std = max(known, key=lambda layer: layer.log_std_error)
+        console.say(
+            f"  remaining error: mean {mean.mean_error:.2g} standard deviations in "
+            f"{printable(mean.name)}, log of the standard deviation {std.log_std_error:.2g} in "
+            f"{printable(std.name)}"
+        )
+    if report.converged:
+        console.say(f"  that is within {report.tol:g}: the pass ended here")
+    elif report.converged is not None:
+        console.say(f"  the data ended before that was within {report.tol:g}")
+
+
+def _say_gaps(console: Console, report: RefreshReport) -> None:
+    """Print what the batches that were held back say of the statistics."""
+    gaps = {layer.name: layer.gap for layer in report.layers if layer.gap is not None}
+    if not gaps:
+        return
+    mean = max(gaps, key=lambda name: gaps[name].mean)
+    std = max(gaps, key=lambda name: gaps[name].log_std)
+    console.say(
+        f"  eval mode on {plural(report.held_back, 'batch')} held back: means off by "
+        f"{gaps[mean].mean:.2g} standard deviations in {printable(mean)} "
+        f"({gaps[mean].mean_noise:.2g} may be chance), log of the standard deviation by "
+        f"{gaps[std].log_std:.2g} in {printable(std)} ({gaps[std].log_std_noise:.2g})"
+    )

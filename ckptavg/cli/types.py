@@ -1,0 +1,105 @@
+"""Types of options and arguments: functions that read the text."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptavg.errors import SelectionError
+from ckptavg.landscape import spaced
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ckptavg.merge.schemes import Scheme
+
+_LARGEST_SIZE = 1 << 63
+
+
+def path_text(text: str) -> str:
+    """A path or a URL as it was typed: a slash at its end says that it is a directory."""
+    if not text:
+        raise click.BadParameter("the path is empty")  # a variable that was not set
+    return text
+
+
+def path(text: str) -> Path:
+    """A path, or a URL that behaves like one."""
+    from ckptavg.formats.paths import as_path
+
+    return as_path(path_text(text))
+
+
+def size(text: str | int) -> int:
+    """A number of bytes: `5GB`, `500 MB`, `2GiB`, `1000`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size such as 5GB")
+    number, unit, binary = match.groups()
+    count = float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " ")
+    if not 1 <= count < _LARGEST_SIZE:
+        raise click.BadParameter(f"{text!r} is not a possible size")
+    return int(count)
+
+
+def counts(value: str | int | Sequence[int]) -> tuple[int, ...]:
+    """Positive numbers, each once: `5`, or `3,5,10`."""
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", str(part)) for part in parts):
+        raise click.BadParameter(f"{value!r} is not a positive number, or several such as 3,5,10")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def numbers(value: str | Sequence[float]) -> tuple[float, ...]:
+    """Numbers: `0,0.5,1`, or `FIRST:LAST:COUNT`."""
+    form = "neither numbers (0,0.5,1) nor FIRST:LAST:COUNT"
+    try:
+        if isinstance(value, str) and ":" in value:
+            first, last, count = value.split(":")
+            found = spaced(float(first), float(last), int(count))
+        else:
+            parts = value.split(",") if isinstance(value, str) else value
+            found = tuple(float(part) for part in parts)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is {form}") from error
+    if not found or not all(map(math.isfinite, found)):
+        raise click.BadParameter(f"{value!r} is {form}")
+    return found
+
+
+def weights(text: str) -> tuple[Scheme, ...]:
+    """The schemes that a text names, such as `uniform,ema:0.9`."""
+    from ckptavg.merge.schemes import parse
+
+    try:
+        return parse(text)
+    except SelectionError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def spec(text: str) -> str:
+    """The name of an object in the user's code."""
+    if ":" not in text.strip(":"):
+        raise click.BadParameter(f"{text!r} is not of the form package.module:attr or file.py:attr")
+    return text
+
+
+def metric(text: str) -> str:
+    """`loss`, `accuracy`, or the name of a function in the user's code."""
+    return text if text in {"loss", "accuracy"} else spec(text)
+
+
+def key_value(text: str) -> tuple[str, object]:
+    """A keyword argument: `KEY=VALUE`, the value a Python literal where it is one."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise click.BadParameter(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -19,8 +19,7 @@ from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.parts import Section
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
 from ckptavg.formats.remote import open_source
-from ckptavg.formats.shapes import is_possible
-from ckptavg.formats.tensors import DType, Tensor
+from ckptavg.formats.tensors import DType, Tensor, is_possible
 from ckptavg.formats.torchpickle import locate
 from ckptavg.formats.torchzip import Archive
 

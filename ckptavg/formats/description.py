@@ -1,9 +1,9 @@
-"""What a checkpoint holds, from its headers alone."""
+"""What a checkpoint holds, from its headers alone, for `inspect`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Description:
-    """A state dict in a file.
+    """A state dict in a checkpoint.
 
     Attributes:
-        path: the file.
-        container: `safetensors` or `torch`.
-        file_bytes: its size.
-        state_dict: which state dict this is; empty where it is the whole file.
-        other_state_dicts: those that are there beside it.
-        tensors: how many tensors it has.
-        elements: how many elements they have.
-        tensor_bytes: bytes of them.
+        path: the file or directory.
+        container: `safetensors`, `torch`, `huggingface` or `dcp`.
+        file_bytes: size of its files.
+        state_dict: name of the state dict; empty where it is the whole file.
+        other_state_dicts: names of the others in the file.
+        tensors: number of tensors.
+        elements: number of elements of all tensors.
+        tensor_bytes: bytes of all tensors.
         dtypes: number of tensors of each dtype.
         facts: `global_step`, `step`, `epoch`, `learning_rate`, where recorded.
         norm_layers: number of layers with running statistics.
-        provenance: what this tool wrote into it, if it did.
+        provenance: what ckptavg recorded in an average of its own; None for other files.
     """
 
     path: str
@@ -51,43 +51,40 @@ class Description:
     norm_layers: int
     provenance: Mapping[str, Any] | None
 
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> Description:
+        """Describe an opened checkpoint."""
+        names, tensors = checkpoint.tensors.keys(), checkpoint.tensors.values()
+        return Description(
+            path=shown(checkpoint.path),
+            container=checkpoint.container,
+            file_bytes=checkpoint.size,
+            state_dict=checkpoint.key,
+            other_state_dicts=checkpoint.other_keys,
+            tensors=len(tensors),
+            elements=sum(tensor.count for tensor in tensors),
+            tensor_bytes=sum(tensor.nbytes for tensor in tensors),
+            dtypes=dict(Counter(tensor.dtype.name for tensor in tensors)),
+            facts=dict(checkpoint.facts),
+            norm_layers=sum(is_norm_statistic(name) and name.endswith("mean") for name in names),
+            provenance=checkpoint.provenance,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
 def describe(path: Path, *, key: str | None = None) -> list[Description]:
-    """Describe the state dict that would be averaged, or each one where that is unclear.
+    """Describe the state dict that `average` would take, or all where that is unclear.
 
     Raises:
-        FormatError: the file is damaged or of an unknown kind.
-        SelectionError: it holds no state dict, or not the one asked for.
+        FormatError: the file is damaged, or its layout is unknown.
+        SelectionError: it has no state dict, or none with the name `key`.
     """
     try:
-        return [_describe(open_checkpoint(path, key=key))]
+        return [Description.of(open_checkpoint(path, key=key))]
     except SelectionError as error:
         if not error.choices:
             raise
-        return [_describe(open_checkpoint(path, key=choice)) for choice in error.choices]
-
-
-def _describe(checkpoint: Checkpoint) -> Description:
-    dtypes: defaultdict[str, int] = defaultdict(int)
-    for tensor in checkpoint.tensors.values():
-        dtypes[tensor.dtype.name] += 1
-    return Description(
-        path=shown(checkpoint.path),
-        container=checkpoint.container,
-        file_bytes=checkpoint.size,
-        state_dict=checkpoint.key,
-        other_state_dicts=checkpoint.other_keys,
-        tensors=len(checkpoint.tensors),
-        elements=sum(tensor.count for tensor in checkpoint.tensors.values()),
-        tensor_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
-        dtypes=dict(dtypes),
-        facts=dict(checkpoint.facts),
-        norm_layers=sum(
-            is_norm_statistic(name) and name.endswith("mean") for name in checkpoint.tensors
-        ),
-        provenance=checkpoint.provenance,
-    )
+        return [Description.of(open_checkpoint(path, key=choice)) for choice in error.choices]

@@ -1,4 +1,4 @@
-"""JSON that is printed or written, and JSON that comes from a file."""
+"""JSON: text that is printed or written, and text from files, which may be hostile."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import printable
+from ckptavg.errors import FormatError, printable
+from ckptavg.formats.remote import open_source
 
-_MOST_VALUES = 3_000_000
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_LARGEST_FILE = 64 << 20
+_MOST_VALUES = 3_000_000  # two bytes, `[]`, become an object of 64
 
 
 def to_text(value: Any) -> str:  # noqa: ANN401
-    """JSON, indented; null stands for NaN and Infinity, which it does not have."""
+    """Indented JSON of plain values and dataclasses; null stands for NaN and Inf."""
     return json.dumps(_plain(value), indent=2, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Dataclasses, and containers of them, as what JSON knows."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -27,26 +31,46 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain({one.name: getattr(value, one.name) for one in dataclasses.fields(value)})
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     return value
 
 
 def from_text(text: str) -> Any:  # noqa: ANN401
-    """What a file says in JSON: each key once, and no more of it than fits into memory.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is not so. (RecursionError: it is nested without end.)
+        ValueError: it is not JSON, has a key twice, or more values than memory should hold.
+        RecursionError: it is nested too deeply.
     """
-    # Two bytes, `[]`, become an object of 64.
     if sum(map(text.count, "[{,")) > _MOST_VALUES:
         raise ValueError(f"more than {_MOST_VALUES:,} values")
-    return json.loads(text, object_pairs_hook=unique)
+    return json.loads(text, object_pairs_hook=_unique)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's pairs as a dict; ValueError where a key comes twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object as a dict."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the same key twice: {printable(key)}")
-    return found
+    return entries
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FormatError: the file holds something else.
+    """
+    file = open_source(path)
+    if file.size > _LARGEST_FILE:
+        raise FormatError(f"is {file.size} bytes long", path=path)
+    try:
+        content = from_text(file.read(0, file.size).decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is no valid JSON: {printable(error)}", path=path) from error
+    if not isinstance(content, dict):
+        raise FormatError("is no JSON object", path=path)
+    return content

@@ -1,4 +1,4 @@
-"""The `adapter_config.json` of LoRA adapters: what their products are multiplied by."""
+"""The `adapter_config.json` of LoRA adapters: the scales of their products B @ A."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError, SelectionError, printable
-from ckptavg.formats.huggingface import read_json
+from ckptavg.formats.jsontext import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,37 +20,42 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 
 _LARGEST_ALPHA = 1e9
-_LONGEST_PATTERN = 500
-# What makes a match take exponential time, or nearly so: repeated groups, many repetitions (of a
-# `(?:` that is none), many choices.
+_LONGEST_PATTERN, _LONGEST_NAME = 500, 300
+# What lets a match take exponential time, or nearly: repeated groups, or many repetitions (the `?`
+# of `(?:` is none) or choices.
 _REPEATED_GROUP = re.compile(r"\)[*+{?]")
 _REPETITION = re.compile(r"[*+}]|(?<!\()\?")
 _MOST_REPETITIONS = _MOST_CHOICES = 3
-_LONGEST_NAME = 300
 
 _WRAPPER = "base_model.model."
-# What makes an adapter something else than B @ A, or its base weights depend on the rank.
+# Settings with which an adapter is not B @ A, or changes the base weights depending on the rank.
 _OTHER_KINDS = (
     "use_dora", "use_qalora", "use_bdlora", "target_parameters", "kasa_config",
     "monteclora_config", "arrow_config",
 )  # fmt: skip
 _RANK_DEPENDENT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SCALE_SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class Config:
-    """What an `adapter_config.json` says of ranks and scales."""
+    """The configuration of an adapter.
+
+    Attributes:
+        path: its file.
+        content: the JSON object in it.
+    """
 
     path: Path
     content: Mapping[str, Any]
 
     @staticmethod
     def read(folder: Path) -> Config:
-        """Read and check it.
+        """Read the configuration in the directory of an adapter.
 
         Raises:
-            FormatError: it is no LoRA of the plain kind.
-            SelectionError: there is none.
+            FormatError: the adapter is not plain LoRA, a sum of products B @ A.
+            SelectionError: there is no configuration.
         """
         path = folder / CONFIG
         if not folder.is_dir() or not path.is_file():
@@ -60,16 +65,14 @@ class Config:
                 remedy="name the directories that PEFT wrote",
             )
         config = Config(path, read_json(path))
-        config.check()
+        config._check_kind()
         return config
 
-    def check(self) -> None:
-        """Refuse what is not a sum of products B @ A."""
-        kind = self.content.get("peft_type")
-        other = next((name for name in _OTHER_KINDS if self.content.get(name)), None)
-        start = self.content.get("init_lora_weights")
-        if kind != "LORA" or other is not None:
-            what = f"has {other}" if kind == "LORA" else f"is of type {printable(kind)}"
+    def _check_kind(self) -> None:
+        kind, start = self.content.get("peft_type"), self.content.get("init_lora_weights")
+        setting = next((name for name in _OTHER_KINDS if self.content.get(name)), None)
+        if kind != "LORA" or setting is not None:
+            what = f"has {setting}" if kind == "LORA" else f"is of type {printable(kind)}"
             raise FormatError(
                 f"{what}: such an adapter is no plain product B @ A, and its average none either",
                 path=self.path,
@@ -85,18 +88,18 @@ class Config:
 
     @property
     def scales(self) -> tuple[object, ...]:
-        """What decides how the factors of this adapter multiply."""
-        return tuple(
-            repr(self.content.get(name))
-            for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-        )
+        """Equal for two adapters whose factors are multiplied by the same scales."""
+        return tuple(repr(self.content.get(name)) for name in _SCALE_SETTINGS)
 
     def scale(self, module: str, rank: int) -> float:
-        """What a module's product is multiplied by.
+        """The factor of a module's product B @ A.
 
         Args:
-            module: its name.
-            rank: of its factors, which `rank_pattern` has already decided.
+            module: name of the module.
+            rank: rank of its factors, which already follows the `rank_pattern`.
+
+        Raises:
+            FormatError: the configuration gives none.
         """
         name = module.removeprefix(_WRAPPER)
         alpha = self.content.get("lora_alpha")
@@ -104,27 +107,27 @@ class Config:
         if not isinstance(patterns, dict):
             raise FormatError("its alpha_pattern is no mapping", path=self.path)
         for pattern, value in patterns.items():
-            if self._fits(pattern, name):
+            if self._matches(pattern, name):
                 alpha = value
                 break
-        number = float("nan")
-        if isinstance(alpha, int | float) and abs(alpha) <= _LARGEST_ALPHA:
-            number = float(alpha)
-        if not math.isfinite(number):
+        if not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST_ALPHA:  # such as NaN
             raise FormatError(f"has no lora_alpha for {printable(name)}", path=self.path)
-        return number / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
+        return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
-    def _fits(self, pattern: str, name: str) -> bool:
-        """Whether a pattern is meant for a module, as PEFT matches it.
-
-        It comes from a file: one that could take for ever is not tried.
-        """
-        if len(name) > _LONGEST_NAME or _is_endless(pattern):
+    def _matches(self, pattern: str, name: str) -> bool:
+        """Whether PEFT applies a pattern to a module; those that could take forever are refused."""
+        if (
+            len(name) > _LONGEST_NAME
+            or len(pattern) > _LONGEST_PATTERN
+            or _REPEATED_GROUP.search(pattern) is not None
+            or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS
+            or min(pattern.count("("), pattern.count("|")) > _MOST_CHOICES
+        ):
             raise FormatError(
                 f"its alpha_pattern {printable(pattern)!r} is too intricate", path=self.path
             )
         try:
-            with warnings.catch_warnings(action="ignore"):  # of what may mean another thing one day
+            with warnings.catch_warnings(action="ignore"):  # about syntax that may change
                 return re.match(rf"(.*\.)?({pattern})$", name) is not None
         except (re.error, OverflowError, RecursionError) as error:
             raise FormatError(
@@ -132,23 +135,20 @@ class Config:
             ) from error
 
 
-def _is_endless(pattern: str) -> bool:
-    return (
-        len(pattern) > _LONGEST_PATTERN
-        or _REPEATED_GROUP.search(pattern) is not None
-        or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS
-        or min(pattern.count("("), pattern.count("|")) > _MOST_CHOICES
-    )
-
-
 def joined_config(last: Mapping[str, Any], ranks: Mapping[str, int]) -> bytes:
-    """The last adapter's configuration with the ranks of the average, and with a scale of 1."""
+    """The configuration of an average of adapters, whose scale is 1.
+
+    Args:
+        last: the configuration of the last adapter.
+        ranks: rank of each module in the average, by the module's name.
+    """
     [(rank, _)] = Counter(ranks.values()).most_common(1)
-    # PEFT takes the first pattern that fits the end of a module's name: longer ones come first.
-    names = sorted((module.removeprefix(_WRAPPER) for module in ranks), key=lambda n: (-len(n), n))
-    uneven = len(set(ranks.values())) > 1
-    own = {module.removeprefix(_WRAPPER): value for module, value in ranks.items()}
-    pattern = {name: own[name] for name in names} if uneven else {}
+    pattern: dict[str, int] = {}
+    if len(set(ranks.values())) > 1:
+        by_name = {module.removeprefix(_WRAPPER): rank for module, rank in ranks.items()}
+        # PEFT takes the first pattern that matches the end of a module's name: long ones first.
+        names = sorted(by_name, key=lambda name: (-len(name), name))
+        pattern = {name: by_name[name] for name in names}
     changed = {
         "r": rank,
         "lora_alpha": rank,
@@ -160,7 +160,7 @@ def joined_config(last: Mapping[str, Any], ranks: Mapping[str, int]) -> bytes:
 
 
 def scales_beside(path: Path) -> tuple[object, ...]:
-    """What the configuration in an adapter's directory says of its scales; nothing without one.
+    """What the configuration in an adapter's directory says of its scales; empty without one.
 
     Raises:
         FormatError: it is no valid JSON.

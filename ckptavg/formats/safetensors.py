@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
 from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
 from ckptavg.formats.paths import is_remote
-from ckptavg.formats.shapes import is_possible
-from ckptavg.formats.tensors import BY_CODE, Tensor
+from ckptavg.formats.tensors import BY_CODE, Tensor, is_possible
 
 if TYPE_CHECKING:
     from pathlib import Path

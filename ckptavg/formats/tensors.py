@@ -1,4 +1,4 @@
-"""What a tensor in a file is: its dtype, its shape and where its bytes are."""
+"""Element types of tensors, and the place of a tensor in a file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ Kind = Literal["float", "complex", "int", "bool", "packed"]
 AnyArray = npt.NDArray[Any]
 """An array of any dtype."""
 Room = Callable[[str, np.dtype[Any]], AnyArray]
-"""Gives uninitialised memory for as many values as are being worked on, by its purpose and dtype.
-Whoever does the same again and again uses the same memory: new pages cost more than the work."""
+"""Gives an uninitialised array for a purpose and a dtype. Loops get the same memory every time, as
+the system takes longer to provide new pages than the arithmetic takes."""
+
+_MOST_DIMENSIONS = 64  # of numpy and torch
+_MOST_BYTES = 1 << 63
 
 
 @dataclass(frozen=True, eq=False)
 class DType:
-    """An element type. There is one object for each: they are compared by identity.
+    """An element type. There is one object for each, so that `is` compares them.
 
     Attributes:
         name: torch's name, such as `bfloat16`.
         code: safetensors' code, such as `BF16`; None where that format has none.
         bits: size of an element; less than 8 for packed types.
-        kind: what it stands for. `packed` types can be copied and not computed with.
+        kind: what the elements are. Elements of `packed` types can only be copied.
     """
 
     name: str
@@ -38,7 +41,7 @@ class DType:
 
     @cached_property
     def numpy(self) -> np.dtype[Any]:
-        """The numpy dtype that computes like it (uint8 for packed types)."""
+        """The numpy dtype of the same elements; uint8 for packed types."""
         if self.kind == "packed":
             return np.dtype(np.uint8)
         return np.dtype(getattr(ml_dtypes, self.name, None) or self.name)
@@ -50,15 +53,15 @@ class DType:
 
     @property
     def averaged(self) -> bool:
-        """Whether a mean of such values is a value of the same meaning."""
+        """Whether tensors of this type are averaged."""
         return self.kind in ("float", "complex")
 
     def nbytes(self, count: int) -> int:
-        """Bytes that `count` elements take."""
+        """Bytes of `count` elements."""
         return (count * self.bits + 7) // 8
 
 
-# Alone among them, complex128 is known to torch and not to safetensors.
+# safetensors has all but complex128.
 DTYPES = (
     DType("float64", "F64", 64, "float"),
     DType("float32", "F32", 32, "float"),
@@ -90,13 +93,13 @@ BY_CODE = {dtype.code: dtype for dtype in DTYPES if dtype.code}
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor and where its bytes are.
+    """A tensor's element type and shape, and its place in a file.
 
     Attributes:
         dtype: element type.
-        shape: its dimensions; `()` has one element, `(0,)` none.
-        part: index into the checkpoint's parts (files).
-        offset: where its first element is, in bytes from the part's start.
+        shape: sizes of its dimensions.
+        part: index of its file among the checkpoint's parts.
+        offset: where its first element begins, in bytes from the start of the part.
         strides: in elements, one for each dimension; None where it is contiguous in C order.
     """
 
@@ -118,31 +121,45 @@ class Tensor:
 
     @property
     def element_strides(self) -> tuple[int, ...]:
-        """In elements, one for each dimension, of a contiguous tensor as well."""
+        """Its strides in elements, also where it is contiguous."""
         return contiguous_strides(self.shape) if self.strides is None else self.strides
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a contiguous tensor in C order."""
+    """Strides of a contiguous tensor in C order, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the strides are those of C order, in every dimension that has any extent."""
+    """Whether the strides are those of C order, apart from dimensions of size 1."""
     if 0 in shape:
         return True
     expected = contiguous_strides(shape)
     return all(
-        size == 1 or own == wanted
-        for size, own, wanted in zip(shape, strides, expected, strict=True)
+        size == 1 or stride == contiguous
+        for size, stride, contiguous in zip(shape, strides, expected, strict=True)
     )
 
 
+def is_possible(shape: tuple[int, ...], bits: int) -> bool:
+    """Whether numpy could have an array of this shape, in which no size is negative.
+
+    Dimensions of size 0 do not count: numpy refuses `(2**62, 4, 0)`, which has no element.
+
+    Args:
+        shape: sizes of the dimensions.
+        bits: size of an element.
+    """
+    if len(shape) > _MOST_DIMENSIONS:
+        return False
+    return math.prod(size for size in shape if size) * bits < 8 * _MOST_BYTES
+
+
 def fresh(shape: tuple[int, ...]) -> Room:
-    """New memory every time, for what is done once."""
+    """Gives new memory for an array of this shape every time."""
     return lambda _, dtype: np.empty(shape, dtype)
 
 
 def bytes_of(array: AnyArray) -> memoryview:
-    """The bytes of a C-contiguous array, writable where the array is."""
+    """The bytes of a C-contiguous array; writable if the array is."""
     return array.reshape(-1).view(np.uint8).data

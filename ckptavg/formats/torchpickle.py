@@ -12,9 +12,8 @@ from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor, is_tensor
 from ckptavg.formats.recorded import training_facts, training_record
-from ckptavg.formats.shapes import is_possible
 from ckptavg.formats.statedict import check_kind, choose, find_state_dicts
-from ckptavg.formats.tensors import Tensor, is_contiguous
+from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
 
 if TYPE_CHECKING:
     from pathlib import Path

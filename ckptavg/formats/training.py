@@ -1,4 +1,4 @@
-"""What a checkpoint records of the training that made it, beside the weights."""
+"""What a checkpoint records of the training that wrote it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Learning rate, schedule and metrics at the time of saving, as far as they are recorded.
+    """Learning rate, schedule and metrics at the time of saving, where they are recorded.
 
     Attributes:
-        epochs_from_zero: whether the trainer is known to count epochs from 0, so that a
-            checkpoint with epoch e was saved when e + 1 epochs were done (Lightning, timm).
-        learning_rate: that of the optimizer's first parameter group. It may be the rate of the
-            next update already: see `select.learning_rates`.
-        other_rates: those of its further parameter groups.
+        epochs_from_zero: whether the trainer counts epochs from 0, so that the checkpoint of epoch
+            e was saved after e + 1 epochs (Lightning, timm).
+        learning_rate: rate of the optimizer's first parameter group. It may already be that of the
+            next update: see `select.rates`.
+        other_rates: rates of the other parameter groups.
         scheduler: plain values of the first scheduler's state dict (`last_epoch`, `base_lrs`,
             `_last_lr`, `T_0`, ...).
-        logged_rate: what the trainer logged at the checkpoint's own step (Hugging Face).
-        logged_before: what it logged one step earlier.
-        metrics: name to value; NaN and infinities as they are.
+        logged_rate: rate that the trainer logged at the checkpoint's step (Hugging Face).
+        logged_before: rate that it logged one step earlier.
+        metrics: name to value, NaN and Inf included.
     """
 
     epochs_from_zero: bool = False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
-from ckptavg.formats.huggingface import read_json
+from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.remote import open_source
 from ckptavg.merge.layout import Copy, FileLayout, Layout
 from ckptavg.select.discover import is_no_checkpoint

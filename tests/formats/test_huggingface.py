@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.huggingface import read_json, weight_files
+from ckptavg.formats.huggingface import weight_files
+from ckptavg.formats.jsontext import read_json
 from tests.formats.test_dcp import save as save_dcp
 from tests.helpers import process, run
 from tests.oracle import StateDict, naive_mean, same_bits

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
     from ckptavg.norm.refresh import refresh_norm as refresh_norm
-    from ckptavg.select.selection import Selection as Selection
+    from ckptavg.select.rules import Selection as Selection
     from ckptavg.verify import verify as verify
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "refresh_norm": "ckptavg.norm.refresh",
     "verify": "ckptavg.verify",
     "Ranks": "ckptavg.distributed",
-    "Selection": "ckptavg.select.selection",
+    "Selection": "ckptavg.select.rules",
     "CkptAvgError": "ckptavg.errors",
 }
 

@@ -21,9 +21,10 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.update import find_base, fold
-from ckptavg.select.collect import mention_other_state_dicts, survey
-from ckptavg.select.compare import check_one_model, fingerprint
-from ckptavg.select.order import in_order, labels
+from ckptavg.select.copies import fingerprint
+from ckptavg.select.order import labels
+from ckptavg.select.run import find_run, mention_other_state_dicts, ordered_run
+from ckptavg.select.structure import check_one_model
 from ckptavg.write.checks import (
     check_output,
     check_parent,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.layout import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.recipe import Recipe
-    from ckptavg.select.collect import Survey
+    from ckptavg.select.run import Run
     from ckptavg.write.layouts import Destination
     from ckptavg.write.provenance import Digests
 
@@ -80,7 +81,7 @@ def average(
         raise SelectionError("several averages are asked for", remedy="use average_many")
     if options.update and schemes[0].name != "uniform":
         raise SelectionError("only a uniform average can be updated")
-    run = find_run(inputs, options)
+    run = open_run(inputs, options)
     [recipe] = recipes_of(run, schemes, options.select, options)
     if run.base is not None:
         recipe = fold(run.base, recipe)
@@ -115,7 +116,7 @@ def average_many(
         raise OutputError(
             "several averages go into a directory", path=folder, remedy="give it another name"
         )
-    run = find_run(inputs, options)
+    run = open_run(inputs, options)
     recipes = recipes_of(run, schemes_of(options.weights), options.select, options)
     # os.path.join keeps the slash at the end of a directory's name.
     outputs = [os.path.join(folder, _file_name(recipe, options)) for recipe in recipes]  # noqa: PTH118
@@ -131,7 +132,7 @@ def average_many(
         raise
 
 
-def find_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> Survey:
+def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> Run:
     """The checkpoints among the inputs.
 
     Raises:
@@ -139,18 +140,17 @@ def find_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     """
     is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
     paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if is_one else inputs)]
-    # An average that is updated was named, whatever the patterns say.
-    unwanted = None if options.update else options.select.unwanted
-    run = survey(paths, key=options.key, keep_prefix=options.keep_prefix, wanted=unwanted)
+    unwanted = options.select.unwanted
     if not options.update:
-        return run
+        return find_run(paths, key=options.key, keep_prefix=options.keep_prefix, unwanted=unwanted)
+    # An average that is updated was named, whatever the patterns say.
+    run = find_run(paths, key=options.key, keep_prefix=options.keep_prefix)
     base = find_base(run.checkpoints)
-    named = zip(run.checkpoints, run.labels(), strict=True)
-    others = [one for one, name in named if one is not base and not options.select.unwanted(name)]
+    named = zip(run.checkpoints, run.names, strict=True)
+    others = [each for each, name in named if each is not base and not unwanted(name)]
     if not others:
         raise SelectionError("there is nothing to fold into it", path=base.path)
-    ordered, known = in_order(others)
-    return replace(run, checkpoints=tuple(ordered), order_is_known=known, base=base)
+    return replace(ordered_run(others, run.left_out, run.files), base=base)
 
 
 def _file_name(recipe: Recipe, options: AverageOptions) -> str:
@@ -161,7 +161,7 @@ def _file_name(recipe: Recipe, options: AverageOptions) -> str:
 
 
 def write_averages(
-    run: Survey, recipes: Sequence[Recipe], outputs: Sequence[PathLike], options: AverageOptions
+    run: Run, recipes: Sequence[Recipe], outputs: Sequence[PathLike], options: AverageOptions
 ) -> tuple[Summary, ...]:
     """Write several averages of one run from one read of its checkpoints.
 
@@ -238,7 +238,7 @@ class _Details:
     files: Mapping[str, bytes]
 
 
-def _all_members(run: Survey, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
+def _all_members(run: Run, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
     """The members of all averages, in the order of training."""
     if len(recipes) == 1:
         return recipes[0].members
@@ -270,7 +270,7 @@ def _with_joined_factors(
 
 
 def _check_order(
-    run: Survey, plan: Plan, recipes: Sequence[Recipe], targets: Sequence[Destination]
+    run: Run, plan: Plan, recipes: Sequence[Recipe], targets: Sequence[Destination]
 ) -> None:
     """Refuse an output that depends on the order of the checkpoints, where it is not known.
 
@@ -350,7 +350,7 @@ def _layout(
 
 
 def _check_outputs(
-    run: Survey,
+    run: Run,
     targets: Sequence[Destination],
     layouts: Sequence[Layout],
     options: AverageOptions,

@@ -28,9 +28,9 @@ from ckptavg.formats.paths import absolute, as_path, is_remote
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
-from ckptavg.select.collect import Survey
-from ckptavg.select.compare import fingerprint
-from ckptavg.select.discover import find
+from ckptavg.select.candidates import find_candidates
+from ckptavg.select.copies import fingerprint
+from ckptavg.select.run import Run
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.options import AverageOptions
 from ckptavg.write.provenance import Record
@@ -140,7 +140,7 @@ def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, .
         MismatchError: members are missing, or have changed: all of them.
     """
     paths_by_name: defaultdict[str, list[Path]] = defaultdict(list)
-    for path, _ in find(inputs):
+    for path in find_candidates(inputs):
         paths_by_name[absolute(path).name].append(path)
     members: dict[int, Checkpoint] = {}
     faults: dict[int, str] = {}
@@ -232,8 +232,8 @@ def _averaged_again(
         VerificationError: the configuration beside joined LoRA factors differs.
         CkptAvgError: they cannot be averaged.
     """
-    run = Survey(members, (), order_is_known=True, files=())
     names = tuple(entry["name"] for entry in record.members)
+    run = Run(members, names, order_is_known=True)
     recipe = Recipe("", members, names, record.weights)
     options = record.options
     again = AverageOptions(

@@ -163,7 +163,7 @@ def average(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.average import average as run
     from ckptavg.average import average_many
-    from ckptavg.select.selection import Selection
+    from ckptavg.select.rules import Selection
     from ckptavg.write.options import AverageOptions
 
     fields = fields_of(AverageOptions, params)

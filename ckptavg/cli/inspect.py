@@ -49,11 +49,11 @@ def _show_choice(
 ) -> None:
     """Show which checkpoints the rules take, and why not the others."""
     from ckptavg.formats.paths import shown
-    from ckptavg.select.collect import survey
-    from ckptavg.select.selection import Selection, select
+    from ckptavg.select.rules import Selection, select
+    from ckptavg.select.run import find_run
 
     rules = Selection(**fields_of(Selection, params))
-    run = survey(paths, key=key, wanted=rules.unwanted)
+    run = find_run(paths, key=key, unwanted=rules.unwanted)
     verdicts = select(run, rules)
     checkpoints: list[dict[str, Any]] = []
     for verdict in verdicts:
@@ -65,14 +65,13 @@ def _show_choice(
                 "rate": checkpoint.training.learning_rate if rate is None else rate,
                 "metric": verdict.metric,
                 "bytes": checkpoint.size,
-                "taken": verdict.taken,
+                "taken": verdict.is_chosen,
                 "reason": verdict.reason,
             }
         )
     unknown = dict.fromkeys(("step", "rate", "metric", "bytes"))
-    for left_out in run.left_out:
-        path = shown(left_out.path)
-        checkpoints.append({"path": path, **unknown, "taken": False, "reason": left_out.reason})
+    for path, reason in run.left_out.items():
+        checkpoints.append({"path": shown(path), **unknown, "taken": False, "reason": reason})
     rows = [
         (
             printable(row["path"]),
@@ -87,7 +86,7 @@ def _show_choice(
     ]
     unit, metric = verdicts[0].unit, rules.metric or "metric"
     console.say_table([("path", unit, "rate", metric, "bytes", "taken", "why not"), *rows])
-    taken = sum(verdict.taken for verdict in verdicts)
+    taken = sum(verdict.is_chosen for verdict in verdicts)
     console.say(f"{taken} of {plural(len(rows), 'checkpoint')} taken")
     console.result({"checkpoints": checkpoints})
 
@@ -95,9 +94,9 @@ def _show_choice(
 def _show_content(console: Console, paths: Sequence[Path], key: str | None) -> None:
     """Show what each checkpoint holds; one that cannot be read does not hide the others."""
     from ckptavg.formats.description import describe
-    from ckptavg.select.discover import find
+    from ckptavg.select.candidates import find_candidates
 
-    files = [path for path, _ in find(paths)]
+    files = list(find_candidates(paths))
     descriptions: list[Description] = []
     failures: list[CkptAvgError] = []
     for path in files:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ckptavg.norm.evaluate import EvaluationOptions
     from ckptavg.norm.files import RefreshOptions
-    from ckptavg.select.selection import Selection
+    from ckptavg.select.rules import Selection
 
 # What an option takes, by the placeholder of its value.
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -285,7 +285,7 @@ EVALUATION_NO_EFFECT = (
 
 def candidate_rules(params: Mapping[str, Any]) -> Selection:
     """The rules that the options `CANDIDATES` set."""
-    from ckptavg.select.selection import Selection
+    from ckptavg.select.rules import Selection
 
     return Selection(**{name: params[name] for name in names_of(CANDIDATES) if name in params})
 

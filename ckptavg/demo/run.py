@@ -18,7 +18,7 @@ from ckptavg.landscape.saving import save
 from ckptavg.norm.evaluate import EvaluationOptions
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.loading import load_weights
-from ckptavg.select.selection import Selection
+from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:
     from ckptavg.write.summary import Summary

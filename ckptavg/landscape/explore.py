@@ -25,8 +25,8 @@ from ckptavg.landscape.places import Place, Space
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.factories import user_code
 from ckptavg.norm.loading import load_weights
-from ckptavg.select.collect import survey
 from ckptavg.select.order import labels
+from ckptavg.select.run import find_run
 
 if TYPE_CHECKING:
     from ckptavg.distributed import Ranks
@@ -98,7 +98,7 @@ class Explorer:
 
     def others(self, inputs: Sequence[Path]) -> list[Checkpoint]:
         """Further checkpoints of the same model, in the order of training."""
-        found = survey(inputs, key=self._options.key)
+        found = find_run(inputs, key=self._options.key)
         opened = []
         for source in found.checkpoints:
             try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.select.order import labels
-from ckptavg.select.selection import chosen, select
+from ckptavg.select.rules import chosen, select
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ckptavg.merge.options import MergeOptions
     from ckptavg.merge.schemes import Scheme
     from ckptavg.merge.weights import Weights
-    from ckptavg.select.collect import Survey
-    from ckptavg.select.selection import Selection
+    from ckptavg.select.rules import Selection
+    from ckptavg.select.run import Run
 
 log = logging.getLogger("ckptavg")
 
@@ -58,7 +58,7 @@ class Recipe:
 
 
 def recipes_of(
-    run: Survey, schemes: Sequence[Scheme], rules: Selection, options: MergeOptions
+    run: Run, schemes: Sequence[Scheme], rules: Selection, options: MergeOptions
 ) -> list[Recipe]:
     """The members and weights of each average: each scheme with each number of last checkpoints.
 
@@ -72,7 +72,7 @@ def recipes_of(
     ]
 
 
-def _recipe(run: Survey, scheme: Scheme, rules: Selection, options: MergeOptions) -> Recipe:
+def _recipe(run: Run, scheme: Scheme, rules: Selection, options: MergeOptions) -> Recipe:
     verdicts = chosen(select(run, rules))
     if isinstance(rules.last, int) and len(verdicts) < rules.last and rules.every is None:
         log.info("of the last %d there are only %d", rules.last, len(verdicts))

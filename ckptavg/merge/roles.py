@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, MismatchError, printable
 from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statistic
-from ckptavg.select.compare import differing
+from ckptavg.select.copies import differing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -27,10 +27,10 @@ from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
 from ckptavg.norm.measures import measure_of, name_of
 from ckptavg.norm.refresh import device_of, refresh_norm
-from ckptavg.select.collect import survey
 from ckptavg.select.metrics import best, mode_of
-from ckptavg.select.selection import Selection, chosen
-from ckptavg.select.selection import select as choose
+from ckptavg.select.rules import Selection, chosen
+from ckptavg.select.rules import select as choose
+from ckptavg.select.run import find_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -128,7 +128,7 @@ def evaluate(
     """
     rules = select or Selection()
     with said_once():
-        taken = chosen(choose(survey(inputs, key=key, wanted=rules.unwanted), rules))
+        taken = chosen(choose(find_run(inputs, key=key, unwanted=rules.unwanted), rules))
         evaluator = Evaluator(options)
         found = []
         for verdict in taken:

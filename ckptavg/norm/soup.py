@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.average import average, find_run, write_averages
+from ckptavg.average import average, open_run, write_averages
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.merge.recipe import Recipe, recipes_of
@@ -23,10 +23,10 @@ from ckptavg.merge.weights import Weights
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.together import of_both
-from ckptavg.select.collect import survey
 from ckptavg.select.metrics import mode_of
-from ckptavg.select.selection import Selection, Verdict, chosen
-from ckptavg.select.selection import select as choose
+from ckptavg.select.rules import Selection, Verdict, chosen
+from ckptavg.select.rules import select as choose
+from ckptavg.select.run import find_run
 from ckptavg.write.checks import check_vacant, refuse_own_input
 from ckptavg.write.options import AverageOptions
 from ckptavg.write.temporary import temporary_beside
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from ckptavg.norm.evaluate import Progress
     from ckptavg.norm.report import RefreshReport
-    from ckptavg.select.collect import Survey
     from ckptavg.select.metrics import Mode
+    from ckptavg.select.run import Run
     from ckptavg.write.summary import Summary
 
 SCHEME = "greedy soup"
@@ -129,7 +129,7 @@ def soup(
     rules = select or Selection()
     common: dict[str, Any] = {"select": rules, "key": key, "threads": threads}
     with said_once(), temporary_beside(target, folder=True) as folder:
-        found = survey(inputs, key=key, wanted=rules.unwanted)
+        found = find_run(inputs, key=key, unwanted=rules.unwanted)
         refuse_own_input(target, found.files)
         taken = chosen(choose(found, rules))
         given = None if metrics is None else _read(found, taken, options.metric_name, metrics, way)
@@ -167,9 +167,7 @@ def _mode_of(metric: str, mode: Mode | None) -> Mode:
     return found
 
 
-def _read(
-    found: Survey, taken: Sequence[Verdict], metric: str, file: Path, mode: Mode
-) -> list[float]:
+def _read(found: Run, taken: Sequence[Verdict], metric: str, file: Path, mode: Mode) -> list[float]:
     """The candidates' metrics from a file; NaN for those that it lacks.
 
     Raises:
@@ -185,7 +183,7 @@ class _Averager:
     """The candidates, any of which make an average."""
 
     def __init__(self, inputs: Sequence[Path], options: AverageOptions) -> None:
-        self._run, self._options = find_run(inputs, options), options
+        self._run, self._options = open_run(inputs, options), options
         [self._all] = recipes_of(self._run, parse("uniform"), options.select, options)
 
     def write(self, paths: Iterable[str], output: str | os.PathLike[str]) -> Summary:

@@ -1,18 +1,20 @@
-"""The order of checkpoints: by training step as recorded, else by the numbers in their names."""
+"""The order of checkpoints, and how much of the training was done at each of them."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.formats.paths import absolute, is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -26,86 +28,143 @@ _LABELS = {
 }
 
 
-def in_order(checkpoints: Sequence[Checkpoint]) -> tuple[list[Checkpoint], bool]:
+@dataclass(frozen=True)
+class Timeline:
+    """The place of each checkpoint in the training.
+
+    Attributes:
+        unit: what is counted: `global_step`, `step`, `epoch`, or `number` (in the names).
+        steps: what the checkpoints themselves count; empty if some of them have none.
+        from_zero: whether they count from 0, so that one more unit is done than the step says:
+            the epochs of Lightning, of timm, and of loops whose first epoch is 0.
+        other_units: further units that all checkpoints record.
+    """
+
+    unit: str
+    steps: tuple[int, ...]
+    from_zero: bool = False
+    other_units: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> tuple[int, ...]:
+        """How many units were done at each checkpoint; empty if that is unknown."""
+        return tuple(step + self.from_zero for step in self.steps)
+
+
+def timeline(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str], unit: str | None = None
+) -> Timeline:
+    """The place of each checkpoint in the training, as recorded, else by the numbers in the names.
+
+    Args:
+        checkpoints: the checkpoints.
+        names: their names.
+        unit: the unit to count in; None for the first one that all checkpoints record.
+
+    Raises:
+        SelectionError: not all checkpoints have that unit.
+    """
+    restarts = _steps_restart(checkpoints)
+    recorded = {
+        fact: tuple(int(checkpoint.facts[fact]) for checkpoint in checkpoints)
+        for fact in STEP_FACTS
+        if all(fact in checkpoint.facts for checkpoint in checkpoints)
+        and not (fact == "step" and restarts)
+    }
+    if unit is None:
+        unit = next(iter(recorded), "number")
+    if unit in recorded:
+        steps = recorded.pop(unit)
+    elif unit == "number":
+        return Timeline(unit, numbers_in(names) or ())
+    else:
+        named = numbers_in(names, "epoch" if unit == "epoch" else "step")
+        if named is None or (unit == "step" and restarts):
+            lacking = [n for n, c in zip(names, checkpoints, strict=True) if unit not in c.facts]
+            why = f"{printable(lacking[0])} does not" if lacking else "it begins anew in each epoch"
+            raise SelectionError(f"not all checkpoints record the {unit}: {why}")
+        steps, recorded = named, {}
+    from_zero = unit == "epoch" and (
+        0 in steps or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
+    )
+    return Timeline(unit, steps, from_zero, tuple(recorded))
+
+
+def in_order(
+    checkpoints: Sequence[Checkpoint], names: Sequence[str]
+) -> tuple[list[tuple[Checkpoint, str]], bool]:
     """Sort by training step: as recorded, else by the numbers in the names.
 
     Returns:
-        The checkpoints, and whether that order is sure: not where only some of them have a step.
+        The checkpoints with their names, and whether the order is known: not if only some of them
+        have a step. Where none has, any order will do.
     """
-    own = dict(
-        zip(checkpoints, labels([checkpoint.path for checkpoint in checkpoints]), strict=True)
-    )
-    by_name = sorted(checkpoints, key=lambda checkpoint: natural(own[checkpoint]))
-    names = [own[checkpoint] for checkpoint in by_name]
-    for facts in _orders(checkpoints):
-        if all(facts <= checkpoint.facts.keys() for checkpoint in checkpoints):
-            steps = [
-                tuple(checkpoint.facts[fact] for fact in sorted(facts)) for checkpoint in by_name
-            ]
-            break
-    else:
+    named = sorted(zip(checkpoints, names, strict=True), key=lambda pair: natural(pair[1]))
+    names = [name for _, name in named]
+    steps = _recorded_steps([checkpoint for checkpoint, _ in named])
+    if steps is None:
         steps = [(number,) for number in numbers_in(names) or ()]
-    tell = _numbers_tell(names)
     if steps:
-        ordered = sorted(zip(steps, range(len(by_name)), by_name, strict=True))
-        return [checkpoint for *_, checkpoint in ordered], tell or len(set(steps)) == len(steps)
-    recorded = any(checkpoint.step is not None for checkpoint in checkpoints)
-    stepless = not recorded and not any(map(DIGITS.search, _without_common_numbers(names)))
-    return by_name, tell or stepless
+        places = sorted(range(len(named)), key=steps.__getitem__)
+        known = len(set(steps)) == len(steps)
+        named = [named[place] for place in places]
+    else:
+        recorded = any(checkpoint.step is not None for checkpoint in checkpoints)
+        known = not recorded and not _have_numbers_apart(names)
+    return named, known or _differ_in_numbers_only(names)
 
 
-def _orders(checkpoints: Sequence[Checkpoint]) -> list[set[str]]:
-    """What may tell the order: one fact, or where steps begin anew in each epoch, both."""
-    if restarts(checkpoints):
-        return [{"global_step"}, {"epoch", "step"}]
-    return [{fact} for fact in STEP_FACTS]
+def _recorded_steps(checkpoints: Sequence[Checkpoint]) -> list[tuple[float, ...]] | None:
+    """What all checkpoints record of the step; None if there is no such thing."""
+    orders: list[tuple[str, ...]] = [(fact,) for fact in STEP_FACTS]
+    if _steps_restart(checkpoints):
+        orders = [("global_step",), ("epoch", "step")]
+    for facts in orders:
+        if all(set(facts) <= checkpoint.facts.keys() for checkpoint in checkpoints):
+            return [tuple(each.facts[fact] for fact in facts) for each in checkpoints]
+    return None
 
 
-def restarts(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether what is recorded as `step` is counted anew in each epoch."""
+def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether the recorded `step` is counted anew in each epoch."""
     facts = [checkpoint.facts for checkpoint in checkpoints]
-    if not all({"epoch", "step"} <= recorded.keys() for recorded in facts):
+    if not all({"epoch", "step"} <= each.keys() for each in facts):
         return False
-    rows = sorted((recorded["epoch"], recorded["step"]) for recorded in facts)
-    return any(one[0] < other[0] and one[1] >= other[1] for one, other in itertools.pairwise(rows))
+    pairs = sorted((each["epoch"], each["step"]) for each in facts)
+    return any(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(pairs))
 
 
 def numbers_in(names: Sequence[str], label: str | None = None) -> tuple[int, ...] | None:
-    """The step that each name tells; None where not all of them do.
+    """The step in each name; None if not all names have one.
 
-    It is a number that all of them call a step (else a checkpoint, else an epoch), or, where the
-    names are alike but for numbers, the first that differs.
+    It is a number that all names call a step (else a checkpoint, else an epoch), or, if the names
+    are equal but for numbers, the first that differs.
 
     Args:
         names: of the checkpoints.
         label: `step` or `epoch`, to look for that alone.
     """
     for pattern in _LABELS.values() if label is None else (_LABELS[label],):
-        found = [
-            re.findall(rf"(?<![a-z]){pattern}[=_-]?(\d+)", name, re.IGNORECASE) for name in names
-        ]
-        if all(found):
-            numbers = tuple(int(several[-1]) for several in found)
+        labelled = re.compile(rf"(?<![a-z]){pattern}[=_-]?(\d+)", re.IGNORECASE)
+        matches = [labelled.findall(name) for name in names]
+        if all(matches):
+            numbers = tuple(int(numbers[-1]) for numbers in matches)
             if len(set(numbers)) > 1 or len(names) == 1 or label is not None:
                 return numbers
-    if label is not None or not _numbers_tell(names):
+    if label is not None or not _differ_in_numbers_only(names):
         return None
     columns = zip(*(map(int, DIGITS.findall(_stem(name))) for name in names), strict=True)
     return next((column for column in columns if len(set(column)) > 1 or len(names) == 1), None)
 
 
-def _numbers_tell(names: Sequence[str]) -> bool:
-    """Whether names differ in their numbers and in nothing else, but for the ending."""
+def _differ_in_numbers_only(names: Sequence[str]) -> bool:
     return len({DIGITS.sub("#", _stem(name)) for name in names}) <= 1
 
 
-def _without_common_numbers(names: Iterable[str]) -> list[str]:
-    """Names without the numbers that all of them have: `resnet50_best` has no step."""
-    found = [_stem(name) for name in names]
-    common = set.intersection(*(set(DIGITS.findall(name)) for name in found))
-    return [
-        DIGITS.sub(lambda number: "" if number[0] in common else number[0], name) for name in found
-    ]
+def _have_numbers_apart(names: Sequence[str]) -> bool:
+    """Whether a name has a number that not all have: `resnet50_best` has none beside `resnet50`."""
+    numbers = [set(DIGITS.findall(_stem(name))) for name in names]
+    return any(each - set.intersection(*numbers) for each in numbers)
 
 
 def _stem(name: str) -> str:
@@ -124,18 +183,14 @@ def natural(text: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def labels(paths: Sequence[Path]) -> tuple[str, ...]:
-    """What tells the paths apart: each below the folder that its kind have in common.
+    """The shortest names that tell the paths apart: each below the folder that all have in common.
 
-    Those on this machine and those behind URLs have none in common.
+    Paths on this machine and URLs have no folder in common.
     """
-    common: dict[bool, str] = {}
-    whole = [absolute(path) for path in paths]
+    names: dict[Path, str] = {}
     for remote in (False, True):
-        parents = [
-            one.parent for one, p in zip(whole, paths, strict=True) if is_remote(p) is remote
-        ]
-        common[remote] = os.path.commonpath(parents) if parents else ""
-    return tuple(
-        one.relative_to(common[is_remote(path)]).as_posix()
-        for one, path in zip(whole, paths, strict=True)
-    )
+        group = {path: absolute(path) for path in paths if is_remote(path) is remote}
+        parents = [path.parent for path in group.values()]
+        folder = os.path.commonpath(parents) if parents else ""
+        names |= {path: full.relative_to(folder).as_posix() for path, full in group.items()}
+    return tuple(names[path] for path in paths)

@@ -17,7 +17,7 @@ from ckptavg.formats import huggingface
 from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.remote import open_source
 from ckptavg.merge.layout import Copy, FileLayout, Layout
-from ckptavg.select.discover import is_no_checkpoint
+from ckptavg.select.candidates import is_no_checkpoint
 from ckptavg.write.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.formats.paths import PathLike
 from ckptavg.merge.options import MergeOptions, check_choice
-from ckptavg.select.selection import Selection
+from ckptavg.select.rules import Selection
 
 Progress = Callable[[int, int], None]
 """Called with the bytes since the last call, and with the bytes in all."""

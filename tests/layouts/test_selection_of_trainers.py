@@ -13,15 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ckptavg import Selection
 from ckptavg.errors import SelectionError
-from ckptavg.select.collect import survey
-from ckptavg.select.selection import chosen, select
+from ckptavg.select.rules import chosen, select
+from ckptavg.select.run import find_run
 from tests.layouts.libraries import llama
 from tests.layouts.lightning_runs import Net, batches, trainer
 
 
 def taken(folder: Path, **rules: Any) -> list[str]:
     selection = Selection(**rules)
-    found = survey([folder], wanted=selection.unwanted)
+    found = find_run([folder], unwanted=selection.unwanted)
     return [verdict.checkpoint.path.name for verdict in chosen(select(found, selection))]
 
 
@@ -102,7 +102,7 @@ class TestTransformers:
         assert self.steps(trainer_run, lr_minima=True, start="50%") == [8, 12]
 
     def test_the_best_by_what_was_evaluated(self, trainer_run):
-        verdicts = select(survey([trainer_run]), Selection(best=2, metric="eval_loss"))
+        verdicts = select(find_run([trainer_run]), Selection(best=2, metric="eval_loss"))
         losses = [(verdict.metric or 0.0, verdict.step or 0) for verdict in verdicts]
         assert all(loss > 0 for loss, _ in losses)
         lowest = [step for _, step in sorted(losses)[:2]]

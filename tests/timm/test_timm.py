@@ -18,8 +18,8 @@ import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.select.collect import survey
-from ckptavg.select.selection import chosen, select
+from ckptavg.select.rules import chosen, select
+from ckptavg.select.run import find_run
 from tests.helpers import run
 from tests.oracle import StateDict, naive_mean, same_bits
 
@@ -174,7 +174,7 @@ def test_bn_refresh_of_a_file_is_loaded_by_timm(trained, tmp_path):
 
 
 def taken(folder: Path, **rules: Any) -> list[str]:
-    found = survey([folder])
+    found = find_run([folder])
     return [verdict.checkpoint.path.name for verdict in chosen(select(found, Selection(**rules)))]
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, SelectionError
-from ckptavg.select.collect import survey
 from ckptavg.select.order import numbers_in
-from ckptavg.select.selection import chosen, select
+from ckptavg.select.rules import chosen, select
+from ckptavg.select.run import find_run
 from tests import helpers
 from tests.oracle import naive_mean, same_bits
 
@@ -40,13 +40,13 @@ def run(tmp_path):
 def taken(folder, **rules):
     """The numbers of the checkpoints that the rules take."""
     selection = Selection(**rules)
-    found = survey([folder], wanted=selection.unwanted)
+    found = find_run([folder], unwanted=selection.unwanted)
     names = [verdict.checkpoint.path.name for verdict in chosen(select(found, selection))]
     return [int(torch.load(folder / name, weights_only=False)["model"]["w"][0]) for name in names]
 
 
 def reasons(folder, **rules):
-    verdicts = select(survey([folder]), Selection(**rules))
+    verdicts = select(find_run([folder]), Selection(**rules))
     return {verdict.name: verdict.reason for verdict in verdicts}
 
 
@@ -98,7 +98,7 @@ def test_each_that_is_left_out_says_why(run):
 
 
 def test_cycles_of_what_is_said_where_steps_and_epochs_are_recorded(run):
-    with pytest.raises(SelectionError, match="--unit global_step or --unit epoch"):
+    with pytest.raises(SelectionError, match="set unit to global_step or to epoch"):
         taken(run, cycle=300)
 
 
@@ -164,7 +164,7 @@ def test_metrics_of_another_run_are_not_taken(tmp_path):
         for n, loss in enumerate((0.1, 0.05))
     ]
     table.write_text(json.dumps({"evaluations": entries}))
-    found = survey([tmp_path / "A", tmp_path / "B"])
+    found = find_run([tmp_path / "A", tmp_path / "B"])
     verdicts = select(found, Selection(best=1, metric="loss", metrics=table))
     assert [verdict.name for verdict in chosen(verdicts)] == ["A/step_1.pt"]
     assert {verdict.name: verdict.metric for verdict in verdicts} == {
@@ -206,12 +206,12 @@ def test_what_cannot_be_chosen_is_said(run, rules, message):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"steps": "1", "cycle": 3}, "--steps and --cycle"),
-        ({"cycle": 3, "lr_minima": True}, "--cycle and --lr-minima"),
-        ({"best": 3}, "--metric"),
-        ({"mode": "max"}, "need a --metric"),
-        ({"last": 0}, "--last is at least 1"),
-        ({"every": -1}, "--every is at least 1"),
+        ({"steps": "1", "cycle": 3}, "steps and cycle"),
+        ({"cycle": 3, "lr_minima": True}, "cycle and lr_minima"),
+        ({"best": 3}, "metric"),
+        ({"mode": "max"}, "need a metric"),
+        ({"last": 0}, "last is at least 1"),
+        ({"every": -1}, "every is at least 1"),
     ],
     ids=str,
 )
@@ -223,7 +223,7 @@ def test_rules_that_make_no_sense_are_refused(rules, message):
 def test_a_metric_whose_sense_is_not_certain_needs_a_mode(tmp_path):
     for number in range(3):
         save(tmp_path / "run" / f"{number}.pt", number, epoch=number, metric=float(number))
-    with pytest.raises(SelectionError, match="--mode min or --mode max"):
+    with pytest.raises(SelectionError, match="set mode to min or to max"):
         taken(tmp_path / "run", best=1, metric="metric")
     assert taken(tmp_path / "run", best=1, metric="metric", mode="max") == [2]
 
@@ -255,8 +255,8 @@ def test_names_tell_the_step_where_the_files_do_not(tmp_path):
     for number in (100, 900, 1000, 1100):
         save_file({"w": torch.full((3,), float(number))}, folder / f"step_{number}.safetensors")
     selection = Selection(steps="100,1000")
-    verdicts = select(survey([folder]), selection)
-    names = [verdict.name for verdict in verdicts if verdict.taken]
+    verdicts = select(find_run([folder]), selection)
+    names = [verdict.name for verdict in verdicts if verdict.is_chosen]
     assert names == ["step_100.safetensors", "step_1000.safetensors"]
 
 
@@ -300,7 +300,7 @@ def test_lightning_and_timm_count_epochs_from_zero(tmp_path):
             ({"start": 5, "cycle": 2}, [5, 7, 9]),
             ({"steps": "3,9"}, [3, 9]),
         ):
-            verdicts = chosen(select(survey([tmp_path / folder]), Selection(**rules)))
+            verdicts = chosen(select(find_run([tmp_path / folder]), Selection(**rules)))
             assert [verdict.step for verdict in verdicts] == epochs, (folder, rules)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import shutil
@@ -17,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
-from ckptavg.select.collect import mention_other_state_dicts, survey
-from ckptavg.select.compare import check_one_model
 from ckptavg.select.order import labels, natural
+from ckptavg.select.run import find_run, mention_other_state_dicts
+from ckptavg.select.structure import check_one_model
 from tests.oracle import save_run
 
 
 def collect(inputs, **options):
     """All checkpoints among the inputs, which must be of one model."""
-    found = survey(inputs, **options)
+    found = find_run(inputs, **options)
     check_one_model(found.checkpoints)
     mention_other_state_dicts(found.checkpoints)
     return found
@@ -94,7 +95,7 @@ class TestOrder:
             torch.save(state(epoch), folder / "model.pt")
             paths.append(folder / "model.pt")
         found = collect(paths)
-        assert found.labels() == ("epoch_9/model.pt", "epoch_10/model.pt", "epoch_11/model.pt")
+        assert found.names == ("epoch_9/model.pt", "epoch_10/model.pt", "epoch_11/model.pt")
         assert found.order_is_known
 
     def test_names_are_ordered_wherever_they_are(self, tmp_path, monkeypatch):
@@ -171,6 +172,39 @@ class TestDuplicates:
         save_file({"w": big}, tmp_path / "2.safetensors")
         assert len(names(tmp_path)) == 2
 
+    @pytest.mark.parametrize("places", [[0], [-1], [0, -1]])
+    def test_copies_of_several_contents_each_count_once(self, tmp_path, places):
+        values = torch.randn(3_000_000)
+        for number in range(6):
+            other = values.clone()
+            other[places] += number % 2
+            save_file({"a": other, "b": values}, tmp_path / f"{number}.safetensors")
+        assert names(tmp_path) == ["0.safetensors", "1.safetensors"]
+
+    def test_copies_are_found_by_comparison_without_hashes(self, tmp_path, monkeypatch):
+        """SHA-256 of gigabytes took seconds before the first copy was found."""
+        for name in ("1.safetensors", "2.safetensors"):
+            save_file({"w": torch.ones(3_000_000)}, tmp_path / name)
+        hashed = 0
+        sha256 = hashlib.sha256
+
+        class Counting:
+            def __init__(self, data=b""):
+                self._hash = sha256()
+                self.update(data)
+
+            def update(self, data):
+                nonlocal hashed
+                hashed += len(data)
+                self._hash.update(data)
+
+            def __getattr__(self, name):
+                return getattr(self._hash, name)
+
+        monkeypatch.setattr(hashlib, "sha256", Counting)
+        assert len(find_run([tmp_path]).checkpoints) == 1
+        assert hashed < 100_000
+
     def test_same_weights_at_another_step_are_two(self, tmp_path):
         for step in (1, 2):
             torch.save({"model": state(0), "step": step}, tmp_path / f"s{step}.pt")
@@ -227,6 +261,14 @@ class TestDiscovery:
         (tmp_path / "2.pt").write_bytes(whole[: len(whole) // 2])
         with pytest.raises(FormatError, match=r"2\.pt: .*truncated"):
             collect([tmp_path])
+
+    def test_a_checkpoint_without_tensors_is_an_error_that_names_it(self, tmp_path):
+        """Averaged, two of them were a model without weights."""
+        for name in ("1.safetensors", "2.safetensors"):
+            save_file({}, tmp_path / name, {"step": name})
+        out = tmp_path / "out" / "average.safetensors"
+        with pytest.raises(FormatError, match=r"1\.safetensors: has no tensors"):
+            ckptavg.average(tmp_path, out)
 
     def test_none_is_an_error_that_says_what_was_looked_for(self, tmp_path):
         with pytest.raises(SelectionError, match=r"no checkpoint found in .*\.safetensors"):

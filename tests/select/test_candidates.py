@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.select.discover import find, is_no_checkpoint
+from ckptavg.select.candidates import find_candidates, is_no_checkpoint
 from tests.formats.test_dcp import save as save_dcp
 from tests.formats.test_deepspeed import save_engine
 from tests.helpers import run
@@ -31,7 +31,7 @@ def save(path: Path, value: float = 1.0) -> Path:
 
 def found(folder: Path) -> list[str]:
     """What a directory stands for: paths below it, `.` for itself."""
-    return [path.relative_to(folder).as_posix() for path, _ in find([folder])]
+    return [path.relative_to(folder).as_posix() for path in find_candidates([folder])]
 
 
 class TestDirectory:
@@ -52,7 +52,7 @@ class TestDirectory:
             "model.fp16.safetensors",
         ):
             save(folder / name)
-        assert find([folder]) == [(folder, True)]
+        assert find_candidates([folder]) == {folder: True}
 
     def test_with_shards_does_not_leave_them_out(self, tmp_path):
         folder = tmp_path / "x"
@@ -65,17 +65,17 @@ class TestDirectory:
     def test_without_checkpoints_is_an_error_that_says_where_some_are(self, tmp_path):
         save(tmp_path / "a" / "b" / "c" / "step_1.safetensors")
         with pytest.raises(SelectionError, match="no checkpoint found") as caught:
-            find([tmp_path])
+            find_candidates([tmp_path])
         assert str(caught.value).endswith(f"; there are checkpoints in {tmp_path}/a/b/c")
 
     def test_with_checkpoints_further_down_is_told_what_is_looked_for(self, tmp_path):
         save(tmp_path / "a" / "b" / "c" / "d" / "step_1.safetensors")
         with pytest.raises(SelectionError, match=r"; files ending with .*\.safetensors"):
-            find([tmp_path])
+            find_candidates([tmp_path])
 
     def test_that_is_not_there_is_an_error(self, tmp_path):
         with pytest.raises(SelectionError, match="absent: does not exist"):
-            find([tmp_path / "absent"])
+            find_candidates([tmp_path / "absent"])
 
 
 class TestEntries:
@@ -92,7 +92,7 @@ class TestEntries:
 
     def test_named_twice_count_once_as_named(self, tmp_path):
         path = save(tmp_path / "step_1.safetensors")
-        assert find([tmp_path, path]) == [(path, True)]
+        assert find_candidates([tmp_path, path]) == {path: True}
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
     def test_that_cannot_be_looked_into_are_left_out(self, tmp_path):
@@ -142,7 +142,7 @@ class TestFolders:
         folder = save(tmp_path / "checkpoint-5" / "model.safetensors").parent
         save_engine(folder / "global_step5", {"w": torch.ones(2)})
         (folder / "trainer_state.json").write_text("{}")
-        assert find([folder]) == [(folder, True)]
+        assert find_candidates([folder]) == {folder: True}
 
     def test_of_deepspeed_beside_a_configuration_are_the_checkpoints(self, tmp_path):
         for step in (10, 5):
@@ -161,7 +161,7 @@ class TestFolders:
         save_dcp({"model": {"w": torch.full((2,), 7.0)}}, folder / "pytorch_model_fsdp_0")
         save_dcp({"optimizer": {"w": torch.zeros(2)}}, folder / "optimizer_0")
         (folder / beside).write_text('{"global_step": 7}')
-        assert find([folder]) == [(folder, True)]
+        assert find_candidates([folder]) == {folder: True}
         opened = open_checkpoint(folder)
         assert opened.read("w").tolist() == [7, 7]
         assert opened.path == folder

@@ -1,0 +1,125 @@
+"""The candidates among the inputs: files and folders that look like checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import SelectionError, printable
+from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
+from ckptavg.formats.paths import is_remote, remote_errors
+from ckptavg.select.order import natural
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+log = logging.getLogger("ckptavg")
+
+# What trainers save beside checkpoints, in files and folders of the same kinds.
+_NO_WEIGHTS = re.compile(
+    r"(optim(izer)?|(lr_)?scheduler|rng_state|random_states|training_args|(grad_)?scaler|sampler)"
+    r"([_-][A-Za-z_-]*\d+)?(\.(pt|pth|bin))?|.*_optim_states\.pt"
+)
+_NUMBERED = re.compile(
+    r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
+)
+_DEPTH_OF_HINT = 3
+
+
+def find_candidates(inputs: Iterable[Path]) -> dict[Path, bool]:
+    """The candidates among the inputs, and whether each is an input itself.
+
+    An input is one itself, or a directory of several.
+
+    Raises:
+        SelectionError: an input does not exist, or is a directory without any.
+    """
+    candidates: dict[Path, bool] = {}
+    ignored: list[str] = []
+    for path in inputs:
+        with remote_errors(path):
+            entries = []
+            if path.is_dir():
+                entries = _candidates_in(path, ignored)
+                if not entries and not is_checkpoint_directory(path):
+                    what = f"no checkpoint found in {printable(path)}"
+                    raise SelectionError(what, remedy=_hint(path))
+            elif not path.exists():
+                raise SelectionError("does not exist", path=path)
+            for candidate in entries or [path]:
+                candidates[candidate] = candidates.get(candidate, False) or candidate == path
+    if ignored:
+        log.info("left out: %s", ", ".join(map(printable, ignored)))
+    return candidates
+
+
+def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
+    """The candidates in a directory, in natural order; none if it is a checkpoint itself.
+
+    A directory with weights is a checkpoint itself unless it has numbered checkpoints: then its
+    own weights are what a Trainer saved after the last of them.
+
+    Args:
+        folder: the directory.
+        ignored: takes the names of other entries that have a checkpoint's suffix.
+    """
+    entries = sorted(folder.iterdir(), key=lambda entry: natural(entry.name))
+    ignored += [entry.name for entry in entries if is_no_checkpoint(entry.name)]
+    candidates = [entry for entry in entries if _is_candidate(entry)]
+    if not is_checkpoint_directory(folder):
+        return candidates
+    numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
+    own = frozenset(entry.name for entry in numbered) or _weight_files(folder)
+    ignored += [entry.name for entry in candidates if entry.name not in own]
+    return numbered
+
+
+def _is_candidate(entry: Path) -> bool:
+    if entry.name.startswith(".") or is_no_checkpoint(entry.name):
+        return False
+    try:
+        return is_checkpoint_directory(entry) if entry.is_dir() else entry.suffix in SUFFIXES
+    except PermissionError:
+        log.info("%s cannot be looked into: left out", printable(entry.name))
+        return False
+
+
+def is_no_checkpoint(name: str) -> bool:
+    """Whether trainers give this name to optimizers, schedulers and the like."""
+    return _NO_WEIGHTS.fullmatch(name) is not None
+
+
+def _is_numbered(entry: Path, folder: Path) -> bool:
+    """Whether an entry of a directory with weights is a checkpoint beside these, not part of them.
+
+    DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that.
+    """
+    is_part = entry.name.startswith("global_step") and huggingface.has_trainer_state(folder)
+    return _NUMBERED.fullmatch(entry.name) is not None and not is_part
+
+
+def _weight_files(folder: Path) -> frozenset[str]:
+    """The names of the files that a directory's own weights are in."""
+    if huggingface.matches(folder):
+        return huggingface.weight_files(folder)
+    return frozenset(entry.name for entry in folder.iterdir())
+
+
+def _hint(folder: Path) -> str:
+    """Where checkpoints might be, if a directory has none."""
+    inner = next(_folders_with_candidates(folder, _DEPTH_OF_HINT), None)
+    if inner is not None:
+        return f"there are checkpoints in {printable(inner)}"
+    return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
+
+
+def _folders_with_candidates(folder: Path, depth: int) -> Iterator[Path]:
+    if is_remote(folder) or not folder.is_dir():
+        return
+    if _candidates_in(folder, []):
+        yield folder
+    elif depth:
+        for entry in sorted(folder.iterdir()):
+            yield from _folders_with_candidates(entry, depth - 1)

@@ -1,0 +1,352 @@
+"""The rules by which a user chooses among the checkpoints of a run, and what they say of each.
+
+The rules narrow the choice in this order: include and exclude (before a file is opened), start,
+steps or cycle or lr_minima, best, last, every.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from ckptavg.errors import SelectionError, printable
+from ckptavg.formats.paths import absolute
+from ckptavg.select.learning_rates import Reading, at_minima
+from ckptavg.select.metrics import Mode, best, from_name, mode_of, read_metrics
+from ckptavg.select.order import timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.select.order import Timeline
+    from ckptavg.select.run import Run
+
+_PERCENT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*%", re.ASCII)
+_NUMBER = re.compile(r"\d{1,18}", re.ASCII)
+_RANGE = re.compile(r"(\d{1,18}):(\d{1,18})(?::(\d{1,18}))?", re.ASCII)
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The rules: which checkpoints to choose.
+
+    Attributes:
+        include: patterns of names (`*`, `?`, `[...]`), of which one must fit; empty for all names.
+        exclude: patterns of names, of which none may fit.
+        start: the first step, or a share of the whole training such as `75%`.
+        steps: steps such as `100,200,300`, or a range that includes its ends: `100:1000:100`.
+        cycle: choose the ends of cycles of this length, counted from the start.
+        lr_minima: choose local minima of the learning rate.
+        lr_recorded: whether checkpoints record the learning rate that was `used`, or, being saved
+            after `scheduler.step()`, the `next` one; None to find out.
+        best: how many to choose with the best metric.
+        metric: the name of that metric.
+        mode: `min` or `max`: whether the metric is good when low or high; None to go by its name.
+        metrics: a file with the metric, CSV or JSON; None to take what the checkpoints record.
+        last: how many of the last to choose; several numbers make several averages.
+        every: choose every so many, counted back from the last.
+        unit: what steps are: `global_step`, `step` or `epoch`; None for the first of these that
+            all checkpoints record.
+    """
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    start: str | int | None = None
+    steps: str | None = None
+    cycle: int | None = None
+    lr_minima: bool = False
+    lr_recorded: Reading | None = None
+    best: int | None = None
+    metric: str | None = None
+    mode: Mode | None = None
+    metrics: Path | None = None
+    last: int | Sequence[int] | None = None
+    every: int | None = None
+    unit: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse rules that make no sense, alone or together.
+
+        Raises:
+            SelectionError: the first such rule.
+        """
+        exclusive = [name for name in ("steps", "cycle", "lr_minima") if getattr(self, name)]
+        if len(exclusive) > 1:
+            names = " and ".join(exclusive)
+            raise SelectionError(f"{names} are different ways of choosing: give one of them")
+        if self.best is not None and self.metric is None:
+            raise SelectionError("best needs to know by what", remedy="name it with metric")
+        if self.metric is None and (self.metrics is not None or self.mode is not None):
+            raise SelectionError("metrics and mode need a metric")
+        numbers = [(name, getattr(self, name)) for name in ("cycle", "best", "every")]
+        for name, number in (*numbers, *(("last", count) for count in self.counts)):
+            if number is not None and number < 1:
+                raise SelectionError(f"{name} is at least 1, not {number}")
+        if self.mode not in (None, "min", "max"):
+            raise SelectionError(f"mode is 'min' or 'max', not {self.mode!r}")
+
+    @property
+    def counts(self) -> tuple[int | None, ...]:
+        """How many of the last checkpoints each of several averages takes; None stands for all."""
+        return tuple(self.last or (None,)) if not isinstance(self.last, int) else (self.last,)
+
+    def unwanted(self, name: str) -> str | None:
+        """Why a checkpoint of this name is left out; None if it is not."""
+        if self.include and not _fitting(name, self.include):
+            return "its name does not fit include"
+        if pattern := _fitting(name, self.exclude):
+            return f"its name fits exclude {pattern}"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The rules that were given, for the provenance: no paths."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given["metrics"] = self.metrics is not None and self.metrics.name
+        return {
+            name: list(value) if isinstance(value, tuple | list) else value
+            for name, value in given.items()
+            if value
+        }
+
+
+def _fitting(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern that the name, or its last part, fits."""
+    for pattern in patterns:
+        if any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.rpartition("/")[2])):
+            return pattern
+    return None
+
+
+@dataclass(eq=False)
+class Verdict:
+    """What the rules say of a checkpoint.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        name: its path below the folder that all have in common.
+        unit: what its step counts: `global_step`, `step`, `epoch`, or the `number` in its name.
+        step: its step, if it is known.
+        done: how many units of the training were done, if that is known.
+        rate: the learning rate of its last update, if a rule asked for it.
+        metric: its metric, if a rule asked for it.
+        reason: why it is not chosen; empty if it is.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    unit: str
+    step: int | None = None
+    done: int | None = None
+    rate: float | None = None
+    metric: float | None = None
+    reason: str = ""
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the checkpoint is chosen."""
+        return not self.reason
+
+    def reject(self, reason: str) -> None:
+        """Do not choose the checkpoint; the first reason stays."""
+        self.reason = self.reason or reason
+
+
+def select(run: Run, rules: Selection) -> list[Verdict]:
+    """What the rules say of each checkpoint, in the order of training.
+
+    Raises:
+        SelectionError: the rules need what the checkpoints do not record.
+    """
+    times = timeline(run.checkpoints, run.names, rules.unit)
+    verdicts = [
+        Verdict(checkpoint, name, times.unit)
+        for checkpoint, name in zip(run.checkpoints, run.names, strict=True)
+    ]
+    # There are no steps if not all checkpoints have one.
+    for verdict, step, done in zip(verdicts, times.steps, times.done, strict=False):
+        verdict.step, verdict.done = step, done
+    start = 0
+    if rules.start is not None:
+        start = _apply_start(verdicts, times, str(rules.start).strip())
+    if rules.steps is not None:
+        _apply_steps(verdicts, times, rules.steps.replace(" ", ""))
+    if rules.cycle is not None:
+        _apply_cycle(verdicts, times, rules.cycle, start, is_unit_given=rules.unit is not None)
+    if rules.lr_minima:
+        _apply_lr_minima(verdicts, run, rules.lr_recorded)
+    if rules.metric is not None:
+        _apply_metric(verdicts, rules.metric, rules)
+    if rules.last:
+        _apply_last(verdicts, run, rules.counts)
+    if rules.every is not None:
+        _apply_every(verdicts, run, rules.every)
+    return verdicts
+
+
+def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts on the chosen checkpoints.
+
+    Raises:
+        SelectionError: no checkpoint is chosen.
+    """
+    left = _left(verdicts)
+    if not left:
+        last = verdicts[-1]
+        raise SelectionError(
+            f"none of {len(verdicts)} checkpoints is left; of the last one, "
+            f"{printable(last.name)}: {last.reason}",
+            remedy="`ckptavg inspect` with the same rules says why for each",
+        )
+    return left
+
+
+def _left(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.is_chosen]
+
+
+def _check_order(run: Run, rule: str) -> None:
+    if not run.order_is_known:
+        raise SelectionError(
+            f"{rule} needs to know the order of the checkpoints, and only some have a step",
+            remedy="put the step into every name",
+        )
+
+
+def _check_steps(times: Timeline, rule: str) -> None:
+    if not times.steps:
+        raise SelectionError(
+            f"{rule} needs to know the step of each checkpoint: not all record one, and their "
+            "names do not tell",
+            remedy="put the step into every name",
+        )
+
+
+def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> int:
+    """Reject what comes before the start, and return how much of the training was done there."""
+    _check_steps(times, "start")
+    if percent := _PERCENT.fullmatch(start):
+        # A fraction is exact: 55 % of 100 is 55, not 55.00000000000001.
+        threshold = Fraction(percent[1]) * max(times.done) / 100
+        for verdict, done in zip(verdicts, times.done, strict=True):
+            if done < threshold:
+                verdict.reject(f"before {start}")
+        return next((done for done in times.done if done >= threshold), 0)
+    if not _NUMBER.fullmatch(start):
+        raise SelectionError(f"start is a step or a share such as 75%, not {start!r}")
+    for verdict, step in zip(verdicts, times.steps, strict=True):
+        if step < int(start):
+            verdict.reject(f"before {times.unit} {int(start)}")
+    return int(start) + times.from_zero
+
+
+def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> None:
+    """Reject all steps but those in a list or a range."""
+    _check_steps(times, "steps")
+    wanted: range | set[int]
+    if ends := _RANGE.fullmatch(steps):
+        stride = int(ends[3] or 1)
+        if stride < 1:
+            raise SelectionError(f"steps {steps}: the stride is at least 1")
+        wanted = range(int(ends[1]), int(ends[2]) + 1, stride)
+    elif all(map(_NUMBER.fullmatch, steps.split(","))):
+        wanted = {int(number) for number in steps.split(",")}
+        if missing := sorted(wanted - set(times.steps)):
+            absent = ", ".join(map(str, missing))
+            raise SelectionError(f"there is no checkpoint of {times.unit} {absent}")
+    else:
+        raise SelectionError(f"steps is 100,200,300 or 100:1000:100, not {steps!r}")
+    for verdict, step in zip(verdicts, times.steps, strict=True):
+        if step not in wanted:
+            verdict.reject("not among steps")
+
+
+def _apply_cycle(
+    verdicts: Sequence[Verdict], times: Timeline, cycle: int, start: int, *, is_unit_given: bool
+) -> None:
+    """Reject all but the ends of cycles: `mod(i - start, c) = 0` (Izmailov et al. 2018, Alg. 1)."""
+    _check_steps(times, "cycle")
+    if not is_unit_given and "epoch" in times.other_units:
+        raise SelectionError(
+            f"cycle may be counted in {times.unit} or in epochs: the checkpoints record both",
+            remedy=f"set unit to {times.unit} or to epoch",
+        )
+    for verdict, done in zip(verdicts, times.done, strict=True):
+        if (done - start) % cycle:
+            verdict.reject("not at the end of a cycle")
+
+
+def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | None) -> None:
+    """Reject what was not saved at a local minimum of the learning rate."""
+    _check_order(run, "lr_minima")
+    rates, minima = at_minima(run.checkpoints, run.names, recorded)
+    for verdict, rate, is_minimum in zip(verdicts, rates, minima, strict=True):
+        verdict.rate = rate
+        if not is_minimum:
+            verdict.reject(f"its rate {rate:g} is no minimum")
+
+
+def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) -> None:
+    """Find each checkpoint's metric, and reject all but the best if that is asked for."""
+    if rules.metrics is not None:
+        _look_up(verdicts, read_metrics(rules.metrics, metric))
+    else:
+        for verdict in verdicts:
+            recorded = verdict.checkpoint.training.metrics.get(metric)
+            verdict.metric = from_name(verdict.name, metric) if recorded is None else recorded
+    if rules.best is None:
+        return
+    mode = rules.mode or mode_of(metric)
+    if mode is None:
+        raise SelectionError(
+            f"whether {printable(metric)} should be low or high is not certain from its name",
+            remedy="set mode to min or to max",
+        )
+    left = _left(verdicts)
+    values = [verdict.metric for verdict in left]
+    if all(value is None for value in values):
+        names = {name for each in verdicts for name in each.checkpoint.training.metrics}
+        known = ", ".join(map(printable, sorted(names)[:_MOST_NAMED]))
+        raise SelectionError(
+            f"none of the checkpoints has the metric {printable(metric)}",
+            remedy=(f"recorded are: {known}; " if known else "") + "name a file of it with metrics",
+        )
+    winners = best(values, rules.best, mode)
+    for place, verdict in enumerate(left):
+        if place not in winners:
+            value = "none" if verdict.metric is None else f"{verdict.metric:g}"
+            verdict.reject(f"not among the best {rules.best} ({printable(metric)} {value})")
+
+
+def _look_up(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:
+    """Look up each checkpoint's metric by its path, its name, or a file name that no other has."""
+    paths = [verdict.checkpoint.path for verdict in verdicts]
+    names = Counter(path.name for path in paths)
+    stems = Counter(path.stem for path in paths)
+    for verdict, path in zip(verdicts, paths, strict=True):
+        keys = [str(path), str(absolute(path)), verdict.name]
+        keys += [path.name] if names[path.name] == 1 else []
+        keys += [path.stem] if stems[path.stem] == 1 else []
+        verdict.metric = next((table[key] for key in keys if key in table), None)
+
+
+def _apply_last(verdicts: Sequence[Verdict], run: Run, counts: Iterable[int | None]) -> None:
+    """Reject all but the last, by the largest of the numbers."""
+    _check_order(run, "last")
+    last = max(count for count in counts if count is not None)
+    for verdict in _left(verdicts)[:-last]:
+        verdict.reject(f"not among the last {last}")
+
+
+def _apply_every(verdicts: Sequence[Verdict], run: Run, every: int) -> None:
+    """Reject all but every so many, counted back from the last."""
+    _check_order(run, "every")
+    for place, verdict in enumerate(reversed(_left(verdicts))):
+        if place % every:
+            verdict.reject(f"between every {every}")

@@ -1,0 +1,154 @@
+"""A training run: the checkpoints that may be members of an average, in the order of training."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.select.candidates import find_candidates
+from ckptavg.select.copies import find_copies
+from ckptavg.select.order import in_order, labels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from ckptavg.formats.checkpoint import Checkpoint
+
+log = logging.getLogger("ckptavg")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The checkpoints of a training run.
+
+    Attributes:
+        checkpoints: in the order of training.
+        names: the paths of the checkpoints below the folder that they have in common.
+        order_is_known: whether the order comes from steps, or only from the names.
+        left_out: the candidates that are none of the checkpoints, by path, and why.
+        files: all files that were opened, those of copies included.
+        base: the earlier average that the checkpoints bring up to date; it is none of them.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    names: tuple[str, ...]
+    order_is_known: bool
+    left_out: Mapping[Path, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    base: Checkpoint | None = None
+
+
+def find_run(
+    inputs: Sequence[Path],
+    *,
+    key: str | None = None,
+    keep_prefix: bool = False,
+    unwanted: Callable[[str], str | None] = lambda _: None,
+) -> Run:
+    """Find and open the checkpoints among the inputs, count copies once, and order the rest.
+
+    Args:
+        inputs: directories of checkpoints, and checkpoints.
+        key: which state dict to take if a file holds several.
+        keep_prefix: leave a wrapper's prefix on the names of tensors.
+        unwanted: given a candidate's name, why it is left out; None if it is not.
+
+    Raises:
+        SelectionError: there are no checkpoints.
+        FormatError: a candidate is damaged, of an unknown format, or has no tensors.
+    """
+    left_out: dict[Path, str] = {}
+    opened: list[Checkpoint] = []
+    candidates = find_candidates(inputs)
+    for (path, is_named), name in zip(candidates.items(), labels(list(candidates)), strict=True):
+        reason = unwanted(name)
+        checkpoint = None if reason else _open(path, key, is_named=is_named)
+        if checkpoint is None:
+            left_out[path] = reason or "an average made earlier"
+        else:
+            opened.append(checkpoint)
+    if not opened:
+        where = ", ".join(map(printable, inputs)) or "no input"
+        what = "".join(f" but {reason}" for reason in [*left_out.values()][:1])
+        raise SelectionError(f"no checkpoint found in {where}{what}")
+    opened = _without_prefixes(opened, keep_prefix=keep_prefix)
+    members, others = members_among(opened)
+    files = [part.path for checkpoint in opened for part in checkpoint.parts]
+    return ordered_run(members, left_out | others, files)
+
+
+def ordered_run(
+    checkpoints: Sequence[Checkpoint],
+    left_out: Mapping[Path, str] | None = None,
+    files: Iterable[Path] = (),
+) -> Run:
+    """The run of these checkpoints, which this puts into the order of training."""
+    names = labels([checkpoint.path for checkpoint in checkpoints])
+    named, order_is_known = in_order(checkpoints, names)
+    checkpoints, names = zip(*named, strict=True)
+    return Run(checkpoints, names, order_is_known, left_out or {}, tuple(files))
+
+
+def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """The candidates that are members of the run; the paths of all others, and why they are none.
+
+    Whatever else makes a candidate no member (another series, another tool's average, a pointer
+    such as `last`) is to be decided here.
+    """
+    copies = find_copies(candidates)
+    names = dict(zip(candidates, labels([each.path for each in candidates]), strict=True))
+    left_out = {}
+    for copy, original in copies.items():
+        name = printable(names[original])
+        log.info("%s is the same checkpoint as %s: counted once", printable(names[copy]), name)
+        left_out[copy.path] = f"the same checkpoint as {name}"
+    return [candidate for candidate in candidates if candidate not in copies], left_out
+
+
+def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
+    """Open a checkpoint; None if it is an average of ours that nobody named."""
+    name = printable(path.name)
+    try:
+        checkpoint = open_checkpoint(path, key=key)
+    except SelectionError:
+        # An average of ours is a bare state dict: that the key is not in it is no error.
+        if is_named or key is None or not (checkpoint := open_checkpoint(path)).is_average:
+            raise
+    if checkpoint.is_average and not is_named:
+        log.info("%s is an average made earlier: left out", name)
+        return None
+    if checkpoint.is_average:
+        log.info("%s is an average made earlier: taken, since it was named", name)
+    if not checkpoint.tensors:
+        raise FormatError("has no tensors", path=path, remedy="leave it out with exclude")
+    return checkpoint
+
+
+def _without_prefixes(checkpoints: Sequence[Checkpoint], *, keep_prefix: bool) -> list[Checkpoint]:
+    """The checkpoints without the prefix that a wrapper gave the names of all tensors."""
+    pairs = [without_wrappers(checkpoint, keep_prefix=keep_prefix) for checkpoint in checkpoints]
+    for prefix, count in Counter(prefix for _, prefix in pairs if prefix).items():
+        log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
+    return [checkpoint for checkpoint, _ in pairs]
+
+
+def mention_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
+    """Log which state dicts the last checkpoint holds beside the one that is taken."""
+    last = checkpoints[-1]
+    if last.other_keys:
+        log.info(
+            "took %s; there is also %s, to be taken with --key",
+            f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
+            ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
+        )
+    # An average of ours is always a bare state dict.
+    others = [checkpoint for checkpoint in checkpoints if not checkpoint.is_average]
+    keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in others})
+    if len(keys) > 1:
+        log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 from ckptavg.errors import RefreshError, UserCodeError
 from ckptavg.norm.layers import chosen_layers
 from ckptavg.norm.refresh import refresh_norm
-from tests.norm.test_refresh import (
+from tests.helpers_norm import (
     STATISTICS,
     Renorm,
     Snapshot,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ckptavg.errors import RefreshError, UserCodeError
 from ckptavg.norm.refresh import refresh_norm
-from tests.norm.test_refresh import (
+from tests.helpers_norm import (
     MODELS,
     STATISTICS,
     Snapshot,

@@ -42,7 +42,7 @@ from ckptavg import cli
 from ckptavg.errors import UserCodeError
 from ckptavg.norm.libraries import maker
 from tests.helpers import run
-from tests.norm.test_refresh import (
+from tests.helpers_norm import (
     STATISTICS,
     Snapshot,
     assert_same_statistics,

@@ -4,11 +4,42 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
 from click.testing import CliRunner, Result
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptavg import cli
+from ckptavg.errors import CkptAvgError, FormatError
+from ckptavg.formats import open_checkpoint
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+    torch.complex64,
+    torch.complex128,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -29,3 +60,85 @@ def process(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
         cwd=cwd,
         check=False,
     )
+
+
+def random_tensor(shape, dtype=torch.float32, seed=0):
+    """A tensor of random bits, with NaNs of all kinds."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    count = int(np.prod(shape)) * dtype.itemsize
+    high = 2 if dtype == torch.bool else 256
+    raw = np.random.default_rng(seed).integers(0, high, count, np.uint8)
+    return torch.from_numpy(raw).view(dtype).reshape(shape)
+
+
+def bits(tensor):
+    """Bytes of the elements in C order."""
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return copied.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(opened, state):
+    """A checkpoint has the names, dtypes, shapes and bits of a state dict."""
+    assert set(opened.tensors) == set(state)
+    for name, tensor in state.items():
+        found = opened.tensors[name]
+        assert found.dtype.name == str(tensor.dtype).removeprefix("torch.")
+        assert found.shape == tuple(tensor.shape)
+        array = opened.read(name)
+        assert array.shape == tuple(tensor.shape)
+        assert array.tobytes() == bits(tensor)
+
+
+def save_torch(root, path, **options):
+    """`torch.save`, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(root, path, **options)
+    return path
+
+
+def refusal(path, kind: type[CkptAvgError] = FormatError, key=None):
+    """The error of opening a file, without its path, which it begins with."""
+    with pytest.raises(kind) as caught:
+        open_checkpoint(path, key=key)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert message.isprintable()
+    assert len(message) < 2_000
+    return message.removeprefix(str(path))
+
+
+def small_model() -> torch.nn.Module:
+    """A convolution, a norm layer and a linear layer."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
+    )
+
+
+def save_dcp(state: dict[str, Any], folder: Path) -> Path:
+    """A DCP directory, saved by one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(state, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+def save_engine(folder: Path, weights, *, stage: int = 2, ranks: int = 1, step: int = 1) -> Path:
+    """A DeepSpeed directory; the content of its optimizer is made up."""
+    folder.mkdir(parents=True)
+    states = {
+        "module": weights,
+        "ds_version": "0.17.0",
+        "ds_config": {"zero_optimization": {"stage": stage}},
+        "param_shapes": [{name: value.shape for name, value in weights.items()}],
+        "global_steps": step,
+        "optimizer": None,
+    }
+    for rank in range(ranks):
+        name = f"mp_rank_{rank:02}_model_states.pt"
+        torch.save(states, folder / (f"zero_pp_rank_{rank}_{name}" if stage == 3 else name))
+        optimizer = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": {"exp_avg": torch.ones(50)}}, optimizer)
+    return folder

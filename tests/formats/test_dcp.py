@@ -7,7 +7,6 @@ import itertools
 import os
 import pickle
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 import ckptavg
 from ckptavg import cli
@@ -31,6 +29,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.paths import as_path
 from tests.gloo import save_all, whole_state
+from tests.helpers import save_dcp
 from tests.oracle import StateDict, naive_mean, random_state_dicts, same_bits
 
 # In which order `tests.gloo` saves them: each is another step.
@@ -41,14 +40,6 @@ LAYOUTS = ("rows1", "rows2", "rows4", "columns4", "copies4", "grid4", "strided4"
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     save_all(folder)
-    return folder
-
-
-def save(state: dict[str, Any], folder: Path) -> Path:
-    """Save in one process. torch warns of that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_dcp(state, checkpoint_id=folder, no_dist=True)
     return folder
 
 
@@ -103,7 +94,9 @@ class TestPieces:
 
     def test_that_are_not_contiguous_average_with_others(self, sharded, tmp_path):
         names = [name for name, value in whole_state(9).items() if value.dim() == 2]
-        other = save({"model": {name: whole_state(1)[name] for name in names}}, tmp_path / "other")
+        other = save_dcp(
+            {"model": {name: whole_state(1)[name] for name in names}}, tmp_path / "other"
+        )
         ckptavg.average([sharded / "turned4", other], tmp_path / "out.safetensors")
         averaged = load_file(tmp_path / "out.safetensors")
         for name in names:
@@ -151,13 +144,13 @@ class TestOneProcess:
             "fp8": torch.randn(5).to(torch.float8_e4m3fn),
             "complex": torch.randn(2, 3, dtype=torch.complex64),
         }
-        assert_holds(open_checkpoint(save({"model": state}, tmp_path / "c")), state)
+        assert_holds(open_checkpoint(save_dcp({"model": state}, tmp_path / "c")), state)
 
     def test_transposed_tensors_average(self, tmp_path):
         states = [{"w": torch.randn(30, 40).t(), "v": torch.randn(6)} for _ in range(2)]
         states.append({"w": torch.randn(40, 30), "v": torch.randn(6)})
         inputs = [
-            save({"model": state, "step": number}, tmp_path / str(number))
+            save_dcp({"model": state, "step": number}, tmp_path / str(number))
             for number, state in enumerate(states)
         ]
         ckptavg.average(inputs, tmp_path / "out.safetensors")
@@ -172,7 +165,7 @@ class TestOneProcess:
                 name: {"exp_avg": value + 1, "exp_avg_sq": value**2}
                 for name, value in weights.items()
             }
-            save({"model": weights, "optimizer": {"state": moments}}, tmp_path / f"step_{step}")
+            save_dcp({"model": weights, "optimizer": {"state": moments}}, tmp_path / f"step_{step}")
         count, preadv = 0, os.preadv
 
         def counted(fd: int, buffers: Any, offset: int) -> int:
@@ -189,22 +182,22 @@ class TestOneProcess:
     def test_packed_elements_are_copied(self, tmp_path):
         codes = torch.randint(0, 255, (4, 6), dtype=torch.uint8)
         state = {"w": codes.view(torch.float4_e2m1fn_x2)}
-        checkpoint = open_checkpoint(save({"model": state}, tmp_path / "c"))
+        checkpoint = open_checkpoint(save_dcp({"model": state}, tmp_path / "c"))
         assert checkpoint.tensors["w"].shape == (4, 12)
         assert checkpoint.read("w").tobytes() == codes.numpy().tobytes()
 
     def test_a_link_to_it_counts_once(self, tmp_path):
         for step in (1, 2):
-            save({"model": {"w": torch.full((3,), float(step))}}, tmp_path / f"step_{step}")
+            save_dcp({"model": {"w": torch.full((3,), float(step))}}, tmp_path / f"step_{step}")
         (tmp_path / "last").symlink_to("step_2")
         inputs = [tmp_path / name for name in ("step_1", "step_2", "last")]
         ckptavg.average(inputs, tmp_path / "out.safetensors")
         assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [1.5, 1.5, 1.5]
 
     def test_a_file_rewritten_meanwhile_is_noticed(self, tmp_path):
-        folder = save({"model": {"w": torch.ones(3)}}, tmp_path / "c")
+        folder = save_dcp({"model": {"w": torch.ones(3)}}, tmp_path / "c")
         checkpoint = open_checkpoint(folder)
-        save({"model": {"w": torch.zeros(30)}}, folder)
+        save_dcp({"model": {"w": torch.zeros(30)}}, folder)
         for part in checkpoint.parts[1:]:
             with pytest.raises(ckptavg.CkptAvgError, match="changed"):
                 part.check_unchanged()
@@ -212,7 +205,7 @@ class TestOneProcess:
     def test_behind_a_url(self, tmp_path):
         pytest.importorskip("upath")
         state = random_state_dicts(1)[0]
-        folder = save({"model": state}, tmp_path / "c")
+        folder = save_dcp({"model": state}, tmp_path / "c")
         remote = as_path("memory://bucket/run/c")
         remote.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
@@ -222,7 +215,7 @@ class TestOneProcess:
 
 class TestNames:
     def opened(self, state: dict[str, Any], folder: Path, key: str | None = None) -> Checkpoint:
-        return open_checkpoint(save(state, folder), key=key)
+        return open_checkpoint(save_dcp(state, folder), key=key)
 
     @pytest.mark.parametrize("key", [None, "model", "model."])
     def test_are_those_within_the_model(self, tmp_path, key):
@@ -252,7 +245,7 @@ class TestNames:
     def test_of_megatron_are_flat(self, tmp_path, prefix):
         weights = {"decoder.layers.w": torch.ones(2, 3), "output_layer.weight": torch.ones(3)}
         moments = {f"{prefix}exp_avg.{name}": value + 1 for name, value in weights.items()}
-        folder = save(weights | moments | {"rng_state": b"0"}, tmp_path / "c")
+        folder = save_dcp(weights | moments | {"rng_state": b"0"}, tmp_path / "c")
         edit(folder, lambda metadata: setattr(metadata, "planner_data", None))
         checkpoint = open_checkpoint(folder)
         assert_holds(checkpoint, weights)
@@ -260,7 +253,7 @@ class TestNames:
 
     def test_that_lost_their_nesting_find_it_again(self, tmp_path):
         state = {"model": {"w": torch.ones(2)}, "optimizer": {"w": torch.zeros(2)}}
-        folder = save(state, tmp_path / "c")
+        folder = save_dcp(state, tmp_path / "c")
         edit(folder, lambda metadata: setattr(metadata, "planner_data", None))
         checkpoint = open_checkpoint(folder)
         assert_holds(checkpoint, state["model"])
@@ -270,7 +263,7 @@ class TestNames:
         weights = {"model.layers.0.w": torch.ones(2), "lm_head.weight": torch.ones(3)}
         assert_holds(self.opened(weights, tmp_path / "1"), weights)
         beside = weights | {"optimizer.state.w": torch.ones(2)}
-        folder = save(beside, tmp_path / "2")
+        folder = save_dcp(beside, tmp_path / "2")
         edit(folder, lambda metadata: setattr(metadata, "planner_data", None))
         assert_holds(open_checkpoint(folder), weights)
 
@@ -298,7 +291,7 @@ class TestNames:
     @pytest.mark.parametrize("planned", [True, False])
     def test_like_those_of_the_training_s_state_are_kept(self, tmp_path, names, planned):
         weights = {name: torch.ones(number + 1) for number, name in enumerate(names)}
-        folder = save(weights | {"optimizer.state.w": torch.zeros(2)}, tmp_path / "c")
+        folder = save_dcp(weights | {"optimizer.state.w": torch.zeros(2)}, tmp_path / "c")
         if not planned:
             edit(folder, lambda metadata: setattr(metadata, "planner_data", None))
         assert_holds(open_checkpoint(folder), weights)
@@ -321,7 +314,7 @@ class TestNames:
 
     def test_at_the_top_beside_other_tensors_are_a_choice(self, tmp_path):
         weights, others = {"w": torch.ones(2)}, {"shuffle": torch.zeros(3)}
-        folder = save(weights | {"dataloader": others}, tmp_path / "c")
+        folder = save_dcp(weights | {"dataloader": others}, tmp_path / "c")
         with pytest.raises(SelectionError) as caught:
             open_checkpoint(folder)
         assert str(caught.value) == (
@@ -332,7 +325,7 @@ class TestNames:
         assert_holds(open_checkpoint(folder, key="dataloader"), others)
 
     def test_that_are_not_there_are_an_error(self, tmp_path):
-        folder = save({"optimizer": {"w": torch.zeros(2)}}, tmp_path / "c")
+        folder = save_dcp({"optimizer": {"w": torch.zeros(2)}}, tmp_path / "c")
         with pytest.raises(SelectionError, match="no state dict"):
             open_checkpoint(folder)
         with pytest.raises(SelectionError, match="'ema'"):
@@ -350,7 +343,7 @@ class TestNames:
         assert self.opened(state, tmp_path / "c").step == (name, 17)
 
     def test_lightning_has_the_step_in_a_file_of_its_own(self, tmp_path):
-        folder = save({"model": {"w": torch.ones(2)}}, tmp_path / "epoch=3-step=40.ckpt")
+        folder = save_dcp({"model": {"w": torch.ones(2)}}, tmp_path / "epoch=3-step=40.ckpt")
         torch.save({"epoch": 3, "global_step": 40, "callbacks": {}}, folder / "meta.pt")
         assert open_checkpoint(folder).facts == {"epoch": 3, "global_step": 40}
 
@@ -371,7 +364,7 @@ class TestNames:
             object.__setattr__(index, "offset", None)
 
         for number, change in enumerate((drop, repeat)):
-            folder = save({"model": {"w": torch.ones(2)}, "step": 7}, tmp_path / str(number))
+            folder = save_dcp({"model": {"w": torch.ones(2)}, "step": 7}, tmp_path / str(number))
             edit(folder, change)
             assert open_checkpoint(folder).facts == {}
 
@@ -380,7 +373,7 @@ class TestMetadata:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         state = {"w": torch.arange(12.0).reshape(4, 3)}
-        return save({"model": state, "optimizer": {"w": torch.zeros(4)}}, tmp_path / "c")
+        return save_dcp({"model": state, "optimizer": {"w": torch.zeros(4)}}, tmp_path / "c")
 
     @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
     def test_of_any_pickle_protocol_opens(self, folder, protocol):
@@ -604,7 +597,7 @@ def complaint(
 )
 def test_damage_is_one_line_that_names_the_file(tmp_path, complaint, damage, file, message):
     state = {"model": {"w": torch.ones(4, 3)}, "optimizer": {"w": torch.zeros(4)}}
-    folder, sound = save(state, tmp_path / "c"), save(state, tmp_path / "c2")
+    folder, sound = save_dcp(state, tmp_path / "c"), save_dcp(state, tmp_path / "c2")
     damage(folder)
     line = complaint("average", folder, sound, "-o", "out.safetensors")
     assert str(folder / file) in line
@@ -614,7 +607,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, complaint, damage, fil
 
 def test_a_dtype_that_is_not_known_is_named_only_where_it_is_wanted(tmp_path):
     state = {"model": {"w": torch.ones(4)}, "ema": {"w": torch.zeros(4)}}
-    folder = save(state, tmp_path / "c")
+    folder = save_dcp(state, tmp_path / "c")
 
     def change(metadata: Metadata) -> None:
         tensors_of(metadata, "ema.w").properties.dtype = torch.qint8
@@ -627,7 +620,9 @@ def test_a_dtype_that_is_not_known_is_named_only_where_it_is_wanted(tmp_path):
 
 def test_whatever_byte_is_damaged_the_error_is_a_known_one(tmp_path):
     state = {"w": torch.arange(12.0).reshape(4, 3), "v": torch.ones(3, 2).t(), "e": torch.ones(0)}
-    folder = save({"model": state, "optimizer": {"w": torch.zeros(4)}, "step": 3}, tmp_path / "c")
+    folder = save_dcp(
+        {"model": state, "optimizer": {"w": torch.zeros(4)}, "step": 3}, tmp_path / "c"
+    )
     draw = np.random.default_rng(0)
     for path in (folder / ".metadata", folder / "__0_0.distcp"):
         sound = path.read_bytes()
@@ -645,7 +640,7 @@ def test_whatever_byte_is_damaged_the_error_is_a_known_one(tmp_path):
 def test_pieces_that_are_named_again_and_again_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("ckptavg.formats.dcpfiles._MOST_PIECES", 100)
     state = {"model": {str(number): torch.ones(4) for number in range(6)}}
-    folder = save(state, tmp_path / "c")
+    folder = save_dcp(state, tmp_path / "c")
 
     def repeat(metadata: Metadata) -> None:
         chunks = tensors_of(metadata, "model.0").chunks * 20

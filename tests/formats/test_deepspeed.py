@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,26 +10,8 @@ import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.candidates import find_candidates
+from tests.helpers import save_engine
 from tests.oracle import naive_mean, same_bits
-
-
-def save_engine(folder: Path, weights, *, stage: int = 2, ranks: int = 1, step: int = 1) -> Path:
-    """The files of an engine: everything but the optimizer's content is as it writes it."""
-    folder.mkdir(parents=True)
-    states = {
-        "module": weights,
-        "ds_version": "0.17.0",
-        "ds_config": {"zero_optimization": {"stage": stage}},
-        "param_shapes": [{name: value.shape for name, value in weights.items()}],
-        "global_steps": step,
-        "optimizer": None,
-    }
-    for rank in range(ranks):
-        name = f"mp_rank_{rank:02}_model_states.pt"
-        torch.save(states, folder / (f"zero_pp_rank_{rank}_{name}" if stage == 3 else name))
-        optimizer = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        torch.save({"optimizer_state_dict": {"exp_avg": torch.ones(50)}}, optimizer)
-    return folder
 
 
 def test_a_run_of_the_engine(tmp_path):

@@ -16,8 +16,7 @@ from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.huggingface import weight_files
 from ckptavg.formats.jsontext import read_json
-from tests.formats.test_dcp import save as save_dcp
-from tests.helpers import process, run
+from tests.helpers import process, run, save_dcp
 from tests.oracle import StateDict, naive_mean, same_bits
 
 INDEX = "model.safetensors.index.json"

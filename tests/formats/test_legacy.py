@@ -26,16 +26,16 @@ from ckptavg.formats import open_checkpoint, torchlegacy
 from ckptavg.formats.parts import File
 from ckptavg.formats.remote import open_source
 from ckptavg.formats.unpickler import PickleError
-from tests.formats.test_torch import DTYPES, assert_same, random_tensor, refusal, save, small_model
+from tests.helpers import DTYPES, assert_same, random_tensor, refusal, save_torch, small_model
 from tests.oracle import naive_mean, random_state_dicts, same_bits
-from tests.pickle_bombs import BOMBS, MEMORY, SECONDS, named, stop, text
+from tests.pickle_bombs import BOMBS, MEMORY, SECONDS, in_a_fork, named, stop, text
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def save_legacy(root, path, **options):
     """`torch.save`, as it wrote before 1.6."""
-    return save(root, path, _use_new_zipfile_serialization=False, **options)
+    return save_torch(root, path, _use_new_zipfile_serialization=False, **options)
 
 
 def train(model, steps=2, seed=0):
@@ -172,7 +172,7 @@ def runs_of(folder, kinds):
         optimizer = train(model, seed=step)
         states.append({name: value.clone() for name, value in model.state_dict().items()})
         root = {"optimizer": optimizer.state_dict(), "state_dict": states[-1], "epoch": step}
-        (save_legacy if kind == "legacy" else save)(root, folder / f"epoch_{step}.pt")
+        (save_legacy if kind == "legacy" else save_torch)(root, folder / f"epoch_{step}.pt")
     return states
 
 
@@ -501,13 +501,10 @@ def load_legacy(pickled):
 @pytest.fixture(scope="module")
 def outcomes():
     """What came of each bomb, in a process that may take no more than it should."""
-    code = (
-        "import json, sys; from tests import pickle_bombs as b;"
-        "from tests.formats import test_legacy as t;"
-        "b.load = t.load_legacy;"
-        "json.dump({kind: b.in_a_fork(pickled) for kind, pickled in b.BOMBS.items()}, sys.stdout)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.formats.test_legacy"],
+        check=True, capture_output=True, cwd=ROOT,
+    )  # fmt: skip
     return json.loads(done.stdout)
 
 
@@ -518,3 +515,7 @@ def test_no_pickle_takes_more_than_its_share(outcomes, kind):
     assert seconds < SECONDS
     assert memory < MEMORY
     assert outcome.isprintable()
+
+
+if __name__ == "__main__":
+    json.dump({kind: in_a_fork(bomb, load_legacy) for kind, bomb in BOMBS.items()}, sys.stdout)

@@ -25,87 +25,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptavg.errors import CkptAvgError, FormatError, SelectionError
+from ckptavg.errors import CkptAvgError, SelectionError
 from ckptavg.formats import open_checkpoint
+from tests.helpers import DTYPES, assert_same, random_tensor, refusal, save_torch, small_model
 from tests.pickle_bombs import get, named, put, stop, text
-
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-    torch.complex64,
-    torch.complex128,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint64,
-    torch.uint32,
-    torch.uint16,
-    torch.uint8,
-    torch.bool,
-]
-
-
-def random_tensor(shape, dtype=torch.float32, seed=0):
-    """Any bits at all, NaNs of all kinds among them."""
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    count = int(np.prod(shape)) * dtype.itemsize
-    high = 2 if dtype == torch.bool else 256
-    raw = np.random.default_rng(seed).integers(0, high, count, np.uint8)
-    return torch.from_numpy(raw).view(dtype).reshape(shape)
-
-
-def bits(tensor):
-    """Its elements in C order, as bytes."""
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-    return copied.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same(opened, state):
-    """What was opened is what torch has: names, dtypes, shapes and every bit."""
-    assert set(opened.tensors) == set(state)
-    for name, tensor in state.items():
-        found = opened.tensors[name]
-        assert found.dtype.name == str(tensor.dtype).removeprefix("torch.")
-        assert found.shape == tuple(tensor.shape)
-        array = opened.read(name)
-        assert array.shape == tuple(tensor.shape)
-        assert array.tobytes() == bits(tensor)
-
-
-def save(root, path, **options):
-    """`torch.save`, without its warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.save(root, path, **options)
-    return path
-
-
-def refusal(path, kind: type[CkptAvgError] = FormatError, key=None):
-    """The error's text: one line that begins with the file's name."""
-    with pytest.raises(kind) as caught:
-        open_checkpoint(path, key=key)
-    message = str(caught.value)
-    assert message.startswith(str(path))
-    assert message.isprintable()
-    assert len(message) < 2_000
-    return message.removeprefix(str(path))
-
-
-def small_model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
-    )
-
 
 # State dicts and tensors of all kinds
 
@@ -125,14 +48,14 @@ def test_every_dtype_is_read_bit_for_bit(tmp_path, dtype):
         "transposed": whole.t(),
         "element": whole[2, 3],
     }
-    assert_same(open_checkpoint(save(state, tmp_path / "x.pt")), state)
+    assert_same(open_checkpoint(save_torch(state, tmp_path / "x.pt")), state)
 
 
 def test_a_file_saved_to_a_path_and_one_saved_to_a_stream_are_read(tmp_path):
     state = small_model().state_dict()
-    save(state, tmp_path / "some.name.pt")
+    save_torch(state, tmp_path / "some.name.pt")
     buffer = io.BytesIO()
-    save(state, buffer)
+    save_torch(state, buffer)
     (tmp_path / "stream").write_bytes(buffer.getvalue())
     for name in ("some.name.pt", "stream"):
         opened = open_checkpoint(tmp_path / name)
@@ -145,13 +68,15 @@ def test_a_file_saved_to_a_path_and_one_saved_to_a_stream_are_read(tmp_path):
 @pytest.mark.parametrize("stem", ["ж日本", "with space", "data", "archive"])
 def test_the_name_of_the_archive_does_not_matter(tmp_path, stem):
     state = {"w": random_tensor((3,))}
-    assert_same(open_checkpoint(save(state, tmp_path / f"{stem}.pt")), state)
+    assert_same(open_checkpoint(save_torch(state, tmp_path / f"{stem}.pt")), state)
 
 
 @pytest.mark.parametrize("protocol", range(1, 6))
 def test_every_pickle_protocol_is_read(tmp_path, protocol):
     state = small_model().state_dict()
-    path = save({"state_dict": state, "epoch": 3}, tmp_path / "x.pt", pickle_protocol=protocol)
+    path = save_torch(
+        {"state_dict": state, "epoch": 3}, tmp_path / "x.pt", pickle_protocol=protocol
+    )
     opened = open_checkpoint(path)
     assert_same(opened, state)
     assert opened.facts == {"epoch": 3}
@@ -159,7 +84,7 @@ def test_every_pickle_protocol_is_read(tmp_path, protocol):
 
 def test_the_versions_of_modules_come_along(tmp_path):
     state: Any = small_model().state_dict()
-    opened = open_checkpoint(save(state, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(state, tmp_path / "x.pt"))
     assert opened.module_versions == dict(state._metadata)
     assert opened.module_versions is not None
     assert opened.module_versions["1"]["version"] == 2
@@ -168,10 +93,10 @@ def test_the_versions_of_modules_come_along(tmp_path):
 def test_strange_versions_of_modules_are_left_out(tmp_path):
     state: Any = collections.OrderedDict(w=torch.ones(2))
     state._metadata = {"a": {"version": 1}, 3: {"version": 1}, "b": 7}
-    opened = open_checkpoint(save(state, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(state, tmp_path / "x.pt"))
     assert opened.module_versions == {"a": {"version": 1}}
     state._metadata = "none"
-    assert open_checkpoint(save(state, tmp_path / "x.pt")).module_versions is None
+    assert open_checkpoint(save_torch(state, tmp_path / "x.pt")).module_versions is None
 
 
 def test_parameters_buffers_and_tensors_with_attributes_are_tensors(tmp_path):
@@ -188,7 +113,7 @@ def test_parameters_buffers_and_tensors_with_attributes_are_tensors(tmp_path):
         "frozen": torch.nn.Parameter(random_tensor((2,), torch.int64), requires_grad=False),
         "hooked": torch.ones(2, requires_grad=True),
     }
-    assert_same(open_checkpoint(save(state, tmp_path / "x.pt")), state)
+    assert_same(open_checkpoint(save_torch(state, tmp_path / "x.pt")), state)
 
 
 class Subclass(torch.Tensor):
@@ -197,14 +122,14 @@ class Subclass(torch.Tensor):
 
 def test_a_subclass_of_tensor_is_read_as_the_tensor_it_is(tmp_path):
     plain = random_tensor((2, 3))
-    path = save({"w": plain.as_subclass(Subclass)}, tmp_path / "x.pt")
+    path = save_torch({"w": plain.as_subclass(Subclass)}, tmp_path / "x.pt")
     assert_same(open_checkpoint(path), {"w": plain})
 
 
 def test_tied_tensors_have_one_place(tmp_path):
     shared = random_tensor((5, 4))
     state = {"embed": shared, "head": shared, "rows": shared[1:3], "other": shared.clone()}
-    opened = open_checkpoint(save(state, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(state, tmp_path / "x.pt"))
     assert_same(opened, state)
     assert opened.tensors["embed"] == opened.tensors["head"]
     assert opened.tensors["rows"].offset == opened.tensors["embed"].offset + 4 * 4
@@ -227,7 +152,7 @@ def test_strided_tensors_of_every_kind_are_read_in_c_order(tmp_path):
         "last": torch.arange(10)[9:],
         "one, far from the next": torch.as_strided(torch.arange(4), (1, 2, 2), (2**61, 1, 2)),
     }
-    opened = open_checkpoint(save(state, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(state, tmp_path / "x.pt"))
     assert_same(opened, state)
     assert opened.tensors["channels_last"].strides == (60, 1, 15, 3)
     assert opened.tensors["expanded"].strides == (1, 0)
@@ -238,7 +163,7 @@ def test_strided_tensors_of_every_kind_are_read_in_c_order(tmp_path):
 def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
     state = {f"layer{index}": random_tensor((100,), seed=index) for index in range(12)}
     state = {"view": state["layer7"][50:], "part": state["layer3"][9:20]} | state
-    opened = open_checkpoint(save(state, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(state, tmp_path / "x.pt"))
     offsets = [tensor.offset for tensor in opened.tensors.values()]
     assert offsets == sorted(offsets)
     assert_same(opened, state)
@@ -246,28 +171,28 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path):
 
 def test_packed_tensors_have_the_shape_of_their_elements(tmp_path):
     packed = torch.arange(8, dtype=torch.uint8).reshape(2, 4).view(torch.float4_e2m1fn_x2)
-    opened = open_checkpoint(save({"w": packed, "row": packed[1]}, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch({"w": packed, "row": packed[1]}, tmp_path / "x.pt"))
     assert opened.tensors["w"].shape == (2, 8)
     assert opened.tensors["w"].nbytes == 8
     assert opened.read("w").tobytes() == bytes(range(8))
     assert opened.read("row").tobytes() == bytes(range(4, 8))
-    assert "packed" in refusal(save({"w": packed.t()}, tmp_path / "y.pt"))
+    assert "packed" in refusal(save_torch({"w": packed.t()}, tmp_path / "y.pt"))
 
 
 def test_entries_that_are_no_tensors_are_named(tmp_path):
     state = {"w": torch.ones(2), "layer._extra_state": {"a": torch.ones(1)}, "count": 3}
-    opened = open_checkpoint(save(state, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(state, tmp_path / "x.pt"))
     assert list(opened.tensors) == ["w"]
     assert set(opened.other_entries) == {"layer._extra_state", "count"}
 
 
 def test_names_may_be_any_text(tmp_path):
     state = {name: torch.ones(2) for name in ("", "ж.вес", "a\nb", "😀", "__metadata__")}
-    assert_same(open_checkpoint(save(state, tmp_path / "x.pt")), state)
+    assert_same(open_checkpoint(save_torch(state, tmp_path / "x.pt")), state)
 
 
 def test_the_digest_is_that_of_the_pickle(tmp_path):
-    path = save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"w": torch.ones(2)}, tmp_path / "x.pt")
     with zipfile.ZipFile(path) as archive:
         expected = hashlib.sha256(archive.read("x/data.pkl")).hexdigest()
     assert open_checkpoint(path).digest == expected
@@ -302,7 +227,7 @@ UNREADABLE = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("word", "make"), UNREADABLE)
 def test_a_tensor_without_plain_bytes_is_refused_by_name(tmp_path, word, make):
-    path = save({"good": torch.ones(1), "layer.bad": make()}, tmp_path / "x.pt")
+    path = save_torch({"good": torch.ones(1), "layer.bad": make()}, tmp_path / "x.pt")
     message = refusal(path)
     assert ": layer.bad: cannot be averaged" in message
     assert word in message
@@ -313,7 +238,7 @@ def test_a_tensor_without_plain_bytes_elsewhere_does_no_harm(tmp_path):
     state = {"w": torch.ones(2)}
     for index, (_, make) in enumerate(UNREADABLE):
         root = {"state_dict": state, "other": [make()], "ema": {"v": make()}}
-        opened = open_checkpoint(save(root, tmp_path / f"{index}.pt"))
+        opened = open_checkpoint(save_torch(root, tmp_path / f"{index}.pt"))
         assert_same(opened, state)
         assert opened.other_keys == ("ema",)
 
@@ -366,7 +291,7 @@ def test_what_is_no_file_is_an_error_too(tmp_path):
 
 
 def test_a_file_of_another_byte_order_is_refused(tmp_path):
-    path = save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"w": torch.ones(2)}, tmp_path / "x.pt")
     rezip(path, {"byteorder": b"big"})
     assert "big-endian" in refusal(path)
 
@@ -488,24 +413,24 @@ def test_a_cyclic_structure_does_not_hold_us_up(tmp_path):
 
 
 def test_a_record_that_is_missing_is_named(tmp_path):
-    path = save({"a": torch.ones(2), "layer.b": torch.ones(3)}, tmp_path / "x.pt")
+    path = save_torch({"a": torch.ones(2), "layer.b": torch.ones(3)}, tmp_path / "x.pt")
     message = refusal(rezip(path, {"data/1": None}))
     assert "layer.b" in message
     assert "data/1 is missing" in message
 
 
 def test_a_record_that_is_too_short_is_refused(tmp_path):
-    path = save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"a": torch.ones(2)}, tmp_path / "x.pt")
     assert "beyond its storage" in refusal(rezip(path, {"data/0": b"1234567"}))
 
 
 def test_compressed_records_are_refused(tmp_path):
-    path = save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"a": torch.ones(2)}, tmp_path / "x.pt")
     assert "compressed" in refusal(rezip(path, {}, zipfile.ZIP_DEFLATED))
 
 
 def test_two_records_of_one_name_are_refused(tmp_path):
-    path = save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"a": torch.ones(2)}, tmp_path / "x.pt")
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr("x/data.pkl", b"")
@@ -513,7 +438,7 @@ def test_two_records_of_one_name_are_refused(tmp_path):
 
 
 def test_two_checkpoints_in_one_zip_are_refused(tmp_path):
-    path = save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"a": torch.ones(2)}, tmp_path / "x.pt")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("y/data.pkl", b"")
     refusal(path)
@@ -531,7 +456,7 @@ def test_a_directory_without_end_is_refused_unread(tmp_path):
 
 
 def test_a_record_elsewhere_than_the_directory_says_is_refused(tmp_path):
-    path = save({"layer.w": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"layer.w": torch.ones(2)}, tmp_path / "x.pt")
     with zipfile.ZipFile(path) as archive:
         header = archive.getinfo("x/data/0").header_offset
     content = bytearray(path.read_bytes())
@@ -543,7 +468,7 @@ def test_a_record_elsewhere_than_the_directory_says_is_refused(tmp_path):
 
 
 def test_a_record_that_reaches_beyond_the_file_is_refused(tmp_path):
-    path = save({"layer.w": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"layer.w": torch.ones(2)}, tmp_path / "x.pt")
     content = bytearray(path.read_bytes())
     entry = content.rindex(b"x/data/0") - 46
     content[entry + 20 : entry + 28] = struct.pack("<2I", 1 << 30, 1 << 30)
@@ -554,7 +479,7 @@ def test_a_record_that_reaches_beyond_the_file_is_refused(tmp_path):
 
 
 def test_a_pickle_without_end_is_refused_unread(tmp_path, monkeypatch):
-    path = save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"a": torch.ones(2)}, tmp_path / "x.pt")
     monkeypatch.setattr("ckptavg.formats.unpickler.LARGEST_PICKLE", 10)
     assert "data.pkl" in refusal(path)
 
@@ -633,7 +558,7 @@ def save_and_forget(root, modules, path):
     """Save, with modules that are there only meanwhile."""
     sys.modules |= {module.__name__: module for module in modules}
     try:
-        return save(root, path)
+        return save_torch(root, path)
     finally:
         for module in modules:
             del sys.modules[module.__name__]
@@ -682,7 +607,7 @@ def test_a_state_dict_beside_an_optimizer_is_found(tmp_path, key):
         "scaler": {"scale": torch.tensor(2.0)},
         "args": argparse.Namespace(lr=0.05, path=pathlib.PurePosixPath("/data")),
     }
-    opened = open_checkpoint(save(root, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(root, tmp_path / "x.pt"))
     assert_same(opened, model.state_dict())
     assert opened.key == key
     assert opened.other_keys == ()
@@ -693,7 +618,7 @@ def test_a_state_dict_beside_an_optimizer_is_found(tmp_path, key):
 
 def test_a_distributed_model_keeps_its_prefix_here(tmp_path):
     state = {f"module.{name}": value for name, value in small_model().state_dict().items()}
-    assert_same(open_checkpoint(save({"model": state}, tmp_path / "x.pt")), state)
+    assert_same(open_checkpoint(save_torch({"model": state}, tmp_path / "x.pt")), state)
 
 
 @pytest.mark.parametrize(
@@ -703,7 +628,7 @@ def test_an_average_beside_the_weights_is_left_where_it_is(tmp_path, average):
     model, optimizer = trained()
     state = model.state_dict()
     root = {average: scaled(state, 2), "state_dict": state, "swa_n": 3, "optimizer": optimizer}
-    path = save(root, tmp_path / "x.pt")
+    path = save_torch(root, tmp_path / "x.pt")
     opened = open_checkpoint(path)
     assert_same(opened, state)
     assert opened.other_keys == (average,)
@@ -714,7 +639,7 @@ def test_an_average_beside_the_weights_is_left_where_it_is(tmp_path, average):
 
 def test_an_average_alone_is_taken(tmp_path):
     state = small_model().state_dict()
-    opened = open_checkpoint(save({"ema_state_dict": state}, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch({"ema_state_dict": state}, tmp_path / "x.pt"))
     assert opened.key == "ema_state_dict"
     assert_same(opened, state)
 
@@ -818,7 +743,7 @@ def test_wenet_s_checkpoint_gives_its_model(tmp_path):
         "lrs": [0.05],
         "loss_dict": {"loss": torch.tensor(2.0), "acc": torch.tensor(0.5)},
     }
-    opened = open_checkpoint(save(root, tmp_path / "step_700.pt"))
+    opened = open_checkpoint(save_torch(root, tmp_path / "step_700.pt"))
     assert opened.key == "model"
     assert opened.step == ("step", 700)
     assert_same(opened, model.state_dict())
@@ -827,7 +752,7 @@ def test_wenet_s_checkpoint_gives_its_model(tmp_path):
 def test_two_models_are_an_error_that_lists_them_and_tells_of_key(tmp_path):
     state = small_model().state_dict()
     root = {"generator": state, "discriminator": scaled(state, 2), "epoch": 1}
-    path = save(root, tmp_path / "x.pt")
+    path = save_torch(root, tmp_path / "x.pt")
     message = refusal(path, SelectionError)
     assert "generator" in message
     assert "discriminator" in message
@@ -839,17 +764,19 @@ def test_two_models_are_an_error_that_lists_them_and_tells_of_key(tmp_path):
 
 
 def test_a_key_that_is_not_there_is_an_error_that_lists_those_that_are(tmp_path):
-    path = save({"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}, tmp_path / "x.pt")
+    path = save_torch(
+        {"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}, tmp_path / "x.pt"
+    )
     message = refusal(path, SelectionError, key="swa")
     assert "'swa'" in message
     assert "model, ema" in message
-    save({"w": torch.ones(1)}, path)
+    save_torch({"w": torch.ones(1)}, path)
     assert "the whole file" in refusal(path, SelectionError, key="model")
 
 
 def test_a_state_dict_two_levels_down_is_found_by_its_path(tmp_path):
     state = small_model().state_dict()
-    opened = open_checkpoint(save({"trainer": {"model": state}, "n": 1}, tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch({"trainer": {"model": state}, "n": 1}, tmp_path / "x.pt"))
     assert opened.key == "trainer.model"
     assert_same(opened, state)
 
@@ -858,11 +785,11 @@ def test_a_state_dict_two_levels_down_is_found_by_its_path(tmp_path):
     "root", [{}, [], None, 3, "text", [torch.ones(1)], torch.ones(1), {1: torch.ones(1)}]
 )
 def test_a_file_without_a_state_dict_is_an_error(tmp_path, root):
-    assert "no state dict" in refusal(save(root, tmp_path / "x.pt"), SelectionError)
+    assert "no state dict" in refusal(save_torch(root, tmp_path / "x.pt"), SelectionError)
 
 
 def test_our_own_provenance_is_read_from_its_record(tmp_path):
-    path = save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    path = save_torch({"w": torch.ones(2)}, tmp_path / "x.pt")
     assert open_checkpoint(path).provenance is None
     rezip(path, {"ckptavg": json.dumps({"scheme": "uniform"}).encode()})
     assert open_checkpoint(path).provenance == {"scheme": "uniform"}

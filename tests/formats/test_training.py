@@ -21,7 +21,7 @@ from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
 from ckptavg.formats.recorded import trainer_record, training_facts, training_record
 from ckptavg.formats.tensors import BY_NAME
 from ckptavg.formats.training import TrainingRecord
-from tests.formats.test_dcp import save as save_dcp
+from tests.helpers import save_dcp
 
 TENSOR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (4,), (1,))
 SCALAR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (), ())

@@ -20,7 +20,7 @@ from ckptavg.formats.modules import ModuleReader, is_module
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.tensors import BY_NAME
-from tests.formats.test_torch import assert_same, refusal, save
+from tests.helpers import assert_same, refusal, save_torch
 from tests.oracle import naive_mean, same_bits
 
 KINDS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -83,7 +83,7 @@ def save_and_forget(make, path, *, zipped=True):
     module = sys.modules["gone_models"] = classes()
     try:
         root = make(module)
-        save(root, path, _use_new_zipfile_serialization=zipped)
+        save_torch(root, path, _use_new_zipfile_serialization=zipped)
     finally:
         del sys.modules["gone_models"]
     return root
@@ -216,7 +216,7 @@ def test_a_whole_model_averages_with_a_state_dict_of_the_same(tmp_path):
     for name in other:
         if name.endswith("num_batches_tracked"):
             other[name] = torch.tensor(5)
-    save({"model": other, "epoch": 1}, tmp_path / "epoch1.pt")
+    save_torch({"model": other, "epoch": 1}, tmp_path / "epoch1.pt")
     ckptavg.average([tmp_path / "epoch0.pt", tmp_path / "epoch1.pt"], tmp_path / "out.pt")
     result = torch.load(tmp_path / "out.pt")
     pair = [root["model"].state_dict()["scale"], other["scale"]]
@@ -232,13 +232,13 @@ def test_reparametrized_layers_give_what_torch_gives(tmp_path):
     new = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
     spectral = torch.nn.utils.spectral_norm(torch.nn.Linear(3, 2))
     del old.weight, spectral.weight  # derived, with a history that cannot be saved
-    path = save(torch.nn.Sequential(old, spectral), tmp_path / "x.pt")
+    path = save_torch(torch.nn.Sequential(old, spectral), tmp_path / "x.pt")
     expected = torch.nn.Sequential(old, spectral).state_dict()
     assert {"0.weight_g", "0.weight_v", "1.weight_orig", "1.weight_u"} < set(expected)
     assert_same(open_checkpoint(path), expected)
     # Torch itself refuses to pickle these, so what is compared are the names.
     with pytest.raises(RuntimeError, match="parametrized"):
-        save(new, tmp_path / "y.pt")
+        save_torch(new, tmp_path / "y.pt")
     assert list(find_state_dicts(as_placeholder(new))[""]) == list(new.state_dict())
 
 
@@ -296,7 +296,7 @@ def test_two_models_are_left_to_the_user(tmp_path):
     ],
 )
 def test_any_other_object_is_called_by_its_name(tmp_path, root, kind):
-    message = refusal(save(root, tmp_path / "x.pt"), SelectionError)
+    message = refusal(save_torch(root, tmp_path / "x.pt"), SelectionError)
     assert f"holds a whole {kind} object, no state dict" in message
     assert "save its state_dict()" in message
 
@@ -441,7 +441,7 @@ def test_a_hidden_buffer_does_not_hide_a_parameter_of_its_name():
 def test_a_file_with_a_model_that_holds_itself_is_refused_with_its_name(tmp_path, zipped):
     model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model._modules["self"] = model
-    path = save({"model": model}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    path = save_torch({"model": model}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     assert "without end" in refusal(path)
 
 
@@ -490,7 +490,7 @@ def test_the_weights_of_deepspeed_are_those_of_its_module(tmp_path):
     model = normed()
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
     root = deepspeed(model, frozen_param_fragments=frozen, epoch=3)
-    opened = open_checkpoint(save(root, tmp_path / "mp_rank_00_model_states.pt"))
+    opened = open_checkpoint(save_torch(root, tmp_path / "mp_rank_00_model_states.pt"))
     assert opened.key == "module"
     assert_same(opened, model.state_dict())
     assert opened.facts == {"global_step": 700, "epoch": 3}
@@ -500,7 +500,7 @@ def test_the_weights_of_deepspeed_are_those_of_its_module(tmp_path):
 def test_an_empty_parameter_is_no_sign_of_stage_3(tmp_path):
     model = normed()
     model.register_parameter("none", torch.nn.Parameter(torch.empty(0)))
-    path = save(deepspeed(model), tmp_path / "mp_rank_00_model_states.pt")
+    path = save_torch(deepspeed(model), tmp_path / "mp_rank_00_model_states.pt")
     assert_same(open_checkpoint(path), model.state_dict())
 
 
@@ -523,7 +523,7 @@ def test_an_empty_parameter_is_no_sign_of_stage_3(tmp_path):
     ],
 )
 def test_weights_that_deepspeed_spread_over_files_are_refused(tmp_path, name, changed):
-    message = refusal(save(deepspeed(normed(), **changed), tmp_path / name))
+    message = refusal(save_torch(deepspeed(normed(), **changed), tmp_path / name))
     assert "ZeRO stage 3" in message
     assert "zero_to_fp32.py" in message
 
@@ -539,12 +539,12 @@ def test_weights_that_deepspeed_spread_over_files_are_refused(tmp_path, name, ch
 )
 def test_strange_facts_of_deepspeed_s_do_no_harm(tmp_path, changed):
     model = normed()
-    opened = open_checkpoint(save(deepspeed(model, **changed), tmp_path / "x.pt"))
+    opened = open_checkpoint(save_torch(deepspeed(model, **changed), tmp_path / "x.pt"))
     assert_same(opened, model.state_dict())
 
 
 def test_a_pipeline_s_file_without_weights_has_no_state_dict(tmp_path):
-    path = save(deepspeed(normed(), module=None), tmp_path / "mp_rank_00_model_states.pt")
+    path = save_torch(deepspeed(normed(), module=None), tmp_path / "mp_rank_00_model_states.pt")
     assert "no state dict" in refusal(path, SelectionError)
 
 

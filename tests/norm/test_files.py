@@ -30,9 +30,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
 from ckptavg.norm.loading import as_torch, load_weights, match_names
 from ckptavg.norm.together import average_and_refresh
-from tests.formats.test_dcp import save as save_dcp
-from tests.formats.test_deepspeed import save_engine
-from tests.helpers import process, run
+from tests.helpers import process, run, save_dcp, save_engine
 from tests.oracle import same_bits
 
 TRAIN = """

@@ -13,9 +13,7 @@ import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.candidates import find_candidates, is_no_checkpoint
-from tests.formats.test_dcp import save as save_dcp
-from tests.formats.test_deepspeed import save_engine
-from tests.helpers import run
+from tests.helpers import run, save_dcp, save_engine
 
 
 def save(path: Path, value: float = 1.0) -> Path:

@@ -39,6 +39,8 @@ class Checkpoint:
         key: which of its state dicts `tensors` is; empty where it is the whole file.
         other_keys: the other state dicts in the file.
         other_content: whether the file holds more than that state dict, such as an optimizer.
+        names: those of the state dict's tensors and other entries, in its own order, where that
+            may differ from the order of the bytes.
         other_entries: entries of the state dict that are no tensors (`_extra_state`), by name, as
             the pickle has them.
         inner_tensors: the pickled tensors within those, and where they are.
@@ -56,6 +58,7 @@ class Checkpoint:
     key: str = ""
     other_keys: tuple[str, ...] = ()
     other_content: bool = False
+    names: tuple[str, ...] = ()
     other_entries: Mapping[str, object] = field(default_factory=dict)
     inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
@@ -207,6 +210,7 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         tensors=tensors,
         module_versions=versions,
         metadata=metadata,
+        names=tuple(name.removeprefix(prefix) for name in checkpoint.names),
         other_entries=entries,
     )
     return unwrapped, prefix

@@ -17,7 +17,7 @@ from ckptavg.formats.tensors import BY_NAME, DType
 Pairs = Iterable[tuple[object, object]]
 
 _WIDEST_KEY = 64  # bits
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -244,8 +244,8 @@ def stand_in(module: str, name: str) -> object:
         return _GLOBALS[module, name]
     if module == "torch" and name in BY_NAME:
         return BY_NAME[name]
-    if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
-        return BY_NAME[_STORAGES[name]]
+    if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
+        return BY_NAME[STORAGES[name]]
     if module.startswith("torch.") and name.startswith("_rebuild_"):
         reason = printable(f"stored by {name} ({name.removeprefix('_rebuild_').replace('_', ' ')})")
         return lambda *_: UnreadableTensor(reason)

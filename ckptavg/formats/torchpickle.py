@@ -82,6 +82,7 @@ def describe(
         key=chosen,
         other_keys=tuple(name for name in state_dicts if name != chosen),
         other_content=entries is not root,
+        names=tuple(entries),
         other_entries=others,
         inner_tensors={inner[label]: t for label, t in locate(container, inner).items()},
         module_versions=_module_versions(entries),

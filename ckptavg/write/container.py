@@ -1,20 +1,22 @@
-"""Lay out the last checkpoint's own file, with all that it holds, for new weights in their places.
+"""Lay out the last checkpoint's own torch file, with other weights in their places.
 
 What lies around the weights (optimizer, hyper-parameters, callbacks) is copied byte for byte, so
-that whatever could load the checkpoint loads this, and resumes.
+that whatever could load the checkpoint can load the output, and resume from it.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import logging
 import struct
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import FormatError, OutputError, printable
-from ckptavg.formats import torchzip
-from ckptavg.formats.checkpoint import PROVENANCE, span_elements
+from ckptavg.errors import CkptAvgError, FormatError, OutputError, printable
+from ckptavg.formats import open_checkpoint, torchzip
+from ckptavg.formats.checkpoint import PROVENANCE, span_elements, without_wrappers
+from ckptavg.formats.parts import ByteSource
 from ckptavg.formats.torchzip import Archive
 from ckptavg.merge.layout import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
 from ckptavg.write.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
@@ -23,72 +25,141 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import Tensor
 
 log = logging.getLogger("ckptavg")
 
-_CENTRAL_SIZE, _LENGTHS = 46, 28
+_CENTRAL_SIZE, _LENGTHS = 46, 28  # of an entry in the zip's directory
 _DESCRIPTOR = b"PK\7\x08"
 _HAS_DESCRIPTOR = 1 << 3
+
+Span = tuple[int, int]
+"""Where bytes begin and end in a file."""
 
 
 def lay_out_container(
     path: Path,
     tensors: Sequence[OutputTensor],
-    places: Sequence[Sequence[Tensor]],
-    file: ByteSource,
     metadata: Mapping[str, str],
+    last: Checkpoint,
+    places: Sequence[Tensor],
+    *,
+    mirrored: bool,
 ) -> Layout:
     """Lay out a torch file that is another one with other values in some of its tensors.
 
     Args:
         path: the output, for messages.
         tensors: what is written.
-        places: for each of them, where it stands in the file, once or more.
-        file: the other one.
-        metadata: strings; all but the provenance are left out, for lack of a place.
+        metadata: strings; the file has no place for any but the provenance.
+        last: the other one.
+        places: where each of the tensors stands in it.
+        mirrored: write them in the places of Lightning's own average as well.
 
     Raises:
         OutputError: two tensors share bytes, so that they cannot be replaced one by one.
     """
-    spans = _spans(path, tensors, places)
-    head = file.read(0, 4)
-    if torchzip.matches(file.path, head):
-        layout, end = _zip(file, spans, metadata)
+    file = last.parts[0]
+    if not isinstance(file, ByteSource):
+        raise OutputError("its bytes are in no file", path=last.path)
+    targets = [[place] for place in places]
+    for key in last.other_keys:
+        if mirrored and (last.key, key) == ("current_model_state", "state_dict"):
+            _add_twins(path, tensors, targets, open_checkpoint(last.path, key=key))
+        else:
+            _mention_other(last, key, places)
+    spans = _spans(path, tensors, targets)
+    if torchzip.matches(file.path, file.read(0, 4)):
+        layout, end = _lay_out_zip(file, spans, metadata)
     else:
         log.info("a file as torch wrote it before 1.6 has no place for what the average is made of")
         layout, end = FileLayout(file.size), file.size
+    scattered = {
+        position: tuple(Scattered(file, place) for place in each if place.strides is not None)
+        for position, each in enumerate(targets)
+    }
     return Layout(
         {"": layout},
-        tuple(tuple(one.offset for one in each if one.strides is None) for each in places),
-        tuple(_gaps(file, spans, end)),
-        {
-            position: tuple(Scattered(file, one) for one in each if one.strides is not None)
-            for position, each in enumerate(places)
-            if any(one.strides is not None for one in each)
-        },
+        tuple(tuple(place.offset for place in each if place.strides is None) for each in targets),
+        tuple(_copies(file, spans, end)),
+        {position: each for position, each in scattered.items() if each},
     )
 
 
-def _spans(
-    path: Path, tensors: Sequence[OutputTensor], places: Sequence[Sequence[Tensor]]
-) -> list[tuple[int, int]]:
-    """Where the tensors' bytes begin and end, in order.
+def _add_twins(
+    path: Path,
+    tensors: Sequence[OutputTensor],
+    targets: Sequence[list[Tensor]],
+    twin: Checkpoint,
+) -> None:
+    """Add the places of the tensors in another state dict, with a wrapper's prefix or without.
 
-    A scattered tensor's span counts whole: what lies between its elements is written with it.
+    Raises:
+        OutputError: it has not the same tensors.
+    """
+    twins = {**without_wrappers(twin, keep_prefix=False)[0].tensors, **twin.tensors}
+    for tensor, places in zip(tensors, targets, strict=True):
+        found = dict.fromkeys(twins[name] for name in tensor.names if name in twins)
+        kind = places[0].dtype, places[0].shape
+        if not found or any((place.dtype, place.shape) != kind for place in found):
+            raise OutputError(
+                "is not in its state_dict as it is among its weights",
+                path=path,
+                tensor=tensor.names[0],
+                remedy="write the weights alone, without --container",
+            )
+        places += [place for place in found if place != places[0]]
+
+
+def _mention_other(last: Checkpoint, key: str, places: Sequence[Tensor]) -> None:
+    """Say what becomes of another state dict: torch saves tensors that two of them share once."""
+    with contextlib.suppress(CkptAvgError):
+        others = open_checkpoint(last.path, key=key).tensors.values()
+        if not any(tensor.dtype.averaged for tensor in others):
+            return  # counters, as in Lightning's `averaging_state`
+        weights = sorted(_span(place) for place in places if place.count)
+        if any(_overlaps(weights, _span(tensor)) for tensor in others if tensor.count):
+            log.warning(
+                "%s in the container shares tensors with the weights, so it has their average too",
+                printable(key),
+            )
+            return
+    log.warning("%s in the container stays the last checkpoint's", printable(key))
+
+
+def _span(place: Tensor) -> Span:
+    nbytes = place.nbytes
+    if place.strides is not None:
+        nbytes = span_elements(place.shape, place.strides) * place.dtype.itemsize
+    return place.offset, place.offset + nbytes
+
+
+def _overlaps(spans: Sequence[Span], span: Span) -> bool:
+    """Whether one of the spans, which are sorted and do not overlap, overlaps another span."""
+    before = bisect.bisect_left(spans, (span[1], 0)) - 1
+    return before >= 0 and spans[before][1] > span[0]
+
+
+def _spans(
+    path: Path, tensors: Sequence[OutputTensor], targets: Sequence[Sequence[Tensor]]
+) -> list[Span]:
+    """The spans of the tensors in order. What lies between a strided one's elements counts.
+
+    Raises:
+        OutputError: two of them overlap.
     """
     spans = sorted(
-        (*span(place), tensor.names[0])
-        for tensor, each in zip(tensors, places, strict=True)
-        for place in each
+        (*_span(place), tensor.names[0])
+        for tensor, places in zip(tensors, targets, strict=True)
+        for place in places
         if place.count
     )
     for (_, end, name), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise OutputError(
-                f"shares bytes with {printable(other)} in the last checkpoint, so that they "
-                "cannot be replaced one by one",
+                f"shares bytes with {printable(other)} in the last checkpoint, so that its "
+                "container cannot hold their averages apart",
                 path=path,
                 tensor=name,
                 remedy="write the weights alone, without --container",
@@ -96,16 +167,8 @@ def _spans(
     return [(start, end) for start, end, _ in spans]
 
 
-def span(place: Tensor) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end in its file."""
-    nbytes = place.nbytes
-    if place.strides is not None:
-        nbytes = span_elements(place.shape, place.strides) * place.dtype.itemsize
-    return place.offset, place.offset + nbytes
-
-
-def _gaps(file: ByteSource, spans: Sequence[tuple[int, int]], end: int) -> Iterator[Copy]:
-    """What lies between the tensors, up to where the copying ends."""
+def _copies(file: ByteSource, spans: Sequence[Span], end: int) -> Iterator[Copy]:
+    """What lies between the tensors, up to the given end."""
     position = 0
     for start, stop in [*spans, (end, end)]:
         if start > position:
@@ -113,24 +176,23 @@ def _gaps(file: ByteSource, spans: Sequence[tuple[int, int]], end: int) -> Itera
         position = max(position, stop)
 
 
-def _zip(
-    file: ByteSource, spans: Sequence[tuple[int, int]], metadata: Mapping[str, str]
+def _lay_out_zip(
+    file: ByteSource, spans: Sequence[Span], metadata: Mapping[str, str]
 ) -> tuple[FileLayout, int]:
-    """The zip's new end: our provenance, and a directory with the new checksums."""
+    """The new end of a zip, a record for the provenance and the directory; and where it begins."""
     archive = Archive.read(file)
-    own = archive.prefix + PROVENANCE
-    entries = dict(zip(archive.records, _raw_entries(archive), strict=True))
-    entries.pop(own, None)
+    entries = dict(zip(archive.records, _directory_entries(archive), strict=True))
+    entries.pop(archive.prefix + PROVENANCE, None)
     added = Zip(archive.prefix, archive.directory_start)
     if PROVENANCE in metadata:
-        added.add_unfinished(PROVENANCE, metadata[PROVENANCE].encode())
+        added.add(PROVENANCE, metadata[PROVENANCE].encode())
     directory = dict(zip(entries, added.finish(list(entries.values())), strict=True))
-    checksums = (*added.checksums(), *_checksums(archive, directory, spans))
+    checksums = tuple(_checksums(archive, directory, spans))
     return FileLayout(added.end, tuple(added.blobs), checksums), archive.directory_start
 
 
-def _raw_entries(archive: Archive) -> Iterator[bytes]:
-    """The entries of the central directory as they stand in the file."""
+def _directory_entries(archive: Archive) -> Iterator[bytes]:
+    """The entries of the zip's directory as they stand in the file."""
     start = archive.directory_start
     directory = archive.file.read(start, archive.file.size - start)
     position = 0
@@ -142,20 +204,20 @@ def _raw_entries(archive: Archive) -> Iterator[bytes]:
 
 
 def _checksums(
-    archive: Archive, directory: Mapping[str, int], spans: Sequence[tuple[int, int]]
+    archive: Archive, directory: Mapping[str, int], spans: Sequence[Span]
 ) -> Iterator[Checksum]:
     """The checksums of the records that hold some of the weights."""
     begins = [start for start, _ in spans]
     names = [name for name in directory if name.startswith(f"{archive.prefix}data/")]
     for name, (start, size) in archive.places(dict.fromkeys(names)).items():
         first = bisect.bisect_left(begins, start)
-        if first == len(begins) or begins[first] >= start + size:
-            continue
-        yield Checksum(start, size, (directory[name] + CRC_IN_CENTRAL, _own(archive, name, start)))
+        if first < len(begins) and begins[first] < start + size:
+            beside = _checksum_beside(archive, name, start)
+            yield Checksum(start, size, (directory[name] + CRC_IN_CENTRAL, beside))
 
 
-def _own(archive: Archive, name: str, start: int) -> int:
-    """Where a record's checksum stands beside it: behind its bytes, or in its header."""
+def _checksum_beside(archive: Archive, name: str, start: int) -> int:
+    """Where a record's own checksum stands: behind its bytes, or in the header before them."""
     entry = archive.records[name]
     if not entry.flag_bits & _HAS_DESCRIPTOR:
         return entry.header_offset + CRC_IN_LOCAL

@@ -6,85 +6,91 @@ bytes, the state dict as a pickle among them. Tied tensors share a storage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ckptavg.errors import printable
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory
 from ckptavg.merge.layout import Copy, FileLayout, Layout, OutputTensor
-from ckptavg.write.pickling import pickle_state_dict
+from ckptavg.write.pickling import pickle_entries, pickle_state_dict, pickle_tensor
 from ckptavg.write.zipfile import Zip
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import Tensor
 
-
-@dataclass(frozen=True)
-class Extras:
-    """Entries of a state dict that are no tensors, such as `_extra_state`.
-
-    Attributes:
-        values: by name: plain values, with pickled tensors in them perhaps.
-        tensors: those pickled tensors, and where they are in `parts`.
-        parts: the checkpoint's.
-    """
-
-    values: Mapping[str, object] = field(default_factory=dict)
-    tensors: Mapping[object, Tensor] = field(default_factory=dict)
-    parts: Sequence[Part] = ()
+log = logging.getLogger("ckptavg")
 
 
 def lay_out_torch(
-    tensors: Sequence[OutputTensor],
-    metadata: Mapping[str, str],
-    module_versions: Mapping[str, Any] | None,
-    extras: Extras | None = None,
+    tensors: Sequence[OutputTensor], metadata: Mapping[str, str], last: Checkpoint
 ) -> Layout:
-    """A zip with a storage for each tensor; our provenance is one more record.
+    """Lay out a file with a storage for each tensor, and a record for the provenance.
 
     Args:
-        tensors: in the order in which they are to stand.
-        metadata: strings; all but the provenance are left out, for lack of a place.
-        module_versions: the state dict's `_metadata`: a dict for each submodule.
-        extras: what else the state dict has.
+        tensors: in the order of their storages.
+        metadata: strings; the file has no place for any but the provenance.
+        last: the checkpoint that has the order of the names, the versions of the modules, and
+            entries that are no tensors.
 
     Raises:
         OutputError: torch has no such dtype.
     """
-    extras = extras or Extras()
-    inner = {
-        pickled: OutputTensor((), tensor.dtype, tensor.shape, tensor.nbytes)
-        for pickled, tensor in extras.tensors.items()
-    }
+    inner = [*last.inner_tensors.values()]
+    storages = [
+        *tensors, *(OutputTensor((), one.dtype, one.shape, one.nbytes) for one in inner)
+    ]  # fmt: skip
+    pickles = [pickle_tensor(str(number), tensor) for number, tensor in enumerate(storages)]
+    entries = pickle_entries(
+        last.other_entries, dict(zip(last.inner_tensors, pickles[len(tensors) :], strict=True))
+    )
+    mention_left_out(name for name in last.other_entries if name not in entries)
+    if not entries:
+        inner, storages = [], [*tensors]
+    values = {
+        name: pickled
+        for tensor, pickled in zip(tensors, pickles, strict=False)
+        for name in tensor.names
+    } | entries
+    places = {name: place for place, name in enumerate(last.names)}
+    names = sorted(values, key=lambda name: places.get(name, len(places)))
     archive = Zip()
-    pickled = pickle_state_dict(tensors, module_versions, extras.values, inner)
-    archive.add("data.pkl", pickled)
+    archive.add(
+        "data.pkl", pickle_state_dict({name: values[name] for name in names}, last.module_versions)
+    )
     archive.add("byteorder", b"little")
     if PROVENANCE in metadata:
-        archive.add_unfinished(PROVENANCE, metadata[PROVENANCE].encode())
+        archive.add(PROVENANCE, metadata[PROVENANCE].encode())
     starts = [
-        archive.reserve(f"data/{index}", tensor.nbytes)
-        for index, tensor in enumerate([*tensors, *inner.values()])
-    ]
+        archive.reserve(f"data/{number}", storage.nbytes)
+        for number, storage in enumerate(storages)
+    ]  # fmt: skip
     archive.add("version", b"3\n")
     archive.finish()
-    copies = tuple(
-        _copy(extras.parts[tensor.part], tensor, start)
-        for tensor, start in zip(extras.tensors.values(), starts[len(tensors) :], strict=True)
-    )
     return Layout(
         {"": FileLayout(archive.end, tuple(archive.blobs), tuple(archive.checksums()))},
         tuple((start,) for start in starts[: len(tensors)]),
-        copies,
+        tuple(
+            _copy(last.parts[tensor.part], tensor, start)
+            for tensor, start in zip(inner, starts[len(tensors) :], strict=True)
+        ),
     )
 
 
+def mention_left_out(names: Iterable[str]) -> None:
+    """Report the entries of a state dict that an output has no place for."""
+    if shown := ", ".join(map(printable, names)):
+        log.info("left out what is no tensor: %s", shown)
+
+
 def _copy(part: Part, tensor: Tensor, target: int) -> Copy:
+    """The bytes of a tensor within an entry. One that is strided is read now."""
     if tensor.strides is None:
         return Copy(part, tensor.offset, tensor.nbytes, target)
     data = bytearray(np.ascontiguousarray(read_view(part, tensor)).tobytes())

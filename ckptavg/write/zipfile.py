@@ -71,10 +71,6 @@ class Zip:
         self.end += size
         return start
 
-    def add_unfinished(self, name: str, data: bytes) -> None:
-        """A record in which something is filled in later."""
-        self.blobs.append((self.reserve(name, len(data)), data))
-
     def _open(self, name: str, size: int, crc: int | None) -> int:
         encoded = (self._folder + name).encode()
         zip64 = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""

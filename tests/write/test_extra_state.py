@@ -364,3 +364,26 @@ def test_one_that_is_a_tensor_of_floats_is_not_averaged(tmp_path):
     found = load_file(tmp_path / "out.safetensors")["_extra_state"]
     assert same_bits(found, states[-1]["_extra_state"])
     assert summary.roles == {"averaged": 1, "last": 1}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_torch_file_has_the_names_in_the_order_of_the_last_checkpoint(tmp_path, prefix, legacy):
+    def state(step: int) -> dict[str, Any]:
+        tied = torch.full((3,), float(step))
+        halves = {f"{number}.half": torch.ones(2).half() for number in range(12)}
+        state: dict[str, Any] = {"z": tied, **halves, "bn.num_batches_tracked": torch.tensor(step)}
+        state |= {"_extra_state": {"step": step}, "wide": torch.ones(2, 2).double(), "a": tied}
+        # Not the order of the first one.
+        return state if step else dict(sorted(state.items()))
+
+    (tmp_path / "run").mkdir()
+    for step in range(3):
+        named = {prefix + name: value for name, value in state(step).items()}
+        path = tmp_path / "run" / f"step_{step}.pt"
+        torch.save(named, path, _use_new_zipfile_serialization=not legacy)
+    ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+    result = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(result) == list(state(2))
+    assert result["a"].data_ptr() == result["z"].data_ptr()
+    assert result["_extra_state"] == {"step": 2}

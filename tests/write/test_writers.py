@@ -41,6 +41,11 @@ IN_TORCH = [dtype for dtype in DTYPES if dtype.kind != "packed"]
 IN_SAFETENSORS = [dtype for dtype in DTYPES if dtype.code is not None]
 
 
+def checkpoint(path, container="torch", versions=None):
+    """A checkpoint whose files are of no interest."""
+    return Checkpoint(path, container, (), {}, {}, "", module_versions=versions)
+
+
 def random_bytes(count, dtype_name="uint8", seed=0):
     raw = np.random.default_rng([seed, count]).integers(0, 256, count, np.uint8)
     return (raw % 2 if dtype_name == "bool" else raw).tobytes()
@@ -71,7 +76,9 @@ def write_safetensors(path, made, metadata=None):
 
 
 def write_torch(path, made, metadata=None, versions=None):
-    layout = lay_out_torch([tensor for tensor, _ in made], metadata or {}, versions)
+    layout = lay_out_torch(
+        [t for t, _ in made], metadata or {}, checkpoint(path, versions=versions)
+    )
     return write(path, layout, [content for _, content in made])
 
 
@@ -227,7 +234,7 @@ def test_a_torch_file_is_a_sound_zip_with_the_records_that_torch_writes(tmp_path
 
 def test_the_records_of_a_torch_file_begin_aligned(tmp_path):
     made = several(IN_TORCH)
-    layout = lay_out_torch([tensor for tensor, _ in made], {}, None)
+    layout = lay_out_torch([tensor for tensor, _ in made], {}, checkpoint(tmp_path))
     assert all(target % 64 == 0 for targets in layout.targets for target in targets)
 
 
@@ -321,18 +328,13 @@ def test_packed_tensors_have_torch_s_own_shape_in_a_torch_file(tmp_path):
         ("float4_e2m1fn_x2", (2, 3)),
     ],
 )
-def test_what_torch_has_no_tensor_for_is_an_error_that_names_it(name, shape):
+def test_what_torch_has_no_tensor_for_is_an_error_that_names_it(tmp_path, name, shape):
     tensor, _ = make("layer.w", name, shape)
     with pytest.raises(OutputError, match=r"layer\.w.*safetensors"):
-        lay_out_torch([tensor], {}, None)
+        lay_out_torch([tensor], {}, checkpoint(tmp_path))
 
 
 # Both
-
-
-def checkpoint(path, container="torch"):
-    """A checkpoint whose files are of no interest."""
-    return Checkpoint(path, container, (), {}, {}, "")
 
 
 @pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".safetensors"])
@@ -455,7 +457,7 @@ def test_more_records_than_a_plain_zip_can_count(tmp_path):
         OutputTensor((f"layer.{index}",), BY_NAME["uint16"], (1,), 2) for index in range(count)
     ]
     contents = [index.to_bytes(4, "little")[:2] for index in range(count)]
-    path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, None), contents)
+    path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, checkpoint(tmp_path)), contents)
     end = path.read_bytes()[-22:]
     assert end[8:12] == b"\xff\xff\xff\xff", "look into the 64-bit trailer"
     with zipfile.ZipFile(path) as archive:
@@ -503,7 +505,7 @@ def test_records_beyond_four_gigabytes_are_found(tmp_path):
         OutputTensor(("below",), BY_NAME["uint8"], ((1 << 32) - 2,), (1 << 32) - 2),
         OutputTensor(("last",), BY_NAME["float32"], (2,), 8),
     ]
-    layout = lay_out_torch(tensors, {}, None)
+    layout = lay_out_torch(tensors, {}, checkpoint(tmp_path))
     contents = [
         np.array([1, 2], np.float32).tobytes(),
         b"a",
@@ -539,7 +541,7 @@ def test_a_whole_file_beyond_four_gigabytes_is_sound(tmp_path):
         OutputTensor(("last",), BY_NAME["float32"], (2,), 8),
     ]
     contents = [b"a", np.array([3, 4], np.float32).tobytes()]
-    path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, None), contents)
+    path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, checkpoint(tmp_path)), contents)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     state = torch.load(path, weights_only=True, mmap=True)

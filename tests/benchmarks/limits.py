@@ -188,27 +188,6 @@ def resnets(bench: Bench) -> None:
     bench.memory("ten of a ResNet-50", found["average --no-fsync"])
 
 
-def many(bench: Bench) -> None:
-    """100,000 tensors of 64 elements."""
-    tensors, count = int(100_000 * bench.scale), 20
-    for order, bar in (("same", 1.0), ("shuffled", 4.0)):
-        extra = ("--vectors",) + (("--shuffled",) if order == "shuffled" else ())
-        folder = bench.checkpoints(count, 0.0256, tensors=tensors, extra=extra)
-        found = bench.time(
-            folder,
-            {"cat, cp": copying(folder), "average --no-fsync": average(folder, "--no-fsync")},
-            runs=max(1, bench.runs - 2),
-        )
-        bench.heading(f"{count} x {tensors:,} tensors of 64 elements, {order} order", found)
-        seconds = statistics.median(run.seconds for run in found["average --no-fsync"])
-        bench.hold(
-            f"{tensors:,} tensors, {order} order: us per tensor and file",
-            seconds / tensors / count * 1e6,
-            bar,
-        )
-        bench.memory(f"{tensors:,} tensors, {order} order", found["average --no-fsync"], 200)
-
-
 def counts(bench: Bench) -> None:
     """Very many checkpoints, and few descriptors."""
     folder = bench.checkpoints(200, 0.05, tensors=100)
@@ -303,7 +282,7 @@ def peers(bench: Bench) -> None:
     bench.hold("with a progress bar: x without", ratio(found, "a bar", (1, "no terminal")), 1.01)
 
 
-ROWS = {row.__name__: row for row in (fp32, narrow, resnets, many, counts, cold, adam, peers)}
+ROWS = {row.__name__: row for row in (fp32, narrow, resnets, counts, cold, adam, peers)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What `--weights` says: which scheme makes the weights, once the checkpoints are known."""
+"""Parse `weights`: which scheme gives the checkpoints their weights, once they are known."""
 
 from __future__ import annotations
 
@@ -8,21 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError
-from ckptavg.merge.weights import (
-    Weights,
-    by_path,
-    check_ema,
-    check_shape,
-    decay,
-    ema,
-    explicit,
-    linear,
-    path_parts,
-    power,
-    power_exponent,
-    short,
-    uniform,
-)
+from ckptavg.merge import weights as formulas
+from ckptavg.merge.weights import Weights, path_parts, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,85 +22,85 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """What makes weights, once the checkpoints are known.
+    """A way to weight checkpoints.
 
     Attributes:
-        name: for the provenance: as it was asked for, such as `ema:0.9`; `explicit` and `by-path`
-            for numbers of one's own, which stand beside the sources there.
+        name: as it was asked for, such as `ema:0.9`; `explicit` and `by-path` for numbers of the
+            user, which stand beside the members in the provenance.
         label: for the name of a file: `ema0.9`, `decay-cosine`.
-        make: of the steps, the names and whether to normalise.
-        needs_steps: the checkpoints must have steps.
-        needs_order: it depends on the order of the checkpoints.
+        formula: gives the weights from the steps, the paths and whether to normalise.
+        needs_steps: the weights depend on the checkpoints' steps.
+        needs_order: the weights depend on the order of the checkpoints.
     """
 
     name: str
     label: str
-    make: Callable[[Sequence[float], Sequence[str], bool], Weights] = field(
+    formula: Callable[[Sequence[float], Sequence[str], bool], Weights] = field(
         repr=False, compare=False
     )
     needs_steps: bool = False
     needs_order: bool = True
 
     def weights(
-        self, steps: Sequence[float] | None, names: Sequence[str], *, normalize: bool = True
+        self, steps: Sequence[float] | None, paths: Sequence[str], *, normalize: bool = True
     ) -> Weights:
-        """The weights of these checkpoints.
+        """The weights of checkpoints.
 
         Args:
             steps: of training, in order, `[num_checkpoints]`; None where they are not known.
-            names: paths of the checkpoints, `[num_checkpoints]`.
+            paths: of the checkpoints, `[num_checkpoints]`.
             normalize: False takes the weights without a division. Those of `ema`, `power` and
-                `decay` sum to 1 as they are.
+                `decay` sum to 1 in any case.
 
         Raises:
             SelectionError: the scheme does not fit these checkpoints.
         """
-        if self.needs_steps and (steps is None or len(steps) != len(names)):
+        if self.needs_steps and (steps is None or len(steps) != len(paths)):
             raise SelectionError(
                 f"{self.name} needs the training step of each checkpoint, and not all have one",
                 remedy="ema:DECAY needs their order alone",
             )
-        return self.make(() if steps is None else steps, names, normalize)
+        return self.formula(steps or (), paths, normalize)
 
 
 def schemes_of(weights: str | Sequence[float] | Sequence[Scheme]) -> tuple[Scheme, ...]:
     """The schemes that `weights` asks for.
 
     Args:
-        weights: what `parse` takes or returns, or one number for each checkpoint.
+        weights: a text as in `parse`, schemes, or one number for each checkpoint.
 
     Raises:
-        SelectionError: it says no scheme, or the numbers are no numbers.
+        SelectionError: the text names no scheme, or the numbers are no finite numbers.
     """
     if isinstance(weights, str):
         return parse(weights)
     schemes = tuple(each for each in weights if isinstance(each, Scheme))
     return schemes or (
-        _explicit_scheme([float(each) for each in weights if not isinstance(each, Scheme)]),
+        _explicit([float(each) for each in weights if not isinstance(each, Scheme)]),
     )
 
 
 def parse(text: str) -> tuple[Scheme, ...]:
-    """What the option `--weights` says.
+    """The schemes that a text names, with commas between.
 
-    `uniform`, `linear`, `ema:0.9`, `power:0.1`, `decay:cosine`, or several of them with commas
-    between; or numbers, which are one scheme together (`0.2,0.3,0.5`); or `a.pt=1,b.pt=2`, which is
-    one as well. What follows the last `=` is the number: `epoch=3.ckpt=0.5` is a path and 0.5.
+    The text has names such as `uniform`, `linear`, `ema:0.9`, `power:0.1` and `decay:cosine`. It
+    may have numbers instead, which are one scheme together (`0.2,0.3,0.5`), or paths with numbers
+    (`a.pt=1,b.pt=2`). The last `=` ends a path: `epoch=3.ckpt=0.5` is a path and 0.5.
 
     Raises:
-        SelectionError: it says none of these, a mixture, or a scheme twice.
+        SelectionError: it has none of these, a mixture, or a scheme twice.
     """
     parts = [part.strip() for part in text.split(",")]
-    numbers = [_number(part) for part in parts]
-    if all(number is not None for number in numbers):
-        return (_explicit_scheme([number for number in numbers if number is not None]),)
+    numbers = [number for part in parts if (number := _number(part)) is not None]
+    if len(numbers) == len(parts):
+        return (_explicit(numbers),)
     if all("=" in part for part in parts):
-        return (_by_path_scheme([_pair(part) for part in parts]),)
-    if any("=" in part for part in parts) or any(number is not None for number in numbers):
+        return (_by_path([_pair(part) for part in parts]),)
+    if numbers or any("=" in part for part in parts):
         raise SelectionError(
             f"weights {text!r} mix schemes, numbers and paths", remedy=f"they are {KNOWN}"
         )
-    schemes = tuple(_named_scheme(part) for part in parts)
+    schemes = tuple(_named(part) for part in parts)
     [(scheme, times)] = Counter(schemes).most_common(1)
     if times > 1:
         raise SelectionError(f"weights {text!r} have {scheme.name} twice")
@@ -140,88 +127,78 @@ def _pair(text: str) -> tuple[str, float]:
     return path, number
 
 
-def _explicit_scheme(numbers: Sequence[float]) -> Scheme:
-    """One's own numbers.
-
-    Raises:
-        SelectionError: they are not finite.
-    """
-    explicit(numbers, len(numbers), normalize=False)
+def _explicit(numbers: Sequence[float]) -> Scheme:
+    formulas.explicit(numbers, len(numbers), normalize=False)  # refuses what is not finite
     return Scheme(
         "explicit",
         "explicit",
-        lambda _, names, normalize: explicit(numbers, len(names), normalize=normalize),
+        lambda _, paths, normalize: formulas.explicit(numbers, len(paths), normalize=normalize),
         needs_order=len(set(numbers)) > 1,
     )
 
 
-def _by_path_scheme(pairs: Sequence[tuple[str, float]]) -> Scheme:
+def _by_path(pairs: Sequence[tuple[str, float]]) -> Scheme:
     return Scheme(
         "by-path",
         "by-path",
-        lambda _, names, normalize: by_path(pairs, names, normalize=normalize),
+        lambda _, paths, normalize: formulas.by_path(pairs, paths, normalize=normalize),
         needs_order=False,
     )
 
 
-def _named_scheme(text: str) -> Scheme:
-    """A scheme that has a name.
+def _named(text: str) -> Scheme:
+    """The scheme that a text names. Its argument is checked before a checkpoint is opened.
 
     Raises:
-        SelectionError: there is no such scheme, or it does not take this argument.
+        SelectionError: there is no such scheme, or the argument does not fit it.
     """
     name, colon, argument = text.partition(":")
-    makers = {"ema": _ema_scheme, "power": _power_scheme, "decay": _decay_scheme}
-    if name in makers and argument:
-        return makers[name](argument)
-    if name == "uniform" and not colon:
+    if (name, colon) == ("uniform", ""):
         return Scheme(
             name,
             name,
-            lambda _, names, normalize: uniform(len(names), normalize=normalize),
+            lambda _, paths, normalize: formulas.uniform(len(paths), normalize=normalize),
             needs_order=False,
         )
-    if name == "linear" and not colon:
+    if (name, colon) == ("linear", ""):
         return Scheme(
-            name, name, lambda _, names, normalize: linear(len(names), normalize=normalize)
+            name,
+            name,
+            lambda _, paths, normalize: formulas.linear(len(paths), normalize=normalize),
+        )
+    if name == "ema" and argument:
+        rate = _argument("ema:DECAY", argument)
+        formulas.ema(1, rate)
+        return Scheme(
+            f"ema:{short(rate)}",
+            f"ema{short(rate)}",
+            lambda _, paths, __: formulas.ema(len(paths), rate),
+        )
+    if name == "power" and argument:
+        width = _argument("power:SIGMA_REL", argument)
+        formulas.power_exponent(width)
+        return Scheme(
+            f"power:{short(width)}",
+            f"power{short(width)}",
+            lambda steps, _, __: formulas.power(steps, width),
+            needs_steps=True,
+        )
+    if name == "decay" and argument:
+        formulas.decay(1, argument)
+        return Scheme(
+            f"decay:{argument}",
+            f"decay-{argument}",
+            lambda _, paths, __: formulas.decay(len(paths), argument),
+            needs_order=argument != "linear",
         )
     raise SelectionError(f"unknown weights {text!r}", remedy=f"they are {KNOWN}")
 
 
-def _ema_scheme(argument: str) -> Scheme:
-    rate = _argument("ema:DECAY", argument)
-    check_ema(rate)
-    return Scheme(
-        f"ema:{short(rate)}", f"ema{short(rate)}", lambda _, names, __: ema(len(names), rate)
-    )
-
-
-def _power_scheme(argument: str) -> Scheme:
-    width = _argument("power:SIGMA_REL", argument)
-    power_exponent(width)  # refuses what is out of range, before a checkpoint is opened
-    return Scheme(
-        f"power:{short(width)}",
-        f"power{short(width)}",
-        lambda steps, _, __: power(steps, width),
-        needs_steps=True,
-    )
-
-
-def _decay_scheme(shape: str) -> Scheme:
-    check_shape(shape)
-    return Scheme(
-        f"decay:{shape}",
-        f"decay-{shape}",
-        lambda _, names, __: decay(len(names), shape),
-        needs_order=shape != "linear",
-    )
-
-
 def _argument(form: str, text: str) -> float:
-    """The number after a scheme's colon.
+    """The number after the colon of a scheme.
 
     Raises:
-        SelectionError: it is none.
+        SelectionError: it is no number.
     """
     number = _number(text)
     if number is None:

@@ -1,7 +1,7 @@
-"""Weights of an average: a number for each checkpoint, and what their sum is divided by.
+"""Weights of an average: a number for each checkpoint, and the divisor of the weighted sum.
 
-A scheme is a pure function of the number of checkpoints, their steps or their names: it never sees
-a tensor. `docs/schemes.md` says which is for what.
+Each formula is a pure function of the number of checkpoints, their steps or their paths.
+`docs/schemes.md` says which is for what.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Weights:
     """The average is `sum(values[i] * x[i]) / divisor`.
 
     Attributes:
-        scheme: what made them, for the provenance.
+        scheme: the name of the scheme, for the provenance.
         values: one for each checkpoint, `[num_checkpoints]`.
-        divisor: what the sum is divided by, once.
+        divisor: the weighted sum is divided by it, once.
     """
 
     scheme: str
@@ -94,20 +94,11 @@ def ema(count: int, decay: float) -> Weights:
     Raises:
         SelectionError: the decay is not in [0, 1].
     """
-    check_ema(decay)
+    if not 0 <= decay <= 1:
+        raise SelectionError(f"the decay of ema is from 0 to 1, not {short(decay)}")
     values = [(1 - decay) * decay ** (count - number) for number in range(1, count + 1)]
     values[0] = decay ** (count - 1)
     return _summing_to_one(f"ema:{short(decay)}", values)
-
-
-def check_ema(decay: float) -> None:
-    """Refuse a decay that torch would refuse.
-
-    Raises:
-        SelectionError: it is not in [0, 1].
-    """
-    if not 0 <= decay <= 1:
-        raise SelectionError(f"the decay of ema is from 0 to 1, not {short(decay)}")
 
 
 def power(steps: Sequence[float], sigma_rel: float) -> Weights:
@@ -196,7 +187,8 @@ def decay(count: int, shape: str) -> Weights:
     Raises:
         SelectionError: there is no such shape.
     """
-    check_shape(shape)
+    if shape not in _DECAYS:
+        raise SelectionError(f"decay is one of {', '.join(_DECAYS)}, not {shape!r}")
     name = f"decay:{shape}"
     if shape == "linear":
         # The differences are all 1 / (k + 1), but for rounding: as a mean they have none.
@@ -205,18 +197,8 @@ def decay(count: int, shape: str) -> Weights:
     return _summing_to_one(name, [now - later for now, later in pairwise(remaining)])
 
 
-def check_shape(shape: str) -> None:
-    """Refuse a decay that has no equation here.
-
-    Raises:
-        SelectionError: there is no such shape.
-    """
-    if shape not in _DECAYS:
-        raise SelectionError(f"decay is one of {', '.join(_DECAYS)}, not {shape!r}")
-
-
 def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> Weights:
-    """Any column of numbers, normalised to sum 1 or taken as they are. Negative ones are allowed.
+    """Numbers of the user, negative ones too, normalised to sum 1 or taken as they are.
 
     Raises:
         SelectionError: not one finite number for each checkpoint, or they sum to zero and should be
@@ -228,51 +210,51 @@ def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> 
         raise SelectionError(f"weights must be numbers: {error}") from error
     if len(numbers) != count:
         raise SelectionError(f"{len(numbers)} weights for {count} checkpoints")
-    return _own("explicit", numbers, normalize=normalize)
+    return _checked("explicit", numbers, normalize=normalize)
 
 
 def by_path(
-    pairs: Sequence[tuple[str, float]], names: Sequence[str], *, normalize: bool = True
+    pairs: Sequence[tuple[str, float]], paths: Sequence[str], *, normalize: bool = True
 ) -> Weights:
     """A number for each checkpoint that is named, and 0 for the others, which are not read.
 
     Args:
-        pairs: paths and their weights. A path names the checkpoint whose path it is, else the one
-            whose path ends with it: `a.pt` names `run/a.pt`, but not `run/data.pt`.
-        names: paths of the checkpoints, `[num_checkpoints]`.
+        pairs: paths and their weights. A path names the checkpoint that has this path, else the
+            one whose path ends with it: `a.pt` names `run/a.pt`, but not `run/data.pt`.
+        paths: of the checkpoints, `[num_checkpoints]`.
         normalize: have them sum to 1.
 
     Raises:
         SelectionError: a path names no checkpoint, or several, or one that has a weight already; or
             a weight is not finite, or they sum to zero and should be normalised.
     """
-    found: dict[int, float] = {}
-    for path, value in pairs:
-        place = _named(path, names)
-        if place in found:
-            raise SelectionError(f"{printable(names[place])} has two weights")
-        found[place] = float(value)
-    values = tuple(found.get(place, 0.0) for place in range(len(names)))
-    return _own("by-path", values, normalize=normalize)
+    weights: dict[int, float] = {}
+    for path, weight in pairs:
+        place = _place_of(path, paths)
+        if place in weights:
+            raise SelectionError(f"{printable(paths[place])} has two weights")
+        weights[place] = float(weight)
+    values = tuple(weights.get(place, 0.0) for place in range(len(paths)))
+    return _checked("by-path", values, normalize=normalize)
 
 
-def _named(path: str, names: Sequence[str]) -> int:
-    """The place of the one checkpoint that a path names.
+def _place_of(path: str, paths: Sequence[str]) -> int:
+    """The place of the checkpoint that a path names.
 
     Raises:
         SelectionError: it names none, or several.
     """
     wanted = path_parts(path)
-    parts = [path_parts(name) for name in names]
-    exact = [place for place, own in enumerate(parts) if own == wanted]
-    found = exact or [place for place, own in enumerate(parts) if own[-len(wanted) :] == wanted]
-    if len(found) == 1:
-        return found[0]
-    some = [names[place] for place in found] or names
+    parts = [path_parts(each) for each in paths]
+    exact = [place for place, each in enumerate(parts) if each == wanted]
+    places = exact or [place for place, each in enumerate(parts) if each[-len(wanted) :] == wanted]
+    if len(places) == 1:
+        return places[0]
+    some = [paths[place] for place in places] or paths
     listed = printable(", ".join(some))
-    if found:
+    if places:
         raise SelectionError(
-            f"the weight of {printable(path)} fits {len(found)} checkpoints: {listed}",
+            f"the weight of {printable(path)} fits {len(places)} checkpoints: {listed}",
             remedy="name the folder too",
             choices=some,
         )
@@ -282,12 +264,12 @@ def _named(path: str, names: Sequence[str]) -> int:
 
 
 def path_parts(path: str) -> list[str]:
-    """A path's names, without what says nothing."""
+    """The names in a path, without empty ones and dots."""
     return [part for part in path.split("/") if part not in ("", ".")]
 
 
-def _own(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Weights:
-    """The user's own numbers, checked.
+def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Weights:
+    """Weights from numbers of the user.
 
     Raises:
         SelectionError: they are not finite, or sum to zero and should be normalised.

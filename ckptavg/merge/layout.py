@@ -1,4 +1,4 @@
-"""Where each tensor's bytes go in the output, known before the first of them is written."""
+"""Where the bytes of each tensor go in an output: known before the first of them is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OutputTensor:
     """A tensor of the output.
 
     Attributes:
-        names: its name, and those of the tensors that are tied to it.
+        names: its name, and the names of the tensors that are tied to it.
         dtype: element type in the output.
         shape: its dimensions.
         nbytes: bytes of its elements.
@@ -32,7 +32,7 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """A record whose CRC-32 is known only when its tensor has been written.
+    """A record of a zip whose CRC-32 is known only when its bytes have been written.
 
     Attributes:
         start: where the record's bytes begin.
@@ -50,9 +50,9 @@ class FileLayout:
     """An output file without its tensors.
 
     Attributes:
-        size: bytes of the whole file.
-        blobs: what stands around the tensors: offset and bytes.
-        checksums: what is to be filled in at the end.
+        size: bytes of the file, tensors included.
+        blobs: the bytes around the tensors, each with its offset.
+        checksums: to be filled in at the end.
     """
 
     size: int
@@ -62,13 +62,13 @@ class FileLayout:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that go into the output as they are.
+    """Bytes that are copied into the output.
 
     Attributes:
-        part: where they come from.
-        offset: in the part.
-        size: how many.
-        target: offset in the output.
+        part: the file that they are copied from.
+        offset: of the first byte in that file.
+        size: the number of bytes.
+        target: of the first byte in the output.
     """
 
     part: Part
@@ -79,11 +79,11 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Scattered:
-    """A place in the output where a tensor is not contiguous, as in the file that it replaces.
+    """A place in the output where a tensor is not contiguous, as in the checkpoint's file.
 
     Attributes:
-        part: that file, which has what lies between the tensor's elements.
-        tensor: dtype, shape, offset and strides, in the file and in the output.
+        part: that file, which has the bytes between the tensor's elements.
+        tensor: dtype, shape, offset and strides, the same in that file and in the output.
     """
 
     part: Part
@@ -99,8 +99,8 @@ class Layout:
     Attributes:
         files: name to layout; the only one of an output that is a file has the name `""`.
         targets: for each tensor, the offsets at which its bytes are written.
-        copies: what is copied from elsewhere.
-        scattered: further places of tensors, by the tensor's position.
+        copies: bytes that are copied from other files.
+        scattered: further places of tensors, by the position of the tensor.
     """
 
     files: Mapping[str, FileLayout]

@@ -1,4 +1,4 @@
-"""Average LoRA adapters exactly: not A and B apart, but the products that they stand for.
+"""Average LoRA adapters exactly: the products of their factors, not the factors A and B apart.
 
 An adapter adds `s * B @ A` to a weight, with `s = alpha / r` (Hu et al. 2021, arXiv 2106.09685) or
 `alpha / sqrt(r)` (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732). The weighted mean of such products
@@ -41,14 +41,14 @@ log = logging.getLogger("ckptavg")
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor of the average: what is put side by side.
+    """A factor of the average, which has those of all adapters side by side.
 
     Attributes:
-        kind: which factor.
-        name: its name.
-        inputs: for each checkpoint the file, the tensor in it and what it is multiplied by.
-        groups: of a grouped convolution, whose factors are in as many blocks; else 1.
-        output: its description in the average; its place is in the part that joins them.
+        kind: `A`, `B` or `bias`.
+        name: of the tensor.
+        inputs: for each adapter the file, the tensor in it and its scale.
+        groups: the number of groups of a convolution, in which the factors have as many blocks.
+        output: the factor in the average; its offset is that in `Joined`.
     """
 
     kind: Factor
@@ -61,7 +61,7 @@ class _Factor:
         """Refuse NaN and Inf.
 
         Raises:
-            ValueRangeError: the first checkpoint with some.
+            ValueRangeError: an adapter has some.
         """
         for part, tensor, _ in self.inputs:
             if not np.isfinite(read_view(part, tensor)).all():
@@ -72,8 +72,8 @@ class _Factor:
                     remedy="--allow-nonfinite lets it pass",
                 )
 
-    def make(self) -> AnyArray:
-        """The factor as an array `[*shape]`, rounded once."""
+    def values(self) -> AnyArray:
+        """The factor as an array of its shape, rounded once."""
         if self.kind == "A":
             blocks = [
                 np.split(read_view(part, tensor), self.groups) for part, tensor, _ in self.inputs
@@ -94,13 +94,13 @@ class _Factor:
 
 
 class Joined:
-    """The factors of the average, one after the other, made when they are read.
+    """The factors of the average, one after the other, computed when they are read.
 
-    A part of a checkpoint like a file; no more than one factor is held in memory.
+    They are read like a file. One factor at most is held in memory.
 
     Attributes:
-        path: the checkpoint that stands for it in messages.
-        size: 0, since the bytes on the disk are those of the checkpoints.
+        path: the checkpoint that is named in messages.
+        size: 0, since the bytes on the disk are those of the adapters.
         identity: None; it is no file.
     """
 
@@ -112,12 +112,12 @@ class Joined:
         self._factors = factors
         self._starts = [factor.output.offset for factor in factors]
         self._lock = threading.Lock()
-        self._made: tuple[int, AnyArray] | None = None
+        self._held: tuple[int, AnyArray] | None = None
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`, which may reach over several factors."""
         while len(out):
-            # Of factors without an element the last one of the same start is none.
+            # Empty factors have the start of the next one: the last with this start has elements.
             number = bisect.bisect_right(self._starts, offset) - 1
             data = self._bytes(number)[offset - self._starts[number] :]
             count = min(len(data), len(out))
@@ -126,13 +126,13 @@ class Joined:
 
     def _bytes(self, number: int) -> memoryview:
         with self._lock:
-            if self._made is None or self._made[0] != number:
-                self._made = None
-                self._made = number, np.ascontiguousarray(self._factors[number].make())
-            return bytes_of(self._made[1])
+            if self._held is None or self._held[0] != number:
+                self._held = None
+                self._held = number, np.ascontiguousarray(self._factors[number].values())
+            return bytes_of(self._held[1])
 
     def check_unchanged(self) -> None:
-        """The checkpoints' own files are checked."""
+        """Do nothing: the files of the adapters are checked as parts of their own."""
 
 
 def check_scales(members: Sequence[Checkpoint]) -> None:

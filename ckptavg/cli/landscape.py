@@ -188,7 +188,7 @@ def _run(
 def _explore_options(params: Mapping[str, Any]) -> ExploreOptions:
     from ckptavg.landscape.explore import ExploreOptions
     from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
 
     refresh = RefreshOptions(**fields_of(RefreshOptions, params)) if params["refresh"] else None
     evaluation = EvaluationOptions(**{**fields_of(EvaluationOptions, params), "refresh": refresh})

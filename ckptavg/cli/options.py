@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
     from ckptavg.select.rules import Selection
 
 # What an option takes, by the placeholder of its value.
@@ -292,7 +292,7 @@ def candidate_rules(params: Mapping[str, Any]) -> Selection:
 
 def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
     """The options of a refresh."""
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
 
     fields = fields_of(RefreshOptions, params)
     fields["held_back"] = params.get("held_back") or (_HELD_BACK if params.get("verify") else 0)
@@ -302,7 +302,7 @@ def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
 def evaluation_options(params: Mapping[str, Any]) -> EvaluationOptions:
     """The options of an evaluation, and of the refresh before it if there is one."""
     from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
 
     refresh = None
     if params["refresh_loader"] is not None:

@@ -16,8 +16,9 @@ from ckptavg.landscape.explore import ExploreOptions
 from ckptavg.landscape.rays import Rise, rays
 from ckptavg.landscape.saving import save
 from ckptavg.norm.evaluate import EvaluationOptions
-from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
+from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.norm.loading import load_weights
+from ckptavg.norm.options import RefreshOptions
 from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:

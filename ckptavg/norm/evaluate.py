@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.refresh import Forward
 
 log = logging.getLogger("ckptavg")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,59 +40,11 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import AnyArray, DType
-    from ckptavg.norm.estimators import EstimatorName
     from ckptavg.norm.judging import Judge
     from ckptavg.norm.layers import NormLayer
-    from ckptavg.norm.refresh import MemoryFormat, Precision
-    from ckptavg.norm.setting import TrainMode
+    from ckptavg.norm.options import RefreshOptions
 
 log = logging.getLogger("ckptavg")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassOptions:
-    """How the pass over the training data is done: keywords of `refresh_norm`, described there."""
-
-    estimator: EstimatorName = "paper"
-    layers: Sequence[str] = ()
-    skip_layers: Sequence[str] = ()
-    skip_frozen: bool = False
-    memory_format: MemoryFormat = "auto"
-    amp: Precision | None = None
-    train_mode: TrainMode = "norm"
-    max_samples: int | None = None
-    max_batches: int | None = None
-    tol: float | None = None
-    strict: bool = False
-    held_back: int = 0
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """The values by name."""
-        return {each.name: getattr(self, each.name) for each in fields(PassOptions)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefreshOptions(PassOptions):
-    """How to refresh a checkpoint.
-
-    Attributes:
-        model: spec of the model, or of a callable that returns it.
-        loader: spec of an iterable of batches, or of a callable that returns it.
-        model_args: keywords for the model.
-        loader_args: keywords for the loader.
-        forward: spec of a function that is called with model and batch.
-        device: where the model runs; None for a GPU if there is one.
-        seed: of Python's, numpy's and torch's random numbers, set before model and loader are made.
-    """
-
-    model: str
-    loader: str
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    loader_args: Mapping[str, Any] = field(default_factory=dict)
-    forward: str | None = None
-    device: str | None = None
-    seed: int = 0
 
 
 def refresh_checkpoint(

@@ -21,7 +21,7 @@ from ckptavg.merge.recipe import Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
-from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
+from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.norm.together import of_both
 from ckptavg.select.metrics import mode_of
 from ckptavg.select.rules import Selection, Verdict, chosen
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ckptavg.norm.evaluate import Progress
+    from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.report import RefreshReport
     from ckptavg.select.metrics import Mode
     from ckptavg.select.run import Run

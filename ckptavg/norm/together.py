@@ -16,7 +16,7 @@ from ckptavg.write.temporary import temporary_beside
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.report import RefreshReport
     from ckptavg.write.options import Progress
     from ckptavg.write.summary import Summary

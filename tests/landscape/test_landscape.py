@@ -28,7 +28,7 @@ from ckptavg.landscape.plane import plane
 from ckptavg.landscape.rays import rays
 from ckptavg.landscape.segment import segment
 from ckptavg.norm.evaluate import EvaluationOptions
-from ckptavg.norm.files import RefreshOptions
+from ckptavg.norm.options import RefreshOptions
 from tests.gloo import LOOPBACK
 from tests.helpers import run
 

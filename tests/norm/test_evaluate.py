@@ -17,7 +17,7 @@ import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, UserCodeError
 from ckptavg.norm.evaluate import Evaluation, EvaluationOptions, evaluate, winners
-from ckptavg.norm.files import RefreshOptions
+from ckptavg.norm.options import RefreshOptions
 from ckptavg.select.metrics import read_metrics
 from tests.held_out import naive_metrics, save_trained, trained
 from tests.helpers import run

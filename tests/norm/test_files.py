@@ -27,8 +27,9 @@ from ckptavg.errors import (
     UserCodeError,
 )
 from ckptavg.formats import open_checkpoint
-from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
+from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.norm.loading import as_torch, load_weights, match_names
+from ckptavg.norm.options import RefreshOptions
 from ckptavg.norm.together import average_and_refresh
 from tests.helpers import process, run, save_dcp, save_engine
 from tests.oracle import same_bits

@@ -17,7 +17,7 @@ from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError, ValueRangeError
 from ckptavg.formats import open_checkpoint
 from ckptavg.norm.evaluate import EvaluationOptions, evaluate
-from ckptavg.norm.files import RefreshOptions
+from ckptavg.norm.options import RefreshOptions
 from ckptavg.norm.soup import Soup, soup
 from tests.held_out import naive_average, naive_greedy, naive_metrics, save_trained
 from tests.helpers import run

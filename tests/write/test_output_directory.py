@@ -269,7 +269,7 @@ def average(inputs: Path, out: Path) -> None:
 
 
 def average_with_model(inputs: Path, out: Path) -> None:
-    from ckptavg.norm.files import RefreshOptions
+    from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.together import average_and_refresh
 
     options = RefreshOptions(model="absent.py:model", loader="absent.py:loader")
@@ -278,7 +278,8 @@ def average_with_model(inputs: Path, out: Path) -> None:
 
 def refresh(inputs: Path, out: Path) -> None:
     """Of the last of the checkpoints."""
-    from ckptavg.norm.files import RefreshOptions, refresh_checkpoint
+    from ckptavg.norm.files import refresh_checkpoint
+    from ckptavg.norm.options import RefreshOptions
 
     options = RefreshOptions(model="absent.py:model", loader="absent.py:loader")
     last = max(inputs.iterdir()) if inputs.name == "run" else inputs

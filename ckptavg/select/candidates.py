@@ -71,8 +71,8 @@ def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
     if not is_checkpoint_directory(folder):
         return candidates
     numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
-    own = frozenset(entry.name for entry in numbered) or _weight_files(folder)
-    ignored += [entry.name for entry in candidates if entry.name not in own]
+    kept = frozenset(entry.name for entry in numbered) or _weight_files(folder)
+    ignored += [entry.name for entry in candidates if entry.name not in kept]
     return numbered
 
 

@@ -75,8 +75,8 @@ def find_run(
             opened.append(checkpoint)
     if not opened:
         where = ", ".join(map(printable, inputs)) or "no input"
-        what = "".join(f" but {reason}" for reason in [*left_out.values()][:1])
-        raise SelectionError(f"no checkpoint found in {where}{what}")
+        reasons = [f"; {printable(path.name)}: {reason}" for path, reason in left_out.items()]
+        raise SelectionError(f"no checkpoint found in {where}{''.join(reasons[-1:])}")
     opened = _without_prefixes(opened, keep_prefix=keep_prefix)
     members, others = members_among(opened)
     files = [part.path for checkpoint in opened for part in checkpoint.parts]
@@ -112,12 +112,12 @@ def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], d
 
 
 def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
-    """Open a checkpoint; None if it is an average of ours that nobody named."""
+    """Open a checkpoint; None if ckptavg made it as an average, and it is no input itself."""
     name = printable(path.name)
     try:
         checkpoint = open_checkpoint(path, key=key)
     except SelectionError:
-        # An average of ours is a bare state dict: that the key is not in it is no error.
+        # An earlier average is a bare state dict: that the key is not in it is no error.
         if is_named or key is None or not (checkpoint := open_checkpoint(path)).is_average:
             raise
     if checkpoint.is_average and not is_named:
@@ -143,11 +143,11 @@ def mention_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
-            "took %s; there is also %s, to be taken with --key",
+            "took %s; there is also %s, which key chooses",
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
             ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
         )
-    # An average of ours is always a bare state dict.
+    # An earlier average is always a bare state dict.
     others = [checkpoint for checkpoint in checkpoints if not checkpoint.is_average]
     keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in others})
     if len(keys) > 1:

@@ -332,6 +332,13 @@ def test_checkpoints_of_another_model_do_no_harm_unless_they_are_taken(run):
         ckptavg.average(run, run.parent / "no.safetensors")
 
 
+def test_if_none_is_left_the_last_one_and_the_reason_are_said(run):
+    with pytest.raises(SelectionError, match=r"in .*run; step_1000\.pt: its name fits exclude \*"):
+        taken(run, exclude=["*"])
+    with pytest.raises(SelectionError, match=r"step_1000\.pt: its name does not fit include"):
+        taken(run, include=["epoch*"])
+
+
 def test_left_out_by_name_it_is_not_even_opened(run):
     (run / "step_5.pt").write_bytes(b"broken")
     assert taken(run, exclude=["step_5.pt"]) == ALL

@@ -6,7 +6,6 @@ shards with an index; what else the last checkpoint has for `from_pretrained` co
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import re
@@ -30,13 +29,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 # State of the training, other weights, and logs: what `from_pretrained` has no use for.
-_NOT_ALONG = re.compile(
+_LEFT_BEHIND = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|tar|pkl|msgpack|h5|onnx|gguf|distcp|lock|tmp)"
     r"|.*\.index\.json|trainer_state\.json|zero_to_fp32\.py|latest|events\.out\..*"
 )
 _FOLDERS_ALONG = ("additional_chat_templates",)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _ADAPTER = "adapter_model"
+_QUANTIZATION = ("quantization_config", "compression_config")
 
 
 def lay_out_directory(
@@ -45,52 +45,112 @@ def lay_out_directory(
     metadata: Mapping[str, str],
     last: Checkpoint,
     *,
-    max_shard_size: int | None = None,
-    replaced: Mapping[str, bytes] | None = None,
+    max_shard_size: int | None,
+    replaced: Mapping[str, bytes],
 ) -> Layout:
     """Lay out the directory.
 
     Args:
         path: the output, for messages.
-        tensors: in the order in which they are to stand.
+        tensors: in the order of their bytes in the output.
         metadata: strings for the header of each file of weights.
         last: the checkpoint whose configuration comes along.
         max_shard_size: bytes of tensors in a file; None for what the last checkpoint has.
-        replaced: files that are not to be as the last checkpoint has them.
+        replaced: files that are not as the last checkpoint has them, by name.
 
     Raises:
         OutputError: the format has no such dtype or name.
     """
     stem = huggingface.stem(last.path) if last.container == "huggingface" else "model"
-    shards = list(_shards(tensors, max_shard_size or _own_shard_size(last)))
+    shards = _shards(tensors, stem, max_shard_size or _largest_shard(last))
     if len(shards) > 1 and stem == _ADAPTER:
         raise OutputError("PEFT reads no adapter in shards", path=path)
     files: dict[str, FileLayout] = {}
     targets: list[tuple[int, ...]] = []
-    base = 0
-    names = _shard_names(stem, len(shards))
-    for name, shard in zip(names, shards, strict=True):
-        laid_out = lay_out_safetensors(path / name, shard, metadata)
-        files |= {name: laid_out.files[""]}
-        targets += [tuple(base + start for start in starts) for starts in laid_out.targets]
-        base += laid_out.size
+    size = 0
+    for name, shard in shards.items():
+        layout = lay_out_safetensors(path / name, shard, metadata)
+        files[name] = layout.files[""]
+        targets += [tuple(size + start for start in starts) for starts in layout.targets]
+        size += layout.size
+    texts = dict(replaced)
     if len(shards) > 1:
-        index = _index(dict(zip(names, shards, strict=True)))
-        files[f"{stem}.safetensors{huggingface.INDEX}"] = _of_bytes(index)
-    files |= {name: _of_bytes(data) for name, data in (replaced or {}).items()}
-    along = {name: file for name, file in _companions(last) if name not in files}
-    _mention_what_stays(last, {*files, *along})
+        texts = {f"{stem}.safetensors{huggingface.INDEX}": _index(shards), **texts}
+    for name, text in texts.items():
+        files[name] = FileLayout(len(text), ((0, text),))
+        size += len(text)
+    along = {name: file for name, file in _files_along(last) if name not in files}
+    _mention_weights_left_behind(last, {*files, *along})
     copies = []
-    base = sum(file.size for file in files.values())
     for name, file in along.items():
         source = open_source(file)
         files[name] = FileLayout(source.size)
-        copies.append(Copy(source, 0, source.size, base))
-        base += source.size
+        copies.append(Copy(source, 0, source.size, size))
+        size += source.size
     return Layout(files, tuple(targets), tuple(copies))
 
 
-def _mention_what_stays(last: Checkpoint, brought: set[str]) -> None:
+def _largest_shard(last: Checkpoint) -> int | None:
+    """Bytes of the largest of the last checkpoint's shards, if it has several."""
+    sizes = [part.size for part in last.parts if part.identity is not None]
+    return max(sizes) if last.container == "huggingface" and len(sizes) > 1 else None
+
+
+def _shards(
+    tensors: Sequence[OutputTensor], stem: str, max_size: int | None
+) -> dict[str, list[OutputTensor]]:
+    """The tensors of each file of weights. One that is larger than a shard has one of its own."""
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        nbytes = tensor.nbytes * len(tensor.names)
+        if shards[-1] and max_size is not None and size + nbytes > max_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {
+        f"{stem}-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
+    weight_map = {
+        name: file for file, shard in shards.items() for tensor in shard for name in tensor.names
+    }
+    total = sum(
+        tensor.nbytes * len(tensor.names) for shard in shards.values() for tensor in shard
+    )  # fmt: skip
+    return _to_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _to_json(value: Mapping[str, Any]) -> bytes:
+    """A configuration file as Hugging Face's libraries write it."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _files_along(last: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """What comes along from the last checkpoint: configuration, tokenizer, code."""
+    if last.container != "huggingface":
+        return
+    for entry in _entries(last.path):
+        if entry.is_dir():
+            inside = _entries(entry) if entry.name in _FOLDERS_ALONG else ()
+            yield from ((f"{entry.name}/{file.name}", file) for file in inside if file.is_file())
+        elif entry.is_file() and not _LEFT_BEHIND.fullmatch(entry.name):
+            yield entry.name, entry
+        elif not _LEFT_BEHIND.fullmatch(entry.name):
+            raise FormatError("is no regular file, or a link to nothing", path=entry)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda entry: entry.name)
+
+
+def _mention_weights_left_behind(last: Checkpoint, brought: set[str]) -> None:
     """Warn of weights beside those that were averaged, which the output will lack."""
     if last.container != "huggingface":
         log.warning(
@@ -98,91 +158,45 @@ def _mention_what_stays(last: Checkpoint, brought: set[str]) -> None:
             printable(last.path.name),
         )
         return
-    own = huggingface.weight_files(last.path)
+    known = huggingface.weight_files(last.path) | brought
     left = [
-        entry.name
-        for entry in sorted(last.path.iterdir(), key=lambda entry: entry.name)
-        if entry.name not in own | brought
-        and (entry.suffix in _WEIGHTS or (entry.is_dir() and _holds_weights(entry)))
-        and not is_no_checkpoint(entry.name)
+        printable(entry.name)
+        for entry in _entries(last.path)
+        if entry.name not in known and _has_weights(entry) and not is_no_checkpoint(entry.name)
     ]
     if left:
-        shown = ", ".join(map(printable, left))
-        log.warning("not averaged and not brought along, though it has weights: %s", shown)
+        log.warning(
+            "not averaged and not brought along, though it has weights: %s", ", ".join(left)
+        )
 
 
-def _holds_weights(folder: Path) -> bool:
-    return any(entry.suffix in _WEIGHTS for entry in folder.iterdir())
-
-
-def _own_shard_size(last: Checkpoint) -> int | None:
-    """The size of the largest of the last checkpoint's shards, if it has several."""
-    sizes = [part.size for part in last.parts if part.identity is not None]
-    return max(sizes) if last.container == "huggingface" and len(sizes) > 1 else None
-
-
-def _shards(
-    tensors: Sequence[OutputTensor], max_shard_size: int | None
-) -> Iterator[list[OutputTensor]]:
-    """Fill one after the other; a tensor that is larger than a shard has one of its own."""
-    shard: list[OutputTensor] = []
-    filled = 0
-    for tensor in tensors:
-        nbytes = tensor.nbytes * len(tensor.names)
-        if shard and max_shard_size is not None and filled + nbytes > max_shard_size:
-            yield shard
-            shard, filled = [], 0
-        shard.append(tensor)
-        filled += nbytes
-    yield shard
-
-
-def _shard_names(stem: str, count: int) -> list[str]:
-    if count == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-
-
-def _index(shards: Mapping[str, Sequence[OutputTensor]]) -> bytes:
-    tensors = list(itertools.chain(*shards.values()))
-    weight_map = {
-        name: file for file, shard in shards.items() for tensor in shard for name in tensor.names
-    }
-    total = sum(tensor.nbytes * len(tensor.names) for tensor in tensors)
-    return to_json({"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def to_json(value: Mapping[str, Any]) -> bytes:
-    """A configuration file as these libraries write it."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _of_bytes(data: bytes) -> FileLayout:
-    return FileLayout(len(data), ((0, data),))
-
-
-def _companions(last: Checkpoint) -> Iterator[tuple[str, Path]]:
-    """What comes along from the last checkpoint: configuration, tokenizer, code."""
-    if last.container != "huggingface":
-        return
-    for entry in sorted(last.path.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir() and entry.name in _FOLDERS_ALONG:
-            for inner in sorted(entry.iterdir(), key=lambda inner: inner.name):
-                if inner.is_file():
-                    yield f"{entry.name}/{inner.name}", inner
-        elif _NOT_ALONG.fullmatch(entry.name):
-            continue
-        elif entry.is_file():
-            yield entry.name, entry
-        elif not entry.is_dir():
-            raise FormatError("is no regular file, or a link to nothing", path=entry)
+def _has_weights(entry: Path) -> bool:
+    files = entry.iterdir() if entry.is_dir() else ()
+    return any(file.suffix in _WEIGHTS for file in (entry, *files))
 
 
 def with_dtype(folder: Path, dtype: str) -> dict[str, bytes]:
-    """The configuration of a directory with another dtype, in which `from_pretrained` loads it."""
+    """The `config.json` of a directory with another dtype, in which libraries load the weights.
+
+    Args:
+        folder: the checkpoint's directory.
+        dtype: torch's name of it.
+
+    Returns:
+        The file's content by its name; nothing where it has no dtype.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    config = read_json(path)
-    stale = {name: dtype for name in config if name in ("dtype", "torch_dtype")}
-    return {path.name: to_json({**config, **stale})} if stale else {}
+    config = read_json(path) if path.is_file() else {}
+    changed = _with_dtype(config, dtype)
+    return {path.name: _to_json(changed)} if changed != config else {}
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Change the dtype in a configuration, and in those of the models within the model."""
+    changed = dict(config)
+    for name, value in config.items():
+        if name in ("dtype", "torch_dtype"):
+            changed[name] = dtype
+        elif isinstance(value, dict) and name not in _QUANTIZATION:
+            changed[name] = _with_dtype(value, dtype)
+    return changed

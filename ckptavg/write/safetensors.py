@@ -9,74 +9,52 @@ from ckptavg.errors import OutputError
 from ckptavg.merge.layout import FileLayout, Layout, OutputTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
-
-    from ckptavg.formats.tensors import DType
 
 _LENGTH = 8
 _ALIGNMENT = 8
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LONGEST_HEADER = 100_000_000  # what the reference reader accepts
 
 
 def lay_out_safetensors(
     path: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]
 ) -> Layout:
-    """Header first, then the tensors in the given order; tied ones are written once for each name.
+    """Lay out the header, and behind it the tensors in the given order.
+
+    Tied tensors are written once for each name, as the format knows no ties.
 
     Raises:
         OutputError: the format has no such dtype or name, or the header grows too long.
     """
-    entries = [f'"__metadata__":{_to_json(dict(sorted(metadata.items())))}']
-    taken = {"__metadata__"}
-    kinds: dict[tuple[DType, tuple[int, ...]], str] = {}
-    relative: list[list[int]] = []
-    end = 0
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    starts: list[list[int]] = []
+    size = 0
     for tensor in tensors:
-        kind = kinds.get((tensor.dtype, tensor.shape))
-        if kind is None:
-            kind = kinds[tensor.dtype, tensor.shape] = _encode_kind(path, tensor)
-        starts = []
+        starts.append([])
         for name in tensor.names:
-            _check_name(path, name, taken)
-            taken.add(name)
-            starts.append(end)
-            # A hundred thousand of them are written twice as fast as json writes dictionaries.
-            entries.append(f"{_to_json(name)}:{kind}[{end},{(end := end + tensor.nbytes)}]}}")
-        relative.append(starts)
-    text = f"{{{','.join(entries)}}}".encode()
-    del entries
-    padding = b" " * (-len(text) % _ALIGNMENT)
-    length = len(text) + len(padding)
-    if length > _LONGEST_HEADER:
-        raise OutputError(f"its header would be {length} bytes long", path=path)
-    begin = _LENGTH + length
-    blobs = (
-        (0, length.to_bytes(_LENGTH, "little")),
-        (_LENGTH, text),
-        (begin - len(padding), padding),
-    )
-    targets = tuple(tuple([begin + start for start in starts]) for starts in relative)
-    return Layout({"": FileLayout(begin + end, blobs)}, targets)
+            _check(path, name, tensor, header)
+            header[name] = {
+                "dtype": tensor.dtype.code,
+                "shape": tensor.shape,
+                "data_offsets": (size, size + tensor.nbytes),
+            }
+            starts[-1].append(size)
+            size += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _LONGEST_HEADER:
+        raise OutputError(f"its header would be {len(text)} bytes long", path=path)
+    begin = _LENGTH + len(text)
+    file = FileLayout(begin + size, ((0, len(text).to_bytes(_LENGTH, "little") + text),))
+    return Layout({"": file}, tuple(tuple(begin + start for start in each) for each in starts))
 
 
-def _encode_kind(path: Path, tensor: OutputTensor) -> str:
-    """An entry's text up to the offsets."""
+def _check(path: Path, name: str, tensor: OutputTensor, taken: Container[str]) -> None:
+    """Refuse what torch files can hold and safetensors cannot."""
     if tensor.dtype.code is None:
-        raise OutputError(
-            f"safetensors has no {tensor.dtype.name}",
-            path=path,
-            tensor=tensor.names[0],
-            remedy="write a .pt",
-        )
-    shape = ",".join(map(str, tensor.shape))
-    return f'{{"dtype":"{tensor.dtype.code}","shape":[{shape}],"data_offsets":'
-
-
-def _check_name(path: Path, name: str, taken: AbstractSet[str]) -> None:
-    """A torch file can hold names that this format cannot: its own key, and what is no text."""
+        message, remedy = f"safetensors has no {tensor.dtype.name}", "write a .pt"
+        raise OutputError(message, path=path, tensor=name, remedy=remedy)
     try:
         name.encode()
     except UnicodeEncodeError as error:

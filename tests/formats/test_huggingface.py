@@ -185,6 +185,21 @@ class TestConfiguration:
         assert found == config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
         assert load_file(tmp_path / "out" / "model.safetensors")["w"].dtype == torch.bfloat16
 
+    def test_has_the_new_dtype_for_the_models_within_the_model(self, tmp_path):
+        quantization = {"quantization_config": {"dtype": "float8"}}
+        config = {
+            "text_config": {"dtype": "float32", "rope": {"theta": 1.0}, **quantization},
+            "vision_config": {"torch_dtype": "float32", "inner": {"torch_dtype": None}},
+            **quantization,
+        }
+        two_models(tmp_path / "run", config)
+        ckptavg.average(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
+        assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+            "text_config": {"dtype": "bfloat16", "rope": {"theta": 1.0}, **quantization},
+            "vision_config": {"torch_dtype": "bfloat16", "inner": {"torch_dtype": "bfloat16"}},
+            **quantization,
+        }
+
     @pytest.mark.parametrize(
         ("config", "dtype"), [({"width": 3}, "bfloat16"), ({"dtype": "float32"}, None)]
     )

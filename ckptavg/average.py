@@ -182,7 +182,11 @@ def write_averages(
         log.warning("only one checkpoint: the output is a copy of %s", name)
     targets = [
         destination(
-            output, recipe.last, container=options.container, max_shard_size=options.max_shard_size
+            output,
+            recipe.last,
+            container=options.container,
+            max_shard_size=options.max_shard_size,
+            drop_aliases=options.drop_aliases,
         )
         for output, recipe in zip(outputs, recipes, strict=True)
     ]
@@ -312,17 +316,8 @@ def _layout(
     plan: Plan, number: int, recipe: Recipe, target: Destination, details: _Details
 ) -> Layout:
     """The layout of an output, with its provenance."""
-    options, last, outputs = details.options, plan.last(number), plan.outputs
+    options, last = details.options, plan.last(number)
     metadata = {"format": "pt"} | dict(last.metadata)
-    if options.drop_aliases:
-        if target.kind not in ("safetensors", "directory"):
-            raise OutputError(
-                "a torch file keeps tied tensors tied: there are no aliases to drop",
-                path=target.path,
-                remedy="leave drop_aliases out",
-            )
-        metadata |= {alias: each.names[0] for each in outputs for alias in each.names[1:]}
-        outputs = tuple(replace(each, names=each.names[:1]) for each in outputs)
     entry = provenance(
         recipe,
         norm_stats=plan.norm_stats(number),
@@ -336,7 +331,7 @@ def _layout(
     if options.dtype is not None and target.kind == "directory":
         files = with_dtype(last.path, options.dtype) | dict(files)
     layout = lay_out(
-        target, outputs, metadata, last,
+        target, plan.outputs, metadata, last,
         places=[last.tensors[planned.name] for planned in plan.tensors], replaced=files,
         mirrored=len(recipe.members) > 1,
     )  # fmt: skip

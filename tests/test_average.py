@@ -383,6 +383,15 @@ class TestTiedWeights:
         wanted = naive_mean([model.embed.weight.detach() for model in models])
         assert same_bits(fresh.head.weight.detach(), wanted)
 
+    @pytest.mark.parametrize("container", ["weights", "last"])
+    def test_aliases_are_not_dropped_in_a_torch_file(self, tmp_path, container):
+        save_run(tmp_path / "run", random_state_dicts(2), "pt")
+        with pytest.raises(OutputError, match=r"out\.pt: a torch file keeps tied tensors tied: .*"):
+            ckptavg.average(
+                tmp_path / "run", tmp_path / "out.pt", drop_aliases=True, container=container
+            )
+        assert not (tmp_path / "out.pt").exists()
+
     def test_alias_metadata_of_the_inputs_is_carried_over(self, tmp_path):
         for step in range(2):
             save_file(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,11 +38,13 @@ class Destination:
             checkpoint's torch file with other weights in it; `directory` is what Hugging Face's
             `save_pretrained` writes.
         max_shard_size: bytes of tensors in a file of a directory; None for the inputs' own.
+        drop_aliases: of tied tensors, write one and name the others in the metadata.
     """
 
     path: Path
     kind: Kind
     max_shard_size: int | None = None
+    drop_aliases: bool = False
 
 
 def destination(
@@ -51,6 +53,7 @@ def destination(
     *,
     container: str = "weights",
     max_shard_size: int | None = None,
+    drop_aliases: bool = False,
 ) -> Destination:
     """The kind of output that a name and the options ask for.
 
@@ -60,22 +63,34 @@ def destination(
         last: the last checkpoint.
         container: `last` for its whole file with other weights, `weights` for them alone.
         max_shard_size: bytes of tensors in a file of a directory.
+        drop_aliases: of tied tensors, write one and name the others in the metadata.
 
     Raises:
         OutputError: the name stands for no kind of output, or not for what the options ask for.
     """
     path = _local(output)
-    is_file_name = path.suffix in SUFFIXES
-    if container == "last":
-        _check_container(path, last)
-        return Destination(path, "container")
-    ends_with_slash = os.fspath(output).endswith(os.sep)
-    if path.is_dir() or ends_with_slash or (last.is_of_directories and not is_file_name):
-        return Destination(path, "directory", max_shard_size)
-    if max_shard_size is not None:
+    kind = _kind(output, path, last, container)
+    if max_shard_size is not None and kind != "directory":
         raise OutputError(
             "shards need a directory", path=path, remedy="let the output's name end with a slash"
         )
+    if drop_aliases and kind in ("torch", "container"):
+        raise OutputError(
+            "a torch file keeps tied tensors tied: there are no aliases to drop",
+            path=path,
+            remedy="leave drop_aliases out",
+        )
+    return Destination(path, kind, max_shard_size, drop_aliases)
+
+
+def _kind(output: str | os.PathLike[str], path: Path, last: Checkpoint, container: str) -> Kind:
+    is_file_name = path.suffix in SUFFIXES
+    if container == "last":
+        _check_container(path, last)
+        return "container"
+    ends_with_slash = os.fspath(output).endswith(os.sep)
+    if path.is_dir() or ends_with_slash or (last.is_of_directories and not is_file_name):
+        return "directory"
     if not is_file_name:
         raise OutputError(
             f"cannot tell a container from the ending {path.suffix!r}",
@@ -83,7 +98,7 @@ def destination(
             remedy=f"let it end with {_SAFETENSORS}, with one of {' '.join(_TORCH)}, or with a "
             "slash for a directory",
         )
-    return Destination(path, "safetensors" if path.suffix == _SAFETENSORS else "torch")
+    return "safetensors" if path.suffix == _SAFETENSORS else "torch"
 
 
 def _local(output: str | os.PathLike[str]) -> Path:
@@ -144,6 +159,10 @@ def lay_out(
     if target.kind == "torch":
         return lay_out_torch(tensors, metadata, last)
     mention_left_out(last.other_entries)
+    if target.drop_aliases:
+        aliases = {alias: each.names[0] for each in tensors for alias in each.names[1:]}
+        metadata = {**metadata, **aliases}
+        tensors = [replace(tensor, names=tensor.names[:1]) for tensor in tensors]
     if target.kind == "directory":
         return lay_out_directory(
             target.path, tensors, metadata, last,

@@ -12,7 +12,6 @@ import click
 from ckptavg.cli import options, types
 from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
 from ckptavg.cli.console import Console, plural, size
-from ckptavg.cli.options import option
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
@@ -30,58 +29,35 @@ _ROLES = {
 }
 _SUM_TO_1 = ("ema:", "power:", "decay:")
 
-_AVERAGING = (
-    option(
-        "--weights SCHEME",
-        "uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt; or a number for "
-        "each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,... Several schemes, or several --last, "
-        "make every combination from one read, in the directory OUTPUT.",
-        type=types.weights,
-        default="uniform",
-    ),
-    option("--no-normalize", "Do not divide by the sum of the weights."),
-    option("--update", "Fold the other inputs into the uniform average among them, made earlier."),
-    option(
-        "--ints equal|last",
-        "Integer tensors must be equal, or are taken from the last checkpoint.",
-        default="equal",
-    ),
-    option(
-        "--norm-stats average|last",
-        "Average running_mean and running_var, or take those of the last checkpoint.",
-        default="average",
-    ),
-    option(
-        "--lora separate|exact",
-        "Average the factors A and B of LoRA adapters apart, or their products exactly: the ranks "
-        "then add up.",
-        default="separate",
-    ),
-    option("--allow-nonfinite", "Accept NaN and Inf in the inputs."),
-)
-_WRITING = (
-    option(
-        "-o --output PATH",
-        "Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for a torch file; or "
-        "a directory (DIR/) for from_pretrained.",
-        required=True,
-    ),
-    options.FORCE,
-    options.CONTAINER,
-    options.MAX_SHARD_SIZE,
-    option(
-        "--dtype NAME",
-        f"Dtype of floating tensors: {', '.join(DTYPES)}.  [default: as in the input]",
-        type=click.Choice(DTYPES),
-    ),
-    option("--keep-prefix", "Leave module. and _orig_mod. on the names."),
-    option("--drop-aliases", "Write tied tensors once, and name the others in the metadata."),
-    option(
-        "--hash",
-        "Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them once more.",
-    ),
-    options.NO_FSYNC,
-)
+_AVERAGING = options.parse("""
+--weights SCHEME           uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt;
+                           or a number for each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,...
+                           Several schemes, or several --last, make every combination from one
+                           read, in the directory OUTPUT.  [default: uniform]
+--no-normalize             Do not divide by the sum of the weights.
+--update                   Fold the other inputs into the uniform average among them, made earlier.
+--ints equal|last          Integer tensors must be equal, or are taken from the last checkpoint.
+                           [default: equal]
+--norm-stats average|last  Average running_mean and running_var, or take those of the last
+                           checkpoint.  [default: average]
+--lora separate|exact      Average the factors A and B of LoRA adapters apart, or their products
+                           exactly: the ranks then add up.  [default: separate]
+--allow-nonfinite          Accept NaN and Inf in the inputs.
+""")
+_OUTPUT, *_TENSORS = options.parse(f"""
+-o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for
+                           a torch file; or a directory (DIR/) for from_pretrained. [required]
+--dtype {"|".join(DTYPES)}
+                           Dtype of floating tensors.  [default: as in the input]
+--keep-prefix              Leave module. and _orig_mod. on the names.
+--drop-aliases             Write tied tensors once, and name the others in the metadata.
+--hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
+                           once more.
+""")
+_EXPECT, _DRY_RUN = options.parse("""
+--expect N    Fail unless N checkpoints are taken.
+-n --dry-run  Only say what would be read and written.
+""")
 
 
 def _is_one_file(params: Mapping[str, Any]) -> bool:
@@ -127,19 +103,14 @@ _NO_EFFECT = (
 @click.command(
     cls=Command,
     groups={
-        "Which checkpoints": (
-            *options.SELECTION,
-            options.KEY,
-            option("--expect N", "Fail unless N checkpoints are taken."),
-        ),
+        "Which checkpoints": (*options.SELECTION, options.KEY, _EXPECT),
         "How they are averaged": _AVERAGING,
-        "What is written": _WRITING,
-        "Refresh of the norm statistics": options.REFRESH,
-        RUNNING: (
-            option("-n --dry-run", "Only say what would be read and written."),
-            options.THREADS,
-            *options.COMMON,
+        "What is written": (
+            *(_OUTPUT, options.FORCE, options.CONTAINER, options.MAX_SHARD_SIZE),
+            *(*_TENSORS, options.NO_FSYNC),
         ),
+        "Refresh of the norm statistics": options.REFRESH,
+        RUNNING: (_DRY_RUN, options.THREADS, *options.COMMON),
     },
     no_effect=_NO_EFFECT,
 )

@@ -9,7 +9,6 @@ import click
 from ckptavg.cli import options, types
 from ckptavg.cli.command import RUNNING, Command, fields_of, without
 from ckptavg.cli.console import Console, cell
-from ckptavg.cli.options import option
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
@@ -20,12 +19,17 @@ if TYPE_CHECKING:
     from ckptavg.norm.judging import Judge
     from ckptavg.norm.report import Verdict
 
-_EVALUATION = (
-    options.keywords_for("eval-loader"),
-    options.METRIC,
-    option("--keep-better", "Keep the old statistics if they are better."),
-    options.MODE,
-)
+_EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = options.parse("""
+--eval-loader SPEC           Held-out batches, to evaluate with before and after the refresh.
+--eval-loader-arg KEY=VALUE  Keyword argument for the held-out loader; repeatable.
+--keep-better                Keep the old statistics if they are better.
+""")
+_EVALUATION = (_EVAL_LOADER_ARG, options.METRIC, _KEEP_BETTER, options.MODE)
+_OUTPUT, _IN_PLACE, _REPORT = options.parse("""
+-o --output PATH  Where the result goes.  [default: the checkpoint itself, if ckptavg made it]
+--in-place        Replace a checkpoint that ckptavg did not make; what else it holds stays.
+--report PATH     JSON file for the old and the new statistics of each layer.
+""")
 
 
 @click.command(
@@ -36,28 +40,10 @@ _EVALUATION = (
             options.variant(each, required=each.name in ("model", "loader"))
             for each in options.REFRESH
         ],
-        "Evaluation before and after": (
-            option(
-                "--eval-loader SPEC",
-                "Held-out batches, to evaluate the model with before and after the refresh.",
-            ),
-            *_EVALUATION,
-        ),
+        "Evaluation before and after": (_EVAL_LOADER, *_EVALUATION),
         "What is written": (
-            options.KEY,
-            option(
-                "-o --output PATH",
-                "Where the result goes.  [default: the checkpoint itself, if ckptavg made it]",
-            ),
-            option(
-                "--in-place",
-                "Replace the checkpoint, though ckptavg did not make it; what else it holds stays.",
-            ),
-            options.FORCE,
-            options.CONTAINER,
-            options.MAX_SHARD_SIZE,
-            options.NO_FSYNC,
-            option("--report PATH", "JSON file for the old and the new statistics of each layer."),
+            *(options.KEY, _OUTPUT, _IN_PLACE, options.FORCE, options.CONTAINER),
+            *(options.MAX_SHARD_SIZE, options.NO_FSYNC, _REPORT),
         ),
         RUNNING: options.COMMON,
     },

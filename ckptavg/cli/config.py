@@ -25,44 +25,36 @@ def load_defaults(context: click.Context, _: click.Parameter, path: Path | None)
     Raises:
         click.UsageError: the file cannot be read, or names an option that does not exist.
     """
-    table = _read(path)
-    root = context.find_root()
-    name, command = context.info_name or "", context
-    while command.parent is not None and command.parent is not root:  # of `landscape rays`
-        command = command.parent
-        name = command.info_name or ""
+    table, root, own = _read(path), context.find_root(), context
+    while own.parent is not None and own.parent is not root:  # from `landscape rays` to `landscape`
+        own = own.parent
+    name = own.info_name or ""
     commands = root.command.commands if isinstance(root.command, click.Group) else {}
     known = {name: _options_of(command) for name, command in commands.items()}
     for key, value in table.items():
-        if key in known:
-            for option in _as_table(key, value):
-                if option not in known[key]:
-                    raise click.UsageError(f"configuration: {key} has no option {option!r}")
-        elif not any(key in options for options in known.values()):
+        for option in _as_table(key, value) if key in known else ():
+            if option not in known[key]:
+                raise click.UsageError(f"configuration: {key} has no option {option!r}")
+        if key not in known and not any(key in options for options in known.values()):
             raise click.UsageError(f"configuration: no command has an option {key!r}")
-    shared = {key: value for key, value in table.items() if key not in known}
-    for key in _NOT_SHARED.get(name, ()):
-        shared.pop(key, None)
+    skipped = known.keys() | _NOT_SHARED.get(name, set())
+    values = {key: value for key, value in table.items() if key not in skipped}
     options = known.get(name, {})
-    values = {**shared, **table.get(name, {})}
     context.default_map = {
         str(options[key].name): _as_default(options[key], value)
-        for key, value in values.items()
+        for key, value in {**values, **table.get(name, {})}.items()
         if key in options
     }
 
 
 def _options_of(command: click.Command) -> dict[str, click.Option]:
     """A command's options by their keys in the configuration."""
-    if isinstance(command, click.Group):
-        inner = [_options_of(one) for one in command.commands.values()]
-        return {key: option for options in inner for key, option in options.items()}
+    inner = command.commands.values() if isinstance(command, click.Group) else ()
+    params = [*command.params, *(param for each in inner for param in each.params)]
     return {
-        spelled.removeprefix("--"): option
-        for option in command.params
-        if isinstance(option, click.Option)
-        for spelled in option.opts
-        if spelled.startswith("--") and spelled not in ("--config", "--help")
+        option.opts[-1].removeprefix("--"): option
+        for option in params
+        if isinstance(option, click.Option) and option.name != "config"
     }
 
 

@@ -93,6 +93,8 @@ class Console:
     def progress(self, label: str, unit: str) -> Iterator[Progress | None]:
         """Show a progress bar on a terminal: yields what advances it, or None if there is none.
 
+        The bar appears after a moment, and disappears when the work is done.
+
         Args:
             label: what is being done, such as `averaging`.
             unit: what is counted; `B` for bytes.
@@ -100,54 +102,36 @@ class Console:
         if self._quiet or not sys.stderr.isatty():
             yield None
             return
-        bar = _Bar(label, unit)
-        try:
-            yield bar.advance
-        finally:
-            bar.close()
+        begin, done = time.monotonic(), 0
+        bar: tqdm[None] | None = None
+        with contextlib.ExitStack() as bars:
+
+            def advance(count: int, total: int | None) -> None:
+                nonlocal done, bar
+                done += count
+                if bar is not None:
+                    bar.update(count)
+                elif done != total and time.monotonic() - begin > _DELAY:
+                    bar = bars.enter_context(_draw(label, unit, done, total))
+                if done == total:
+                    bars.close()
+
+            yield advance
 
 
-class _Bar:
-    """A progress bar that appears after a moment, and disappears when the work is done."""
+def _draw(label: str, unit: str, done: int, total: int | None) -> tqdm[None]:
+    """Draw a progress bar: on a narrow terminal the numbers alone."""
+    from tqdm import tqdm
 
-    def __init__(self, label: str, unit: str) -> None:
-        self._label, self._unit = label, unit
-        self._begin, self._done = time.monotonic(), 0
-        self._bar: tqdm[None] | None = None
-
-    def advance(self, done: int, total: int | None) -> None:
-        """Add what was done since the last call."""
-        self._done += done
-        if self._bar is not None:
-            self._bar.update(done)
-        elif self._done != total and time.monotonic() - self._begin > _DELAY:
-            self._bar = self._draw(total)
-        if self._done == total:
-            self.close()
-
-    def close(self) -> None:
-        """Clear the bar's line."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _draw(self, total: int | None) -> tqdm[None]:
-        from tqdm import tqdm
-
-        tqdm.monitor_interval = 0  # no thread of its own
-        tqdm.set_lock(threading.RLock())  # nor a lock between processes
-        is_narrow = os.get_terminal_size(sys.stderr.fileno()).columns < _NARROW
-        counts_bytes = self._unit == "B"
-        return tqdm(
-            desc=self._label,
-            total=total,
-            initial=self._done,
-            unit=self._unit if counts_bytes else f" {self._unit}",
-            unit_scale=counts_bytes,
-            miniters=1,
-            leave=False,
-            dynamic_ncols=True,
-            bar_format=_NUMBERS if total and is_narrow else None,
-        )
+    tqdm.monitor_interval = 0  # no thread of its own
+    tqdm.set_lock(threading.RLock())  # nor a lock between processes
+    is_narrow = os.get_terminal_size(sys.stderr.fileno()).columns < _NARROW
+    form = _NUMBERS if total and is_narrow else None
+    in_bytes = unit == "B"
+    return tqdm(
+        desc=label, initial=done, total=total, unit=unit if in_bytes else f" {unit}",
+        unit_scale=in_bytes, miniters=1, leave=False, dynamic_ncols=True, bar_format=form,
+    )  # fmt: skip
 
 
 class _Notices(logging.Handler):

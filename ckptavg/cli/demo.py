@@ -16,19 +16,10 @@ if TYPE_CHECKING:
     from ckptavg.demo.run import DemoReport
 
 
-@click.command(
-    cls=Command,
-    groups={
-        RUNNING: (
-            options.variant(
-                options.SEED,
-                "Seed of the first weights and of the shuffles.",
-                type=click.IntRange(0, 2**32 - 1),
-            ),
-            *options.COMMON,
-        )
-    },
-)
+_SEED = options.variant(options.SEED, type=click.IntRange(0, 2**32 - 1))
+
+
+@click.command(cls=Command, groups={RUNNING: (_SEED, *options.COMMON)})
 @click.argument("directory", type=types.path, default="ckptavg-demo", metavar="[DIR]")
 def demo(console: Console, directory: Path, seed: int) -> None:
     """Train a small network, average its checkpoints, and show what that is worth.

@@ -55,39 +55,36 @@ def _show_choice(
     rules = Selection(**fields_of(Selection, params))
     run = find_run(paths, key=key, unwanted=rules.unwanted)
     verdicts = select(run, rules)
-    checkpoints: list[dict[str, Any]] = []
-    for verdict in verdicts:
-        checkpoint, rate = verdict.checkpoint, verdict.rate
-        checkpoints.append(
-            {
-                "path": shown(checkpoint.path),
-                "step": verdict.step,
-                "rate": checkpoint.training.learning_rate if rate is None else rate,
-                "metric": verdict.metric,
-                "bytes": checkpoint.size,
-                "taken": verdict.is_chosen,
-                "reason": verdict.reason,
-            }
-        )
+    checkpoints: list[dict[str, Any]] = [
+        {
+            "path": shown(each.checkpoint.path),
+            "step": each.step,
+            "rate": each.checkpoint.training.learning_rate if each.rate is None else each.rate,
+            "metric": each.metric,
+            "bytes": each.checkpoint.size,
+            "taken": each.is_chosen,
+            "reason": each.reason,
+        }
+        for each in verdicts
+    ]
     unknown = dict.fromkeys(("step", "rate", "metric", "bytes"))
-    for path, reason in run.left_out.items():
-        checkpoints.append({"path": shown(path), **unknown, "taken": False, "reason": reason})
+    checkpoints += [
+        {"path": shown(path), **unknown, "taken": False, "reason": reason}
+        for path, reason in run.left_out.items()
+    ]
     rows = [
         (
             printable(row["path"]),
             cell(row["step"]),
-            cell(row["rate"], ".4g"),
-            cell(row["metric"], ".4g"),
-            size(row["bytes"]),
-            "yes" if row["taken"] else "no",
-            printable(row["reason"]),
+            *(cell(row["rate"], ".4g"), cell(row["metric"], ".4g"), size(row["bytes"])),
+            *("yes" if row["taken"] else "no", printable(row["reason"])),
         )
         for row in checkpoints
     ]
     unit, metric = verdicts[0].unit, rules.metric or "metric"
     console.say_table([("path", unit, "rate", metric, "bytes", "taken", "why not"), *rows])
-    taken = sum(verdict.is_chosen for verdict in verdicts)
-    console.say(f"{taken} of {plural(len(rows), 'checkpoint')} taken")
+    count = sum(verdict.is_chosen for verdict in verdicts)
+    console.say(f"{count} of {plural(len(rows), 'checkpoint')} taken")
     console.result({"checkpoints": checkpoints})
 
 
@@ -146,20 +143,15 @@ def _say_several(console: Console, descriptions: Sequence[Description]) -> None:
     rows = [(*header, "made by")]
     for description in descriptions:
         facts = description.facts
-        steps = [f"{name} {facts[name]}" for name in STEP_FACTS if name in facts]
-        rows.append(
-            (
-                printable(description.path),
-                printable(description.state_dict) or "-",
-                steps[0] if steps else "-",
-                cell(facts.get("learning_rate"), "g"),
-                cell(description.tensors),
-                size(description.tensor_bytes),
-                ",".join(description.dtypes),
-                cell(description.norm_layers),
-                _provenance(description) or "-",
-            )
+        step = next((f"{name} {facts[name]}" for name in STEP_FACTS if name in facts), "-")
+        row = (
+            *(printable(description.path), printable(description.state_dict) or "-"),
+            *(step, cell(facts.get("learning_rate"), "g")),
+            *(cell(description.tensors), size(description.tensor_bytes)),
+            *(",".join(description.dtypes), cell(description.norm_layers)),
+            _provenance(description) or "-",
         )
+        rows.append(row)
     console.say_table(rows)
 
 

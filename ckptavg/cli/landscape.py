@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options, types
+from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
 from ckptavg.cli.console import Console, plural
-from ckptavg.cli.options import option
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -31,33 +30,25 @@ def landscape() -> None:
     """
 
 
+_LOADER, _TEST_LOADER, _TEST_LOADER_ARG, _OUTPUT, _FORCE, _NO_REFRESH, _NO_PLOTS = options.parse("""
+--loader SPEC                Training batches, for the refresh and for the metric on training data:
+                             an iterable, or a callable that returns it. [required]
+--test-loader SPEC           Held-out batches, for the metric on test data.
+--test-loader-arg KEY=VALUE  Keyword argument for the held-out loader; repeatable.
+-o --output PATH             Directory of the results. A run that was stopped goes on from what is
+                             there. [required]
+-f --force                   Discard the points that are there.
+--no-refresh                 Combine the statistics like weights, instead of refreshing them.
+--no-plots                   Do not draw plots.
+""")
 _COMMON = {
     "Model, data and metric": (
-        options.variant(options.MODEL, required=True),
-        options.variant(
-            options.LOADER,
-            "Training batches, for the refresh and for the metric on training data: an iterable, "
-            "or a callable that returns it.",
-            required=True,
-        ),
-        option("--test-loader SPEC", "Held-out batches, for the metric on test data."),
-        *(*options.ARGUMENTS, options.keywords_for("test-loader")),
-        *(options.METRIC, options.FORWARD, *options.LIMITS),
-        *(options.DEVICE, options.SEED, options.KEY),
+        *(options.variant(options.MODEL, required=True), _LOADER, _TEST_LOADER),
+        *(options.MODEL_ARG, options.LOADER_ARG, _TEST_LOADER_ARG, options.METRIC),
+        *(options.FORWARD, *options.LIMITS, options.DEVICE, options.SEED, options.KEY),
     ),
-    "Refresh of the norm statistics at each point": (
-        option("--no-refresh", "Combine the statistics like weights, instead of refreshing them."),
-        *options.HOW_TO_REFRESH,
-    ),
-    "What is written": (
-        option(
-            "-o --output PATH",
-            "Directory of the results. A run that was stopped goes on from what is there.",
-            required=True,
-        ),
-        options.variant(options.FORCE, "Discard the points that are there."),
-        option("--no-plots", "Do not draw plots."),
-    ),
+    "Refresh of the norm statistics at each point": (_NO_REFRESH, *options.HOW_TO_REFRESH),
+    "What is written": (_OUTPUT, _FORCE, _NO_PLOTS),
     RUNNING: options.COMMON,
 }
 _NO_EFFECT = (
@@ -68,44 +59,24 @@ _NO_EFFECT = (
         options.names_of(options.HOW_TO_REFRESH),
     ),
 )
-_RAYS = (
-    option(
-        "--directions N",
-        "Random directions, the same from each of the weights.",
-        default=10,
-    ),
-    option(
-        "--distances NUMBERS",
-        "Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.  [default: 11 up to twice the "
-        "distance of the first two checkpoints]",
-    ),
-    option(
-        "--filter-normalize",
-        "Scale each filter of a direction to the norm of the weights' own (Li et al. 2018).",
-    ),
-)
-_SEGMENT = (
-    option(
-        "--positions NUMBERS",
-        "0 for the first checkpoint, 1 for the second: 0,0.5,1 or FIRST:LAST:COUNT.  [default: "
-        "-0.5:1.5:21]",
-    ),
-)
-_PLANE = (
-    option("--size N", "Points along each axis.", type=click.IntRange(2), default=21),
-    option(
-        "--margin SHARE",
-        "How far the grid reaches beyond the three checkpoints, relative to their extent.",
-        type=click.FloatRange(0),
-        default=0.2,
-    ),
-    option(
-        "--project PATH",
-        "Checkpoints, or directories of them, whose projections are marked; repeatable.",
-        type=types.path,
-        multiple=True,
-    ),
-)
+_RAYS = options.parse("""
+--directions N       Random directions, the same from each of the weights.  [default: 10]
+--distances NUMBERS  Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.
+                     [default: 11 up to twice the distance of the first two checkpoints]
+--filter-normalize   Scale each filter of a direction to the norm of the weights' own (Li et al.
+                     2018).
+""")
+_SEGMENT = options.parse("""
+--positions NUMBERS  0 for the first checkpoint, 1 for the second: 0,0.5,1 or FIRST:LAST:COUNT.
+                     [default: -0.5:1.5:21]
+""")
+_PLANE = options.parse("""
+--size POINTS          Points along each axis.  [default: 21]
+--margin SHARE         How far the grid reaches beyond the three checkpoints, relative to their
+                       extent.  [default: 0.2]
+--project CHECKPOINTS  Checkpoints, or directories of them, whose projections are marked;
+                       repeatable.
+""")
 
 
 def _settings(points: Sequence[click.Option]) -> dict[str, Any]:

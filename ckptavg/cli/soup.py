@@ -10,7 +10,6 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command
 from ckptavg.cli.console import Console, plural, size
-from ckptavg.cli.options import option
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
@@ -20,31 +19,23 @@ if TYPE_CHECKING:
     from ckptavg.norm.soup import Soup, SoupStep
 
 
+_METRIC, _METRICS, _OUTPUT = options.parse("""
+--metric loss|accuracy|SPEC
+                  Mean cross-entropy, share of right classes, or a function that is called with the
+                  model and the batches and returns a number. [required]
+--metrics FILE    CSV or JSON file with the metric of each checkpoint, such as `evaluate --json`
+                  prints: then only the first checkpoint and the averages are evaluated.
+-o --output PATH  Where the soup goes, as in `average`. [required]
+""")
+
+
 @click.command(
     cls=Command,
     groups={
-        "Model, data and metric": (
-            *options.EVALUATION,
-            options.variant(
-                options.METRIC,
-                "Mean cross-entropy, share of right classes, or a function that is called with the "
-                "model and the batches and returns a number.",
-                required=True,
-            ),
-            options.MODE,
-            options.variant(
-                options.METRICS,
-                "CSV or JSON file with the metric of each checkpoint, such as `evaluate --json` "
-                "prints: then only the first checkpoint and the averages are evaluated.",
-            ),
-        ),
+        "Model, data and metric": (*options.EVALUATION, _METRIC, options.MODE, _METRICS),
         "Refresh before each evaluation": options.EVALUATION_REFRESH,
         "Which checkpoints": (*options.CANDIDATES, options.KEY),
-        "What is written": (
-            option("-o --output PATH", "Where the soup goes, as in `average`.", required=True),
-            options.FORCE,
-            options.NO_FSYNC,
-        ),
+        "What is written": (_OUTPUT, options.FORCE, options.NO_FSYNC),
         RUNNING: (options.THREADS, *options.COMMON),
     },
     no_effect=options.EVALUATION_NO_EFFECT,

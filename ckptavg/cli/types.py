@@ -103,3 +103,10 @@ def key_value(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def as_dict(
+    _context: click.Context, _option: click.Parameter, pairs: Sequence[tuple[str, object]]
+) -> dict[str, object]:
+    """The callback that makes a dict of the pairs that `key_value` has read."""
+    return dict(pairs)

@@ -15,18 +15,12 @@ if TYPE_CHECKING:
     from ckptavg.verify import Verification
 
 
-@click.command(
-    cls=Command,
-    groups={
-        RUNNING: (
-            options.variant(
-                options.KEY, "State dict of OUTPUT that is the average, where it holds several."
-            ),
-            options.THREADS,
-            *options.COMMON,
-        )
-    },
-)
+[_KEY] = options.parse("""
+--key NAME  State dict of OUTPUT that is the average, where it holds several.
+""")
+
+
+@click.command(cls=Command, groups={RUNNING: (_KEY, options.THREADS, *options.COMMON)})
 @click.argument("output", type=types.path_text)
 @click.argument("inputs", nargs=-1, required=True, type=types.path_text, metavar="INPUT...")
 def verify(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.parts import Part
 from ckptavg.formats.tensors import Tensor, contiguous_strides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import DType
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
@@ -154,7 +154,7 @@ class Pieces:
             target[:, *place] = read_view(box.source, piece)
 
 
-class Blocks:
+class Blocks(Part):
     """Tensors in pieces as one part, in which they lie one after the other.
 
     Args:
@@ -163,8 +163,11 @@ class Blocks:
 
     Attributes:
         path: the checkpoint that they belong to.
+        size: 0, since the bytes on the disk are those of the files.
         offsets: where each begins, in bytes, `[num_tensors]`.
     """
+
+    size = 0
 
     def __init__(self, path: Path, tensors: Sequence[Pieces]) -> None:
         self.path = path
@@ -172,15 +175,6 @@ class Blocks:
         *self.offsets, self._end = itertools.accumulate(
             (tensor.nbytes for tensor in self._tensors), initial=0
         )
-
-    @property
-    def size(self) -> int:
-        """None: the bytes are those of the files, which are parts of their own."""
-        return 0
-
-    @property
-    def identity(self) -> None:
-        """It is no file."""
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`: of each tensor in that range the bytes in it, each once."""
@@ -191,9 +185,6 @@ class Blocks:
             if len(part):
                 tensor.read_into(first, part)
             offset, out, index = offset + len(part), out[len(part) :], index + 1
-
-    def check_unchanged(self) -> None:
-        """The files are parts of their own, and look after themselves."""
 
 
 def misfit(shape: tuple[int, ...], regions: Sequence[Region]) -> str | None:

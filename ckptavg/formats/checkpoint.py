@@ -1,4 +1,4 @@
-"""What an opened checkpoint is: its tensors' descriptions, and where their bytes are."""
+"""An opened checkpoint: where its tensors are, and what it records of the training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptavg.formats.jsontext import from_text
-from ckptavg.formats.parts import Memory, Part, Readable
+from ckptavg.formats.parts import Memory, Part
 from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of
 from ckptavg.formats.training import TrainingRecord
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
 
 PROVENANCE = "ckptavg"
 _PIECE = 1 << 20
-# What torch.compile and Lightning's strategies put before all names.
+# Prefixes that torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("_orig_mod.", "_forward_module.")
 STEP_FACTS = ("global_step", "step", "epoch")
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One checkpoint: what its headers say. No tensor is read to make it.
+    """A checkpoint as its headers describe it; the tensors are not read yet.
 
     Attributes:
         path: the file or directory.
         container: `safetensors`, `torch`, `huggingface` or `dcp`.
-        parts: the files that its tensors are in.
-        tensors: name to description, in the order of the bytes.
-        metadata: its own string metadata, the provenance of ours among it.
-        digest: SHA-256 of what describes the tensors (header or pickle), in hex.
-        facts: what it says of the training: `global_step`, `step`, `epoch`, `learning_rate`.
-        training: what else it says of that: the schedule, metrics.
-        key: which of its state dicts `tensors` is; empty where it is the whole file.
-        other_keys: the other state dicts in the file.
+        parts: the files that hold its tensors.
+        tensors: the tensors by name; in the order of their bytes where it is one file.
+        metadata: strings by name. An average of ours has its provenance here.
+        digest: SHA-256 of the header or the pickle that describes the tensors, in hex.
+        facts: `global_step`, `step`, `epoch` and `learning_rate`, where the file records them.
+        training: what it records of the training besides.
+        key: name of the state dict that has the tensors; empty where it is the whole file.
+        other_keys: names of the other state dicts in the file.
         other_content: whether the file holds more than that state dict, such as an optimizer.
-        names: those of the state dict's tensors and other entries, in its own order, where that
-            may differ from the order of the bytes.
-        other_entries: entries of the state dict that are no tensors (`_extra_state`), by name, as
-            the pickle has them.
-        inner_tensors: the pickled tensors within those, and where they are.
-        module_versions: torch's `_metadata` of the state dict, if it came with one.
+        names: names of the state dict's tensors and other entries in its own order, where that may
+            differ from the order of the bytes.
+        other_entries: entries of the state dict that are not tensors (`_extra_state`), by name, as
+            the pickle describes them.
+        inner_tensors: the pickled tensors in such entries, and their places.
+        module_versions: the `_metadata` that torch gives to a state dict; None where there is none.
     """
 
     path: Path
@@ -65,17 +65,17 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of its files, optimizer state and all."""
+        """Bytes of its files, the optimizer's state included."""
         return sum(part.size for part in self.parts)
 
     @property
     def is_of_directories(self) -> bool:
-        """Whether such checkpoints are directories, whose average is one by default."""
+        """Whether its layout is a directory; its average is then one by default."""
         return self.container in ("huggingface", "dcp")
 
     @property
     def step(self) -> tuple[str, int] | None:
-        """What the file itself records of its place in the training: fact and value."""
+        """The first of `STEP_FACTS` that the file records, and its value."""
         for name in STEP_FACTS:
             if name in self.facts:
                 return name, int(self.facts[name])
@@ -83,12 +83,12 @@ class Checkpoint:
 
     @property
     def is_average(self) -> bool:
-        """Whether this tool made it out of others."""
+        """Whether ckptavg made it from other checkpoints."""
         return self.provenance is not None and self.provenance.get("scheme") != "none"
 
     @property
     def provenance(self) -> dict[str, Any] | None:
-        """Our own entry in the metadata, if this tool made the file."""
+        """The entry of ckptavg in the metadata; None where ckptavg did not write the file."""
         try:
             entry = from_text(self.metadata.get(PROVENANCE, "null"))
         except (ValueError, RecursionError):
@@ -96,7 +96,7 @@ class Checkpoint:
         return entry if isinstance(entry, dict) else None
 
     def read(self, name: str) -> AnyArray:
-        """The tensor as an array of its shape, in C order. Packed types come as flat bytes."""
+        """A tensor as an array in C order; one of a packed type as its bytes, uint8 `[nbytes]`."""
         tensor = self.tensors[name]
         if tensor.dtype.kind == "packed":
             out = np.empty(tensor.nbytes, np.uint8)
@@ -110,8 +110,8 @@ class Checkpoint:
         """The bytes of a tensor in C order, in pieces of 1 MiB.
 
         Args:
-            name: of the tensor.
-            end: how many of its bytes; None for all. A strided tensor is read in full.
+            name: name of the tensor.
+            end: number of bytes; None for all. A strided tensor is read in full anyway.
         """
         tensor = self.tensors[name]
         end = tensor.nbytes if end is None else min(end, tensor.nbytes)
@@ -125,33 +125,39 @@ class Checkpoint:
             yield piece
 
     def with_values(self, values: Mapping[str, AnyArray]) -> Checkpoint:
-        """The same checkpoint with some tensors in memory instead. Shapes and dtypes stay.
+        """The same checkpoint with arrays in memory instead of some of its tensors.
 
-        Names with the very same array stay tied.
+        Args:
+            values: arrays by name, of the tensors' shapes. They are converted to the tensors'
+                dtypes. Names that have the same object are tied.
         """
-        memory = Memory(self.path)
+        data = bytearray()
         tensors = dict(self.tensors)
         places: dict[int, int] = {}
         for name, value in values.items():
             old = tensors[name]
             if id(value) not in places:
-                places[id(value)] = memory.size
-                memory.data += np.ascontiguousarray(value, old.dtype.numpy).tobytes()
+                places[id(value)] = len(data)
+                data += np.ascontiguousarray(value, old.dtype.numpy).tobytes()
             tensors[name] = Tensor(old.dtype, old.shape, len(self.parts), places[id(value)])
-        return replace(self, parts=(*self.parts, memory), tensors=tensors)
+        return replace(self, parts=(*self.parts, Memory(self.path, data)), tensors=tensors)
 
 
-def read_view(part: Readable, tensor: Tensor) -> AnyArray:
-    """The tensor as an array `[*shape]` with the file's strides. Reads its span once.
+def read_view(part: Part, tensor: Tensor) -> AnyArray:
+    """A tensor as an array of its shape and with its strides.
 
-    The span is what lies between its first and its last element; for a view of a larger storage
-    that is more than the tensor's own bytes.
+    All bytes between its first and its last element are read. Where the tensor is a view of a
+    larger storage, these are more than its own.
     """
     return read_span(part, tensor)[1]
 
 
-def read_span(part: Readable, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
-    """The bytes from a tensor's first element to its last one, and the tensor as a view of them."""
+def read_span(part: Part, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
+    """The bytes from the first element of a tensor to the last, and the tensor as a view of them.
+
+    Returns:
+        uint8 `[num_bytes]`, and an array of the tensor's shape that shares its memory.
+    """
     itemsize = tensor.dtype.itemsize
     strides = tensor.element_strides
     span = span_elements(tensor.shape, strides)
@@ -162,49 +168,52 @@ def read_span(part: Readable, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
 
 
 def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a strided tensor, both counted."""
+    """Number of elements of the storage from the first to the last element of a strided tensor."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Checkpoint, str]:
-    """Take off what DistributedDataParallel, torch.compile and AveragedModel add to all names.
+    """Remove the prefix that DistributedDataParallel, torch.compile or AveragedModel add to names.
 
-    `AveragedModel`'s counter, `n_averaged` beside names in `module.`, is no part of the model and
-    goes in any case.
+    The counter of `AveragedModel`, `n_averaged` beside names in `module.`, is not part of the model
+    and is removed in any case.
 
     Returns:
-        The checkpoint and the prefix that was taken off (empty where none was).
+        The checkpoint and the prefix that was removed; empty where there was none.
     """
-    taken, names = "", list(checkpoint.tensors)
+    wrapper, names = "", list(checkpoint.tensors)
     while names:
-        counter = f"{taken}n_averaged"
-        others = [name for name in names if name != counter]
-        if others and all(name.startswith(f"{taken}module.") for name in others):
-            names, taken = others, f"{taken}module."
-        elif inner := next(
-            (one for one in _WRAPPERS if all(name.startswith(taken + one) for name in names)), None
-        ):
-            taken += inner
-        else:
+        others = [name for name in names if name != f"{wrapper}n_averaged"]
+        if others and all(name.startswith(f"{wrapper}module.") for name in others):
+            names, wrapper = others, f"{wrapper}module."
+            continue
+        inner = [
+            prefix
+            for prefix in _WRAPPERS
+            if all(name.startswith(wrapper + prefix) for name in names)
+        ]
+        if not inner:
             break
-    if not taken:
+        wrapper += inner[0]
+    if not wrapper:
         return checkpoint, ""
-    prefix = "" if keep_prefix else taken
+    prefix = "" if keep_prefix else wrapper
     tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
     versions = checkpoint.module_versions and {
         f"{module}.".removeprefix(prefix).removesuffix("."): facts
         for module, facts in checkpoint.module_versions.items()
         if f"{module}.".startswith(prefix)
     }
-    # Names of tied tensors that were dropped, as safetensors' save_model records them.
-    aliases = {
-        alias: kept for alias, kept in checkpoint.metadata.items() if kept in checkpoint.tensors
-    }
-    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in aliases}
-    metadata |= {a.removeprefix(prefix): kept.removeprefix(prefix) for a, kept in aliases.items()}
     entries = {name.removeprefix(prefix): value for name, value in checkpoint.other_entries.items()}
+    # safetensors' save_model records the names of tied tensors that it leaves out as metadata.
+    metadata = dict(
+        (alias.removeprefix(prefix), name.removeprefix(prefix))
+        if name in checkpoint.tensors
+        else (alias, name)
+        for alias, name in checkpoint.metadata.items()
+    )
     unwrapped = replace(
         checkpoint,
         tensors=tensors,

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and what stands for them: bytes that are read by offset."""
+"""The files of a checkpoint, and other bytes that stand for files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptavg.errors import CkptAvgError, FormatError
 from ckptavg.formats.paths import is_remote
@@ -20,56 +19,33 @@ if TYPE_CHECKING:
 _MOST_OPEN = 64
 
 
-class Readable(Protocol):
-    """Bytes that are read by offset."""
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out`, writable bytes, from `offset`. Several threads may do so at once."""
-
-
-class Part(Readable, Protocol):
-    """One of the files of a checkpoint, or bytes that stand for a file."""
-
-    @property
-    def path(self) -> Path:
-        """The file, or the checkpoint that the bytes belong to."""
-
-    @property
-    def size(self) -> int:
-        """Bytes on the disk that no other part has."""
-
-    @property
-    def identity(self) -> Hashable:
-        """Equal for two paths of the same file only; None where the part is not a file."""
-
-    def check_unchanged(self) -> None:
-        """Raise a CkptAvgError if the bytes may have changed since the part was opened."""
-
-
-class ByteSource(ABC):
-    """A file, or a section of one, as the readers of formats use it.
+class Part(ABC):
+    """Bytes of a checkpoint, read by offset: one of its files, or what stands for a file.
 
     Attributes:
-        path: the file.
-        size: bytes that it held when it was opened.
-        identity: equal for two paths of the same file only.
+        path: the file, or the checkpoint that the bytes belong to.
+        size: bytes on the disk that no other part has.
+        identity: equal for two paths of the same file only; None where the part is not a file.
     """
 
     path: Path
     size: int
-    identity: Hashable
+    identity: Hashable = None
 
     @abstractmethod
     def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`.
+        """Fill `out`, writable bytes, from `offset`. Several threads may do so at once.
 
         Raises:
-            CkptAvgError: the file ends too early, or it cannot be read.
+            CkptAvgError: the bytes end too early, or cannot be read.
         """
 
-    @abstractmethod
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027 - what is not a file does not change
         """Raise a CkptAvgError if the file was rewritten, replaced or removed."""
+
+
+class ByteSource(Part):
+    """A file, or a section of one, with what the readers of formats need."""
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`."""
@@ -190,30 +166,19 @@ class Section(ByteSource):
         self._file.check_unchanged()
 
 
-@dataclass
-class Memory:
+class Memory(Part):
     """Bytes in memory that stand for a file.
 
     Attributes:
-        path: the checkpoint that the bytes belong to.
         data: the bytes.
     """
 
-    path: Path
-    data: bytearray = field(default_factory=bytearray)
-    identity: ClassVar[None] = None
-
-    @property
-    def size(self) -> int:
-        """Number of bytes."""
-        return len(self.data)
+    def __init__(self, path: Path, data: bytearray) -> None:
+        self.path, self.data, self.size = path, data, len(data)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""
         out[:] = memoryview(self.data)[offset : offset + len(out)]
-
-    def check_unchanged(self) -> None:
-        """Do nothing: no other program can change the bytes."""
 
 
 def any_remote(parts: Iterable[Part]) -> bool:

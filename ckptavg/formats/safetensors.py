@@ -6,7 +6,6 @@ and lists the tensors in the order of their bytes; each one's offset is the sum 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -128,9 +127,11 @@ def _explain(error: SafetensorError, header: bytes, file_size: int) -> str:
     if is_json:
         before = header[: int(column)][-_CONTEXT:].decode(errors="replace")
         return f"damaged header: {printable(text)} at byte {column}: ...{printable(before)}"
-    fault = None
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # spellings that the library accepts
-        fault = _explain_offsets(json.loads(header), _LENGTH + len(header), file_size)
+    try:
+        entries = json.loads(header.decode())
+        fault = _explain_offsets(entries, _LENGTH + len(header), file_size)
+    except (ValueError, TypeError, KeyError, AttributeError):  # it is not a dict of dicts
+        fault = None
     return fault or f"damaged header: {printable(reason)}"
 
 

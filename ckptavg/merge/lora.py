@@ -23,6 +23,7 @@ from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRang
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.lora_config import Config, joined_config, scales_beside
 from ckptavg.formats.names import is_of_lora, lora_factor
+from ckptavg.formats.parts import Part
 from ckptavg.formats.tensors import bytes_of, fresh
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.names import Factor
-    from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import AnyArray, Tensor
     from ckptavg.merge.weights import Weights
 
@@ -93,7 +93,7 @@ class _Factor:
         return values
 
 
-class Joined:
+class Joined(Part):
     """The factors of the average, one after the other, computed when they are read.
 
     They are read like a file. One factor at most is held in memory.
@@ -101,11 +101,9 @@ class Joined:
     Attributes:
         path: the checkpoint that is named in messages.
         size: 0, since the bytes on the disk are those of the adapters.
-        identity: None; it is no file.
     """
 
     size = 0
-    identity = None
 
     def __init__(self, path: Path, factors: Sequence[_Factor]) -> None:
         self.path = path
@@ -130,9 +128,6 @@ class Joined:
                 self._held = None
                 self._held = number, np.ascontiguousarray(self._factors[number].values())
             return bytes_of(self._held[1])
-
-    def check_unchanged(self) -> None:
-        """Do nothing: the files of the adapters are checked as parts of their own."""
 
 
 def check_scales(members: Sequence[Checkpoint]) -> None:

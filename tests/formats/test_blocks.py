@@ -94,7 +94,7 @@ def tensors(draw: st.DrawFn, source: Memory, *, strided: bool) -> tuple[Pieces, 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_range_is_what_numpy_has_there(strided, data):
-    source = Counted(HERE)
+    source = Counted(HERE, bytearray())
     made = data.draw(st.lists(tensors(source, strided=strided), min_size=1, max_size=4))
     blocks = Blocks(HERE, [pieces for pieces, _ in made])
     expected = b"".join(whole.tobytes() for _, whole in made)
@@ -167,7 +167,7 @@ def test_one_of_thousands_of_pieces_is_found_without_a_look_at_the_others():
 
 
 def test_threads_read_at_once():
-    source = Memory(HERE)
+    source = Memory(HERE, bytearray())
     whole = np.arange(64 * 1000, dtype=np.float32).reshape(64, 1000)
     cut: list[Region] = [((0, first), (64, 250)) for first in range(0, 1000, 250)]
     pieces = Pieces.of(

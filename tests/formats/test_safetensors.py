@@ -330,6 +330,9 @@ DAMAGED_HEADERS = {
     "a string": '"a"',
     "null": "null",
     "not UTF-8": b'{"\xff":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+    "a string on the second line": '\n"a"',
+    "half a character as UTF-8": b'"\xed\xa0\x80"',
+    "UTF-16": json.dumps({"a": U8}).encode("utf-16"),
     "a byte order mark": "\ufeff" + json.dumps({"a": U8}),
     "half a character": '{"\\ud800":' + json.dumps(U8) + "}",
     "half a character in the metadata": '{"__metadata__":{"\\udfff":"x"},"a":'

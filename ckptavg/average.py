@@ -17,6 +17,7 @@ from ckptavg.formats.names import has_lora_factors
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
+from ckptavg.merge.options import AverageOptions, takes_fields
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import recipes_of
 from ckptavg.merge.schemes import schemes_of
@@ -35,7 +36,6 @@ from ckptavg.write.checks import (
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.directory import with_dtype
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.options import AverageOptions, takes_fields
 from ckptavg.write.provenance import encode_provenance, provenance
 from ckptavg.write.summary import Summary, summarise
 from ckptavg.write.writing import write

@@ -26,13 +26,13 @@ from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.names import is_batch_counter, is_norm_statistic
 from ckptavg.formats.paths import absolute, as_path, is_remote
 from ckptavg.merge.engine import default_threads
+from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.copies import fingerprint
 from ckptavg.select.run import Run
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
-from ckptavg.write.options import AverageOptions
 from ckptavg.write.provenance import Record
 from ckptavg.write.temporary import temporary_beside
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
-    from ckptavg.write.options import Progress
+    from ckptavg.merge.options import Progress
 
 _PIECE = 1 << 20
 

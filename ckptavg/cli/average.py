@@ -134,8 +134,8 @@ def average(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.average import average as run
     from ckptavg.average import average_many
+    from ckptavg.merge.options import AverageOptions
     from ckptavg.select.rules import Selection
-    from ckptavg.write.options import AverageOptions
 
     fields = fields_of(AverageOptions, params)
     fields["select"] = Selection(**fields_of(Selection, params))

@@ -1,26 +1,37 @@
-"""How checkpoints are weighted, and what becomes of their tensors."""
+"""The options of an average: one dataclass, whose fields are the keywords of `average`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
+from ckptavg.formats.paths import PathLike
 from ckptavg.formats.tensors import BY_NAME
+from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptavg.merge.schemes import Scheme
 
+Progress = Callable[[int, int], None]
+"""Called with the bytes since the last call, and with the bytes in all."""
+
+_RECORDED = ("dtype", "ints", "norm_stats", "lora", "container", "keep_prefix", "update")
+
 
 @dataclass(frozen=True, kw_only=True)
-class MergeOptions:
-    """How checkpoints are weighted, and what becomes of their tensors.
+class AverageOptions:
+    """The options of an average.
 
     Attributes:
-        weights: a scheme such as `ema:0.9`, one number for each checkpoint, in order, or what
-            `schemes.parse` returns.
+        select: which of the checkpoints are averaged.
+        weights: a scheme such as `ema:0.9`, or one number for each checkpoint, in order.
         normalize: divide by the sum of the weights.
         update: fold the other checkpoints into the earlier uniform average among the inputs.
         expect: the number of checkpoints that there must be.
@@ -32,8 +43,23 @@ class MergeOptions:
         lora: of LoRA adapters, `separate` averages the factors A and B apart, and `exact` their
             products: the ranks then add up, and the output must be a directory.
         allow_nonfinite: let NaN and Inf pass.
+        container: `last` writes the last checkpoint's torch file with all that it holds, and the
+            average in the place of its weights; `weights` writes a state dict alone.
+        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' own.
+        drop_aliases: of tied tensors, write one and name the others in the metadata.
+        hash: record SHA-256 of the checkpoints' files.
+        force: replace an existing output.
+        fsync: wait until the output is on the disk.
+        dry_run: write nothing, only return what would be written.
+        threads: how many threads share the work; None for the processors that this process may
+            use, 4 at most, and for 16 where bytes come over a network.
+        progress: called as bytes are written.
+        hash_progress: called as bytes are hashed.
+        ranks: the processes that share the work, on a file system that all of them see; each calls
+            the function with the same arguments.
     """
 
+    select: Selection = field(default_factory=Selection)
     weights: str | Sequence[float] | Sequence[Scheme] = "uniform"
     normalize: bool = True
     update: bool = False
@@ -45,6 +71,17 @@ class MergeOptions:
     norm_stats: Literal["average", "last"] = "average"
     lora: Literal["separate", "exact"] = "separate"
     allow_nonfinite: bool = False
+    container: Literal["weights", "last"] = "weights"
+    max_shard_size: int | None = None
+    drop_aliases: bool = False
+    hash: bool = False
+    force: bool = False
+    fsync: bool = True
+    dry_run: bool = False
+    threads: int | None = None
+    progress: Progress | None = None
+    hash_progress: Progress | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         """Refuse values that no option has.
@@ -56,28 +93,65 @@ class MergeOptions:
             self.dtype not in BY_NAME or BY_NAME[self.dtype].kind != "float"
         ):
             raise SelectionError(f"unknown floating dtype {self.dtype!r}")
-        check_choice("ints", self.ints, ("equal", "last"))
-        check_choice("norm_stats", self.norm_stats, ("average", "last"))
-        check_choice("lora", self.lora, ("separate", "exact"))
+        for name, choices in (
+            ("ints", ("equal", "last")),
+            ("norm_stats", ("average", "last")),
+            ("lora", ("separate", "exact")),
+            ("container", ("weights", "last")),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise SelectionError(f"{name} is {choices[0]!r} or {choices[1]!r}, not {value!r}")
+        for name in ("threads", "max_shard_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SelectionError(f"{name} is at least 1, not {value}")
         if self.update and (self.lora == "exact" or not self.normalize):
             raise SelectionError("only a mean of the weights themselves can be updated")
+        if self.container == "last" and self.dtype is not None:
+            raise SelectionError(
+                "the last checkpoint's container keeps its dtypes: leave dtype out"
+            )
+        if self.container == "last" and self.max_shard_size is not None:
+            raise SelectionError("the last checkpoint's container is one file: no shards")
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The options that the values of the output depend on, where they are not the defaults."""
-        names = ("dtype", "ints", "norm_stats", "lora", "keep_prefix", "update")
+        """The options that the output depends on, where they are not the defaults."""
         return {
             each.name: getattr(self, each.name)
             for each in fields(self)
-            if each.name in names and getattr(self, each.name) != each.default
+            if each.name in _RECORDED and getattr(self, each.name) != each.default
         }
 
 
-def check_choice(name: str, value: object, choices: tuple[str, str]) -> None:
-    """Refuse a value that is not one of two choices.
+_Fields = ParamSpec("_Fields")
+_Result = TypeVar("_Result")
+_Inputs = PathLike | Iterable[PathLike]
 
-    Raises:
-        SelectionError: it is another.
-    """
-    if value not in choices:
-        raise SelectionError(f"{name} is {choices[0]!r} or {choices[1]!r}, not {value!r}")
+
+def _takes_fields_of(
+    options: Callable[_Fields, AverageOptions],
+) -> Callable[
+    [Callable[[_Inputs, PathLike, AverageOptions], _Result]],
+    Callable[Concatenate[_Inputs, PathLike, _Fields], _Result],
+]:
+    """Let a function take the fields of its options as keywords, with their types."""
+
+    def decorate(
+        function: Callable[[_Inputs, PathLike, AverageOptions], _Result],
+    ) -> Callable[Concatenate[_Inputs, PathLike, _Fields], _Result]:
+        @functools.wraps(function)
+        def with_fields(
+            inputs: _Inputs, output: PathLike, *args: _Fields.args, **fields: _Fields.kwargs
+        ) -> _Result:
+            return function(inputs, output, options(*args, **fields))
+
+        first_two = list(inspect.signature(function).parameters.values())[:2]
+        fields = inspect.signature(options).parameters.values()
+        with_fields.__signature__ = inspect.Signature([*first_two, *fields])  # type: ignore[attr-defined]
+        return with_fields  # type: ignore[return-value]
+
+    return decorate
+
+
+takes_fields = _takes_fields_of(AverageOptions)
+"""Lets a function of inputs, output and options take the options' fields as keywords."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.options import MergeOptions
+    from ckptavg.merge.options import AverageOptions
     from ckptavg.merge.schemes import Scheme
     from ckptavg.merge.weights import Weights
     from ckptavg.select.rules import Selection
@@ -58,7 +58,7 @@ class Recipe:
 
 
 def recipes_of(
-    run: Run, schemes: Sequence[Scheme], rules: Selection, options: MergeOptions
+    run: Run, schemes: Sequence[Scheme], rules: Selection, options: AverageOptions
 ) -> list[Recipe]:
     """The members and weights of each average: each scheme with each number of last checkpoints.
 
@@ -72,7 +72,7 @@ def recipes_of(
     ]
 
 
-def _recipe(run: Run, scheme: Scheme, rules: Selection, options: MergeOptions) -> Recipe:
+def _recipe(run: Run, scheme: Scheme, rules: Selection, options: AverageOptions) -> Recipe:
     verdicts = chosen(select(run, rules))
     if isinstance(rules.last, int) and len(verdicts) < rules.last and rules.every is None:
         log.info("of the last %d there are only %d", rules.last, len(verdicts))

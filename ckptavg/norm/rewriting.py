@@ -13,7 +13,7 @@ from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.names import is_norm_statistic
 from ckptavg.formats.paths import is_remote
 from ckptavg.merge.engine import default_threads
-from ckptavg.merge.options import MergeOptions
+from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import Recipe
 from ckptavg.merge.weights import uniform
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.layout import Layout
-    from ckptavg.merge.plan import Plan
-    from ckptavg.merge.roles import Role
+    from ckptavg.merge.plan import Plan, Role
     from ckptavg.norm.report import RefreshReport
     from ckptavg.write.layouts import Destination
 
@@ -109,7 +108,7 @@ class Rewriting:
         original = self._checkpoint
         metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
         roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
-        plan = make_plan([refreshed], [uniform(1)], MergeOptions(), roles=roles)
+        plan = make_plan([refreshed], [uniform(1)], AverageOptions(), roles=roles)
         places = [original.tensors[one.names[0]] for one in plan.outputs]
         layout = lay_out(
             self._target, plan.outputs, metadata, original,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.average import average, open_run, write_averages
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.recipe import Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
@@ -28,7 +29,6 @@ from ckptavg.select.rules import Selection, Verdict, chosen
 from ckptavg.select.rules import select as choose
 from ckptavg.select.run import find_run
 from ckptavg.write.checks import check_vacant, refuse_own_input
-from ckptavg.write.options import AverageOptions
 from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:

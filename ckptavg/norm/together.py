@@ -16,9 +16,9 @@ from ckptavg.write.temporary import temporary_beside
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ckptavg.merge.options import Progress
     from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.report import RefreshReport
-    from ckptavg.write.options import Progress
     from ckptavg.write.summary import Summary
 
 

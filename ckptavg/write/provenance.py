@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg import __version__
 from ckptavg.errors import SelectionError, VerificationError, printable
+from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.update import recorded_members
 from ckptavg.merge.weights import Weights
-from ckptavg.write.options import AverageOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.merge.layout import Layout
+    from ckptavg.merge.options import Progress
     from ckptavg.merge.plan import Plan
-    from ckptavg.write.options import Progress
 
 
 def write(

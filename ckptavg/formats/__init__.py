@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
 from ckptavg.formats import dcp, deepspeed, huggingface
@@ -11,24 +11,16 @@ from ckptavg.formats.paths import remote_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from ckptavg.formats.checkpoint import Checkpoint
 
 __all__ = ["DIRECTORIES", "SUFFIXES", "is_checkpoint_directory", "open_checkpoint"]
 
 
-class DirectoryFormat(Protocol):
-    """What a module that reads checkpoints which are directories offers."""
-
-    def matches(self, path: Path) -> bool:
-        """Whether the module reads this directory, by the names of the entries in it."""
-
-    def open_checkpoint(self, path: Path, key: str | None) -> Checkpoint:
-        """Describe what the directory holds, from the headers of its files alone."""
-
-
-DIRECTORIES = cast("tuple[DirectoryFormat, ...]", (dcp, huggingface, deepspeed))
-"""The first format that matches a directory reads it; those of single files are in `files`."""
+DIRECTORIES: tuple[ModuleType, ...] = (dcp, huggingface, deepspeed)
+"""Each has `matches(path)` and `open_checkpoint(path, key)`. The first that matches a directory
+reads it. The formats of single files are in `files`."""
 
 
 def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
@@ -47,7 +39,8 @@ def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
             return open_file(path, key)
         for module in DIRECTORIES:
             if module.matches(path):
-                return module.open_checkpoint(path, key)
+                checkpoint: Checkpoint = module.open_checkpoint(path, key)
+                return checkpoint
         raise FormatError("is a directory without weights in a known layout", path=path)
 
 

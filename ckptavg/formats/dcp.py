@@ -99,14 +99,12 @@ def _state_dicts(metadata: Metadata, key: str | None) -> tuple[StateDicts, str |
     if left_out and not any(map(is_tensor, kept.values())):
         kept, left_out = tree, []
     if left_out:
-        log.info(
-            "left out %d tensors of the training's state, such as %s", len(left_out), left_out[0]
-        )
+        example = left_out[0]
+        log.info("left out %d tensors of the training's state, such as %s", len(left_out), example)
     key = key.removesuffix(".") if key else key
     found = find_state_dicts(kept, metadata.file.path, key)
     names = [str(name) for name, value in kept.items() if is_tensor(value)]
-    was_nested = left_out and not any(map(metadata.has_place, left_out))
-    if key is None and "" in found and was_nested:
+    if left_out and not any(map(metadata.has_place, left_out)) and key is None and "" in found:
         key = "model" if all(name.startswith("model.") for name in names) else None
     prefix = f"{key}."
     if key and key not in found and any(name.startswith(prefix) for name in names):
@@ -124,9 +122,8 @@ def _tree(metadata: Metadata) -> dict[Any, Any]:
         for folder in folders:
             node = node.setdefault(folder, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last in node:
-            raise FormatError(
-                "is in the place of another entry", path=metadata.file.path, tensor=name
-            )
+            message = "is in the place of another entry"
+            raise FormatError(message, path=metadata.file.path, tensor=name)
         node[last] = metadata.leaf(name)
     return tree
 
@@ -149,19 +146,18 @@ def _describe(
     names = sorted(values, key=lambda name: (-values[name].dtype.bits, name))
     boxes = shards.boxes({value.storage.key: value for value in values.values()})
     pieces = [
-        Pieces.of(values[name].dtype, values[name].shape, boxes[values[name].storage.key])
+        Pieces(values[name].dtype, values[name].shape, boxes[values[name].storage.key])
         for name in names
     ]
     blocks = Blocks(path, pieces)
     parts: tuple[Part, ...] = (blocks, *shards.files.values())
-    numbers = {id(part): number for number, part in enumerate(parts)}
     tensors = {}
     for name, tensor, offset in zip(names, pieces, blocks.offsets, strict=True):
         dtype, shape = tensor.dtype, tensor.shape
         if len(tensor.boxes) == 1 and tensor.boxes[0].strides is not None:
             # Strided tensors are read whole; in chunks, each would read nearly all of it again.
             [box] = tensor.boxes
-            tensors[name] = Tensor(dtype, shape, numbers[id(box.source)], box.offset, box.strides)
+            tensors[name] = Tensor(dtype, shape, parts.index(box.source), box.offset, box.strides)
             continue
         if dtype.kind == "packed" and shape:
             shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)  # torch counts bytes
@@ -187,6 +183,5 @@ def _lightning(path: Path) -> tuple[dict[str, int | float], TrainingRecord]:
         return {}, TrainingRecord()
     archive = Archive.read(open_source(path / _LIGHTNING_META))
     root = archive.load()
-    return training_facts(root), training_record(
-        root, path.name, lambda wanted: scalars(archive, wanted), whole=False
-    )
+    record = training_record(root, path.name, lambda wanted: scalars(archive, wanted), whole=False)
+    return training_facts(root), record

@@ -44,13 +44,7 @@ Corner = tuple[int, ...]
 
 
 class Item(NamedTuple):
-    """Where a piece of a tensor, or some other object, is.
-
-    Attributes:
-        file: name of the file, relative to the directory.
-        offset: of the item's first byte.
-        length: its bytes.
-    """
+    """A piece of a tensor, or another object: so many bytes from an offset in one of the files."""
 
     file: str
     offset: int
@@ -73,14 +67,12 @@ class Metadata:
         file: the file.
         digest: SHA-256 of the file, in hex.
         names: the names of all entries, in the order of the file.
+
+    Raises:
+        FormatError: the file is not what torch writes.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Read the file.
-
-        Raises:
-            FormatError: it is not what torch writes.
-        """
         self.file = open_source(directory / METADATA)
         pickled = self.file.read(0, min(self.file.size, unpickler.LARGEST_PICKLE + 1))
         self.digest = hashlib.sha256(pickled).hexdigest()
@@ -136,8 +128,7 @@ class Metadata:
         items = self._items_of(tensors)
         for name, tensor in tensors.items():
             regions = self._regions(name)
-            fault = misfit(tensor.shape, regions)
-            if fault is not None:
+            if fault := misfit(tensor.shape, regions):
                 raise self._fault(fault, name)
             for region in regions:
                 corner, _ = region
@@ -171,13 +162,9 @@ class Metadata:
         if extensions := fields.get("transform_descriptors"):
             known = extensions if isinstance(extensions, list | tuple) else ()
             names = [each for each in known[:_LONGEST_PLACE] if isinstance(each, str)]
-            raise FormatError(
-                printable(f"is stored by way of {', '.join(names) or 'an extension'}")
-                + ", which is not supported",
-                path=self.file.path,
-                tensor=name,
-                remedy="save it again without extensions of torch.distributed.checkpoint",
-            )
+            what = printable(f"by way of {', '.join(names) or 'an extension'}")
+            remedy = "save it again without extensions of torch.distributed.checkpoint"
+            raise self._fault(f"is stored {what}, which is not supported", name, remedy)
         file, offset, length = map(fields.get, ("relative_path", "offset", "length"))
         if not isinstance(file, str) or not _is_below(file):
             where = f"in {file!r}" if isinstance(file, str) else "nowhere"
@@ -223,8 +210,10 @@ class Metadata:
     def _kind(value: object) -> str:
         return value.origin.rpartition(".")[2] if isinstance(value, Placeholder) else ""
 
-    def _fault(self, message: str, tensor: str | None = None) -> FormatError:
-        return FormatError(printable(message), path=self.file.path, tensor=tensor)
+    def _fault(
+        self, message: str, tensor: str | None = None, remedy: str | None = None
+    ) -> FormatError:
+        return FormatError(printable(message), path=self.file.path, tensor=tensor, remedy=remedy)
 
 
 def _is_small(value: object) -> bool:
@@ -238,25 +227,14 @@ def _is_below(name: str) -> bool:
 
 
 class Shards:
-    """The `.distcp` files of a directory.
-
-    Args:
-        directory: the directory.
-        metadata: what says where the items are.
-
-    Attributes:
-        files: those that were opened, by name.
-    """
+    """The `.distcp` files of a directory; `files` has those that were opened, by name."""
 
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         self.files: dict[str, ByteSource] = {}
         self._directory, self._metadata = directory, metadata
 
     def boxes(self, tensors: Mapping[str, PickledTensor]) -> dict[str, list[Box]]:
-        """Find the pieces of tensors, by the names of their entries.
-
-        Args:
-            tensors: what the metadata say of each.
+        """Find the pieces of tensors, each given by what the metadata say of it.
 
         Raises:
             FormatError: the pieces do not make up the tensors, or an item is not the piece that
@@ -293,12 +271,9 @@ class Shards:
                 raise _about(tensor, error) from error
         file = self.files[item.file]
         if item.offset + item.length > file.size:
-            raise FormatError(
-                f"ends at byte {file.size}, {item.offset + item.length - file.size} bytes too "
-                "early: was it truncated?",
-                path=file.path,
-                tensor=tensor,
-            )
+            missing = item.offset + item.length - file.size
+            message = f"ends at byte {file.size}, {missing} bytes too early: was it truncated?"
+            raise FormatError(message, path=file.path, tensor=tensor)
         return file
 
     def _sections(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, _Zip]]:
@@ -324,12 +299,11 @@ class Shards:
         except CkptAvgError as error:
             raise _about(name, error) from error
         if not isinstance(value, PickledTensor) or (value.dtype, value.shape) != (dtype, shape):
-            raise FormatError(
+            message = (
                 f"has a piece of {tensor.dtype.name} {list(tensor.shape)} at byte {item.offset} "
-                f"where the metadata says {dtype.name} {list(shape)}",
-                path=file.path,
-                tensor=name,
+                f"where the metadata says {dtype.name} {list(shape)}"
             )
+            raise FormatError(message, path=file.path, tensor=name)
         return Box(file, corner, shape, item.offset + tensor.offset, tensor.strides)
 
 

@@ -16,22 +16,21 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
 
-_ENDING = "model_states.pt"
-# Where accelerate and Lightning have the engine write, in checkpoints of their own.
-_INNER = ("pytorch_model", "checkpoint")
+# Folders for the engine's files in checkpoints of accelerate and Lightning.
+_FOLDERS = ("pytorch_model", "checkpoint")
 
 
 def matches(path: Path) -> bool:
-    """Whether it is a directory with the files that the engine writes."""
+    """Whether the directory has files as the engine names them."""
     return bool(_files(path))
 
 
 def _files(path: Path) -> list[Path]:
     entries = list(path.iterdir())
-    inner = [entry for entry in entries if entry.name in _INNER and entry.is_dir()]
-    if len(inner) == 1:
-        entries += inner[0].iterdir()
-    files = [entry for entry in entries if entry.name.endswith(_ENDING)]
+    folders = [entry for entry in entries if entry.name in _FOLDERS and entry.is_dir()]
+    if len(folders) == 1:
+        entries += folders[0].iterdir()
+    files = [entry for entry in entries if entry.name.endswith("model_states.pt")]
     return sorted(files, key=lambda entry: entry.name)
 
 
@@ -42,11 +41,11 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         FormatError: they are spread over several files, which DeepSpeed itself can put together.
     """
     files = _files(path)
-    opened = open_file(files[0], key)
+    checkpoint = open_file(files[0], key)
     if len(files) > 1:
         raise FormatError(
             f"has the weights in {len(files)} pieces ({files[0].name}, ...)",
             path=path,
             remedy="put them together with the tools of the trainer that wrote them",
         )
-    return replace(opened, path=path)
+    return replace(checkpoint, path=path)

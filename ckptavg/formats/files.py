@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
 from ckptavg.formats import safetensors, torchlegacy, torchzip
@@ -10,33 +10,20 @@ from ckptavg.formats.remote import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import ByteSource
 
 _HEAD_BYTES = 512
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 
-class FileFormat(Protocol):
-    """What a module that reads such files offers.
-
-    Attributes:
-        SUFFIXES: the endings of their names, by which they are found in a directory.
-    """
-
-    SUFFIXES: tuple[str, ...]
-
-    def matches(self, path: Path, head: bytes) -> bool:
-        """Whether the module reads this file, by its first 512 bytes and its name."""
-
-    def open_checkpoint(self, file: ByteSource, key: str | None) -> Checkpoint:
-        """Describe what the file holds, from its headers alone."""
-
-
-FILES = cast("tuple[FileFormat, ...]", (safetensors, torchzip, torchlegacy))
-"""The first format that matches a file reads it."""
-SUFFIXES = tuple(dict.fromkeys(suffix for module in FILES for suffix in module.SUFFIXES))
+FILES: tuple[ModuleType, ...] = (safetensors, torchzip, torchlegacy)
+"""Each has `SUFFIXES`, `matches(path, head)` with the first 512 bytes, and `open_checkpoint(file,
+key)`. The first that matches a file reads it."""
+SUFFIXES: tuple[str, ...] = tuple(
+    dict.fromkeys(suffix for module in FILES for suffix in module.SUFFIXES)
+)
 
 
 def open_file(path: Path, key: str | None) -> Checkpoint:
@@ -50,7 +37,8 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
     head = file.read(0, min(_HEAD_BYTES, file.size))
     for module in FILES:
         if module.matches(path, head):
-            return module.open_checkpoint(file, key)
+            checkpoint: Checkpoint = module.open_checkpoint(file, key)
+            return checkpoint
     if not head:
         problem = "is empty: was the disk full when it was written?"
     elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):

@@ -1,46 +1,39 @@
-"""What the pickle of a torch file is built of: descriptions of tensors, plain data, placeholders.
+"""What the pickle of a torch file becomes: descriptions of tensors, plain data, placeholders.
 
-The unpickler looks each global up with `stand_in`. A few globals are functions of this module, and
-all others are inert: nothing here imports or calls what a pickle names.
+The state dict of a whole `torch.nn.Module` is made of these too, without its class. A class that
+overrides `state_dict()` may name its tensors differently; that cannot be known here.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ckptavg.errors import printable
-from ckptavg.formats.tensors import BY_NAME, DType
+from ckptavg.errors import FormatError, printable
 
-Pairs = Iterable[tuple[object, object]]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
-_WIDEST_KEY = 64  # bits
+    from ckptavg.formats.tensors import DType
+
 STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
+    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
+}  # fmt: skip
+"""Names of torch's typed storages, and of their dtypes."""
+
+# Modules can hold each other many times over, or themselves. So the names of all tensors of a file
+# have at most so many characters, where each name counts as these many more than it has.
+_MOST_CHARACTERS = 1 << 25
+_EACH_NAME = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage as the pickle names it: a record of the file, which several tensors may share.
-
-    Attributes:
-        key: name of the record.
-        dtype: element type; None where the storage is untyped bytes.
-    """
+    """A record of the file, by its key, which several tensors may share; None for untyped bytes."""
 
     key: str
     dtype: DType | None
@@ -48,15 +41,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A strided tensor as the pickle describes it. Its numbers are unchecked.
-
-    Attributes:
-        storage: where its elements are.
-        dtype: element type.
-        offset: of its first element within the storage, in elements.
-        shape: its dimensions.
-        strides: in elements.
-    """
+    """A strided tensor; offset in its storage and strides are in elements. Nothing is checked."""
 
     storage: Storage
     dtype: DType
@@ -72,11 +57,7 @@ class PickledTensor:
 
 @dataclass(frozen=True, slots=True)
 class UnreadableTensor:
-    """A tensor that has no plain strided bytes: sparse, quantised, conjugate, ...
-
-    Attributes:
-        reason: what kind of tensor it is, for the message if it is to be averaged.
-    """
+    """A tensor without plain strided bytes (sparse, quantised, ...), and what it is instead."""
 
     reason: str
 
@@ -117,136 +98,65 @@ class Placeholder:
         """Drop the items of a list-like object."""
 
 
-class Special(enum.Enum):
-    """Globals whose calls the unpickler carries out itself."""
-
-    GETATTR = enum.auto()
-    """`getattr`: a nested class, a member of an enumeration, a bound method."""
-    REBUILD_FROM_TYPE = enum.auto()
-    """`torch._tensor._rebuild_from_type_v2`: a tensor of a subclass, or one with attributes."""
-
-
-def as_key(key: object) -> object:
-    """What replaces an object as the key of a dict or the member of a set.
-
-    Hashing a tuple of tuples of tuples can take for ever, and big integers or tuples of numbers can
-    be made to have one hash. So scalars are keys as they are, and everything else by identity.
-    """
-    if isinstance(key, str | float | bytes | Placeholder | DType | None):
-        return key
-    if isinstance(key, int) and key.bit_length() <= _WIDEST_KEY:
-        return key
-    return Placeholder("key", (key,))
+def is_module(value: object) -> TypeGuard[Placeholder]:
+    """Whether a pickled object is a `torch.nn.Module`, by the three dicts that each has."""
+    if not isinstance(value, Placeholder) or not isinstance(value.state, dict):
+        return False
+    parts = map(value.state.get, ("_parameters", "_buffers", "_modules"))
+    return all(isinstance(part, dict) for part in parts)
 
 
-def build_set(items: Iterable[object] = ()) -> set[object]:
-    """A set, with members as `as_key` has them."""
-    return {as_key(item) for item in items}
+class ModuleReader:
+    """Makes the state dicts of the modules in one file, each once, within one bound for all."""
 
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._characters_left = _MOST_CHARACTERS
+        self._state_dicts: dict[int, dict[str, object]] = {}
 
-def build_frozenset(items: Iterable[object] = ()) -> frozenset[object]:
-    """A frozen set, with members as `as_key` has them."""
-    return frozenset(build_set(items))
+    def state_dict(self, module: Placeholder) -> dict[str, object]:
+        """What `module.state_dict()` returns: parameters and persistent buffers by dotted name.
 
+        Raises:
+            FormatError: an entry is not what a module holds, or the module holds itself.
+        """
+        if id(module) not in self._state_dicts:
+            self._state_dicts[id(module)] = dict(self._walk(module))
+        return self._state_dicts[id(module)]
 
-def fill(target: dict[Any, Any], pairs: Pairs) -> dict[Any, Any]:
-    """Put pairs into a dict, with keys as `as_key` has them."""
-    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        target[as_key(key)] = value
-    return target
+    def _walk(self, root: Placeholder) -> Iterator[tuple[str, object]]:
+        """Names and values in torch's order: a module's own before those of its children."""
+        waiting: list[tuple[str, object]] = [("", root)]
+        while waiting:
+            prefix, module = waiting.pop()
+            if not is_module(module):
+                name = printable(prefix.removesuffix("."))
+                kind = module.origin if isinstance(module, Placeholder) else type(module).__name__
+                raise self._fault(f"its module {name} is no torch module but a {printable(kind)}")
+            state: Any = module.state
+            hidden = state.get("_non_persistent_buffers_set")
+            hidden = hidden if isinstance(hidden, set) else ()
+            buffers = {name: v for name, v in state["_buffers"].items() if name not in hidden}
+            for name, value in self._named(prefix, state["_parameters"] | buffers):
+                is_strange = isinstance(value, Placeholder)
+                yield (
+                    name,
+                    UnreadableTensor(f"a {printable(value.origin)}") if is_strange else value,
+                )
+            children = [*self._named(prefix, state["_modules"])]
+            waiting += [(f"{name}.", child) for name, child in children[::-1]]
 
+    def _named(self, prefix: str, entries: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+        """Full names and values of entries; those that are None are left out, as torch does."""
+        for name, value in entries.items():
+            if not isinstance(name, str):
+                raise self._fault("holds a module with a name that is no text")
+            self._characters_left -= len(prefix) + len(name) + _EACH_NAME
+            if self._characters_left < 0:
+                raise self._fault("holds modules within each other without end")
+            if value is not None:
+                yield prefix + name, value
 
-def _build_dict(pairs: Pairs = ()) -> dict[Any, Any]:
-    return fill({}, pairs)
-
-
-def _build_ordered_dict(pairs: Pairs = ()) -> dict[Any, Any]:
-    return fill(StateOrderedDict(), pairs)
-
-
-def _build_default_dict(_factory: object = None, pairs: Pairs = ()) -> dict[Any, Any]:
-    return fill({}, pairs)
-
-
-def _build_size(values: Iterable[int] = ()) -> tuple[int, ...]:
-    return tuple(values)
-
-
-def _build_parameter(data: object = None, *_: object) -> object:
-    """Also the class itself, of which torch before 0.4 made an instance around its data."""
-    return data
-
-
-def _build_tensor(
-    storage: object,
-    offset: int,
-    shape: Iterable[int],
-    strides: Iterable[int],
-    *rest: object,
-    dtype: DType | None = None,
-) -> PickledTensor | UnreadableTensor:
-    """Arguments of `_rebuild_tensor` and `_rebuild_tensor_v2`; rest: grad, hooks, metadata."""
-    if not isinstance(storage, Storage):
-        return UnreadableTensor("a tensor without a storage of its own")
-    marks = rest[2] if len(rest) > 2 else None  # noqa: PLR2004
-    if isinstance(marks, dict) and any(marks.values()):
-        kind = ", ".join(mark for mark in ("conj", "neg") if marks.get(mark)) or "unknown"
-        return UnreadableTensor(f"a lazily transformed tensor ({kind})")
-    dtype = dtype or storage.dtype
-    if dtype is None:
-        return UnreadableTensor("a tensor of unknown element type")
-    return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
-
-
-def _build_tensor_v3(  # noqa: PLR0917 - torch's own argument list
-    storage: object,
-    offset: int,
-    shape: Iterable[int],
-    strides: Iterable[int],
-    _grad: object,
-    _hooks: object,
-    dtype: object,
-    metadata: object = None,
-) -> PickledTensor | UnreadableTensor:
-    if not isinstance(dtype, DType):
-        kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "no dtype"
-        return UnreadableTensor(f"a tensor of a dtype that is not supported ({kind})")
-    return _build_tensor(storage, offset, shape, strides, None, None, metadata, dtype=dtype)
-
-
-_BUILTINS: dict[str, Callable[..., object] | Special] = {
-    "set": build_set,
-    "frozenset": build_frozenset,
-    "dict": _build_dict,
-    "getattr": Special.GETATTR,
-}
-_GLOBALS: dict[tuple[str, str], Callable[..., object] | Special] = {
-    ("collections", "OrderedDict"): _build_ordered_dict,
-    ("collections", "defaultdict"): _build_default_dict,
-    ("torch", "Size"): _build_size,
-    ("torch._utils", "_rebuild_tensor"): _build_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _build_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _build_tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): _build_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _build_parameter,
-    ("torch.nn.parameter", "Parameter"): _build_parameter,
-    ("torch.autograd.variable", "Variable"): _build_parameter,
-    ("torch._tensor", "_rebuild_from_type"): Special.REBUILD_FROM_TYPE,
-    ("torch._tensor", "_rebuild_from_type_v2"): Special.REBUILD_FROM_TYPE,
-    **{("builtins", name): builder for name, builder in _BUILTINS.items()},
-    **{("__builtin__", name): builder for name, builder in _BUILTINS.items()},
-}
-
-
-def stand_in(module: str, name: str) -> object:
-    """What stands for a global: a function of this module, a dtype, or else a placeholder."""
-    if (module, name) in _GLOBALS:
-        return _GLOBALS[module, name]
-    if module == "torch" and name in BY_NAME:
-        return BY_NAME[name]
-    if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
-        return BY_NAME[STORAGES[name]]
-    if module.startswith("torch.") and name.startswith("_rebuild_"):
-        reason = printable(f"stored by {name} ({name.removeprefix('_rebuild_').replace('_', ' ')})")
-        return lambda *_: UnreadableTensor(reason)
-    return Placeholder(f"{module}.{name}")
+    def _fault(self, message: str) -> FormatError:
+        remedy = "load it, and save the model's state_dict() instead"
+        return FormatError(message, path=self._path, remedy=remedy)

@@ -52,9 +52,11 @@ def training_facts(root: object) -> dict[str, int | float]:
     values = {name: root.get(name) for name in STEP_FACTS}
     if is_deepspeed(root) and values["global_step"] is None:
         values["global_step"] = root.get("global_steps")
-    facts: dict[str, int | float | None] = {name: _count(value) for name, value in values.items()}
-    facts["learning_rate"] = _learning_rate(root)
-    return {name: number for name, number in facts.items() if number is not None}
+    counts = {name: _count(value) for name, value in values.items()}
+    facts: dict[str, int | float] = {name: n for name, n in counts.items() if n is not None}
+    if rates := _rates(root):
+        facts["learning_rate"] = rates[0]
+    return facts
 
 
 def training_record(
@@ -65,7 +67,7 @@ def training_record(
     Args:
         root: what the pickle describes.
         name: the file's name, under which Lightning's state has its score.
-        read_scalars: reads tensors of one element.
+        read_scalars: reads the metrics that are tensors.
         whole: whether the file is nothing but a state dict, whose tensors are no metrics.
     """
     if not isinstance(root, Mapping):
@@ -73,25 +75,22 @@ def training_record(
     values = dict(islice(_metrics(root, name, whole=whole), _MOST_METRICS))
     tensors = ((key, value) for key, value in values.items() if isinstance(value, PickledTensor))
     scalars = read_scalars(dict(islice(tensors, _MOST_SCALARS)))
+    rates = _rates(root)
     return TrainingRecord(
         # Lightning and timm record the epoch that is done, not how many are.
         epochs_from_zero="pytorch-lightning_version" in root
         or {"arch", "version", "epoch"} <= root.keys(),
-        learning_rate=_learning_rate(root),
-        other_rates=_other_rates(root),
+        learning_rate=rates[0] if rates else None,
+        other_rates=rates[1:],
         scheduler=_scheduler(root),
         metrics=_numbers({**values, **scalars}),
     )
 
 
 def trainer_record(state: Mapping[str, Any], scheduler: object) -> TrainingRecord:
-    """What Hugging Face's Trainer records beside the weights.
+    """What Hugging Face's Trainer records in `trainer_state.json` and the pickle of `scheduler.pt`.
 
     The optimizer's file is not read: the scheduler's has the learning rate as well.
-
-    Args:
-        state: what `trainer_state.json` holds.
-        scheduler: what the pickle of `scheduler.pt` describes.
     """
     step, history = state.get("global_step"), state.get("log_history")
     logged = _logged(history, step) if _is_count(step) else {}
@@ -123,18 +122,10 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _count(value: object) -> int | None:
-    """The value of a plain integer, or of a whole number of numpy's."""
-    if isinstance(value, Placeholder):
-        number = _numpy_number(value)
-        value = int(number) if number is not None and number.is_integer() else None
+    """The value of an integer, or of a whole number of numpy's."""
+    number = _number(value) if isinstance(value, Placeholder) else None
+    value = int(number) if number is not None and number.is_integer() else value
     return value if _is_count(value) else None
-
-
-def _number(value: object) -> float | None:
-    """The value of a plain number, or of numpy's, which may be infinite or NaN."""
-    if isinstance(value, Placeholder):
-        return _numpy_number(value)
-    return float(value) if type(value) is float or _is_count(value) else None
 
 
 def _finite(value: object) -> float | None:
@@ -147,8 +138,11 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _numpy_number(value: Placeholder) -> float | None:
-    """A numpy scalar, pickled as dtype and bytes; old protocols spell the bytes as latin-1."""
+def _number(value: object) -> float | None:
+    """The value of a plain number, or of numpy's, which may be infinite or NaN.
+
+    A numpy number is pickled as dtype and bytes, which old protocols spell as latin-1.
+    """
     match value:
         case Placeholder(
             origin="numpy._core.multiarray.scalar" | "numpy.core.multiarray.scalar",
@@ -156,7 +150,7 @@ def _numpy_number(value: Placeholder) -> float | None:
         ) if kind in _NUMPY_DTYPES:
             pass
         case _:
-            return None
+            return float(value) if type(value) is float or _is_count(value) else None
     match data:
         case Placeholder(origin="_codecs.encode", arguments=(str(text), *_)):
             data = text.encode("latin-1", "ignore") if len(text) <= _LONGEST_SCALAR else None
@@ -165,24 +159,16 @@ def _numpy_number(value: Placeholder) -> float | None:
     return float(np.frombuffer(data, f"<{kind}")[0])
 
 
-def _learning_rate(root: Mapping[Any, object]) -> float | None:
-    """The rate of the first parameter group of an optimizer, or the scheduler's last one."""
+def _rates(root: Mapping[Any, object]) -> tuple[float, ...]:
+    """Learning rates of an optimizer's parameter groups, or else the scheduler's last one."""
     for optimizer in _first_states(root, "optim"):
         match optimizer:
-            case {"param_groups": [{"lr": rate}, *_]} if _finite(rate) is not None:
-                return _finite(rate)
-    return _finite(_last_rate(_scheduler(root)))
-
-
-def _other_rates(root: Mapping[Any, object]) -> tuple[float, ...]:
-    """The rates of the first optimizer's further parameter groups."""
-    for optimizer in _first_states(root, "optim"):
-        match optimizer:
-            case {"param_groups": [_, *groups]}:
+            case {"param_groups": [{"lr": rate}, *groups]} if _finite(rate) is not None:
                 dicts = (group for group in groups[:_MOST_GROUPS] if isinstance(group, dict))
-                rates = (_finite(group.get("lr")) for group in dicts)
-                return tuple(rate for rate in rates if rate is not None)
-    return ()
+                rates = (rate, *(group.get("lr") for group in dicts))
+                return tuple(rate for rate in map(_finite, rates) if rate is not None)
+    rate = _finite(_last_rate(_scheduler(root)))
+    return () if rate is None else (rate,)
 
 
 def _scheduler(root: Mapping[Any, object]) -> dict[str, Any] | None:
@@ -203,26 +189,13 @@ def _schedule(value: object) -> dict[str, Any] | None:
     state = value.state if isinstance(value, Placeholder) else value
     if not isinstance(state, dict) or not any(name in state for name in _SCHEDULER_FACTS):
         return None
-    plain = _PlainCopy().copy(state, _MOST_LEVELS)
-    return plain if isinstance(plain, dict) else None
+    values_left = _MOST_VALUES
 
-
-def _last_rate(schedule: dict[str, Any] | None) -> object:
-    match schedule:
-        case {"_last_lr": [rate, *_]}:
-            return rate
-    return None
-
-
-class _PlainCopy:
-    """Copies numbers, strings, lists and dicts, up to a number of values; all else is None."""
-
-    def __init__(self) -> None:
-        self._left = _MOST_VALUES
-
-    def copy(self, value: object, levels: int) -> Any:  # noqa: ANN401
-        self._left -= 1
-        if self._left < 0:
+    def plain(value: object, levels: int) -> Any:  # noqa: ANN401
+        """Copy numbers, strings, lists and dicts of them; all else is None."""
+        nonlocal values_left
+        values_left -= 1
+        if values_left < 0:
             return None
         if isinstance(value, Placeholder) and value.origin == "collections.Counter":
             value = value.arguments[0] if value.arguments else {}
@@ -232,13 +205,23 @@ class _PlainCopy:
             return value
         if isinstance(value, dict) and levels:
             return {
-                key: self.copy(inner, levels - 1)
-                for key, inner in islice(value.items(), self._left)
+                key: plain(inner, levels - 1)
+                for key, inner in islice(value.items(), values_left)
                 if isinstance(key, str) or _is_count(key)
             }
         if isinstance(value, list | tuple) and levels:
-            return [self.copy(inner, levels - 1) for inner in value[: self._left]]
+            return [plain(inner, levels - 1) for inner in value[:values_left]]
         return _number(value)
+
+    schedule: dict[str, Any] = plain(state, _MOST_LEVELS)
+    return schedule
+
+
+def _last_rate(schedule: dict[str, Any] | None) -> object:
+    match schedule:
+        case {"_last_lr": [rate, *_]}:
+            return rate
+    return None
 
 
 def _metrics(root: Mapping[Any, object], name: str, *, whole: bool) -> Iterator[tuple[str, object]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg.errors import FormatError, SelectionError, printable
-from ckptavg.formats.modules import ModuleReader, is_module
-from ckptavg.formats.pickled import PickledTensor, Placeholder, is_tensor
+from ckptavg.formats.pickled import ModuleReader, Placeholder, is_module, is_tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,12 +34,8 @@ def find_state_dicts(root: object, path: Path | None = None, key: str | None = N
     """Find every state dict in a file, up to two levels down.
 
     A whole model counts as the state dict that it would give. Tensors at the top, with state dicts
-    beside them, are a state dict of their own.
-
-    Args:
-        root: what the file holds.
-        path: the file, for messages.
-        key: path of the state dict that is wanted; it is found whatever its name says.
+    beside them, are a state dict of their own. The state dict that `key` names is found whatever
+    its name says.
 
     Raises:
         FormatError: a whole model in the file has no end, or holds what no model has.
@@ -70,12 +65,7 @@ def _are_counters(value: Mapping[Any, object]) -> bool:
 
 
 class _Finder:
-    """Looks at each mapping once, however often a file refers to it, or it to itself.
-
-    Attributes:
-        found: the state dicts that were found by `search`.
-        modules: gives the state dicts of whole models.
-    """
+    """Looks at each mapping once, however often a file refers to it, or it to itself."""
 
     def __init__(self, path: Path | None) -> None:
         self.found: StateDicts = {}
@@ -178,11 +168,6 @@ def _words(name: str) -> list[str]:
 def check_kind(path: Path, root: object, found: StateDicts) -> None:
     """Refuse a file without its weights, or with an object in the place of a state dict.
 
-    Args:
-        path: the file, for messages.
-        root: what the file holds.
-        found: the state dicts in it.
-
     Raises:
         FormatError: the weights are spread over other files.
         SelectionError: the file holds an object, and no state dict.
@@ -219,30 +204,19 @@ def _is_partitioned(root: Mapping[Any, object]) -> bool:
     match root.get("ds_config"):
         case {"zero_optimization": {"stage": 3}}:
             return True
-    module = root["module"]
+    module, groups = root["module"], root.get("param_shapes")
+    # Names and real shapes, in mappings for groups of trained parameters and for frozen ones.
+    shapes = (*(groups if isinstance(groups, list) else ()), root.get("frozen_param_shapes"))
     return isinstance(module, Mapping) and any(
-        isinstance(tensor := module.get(name), PickledTensor)
-        and tensor.shape == (0,)
-        and shape != (0,)
-        for name, shape in _deepspeed_shapes(root)
+        getattr(module.get(name), "shape", None) == (0,) != shape
+        for group in shapes
+        if isinstance(group, Mapping)
+        for name, shape in group.items()
     )
 
 
-def _deepspeed_shapes(root: Mapping[Any, object]) -> Iterator[tuple[object, object]]:
-    """Name and real shape of each parameter: mappings for trained ones, and one for frozen ones."""
-    groups = root.get("param_shapes")
-    for group in (*(groups if isinstance(groups, list) else ()), root.get("frozen_param_shapes")):
-        if isinstance(group, Mapping):
-            yield from group.items()
-
-
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
-    """Choose the state dict that is meant.
-
-    Args:
-        path: the file, for messages.
-        found: the state dicts in it.
-        key: the one that the user asked for, if any.
+    """Choose the state dict that is meant: the one that the user asked for, or the plain one.
 
     Raises:
         SelectionError: there is none, not the one asked for, or the choice is unclear.

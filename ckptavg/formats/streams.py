@@ -35,16 +35,8 @@ class SourceStream(io.RawIOBase):
         """True."""
         return True
 
-    def tell(self) -> int:
-        """Offset of the next byte."""
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to another offset.
-
-        Raises:
-            OSError: it is before the start of the file.
-        """
+        """Go to another offset; OSError if it is before the start of the file."""
         position = (0, self._position, self._file.size)[whence] + offset
         if position < 0:
             raise OSError("before the start of the file")
@@ -52,11 +44,7 @@ class SourceStream(io.RawIOBase):
         return position
 
     def readinto(self, out: WriteableBuffer) -> int:
-        """Read as many bytes as there are.
-
-        Raises:
-            FormatError: they are more than may be read.
-        """
+        """Read as many bytes as there are; FormatError if they are more than may be read."""
         view = memoryview(out).cast("B")
         count = min(len(view), max(0, self._file.size - self._position))
         self._left -= count

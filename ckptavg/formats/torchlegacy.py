@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.torchpickle import Storages
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -41,15 +42,11 @@ _BUFFER = 64 << 10  # bytes read at a time: so many of the storages' may be read
 _COUNT = 8  # bytes of the number before a storage
 _LARGEST_SIZE = 1 << 62
 _LONGEST_KEY = 1_000  # characters; torch's keys are numbers
-# Bytes of an element in storages of types that are no dtypes here.
+# Bytes of an element in storages whose types are no dtypes here.
 _RAW_STORAGES = {
-    "UntypedStorage": 1,
-    "QInt8Storage": 1,
-    "QUInt8Storage": 1,
-    "QUInt4x2Storage": 1,
-    "QUInt2x4Storage": 1,
-    "QInt32Storage": 4,
-}
+    "UntypedStorage": 1, "QInt8Storage": 1, "QUInt8Storage": 1, "QUInt4x2Storage": 1,
+    "QUInt2x4Storage": 1, "QInt32Storage": 4,
+}  # fmt: skip
 
 
 def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' common signature
@@ -84,15 +81,14 @@ class LegacyUnpickler(InertUnpickler):
         self.views: dict[str, tuple[str, int, int]] = {}
 
     def persistent_load(self, pid: object) -> object:
-        """Return the storage that a persistent id names, or a module's class.
+        """Return the storage or the module's class that a persistent id names.
 
-        The ids are `("storage", type, key, device, size, view)`, with a view of None or
-        `(key, offset, size)`, all in elements, and `("module", class, file, source)`.
+        A storage's view is None or `(key, offset, size)`, in elements.
         """
         match pid:
-            case ("module", kind, _, _):
+            case ("module", kind, _file, _source):
                 return kind
-            case ("storage", kind, str(key), _, int(size), view):
+            case ("storage", kind, str(key), _device, int(size), view):
                 return self._storage(kind, key, size, view)
         return refuse("an unknown persistent id")
 
@@ -132,11 +128,6 @@ class LegacyFile:
     """
 
     def __init__(self, file: ByteSource) -> None:
-        """Read the pickles, and find where the storages behind them are.
-
-        Raises:
-            FormatError: the file is damaged or cut off, or from a big-endian machine.
-        """
         self.file = file
         source = SourceStream(file, unpickler.LARGEST_PICKLE, "pickle")
         self._stream = io.BufferedReader(source, _BUFFER)
@@ -162,36 +153,23 @@ class LegacyFile:
 
     def _lay_out(self, keys: object) -> dict[str, int]:
         """Where storages begin, which follow one another in the order of their keys."""
-        if (
-            not isinstance(keys, list)
-            or not all(isinstance(key, str) for key in keys)
-            or len(keys) != len(self._sizes)
-            or set(keys) != self._sizes.keys()
-        ):
-            raise FormatError(
-                "is damaged: its storages are not those of its pickle", path=self.file.path
-            )
+        names = keys if isinstance(keys, list) else []
+        names = [key for key in names if isinstance(key, str)]
+        if names != keys or len(names) != len(self._sizes) or set(names) != self._sizes.keys():
+            message = "is damaged: its storages are not those of its pickle"
+            raise FormatError(message, path=self.file.path)
         starts, end = {}, self.end
-        for key in keys:
+        for key in names:
             count, itemsize = self._sizes[key]
             starts[key] = end + _COUNT
             end += _COUNT + count * itemsize
         if end > self.file.size:
-            raise FormatError(
-                f"is {self.file.size} bytes long and should be {end}: was it truncated?",
-                path=self.file.path,
-            )
+            message = f"is {self.file.size} bytes long and should be {end}: was it truncated?"
+            raise FormatError(message, path=self.file.path)
         return starts
 
-    def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-        """Find where storages begin in the file, and their bytes.
-
-        Args:
-            users: keys of the storages, and for each the name of a tensor in it, for messages.
-
-        Raises:
-            FormatError: a storage does not have the number of elements that the pickle says.
-        """
+    def storages(self, users: Mapping[str, str]) -> Storages:
+        """Find storages, and check their numbers of elements; see `Container`."""
         places, tensors = {}, {}
         for name, tensor in users.items():
             key, start, size = self._views[name]
@@ -201,9 +179,6 @@ class LegacyFile:
         for (key, tensor), number in zip(tensors.items(), before, strict=True):
             found, wanted = int.from_bytes(number, "little"), self._sizes[key][0]
             if found != wanted:
-                raise FormatError(
-                    f"is damaged: storage {printable(key)} has {found} elements and not {wanted}",
-                    path=self.file.path,
-                    tensor=tensor,
-                )
+                message = f"storage {printable(key)} has {found} elements and not {wanted}"
+                raise FormatError(f"is damaged: {message}", path=self.file.path, tensor=tensor)
         return places

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.parts import ByteSource
 
+Storages = Mapping[str, tuple[int, int]]
+"""Where storages begin in the file, and their bytes, by key."""
+
 # Expanded tensors repeat their bytes, and have to be held in memory whole: bytes that any tensor
 # may have, and how many times those of its storage.
 _LARGEST_REPEATED, _MOST_REPEATED = 1 << 28, 16
@@ -27,14 +30,14 @@ _LONGEST_LABEL = 300
 
 
 class Container(Protocol):
-    """A file with storages that a pickle names."""
+    """A file with a pickle and the storages that it names."""
 
     @property
     def file(self) -> ByteSource:
         """The file."""
 
-    def storages(self, users: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
-        """Find where storages begin in the file, and their bytes. Missing ones are left out.
+    def storages(self, users: Mapping[str, str]) -> Storages:
+        """Find storages; those that are missing are left out.
 
         Args:
             users: keys of the storages, and for each the name of a tensor in it, for messages.
@@ -44,14 +47,7 @@ class Container(Protocol):
 def describe(
     container: Container, root: object, key: str | None, digest: str, metadata: Mapping[str, str]
 ) -> Checkpoint:
-    """Describe one of the state dicts in a file.
-
-    Args:
-        container: the file.
-        root: what its pickle describes.
-        key: the state dict that is wanted, if the user named one.
-        digest: of the pickle.
-        metadata: the file's own.
+    """Describe one of the state dicts in a file, of which `root` is the pickle's content.
 
     Raises:
         FormatError: a tensor has no plain strided bytes, or lies outside its storage.
@@ -91,14 +87,13 @@ def describe(
 
 def _inner_tensors(entries: Mapping[str, object]) -> Iterator[tuple[str, PickledTensor]]:
     """The tensors within entries that are none themselves (`_extra_state`), each once."""
-    seen: set[int] = set()
-    yielded: set[PickledTensor] = set()
+    seen: set[object] = set()
     for name, entry in entries.items():
         waiting = [entry]
         while waiting:
             value = waiting.pop()
-            if isinstance(value, PickledTensor) and value.is_sound and value not in yielded:
-                yielded.add(value)
+            if isinstance(value, PickledTensor) and value.is_sound and value not in seen:
+                seen.add(value)
                 yield name, value
             elif isinstance(value, dict | list | tuple) and id(value) not in seen:
                 seen.add(id(value))
@@ -131,11 +126,7 @@ def scalars(container: Container, values: Mapping[str, PickledTensor]) -> dict[s
 
 
 def locate(container: Container, values: Mapping[str, object]) -> dict[str, Tensor]:
-    """Find where tensors' bytes are in a file, within the bounds of their storages.
-
-    Args:
-        container: the file.
-        values: name to pickled tensor.
+    """Find where pickled tensors are in a file, by name, within the bounds of their storages.
 
     Raises:
         FormatError: a tensor has no plain strided bytes, or lies outside its storage.
@@ -147,30 +138,22 @@ def locate(container: Container, values: Mapping[str, object]) -> dict[str, Tens
 
 
 def readable(value: object, path: Path, name: str) -> PickledTensor:
-    """Return a pickled tensor that has plain strided bytes.
-
-    Raises:
-        FormatError: the value is no such tensor.
-    """
+    """Return a pickled tensor, unless it is one without plain strided bytes (FormatError)."""
     if isinstance(value, PickledTensor):
         return value
     reason = value.reason if isinstance(value, UnreadableTensor) else "no tensor"
     raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
 
 
-def _locate(
-    path: Path, name: str, value: PickledTensor, storages: Mapping[str, tuple[int, int]]
-) -> Tensor:
+def _locate(path: Path, name: str, value: PickledTensor, storages: Storages) -> Tensor:
     def fault(message: str) -> FormatError:
         return FormatError(message, path=path, tensor=name)
 
     dtype, shape, strides = value.dtype, value.shape, value.strides
+    numbers = (value.offset, *shape, *strides)
     if (
         len(shape) != len(strides)
-        or not all(
-            type(number) is int and 0 <= number < 1 << 62
-            for number in (value.offset, *shape, *strides)
-        )
+        or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
         or not is_possible(shape, 8 * dtype.itemsize)
     ):
         raise fault("has no valid shape and strides")
@@ -179,28 +162,22 @@ def _locate(
     start, size = storages[value.storage.key]
     if (value.offset + span_elements(shape, strides)) * dtype.itemsize > size:
         raise fault(f"reaches beyond its storage of {size} bytes")
-    offset = start + value.offset * dtype.itemsize
-    if is_contiguous(shape, strides):
-        if dtype.kind != "packed":
-            return Tensor(dtype, shape, 0, offset)
-        if not shape:
-            raise fault("is packed and has no dimensions")
-        # torch counts bytes, safetensors (and so we) the elements in them.
-        return Tensor(dtype, (*shape[:-1], shape[-1] * 8 // dtype.bits), 0, offset)
-    if dtype.kind == "packed":
-        raise fault("is packed and not contiguous")
+    contiguous = is_contiguous(shape, strides)
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
+    if not contiguous and nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
         raise fault(f"repeats {size} bytes to {nbytes}")
     # The stride of an axis with one index has no meaning, and any number may stand there.
     steps = tuple(step if extent > 1 else 1 for extent, step in zip(shape, strides, strict=True))
-    return Tensor(dtype, shape, 0, offset, steps)
+    if dtype.kind == "packed":
+        if not (contiguous and shape):
+            raise fault("is packed and not contiguous")
+        # torch counts bytes, safetensors (and so we) the elements in them.
+        shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)
+    offset = start + value.offset * dtype.itemsize
+    return Tensor(dtype, shape, 0, offset, None if contiguous else steps)
 
 
 def big_endian(path: Path) -> FormatError:
     """The error for a file of the other byte order."""
-    return FormatError(
-        "was saved on a big-endian machine",
-        path=path,
-        remedy="load it and save it again on a little-endian one",
-    )
+    remedy = "load it and save it again on a little-endian one"
+    return FormatError("was saved on a big-endian machine", path=path, remedy=remedy)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.torchpickle import Storages
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = b"PK\x03\x04"
@@ -38,14 +39,17 @@ def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
     """Describe one state dict of a torch file.
 
     Raises:
-        FormatError: the archive or its pickle is damaged, or holds what cannot be averaged.
+        FormatError: the archive or its pickle is damaged, or the state dict cannot be averaged.
         SelectionError: which state dict is wanted is unclear.
     """
     archive = Archive.read(file)
     pickled = archive.content("data.pkl")
     root = unpickler.load(pickled, file.path)
     digest = hashlib.sha256(pickled).hexdigest()
-    return describe(archive, root, key, digest, archive.metadata())
+    metadata = {}
+    if archive.has(PROVENANCE):
+        metadata[PROVENANCE] = archive.content(PROVENANCE).decode(errors="replace")
+    return describe(archive, root, key, digest, metadata)
 
 
 @dataclass(frozen=True)
@@ -66,22 +70,16 @@ class Archive:
 
     @staticmethod
     def read(file: ByteSource) -> Archive:
-        """Read the central directory.
-
-        Raises:
-            FormatError: the file is no zip that torch reads on this machine.
-        """
+        """Read the central directory; FormatError if torch could not read the zip."""
         try:
             stream = SourceStream(file, _LARGEST_DIRECTORY, "zip directory")
             with zipfile.ZipFile(cast("BinaryIO", stream)) as directory:
                 entries, directory_start = directory.infolist(), directory.start_dir
         except CkptAvgError:
             raise
-        # Damaged bytes can make the zip reader raise anything.
-        except Exception as error:
-            raise FormatError(
-                f"its zip directory is damaged ({printable(error)}): truncated?", path=file.path
-            ) from error
+        except Exception as error:  # damaged bytes can make the zip reader raise anything
+            message = f"its zip directory is damaged ({printable(error)}): truncated?"
+            raise FormatError(message, path=file.path) from error
         records = {entry.filename: entry for entry in entries}
         if len(records) != len(entries):
             raise FormatError("has two records of one name", path=file.path)
@@ -112,32 +110,26 @@ class Archive:
         """Read what the pickle describes, out of inert parts."""
         return unpickler.load(self.content("data.pkl"), self.file.path)
 
-    def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-        """Find where storages begin in the file, and their bytes. Missing ones are left out.
-
-        Args:
-            users: keys of the storages, and for each the name of a tensor in it, for messages.
-        """
+    def storages(self, users: Mapping[str, str]) -> Storages:
+        """Find storages; see `Container`."""
         folder = f"{self.prefix}data/"
         names = {folder + key: tensor for key, tensor in users.items()}
         present = {name: tensor for name, tensor in names.items() if name in self.records}
         return {name[len(folder) :]: place for name, place in self.places(present).items()}
 
     def places(self, users: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
-        """Find where records begin in the file, and their bytes.
+        """Find where records begin in the file, and their bytes, by their full names.
 
         Args:
-            users: full names of the records, and for each the name of a tensor in it, for messages.
+            users: names of the records, and for each the name of a tensor in it, for messages.
 
         Raises:
             FormatError: a record is compressed, or not where the directory says.
         """
 
         def fault(name: str, problem: str) -> FormatError:
-            record = printable(name.removeprefix(self.prefix))
-            return FormatError(
-                f"record {record} {problem}", path=self.file.path, tensor=users[name]
-            )
+            message = f"record {printable(name.removeprefix(self.prefix))} {problem}"
+            return FormatError(message, path=self.file.path, tensor=users[name])
 
         for name in users:
             entry = self.records[name]
@@ -156,12 +148,6 @@ class Archive:
             places[name] = (begin, size)
         return places
 
-    def metadata(self) -> dict[str, str]:
-        """This tool's provenance, if it wrote the file."""
-        if not self.has(PROVENANCE):
-            return {}
-        return {PROVENANCE: self.content(PROVENANCE).decode(errors="replace")}
-
 
 def _refuse_programs(path: Path, records: Collection[str]) -> None:
     """Refuse a model that was saved with its code and not as a state dict."""
@@ -174,8 +160,5 @@ def _refuse_programs(path: Path, records: Collection[str]) -> None:
         kind = "a TorchScript program"
     else:
         return
-    raise FormatError(
-        f"is {kind}, not a checkpoint",
-        path=path,
-        remedy="save the model's state_dict() instead",
-    )
+    remedy = "save the model's state_dict() instead"
+    raise FormatError(f"is {kind}, not a checkpoint", path=path, remedy=remedy)

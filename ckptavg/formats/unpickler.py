@@ -1,8 +1,8 @@
 """Read a torch file's pickle as data: nothing that it names is imported or called.
 
-This is the pure-Python `pickle._Unpickler` with most of its dispatch table replaced. The C one
-cannot be made safe: it allocates what a file claims before looking, and hashes nested tuples
-without a bound. What the pickle is built of is in `pickled`.
+This is the pure-Python `pickle._Unpickler` with most of its opcodes replaced. The C one cannot be
+made safe: it allocates what a file claims before looking, and hashes nested tuples without a bound.
+A few globals stand for functions of this module, and all others for inert placeholders.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.pickled import (
+    STORAGES,
+    PickledTensor,
     Placeholder,
-    Special,
     StateOrderedDict,
     Storage,
-    build_frozenset,
-    build_set,
-    fill,
+    UnreadableTensor,
     is_tensor,
-    stand_in,
 )
-from ckptavg.formats.tensors import DType
+from ckptavg.formats.tensors import BY_NAME, DType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 LARGEST_PICKLE = 256 << 20
@@ -37,6 +35,7 @@ _LONGEST_GLOBAL = 1_000
 _FREE_COPIES = 1 << 20
 _COPIES_PER_BYTE = 2
 _COPIED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
+_WIDEST_KEY = 64  # bits
 
 
 class PickleError(FormatError):
@@ -44,11 +43,7 @@ class PickleError(FormatError):
 
 
 def load(data: bytes, path: Path | None = None) -> object:
-    """Build what the pickle describes, out of inert parts.
-
-    Args:
-        data: the pickle.
-        path: file that it comes from, for messages.
+    """Build what the pickle of a file describes, out of inert parts.
 
     Raises:
         PickleError: whatever is wrong with the pickle.
@@ -108,14 +103,13 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
 
     def find_class(self, module: str, name: str) -> object:
         """Return what stands for a global. Nothing is imported."""
-        known = self._globals.get((module, name))
-        if known is None:
+        if (module, name) not in self._globals:
             if len(self._globals) >= _MOST_GLOBALS:
                 refuse("too many kinds of objects")
             if len(module) + len(name) > _LONGEST_GLOBAL:
                 refuse("a global with an endless name")
-            known = self._globals[module, name] = stand_in(module, name)
-        return known
+            self._globals[module, name] = _stand_in(module, name)
+        return self._globals[module, name]
 
     def persistent_load(self, pid: object) -> object:
         """Return the storage that `("storage", type, key, device, size)` names."""
@@ -124,25 +118,17 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
                 return Storage(key, kind if isinstance(kind, DType) else None)
         return refuse("an unknown persistent id")
 
-    def _call(self, function: object, arguments: object) -> Any:  # noqa: ANN401
+    def call(self, function: object, arguments: object) -> Any:  # noqa: ANN401
         """Call what stands for a global. Nothing else in a pickle can be called."""
         if not isinstance(arguments, tuple):
             refuse("a call without a tuple of arguments")
         self._count_copies(len(arguments))
         if isinstance(function, Placeholder):
             return Placeholder(function.origin, arguments)
-        self._count_copies(sum(len(part) for part in arguments if isinstance(part, _COPIED)))
-        if function is Special.REBUILD_FROM_TYPE:
-            inner, _, inner_arguments, _ = arguments
-            return self._call(inner, inner_arguments)
-        if function is Special.GETATTR:
-            owner, name = arguments
-            if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
-                refuse("an attribute whose name is not a string")
-            return self.find_class(getattr(owner, "origin", "?"), name)
         if not isinstance(function, FunctionType):
             refuse(f"a call of a {type(function).__name__}")
-        return function(*arguments)
+        self._count_copies(sum(len(part) for part in arguments if isinstance(part, _COPIED)))
+        return function(self, *arguments)
 
     def _count_copies(self, count: int) -> None:
         """Bound what calls copy, since the arguments can be the same big list each time."""
@@ -154,22 +140,19 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         if self._copies > self._most_copies:
             refuse("calls that multiply what it holds")
 
-    def load_reduce(self) -> None:
-        """REDUCE and NEWOBJ: call a function, make an instance."""
+    def _reduce(self) -> None:
         arguments = self.stack.pop()
-        self.stack[-1] = self._call(self.stack[-1], arguments)
+        self.stack[-1] = self.call(self.stack[-1], arguments)
 
-    def load_newobj_ex(self) -> None:
-        """NEWOBJ_EX: make an instance. Keyword arguments are left out."""
-        self.stack.pop()
-        self.load_reduce()
+    def _newobj_ex(self) -> None:
+        self.stack.pop()  # keyword arguments
+        self._reduce()
 
     def _instantiate(self, klass: object, args: list[object]) -> None:
-        """INST and OBJ: make an instance, in the first protocols."""
-        self.append(self._call(klass, tuple(args)))
+        """Make an instance: what the base class does for INST and OBJ, of the first protocols."""
+        self.append(self.call(klass, tuple(args)))
 
-    def load_build(self) -> None:
-        """BUILD: give an object its state."""
+    def _build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Placeholder):
@@ -180,72 +163,172 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         elif not is_tensor(target):
             refuse(f"a state for a {type(target).__name__}")
 
-    def load_setitem(self) -> None:
-        """SETITEM: put one pair into a dict."""
+    def _setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
+        self._put([key, value])
 
-    def load_setitems(self) -> None:
-        """SETITEMS: put pairs into a dict."""
-        self._set_items(self.pop_mark())
+    def _setitems(self) -> None:
+        self._put(self.pop_mark())
 
-    def load_dict(self) -> None:
-        """DICT: make a dict of pairs."""
+    def _dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        self._set_items(items)
+        self._put(items)
 
-    def _set_items(self, items: list[object]) -> None:
+    def _put(self, items: list[object]) -> None:
         target = self.stack[-1]
-        pairs = zip(items[::2], items[1::2], strict=True)
         if isinstance(target, dict):
-            fill(target, pairs)
+            _fill(target, zip(items[::2], items[1::2], strict=True))
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 
-    def load_additems(self) -> None:
-        """ADDITEMS: put members into a set."""
+    def _additems(self) -> None:
         items = self.pop_mark()
         target = self.stack[-1]
         if isinstance(target, set):
-            target |= build_set(items)
+            target |= _set(items)
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 
-    def load_frozenset(self) -> None:
-        """FROZENSET: make a frozen set of members."""
+    def _frozenset(self) -> None:
         items = self.pop_mark()  # first, as it gives `append` another stack
-        self.append(build_frozenset(items))
+        self.append(frozenset(_set(items)))
 
-    def load_bytearray8(self) -> None:
-        """BYTEARRAY8: read as many bytes as there are, whatever length is claimed."""
+    def _bytearray8(self) -> None:
+        """Read as many bytes as there are, whatever length is claimed."""
         size = int.from_bytes(self.read(8), "little")
         self.append(bytearray(self.read(size)))
 
-    def load_forbidden(self) -> None:
-        """Refuse an opcode that no checkpoint has."""
+    def _refuse(self) -> None:
         refuse("an opcode")
 
+    dispatch |= {
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _reduce,
+        pickle.NEWOBJ_EX[0]: _newobj_ex,
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: _setitem,
+        pickle.SETITEMS[0]: _setitems,
+        pickle.DICT[0]: _dict,
+        pickle.ADDITEMS[0]: _additems,
+        pickle.FROZENSET[0]: _frozenset,
+        pickle.BYTEARRAY8[0]: _bytearray8,
+    }
+    dispatch |= dict.fromkeys(
+        pickle.NEXT_BUFFER + pickle.READONLY_BUFFER + pickle.EXT1 + pickle.EXT2 + pickle.EXT4
+        # In protocol 0, torch cannot name a storage.
+        + pickle.PERSID + pickle.PUT + pickle.GET,
+        _refuse,
+    )  # fmt: skip
 
-_OPCODES = {
-    pickle.REDUCE: InertUnpickler.load_reduce,
-    pickle.NEWOBJ: InertUnpickler.load_reduce,
-    pickle.NEWOBJ_EX: InertUnpickler.load_newobj_ex,
-    pickle.BUILD: InertUnpickler.load_build,
-    pickle.SETITEM: InertUnpickler.load_setitem,
-    pickle.SETITEMS: InertUnpickler.load_setitems,
-    pickle.DICT: InertUnpickler.load_dict,
-    pickle.ADDITEMS: InertUnpickler.load_additems,
-    pickle.FROZENSET: InertUnpickler.load_frozenset,
-    pickle.BYTEARRAY8: InertUnpickler.load_bytearray8,
-    pickle.NEXT_BUFFER: InertUnpickler.load_forbidden,
-    pickle.READONLY_BUFFER: InertUnpickler.load_forbidden,
-    pickle.EXT1: InertUnpickler.load_forbidden,
-    pickle.EXT2: InertUnpickler.load_forbidden,
-    pickle.EXT4: InertUnpickler.load_forbidden,
-    # Opcodes of protocol 0, in which torch cannot name a storage.
-    pickle.PERSID: InertUnpickler.load_forbidden,
-    pickle.PUT: InertUnpickler.load_forbidden,
-    pickle.GET: InertUnpickler.load_forbidden,
+
+def _key(key: object) -> object:
+    """What replaces an object as the key of a dict or the member of a set.
+
+    Hashing a tuple of tuples of tuples can take for ever, and big integers or tuples of numbers can
+    be made to have one hash. So scalars are keys as they are, and everything else by identity.
+    """
+    if isinstance(key, str | float | bytes | Placeholder | DType | None):
+        return key
+    if isinstance(key, int) and key.bit_length() <= _WIDEST_KEY:
+        return key
+    return Placeholder("key", (key,))
+
+
+def _set(items: Iterable[object]) -> set[object]:
+    return {_key(item) for item in items}
+
+
+def _fill(target: dict[Any, Any], pairs: Iterable[tuple[object, object]]) -> dict[Any, Any]:
+    """Put pairs into a dict, with keys as `_key` has them."""
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        target[_key(key)] = value
+    return target
+
+
+# What stands for globals: functions that are called with the unpickler and the pickled arguments.
+
+
+def _tensor(  # noqa: PLR0917 - torch's own argument list
+    _unpickler: object,
+    storage: object,
+    offset: int,
+    shape: Iterable[int],
+    strides: Iterable[int],
+    _grad: object = None,
+    _hooks: object = None,
+    marks: object = None,
+    dtype: object = None,
+) -> PickledTensor | UnreadableTensor:
+    if not isinstance(storage, Storage):
+        return UnreadableTensor("a tensor without a storage of its own")
+    if isinstance(marks, dict) and any(marks.values()):
+        kind = ", ".join(mark for mark in ("conj", "neg") if marks.get(mark)) or "unknown"
+        return UnreadableTensor(f"a lazily transformed tensor ({kind})")
+    dtype = storage.dtype if dtype is None else dtype
+    if not isinstance(dtype, DType):
+        kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "unknown"
+        return UnreadableTensor(f"a tensor of a dtype that is not supported ({kind})")
+    return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _tensor_v3(unpickler: object, *arguments: Any) -> object:  # noqa: ANN401
+    """As `_tensor`, with the dtype before the marks."""
+    *others, dtype = arguments[:7]
+    return _tensor(unpickler, *(*others, *(arguments[7:] or (None,)), dtype))
+
+
+def _parameter(_unpickler: object, data: object = None, *_: object) -> object:
+    """Also the class itself, of which torch before 0.4 made an instance around its data."""
+    return data
+
+
+def _tensor_of_subclass(
+    unpickler: InertUnpickler, function: object, _type: object, arguments: object, _state: object
+) -> object:
+    return unpickler.call(function, arguments)
+
+
+def _attribute(unpickler: InertUnpickler, owner: object, name: object) -> object:
+    """A nested class, a member of an enumeration, a bound method."""
+    if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
+        refuse("an attribute whose name is not a string")
+    return unpickler.find_class(getattr(owner, "origin", "?"), name)
+
+
+_BUILTINS: dict[str, Callable[..., object]] = {
+    "set": lambda _, items=(): _set(items),
+    "frozenset": lambda _, items=(): frozenset(_set(items)),
+    "dict": lambda _, pairs=(): _fill({}, pairs),
+    "getattr": _attribute,
 }
-InertUnpickler.dispatch |= {opcode[0]: method for opcode, method in _OPCODES.items()}
+_GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
+    ("collections", "OrderedDict"): lambda _, pairs=(): _fill(StateOrderedDict(), pairs),
+    ("collections", "defaultdict"): lambda _, _factory=None, pairs=(): _fill({}, pairs),
+    ("torch", "Size"): lambda _, numbers=(): tuple(numbers),
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch.nn.parameter", "Parameter"): _parameter,
+    ("torch.autograd.variable", "Variable"): _parameter,
+    ("torch._tensor", "_rebuild_from_type"): _tensor_of_subclass,
+    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_subclass,
+    **{("builtins", name): function for name, function in _BUILTINS.items()},
+    **{("__builtin__", name): function for name, function in _BUILTINS.items()},
+}
+
+
+def _stand_in(module: str, name: str) -> object:
+    """What stands for a global: a function of this module, a dtype, or else a placeholder."""
+    if (module, name) in _GLOBALS:
+        return _GLOBALS[module, name]
+    if module == "torch" and name in BY_NAME:
+        return BY_NAME[name]
+    if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
+        return BY_NAME[STORAGES[name]]
+    if module.startswith("torch.") and name.startswith("_rebuild_"):
+        reason = printable(f"stored by {name} ({name.removeprefix('_rebuild_').replace('_', ' ')})")
+        return lambda *_: UnreadableTensor(reason)
+    return Placeholder(f"{module}.{name}")

@@ -16,8 +16,7 @@ import torch
 import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.modules import ModuleReader, is_module
-from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
+from ckptavg.formats.pickled import ModuleReader, PickledTensor, Placeholder, Storage, is_module
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.tensors import BY_NAME
 from tests.helpers import assert_same, refusal, save_torch

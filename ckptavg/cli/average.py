@@ -32,16 +32,16 @@ _SUM_TO_1 = ("ema:", "power:", "decay:")
 _AVERAGING = options.parse("""
 --weights SCHEME           uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt;
                            or a number for each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,...
-                           Several schemes, or several --last, make every combination from one
-                           read, in the directory OUTPUT.  [default: uniform]
+                           Several schemes, or several --last, write every combination into the
+                           directory OUTPUT, from one read.  [default: uniform]
 --no-normalize             Do not divide by the sum of the weights.
---update                   Fold the other inputs into the uniform average among them, made earlier.
---ints equal|last          Integer tensors must be equal, or are taken from the last checkpoint.
+--update                   Fold the inputs into an earlier uniform average, which is one of them.
+--ints equal|last          Require equal integer tensors, or take those of the last checkpoint.
                            [default: equal]
 --norm-stats average|last  Average running_mean and running_var, or take those of the last
                            checkpoint.  [default: average]
---lora separate|exact      Average the factors A and B of LoRA adapters apart, or their products
-                           exactly: the ranks then add up.  [default: separate]
+--lora separate|exact      Average the factors A and B of LoRA adapters separately, or their
+                           products exactly (the ranks add up).  [default: separate]
 --allow-nonfinite          Accept NaN and Inf in the inputs.
 """)
 _OUTPUT, *_TENSORS = options.parse(f"""
@@ -49,14 +49,14 @@ _OUTPUT, *_TENSORS = options.parse(f"""
                            a torch file; or a directory (DIR/) for from_pretrained. [required]
 --dtype {"|".join(DTYPES)}
                            Dtype of floating tensors.  [default: as in the input]
---keep-prefix              Leave module. and _orig_mod. on the names.
+--keep-prefix              Keep the prefixes module. and _orig_mod. of names.
 --drop-aliases             Write tied tensors once, and name the others in the metadata.
 --hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
                            once more.
 """)
 _EXPECT, _DRY_RUN = options.parse("""
 --expect N    Fail unless N checkpoints are taken.
--n --dry-run  Only say what would be read and written.
+-n --dry-run  Show what would be read and written, and write nothing.
 """)
 
 

@@ -27,7 +27,7 @@ _EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = options.parse("""
 _EVALUATION = (_EVAL_LOADER_ARG, options.METRIC, _KEEP_BETTER, options.MODE)
 _OUTPUT, _IN_PLACE, _REPORT = options.parse("""
 -o --output PATH  Where the result goes.  [default: the checkpoint itself, if ckptavg made it]
---in-place        Replace a checkpoint that ckptavg did not make; what else it holds stays.
+--in-place        Replace a checkpoint that ckptavg did not make; all else in it stays.
 --report PATH     JSON file for the old and the new statistics of each layer.
 """)
 

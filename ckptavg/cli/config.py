@@ -59,11 +59,11 @@ def _options_of(command: click.Command) -> dict[str, click.Option]:
 
 
 def _as_default(option: click.Option, value: object) -> object:
-    """A value as click takes it."""
-    if option.multiple and not isinstance(value, list):
-        return [value]
-    is_negative = option.is_flag and option.flag_value is False  # such as --no-fsync
-    return not value if is_negative else value
+    """A value as click takes it: text, as on the command line, but for flags."""
+    if option.is_flag:
+        return not value if option.flag_value is False else value  # False of --no-fsync
+    texts = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    return texts if option.multiple else ",".join(texts)
 
 
 def _read(path: Path | None) -> dict[str, Any]:

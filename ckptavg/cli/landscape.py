@@ -60,14 +60,15 @@ _NO_EFFECT = (
     ),
 )
 _RAYS = options.parse("""
---directions N       Random directions, the same from each of the weights.  [default: 10]
+--directions N       Number of random directions, the same from each checkpoint.  [default: 10]
 --distances NUMBERS  Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.
                      [default: 11 up to twice the distance of the first two checkpoints]
---filter-normalize   Scale each filter of a direction to the norm of the weights' own (Li et al.
-                     2018).
+--filter-normalize   Scale each filter of a direction to the norm of the checkpoint's filter
+                     (Li et al. 2018).
 """)
 _SEGMENT = options.parse("""
---positions NUMBERS  0 for the first checkpoint, 1 for the second: 0,0.5,1 or FIRST:LAST:COUNT.
+--positions NUMBERS  Points on the line, 0 for the first checkpoint and 1 for the second: 0,0.5,1 or
+                     FIRST:LAST:COUNT.
                      [default: -0.5:1.5:21]
 """)
 _PLANE = options.parse("""

@@ -105,8 +105,8 @@ _BY_STEP = parse("""
 --steps LIST|RANGE       Steps to take: 100,200,300 or 100:1000:100.
 --cycle N                Take the checkpoints that end a cycle of N steps, counted from --start.
 --lr-minima              Take the checkpoints saved at local minima of the learning rate.
---lr-recorded used|next  Learning rate that a checkpoint records: the last one used, or the next
-                         one, as trainers do that save after scheduler.step().
+--lr-recorded used|next  Learning rate that checkpoints record: the last one used, or the next one
+                         (trainers that save after scheduler.step()).
                          [default: as the checkpoints show]
 """)
 _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _LAST, _EVERY, _UNIT, KEY = parse("""
@@ -131,10 +131,10 @@ SELECTION_NO_EFFECT = (
 
 FORCE, CONTAINER, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 -f --force                Replace an existing output.
---container weights|last  Write the weights alone; or the last checkpoint's torch file with all that
-                          it holds, such as the optimizer, and the new weights in it.
+--container weights|last  Write the weights alone, or the last checkpoint's whole torch file
+                          (optimizer, hyper-parameters) with the new weights.
                           [default: weights]
---max-shard-size SIZE     Most bytes of tensors in one file of a directory, such as 5GB.
+--max-shard-size SIZE     Largest size of a file in a directory, such as 5GB.
                           [default: as in the input]
 --no-fsync                Do not wait until the output is on the disk.
 """)
@@ -168,8 +168,8 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --forward SPEC          Function that is called with the model and a batch.
                         [default: model(batch), or model(batch[0]) of a list or tuple]
 --metric loss|accuracy|SPEC
-                        Mean cross-entropy, share of right classes, or a function that is called
-                        with the model and the batches and returns a number, or several by name.
+                        Mean cross-entropy, share of correct predictions, or a function of the model
+                        and the batches that returns a number, or several by name.
                         [default: loss and accuracy]
 --device NAME           Device of the model.  [default: a GPU if there is one]
 --seed SEED             Seed of Python's, numpy's and torch's random numbers.  [default: 0]
@@ -203,8 +203,8 @@ _PASS = (
 --tol TOL            Stop when every layer's mean is known to TOL standard deviations and its
                      standard deviation to a factor of 1 + TOL, after at least 2,048 examples.
 --strict             Fail at a batch that gives NaN or Inf, instead of leaving it out.
---verify             Hold the first batches back, and compare the new statistics with what these
-                     give in eval mode.
+--verify             Hold the first batches back, and compare the new statistics with those that
+                     they have in eval mode.
 --verify-batches N   Hold N batches back, a quarter of all at most; they stay in memory.
                      [default: {_HELD_BACK} with --verify]
 """),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _METRIC, _METRICS, _OUTPUT = options.parse("""
 --metric loss|accuracy|SPEC
-                  Mean cross-entropy, share of right classes, or a function that is called with the
-                  model and the batches and returns a number. [required]
+                  Mean cross-entropy, share of correct predictions, or a function of the model and
+                  the batches that returns a number. [required]
 --metrics FILE    CSV or JSON file with the metric of each checkpoint, such as `evaluate --json`
                   prints: then only the first checkpoint and the averages are evaluated.
 -o --output PATH  Where the soup goes, as in `average`. [required]

@@ -35,9 +35,9 @@ def path(text: str) -> Path:
     return as_path(path_text(text))
 
 
-def size(text: str | int) -> int:
+def size(text: str) -> int:
     """A number of bytes: `5GB`, `500 MB`, `2GiB`, `1000`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if match is None:
         raise click.BadParameter(f"{text!r} is not a size such as 5GB")
     number, unit, binary = match.groups()
@@ -47,29 +47,27 @@ def size(text: str | int) -> int:
     return int(count)
 
 
-def counts(value: str | int | Sequence[int]) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
     """Positive numbers, each once: `5`, or `3,5,10`."""
-    parts = value if isinstance(value, list | tuple) else str(value).split(",")
-    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", str(part)) for part in parts):
-        raise click.BadParameter(f"{value!r} is not a positive number, or several such as 3,5,10")
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", part) for part in parts):
+        raise click.BadParameter(f"{text!r} is not a positive number, or several such as 3,5,10")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def numbers(value: str | Sequence[float]) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     """Numbers: `0,0.5,1`, or `FIRST:LAST:COUNT`."""
-    form = "neither numbers (0,0.5,1) nor FIRST:LAST:COUNT"
     try:
-        if isinstance(value, str) and ":" in value:
-            first, last, count = value.split(":")
-            found = spaced(float(first), float(last), int(count))
+        if ":" in text:
+            first, last, count = text.split(":")
+            values = spaced(float(first), float(last), int(count))
         else:
-            parts = value.split(",") if isinstance(value, str) else value
-            found = tuple(float(part) for part in parts)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is {form}") from error
-    if not found or not all(map(math.isfinite, found)):
-        raise click.BadParameter(f"{value!r} is {form}")
-    return found
+            values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(math.isfinite, values)):
+        raise click.BadParameter(f"{text!r} is neither numbers (0,0.5,1) nor FIRST:LAST:COUNT")
+    return values
 
 
 def weights(text: str) -> tuple[Scheme, ...]:

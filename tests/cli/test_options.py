@@ -155,6 +155,18 @@ def test_a_flag_that_says_no_is_one_in_the_configuration_as_well(ckpts, tmp_path
     torch.testing.assert_close(total, 3 * mean)
 
 
+def test_values_of_any_type_in_the_configuration_are_read_like_text(ckpts, tmp_path):
+    config = tmp_path / "pyproject.toml"
+    config.write_text("[tool.ckptavg.average]\nlast = [1, 2]\nweights = ['uniform', 'linear']\n")
+    run("average", ckpts, "-o", "out")
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    config.write_text("[tool.ckptavg.average]\nlast = 3\nweights = [0.2, 0.3, 0.5]\nexpect = 3\n")
+    run("average", ckpts, "-o", "o.safetensors")
+    for wrong in ("last = 0", "max-shard-size = true", "model = 3", "weights = {}", "expect = []"):
+        config.write_text(f"[tool.ckptavg.average]\n{wrong}\n")
+        run("average", ckpts, "-o", "out/", "-f", code=2)
+
+
 def test_a_missing_option_may_stand_in_the_configuration(tmp_path):
     done = process("bn-refresh", "a.pt", cwd=tmp_path)
     assert done.returncode == 2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError
 from ckptavg.formats.blocks import Blocks, Pieces
-from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
+from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint, TrainingRecord
 from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards
 from ckptavg.formats.pickled import is_tensor
 from ckptavg.formats.recorded import training_facts, training_record
@@ -23,7 +23,6 @@ from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.tensors import Tensor
 from ckptavg.formats.torchpickle import readable, scalars
 from ckptavg.formats.torchzip import Archive
-from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from ckptavg.errors import CkptAvgError, FormatError
-from ckptavg.formats.paths import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -179,8 +178,3 @@ class Memory(Part):
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""
         out[:] = memoryview(self.data)[offset : offset + len(out)]
-
-
-def any_remote(parts: Iterable[Part]) -> bool:
-    """Whether some of the bytes come over a network."""
-    return any(is_remote(part.path) for part in parts)

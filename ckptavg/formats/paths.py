@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ckptavg.errors import CkptAvgError, printable
 
@@ -79,8 +79,3 @@ def absolute(path: Path) -> PurePosixPath | Path:
         host, slash, rest = address.partition("/")
         return PurePosixPath("/", host.rpartition("@")[2] + slash + rest)
     return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links
-
-
-def file_system(path: Any) -> tuple[Any, str]:  # noqa: ANN401 - a UPath
-    """The fsspec file system behind a URL, and the path in it."""
-    return path.fs, path.path

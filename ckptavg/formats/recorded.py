@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from ckptavg.formats.checkpoint import STEP_FACTS
+from ckptavg.formats.checkpoint import STEP_FACTS, TrainingRecord
 from ckptavg.formats.pickled import PickledTensor, Placeholder
 from ckptavg.formats.statedict import is_deepspeed
-from ckptavg.formats.training import TrainingRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptAvgError, FormatError
 from ckptavg.formats.parts import ByteSource, File
-from ckptavg.formats.paths import file_system, is_remote, remote_errors
+from ckptavg.formats.paths import is_remote, remote_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,7 +34,8 @@ class RemoteFile(ByteSource):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._system, self._name = file_system(path)
+        address: Any = path  # a UPath
+        self._system, self._name = address.fs, address.path
         self.size, self.identity = self._look_up()
 
     def _look_up(self) -> tuple[int, tuple[str, ...]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
-from ckptavg.formats.parts import any_remote
+from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import AnyArray, Room, Tensor, bytes_of, fresh
 from ckptavg.merge.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
@@ -51,7 +51,7 @@ def default_threads(checkpoints: Iterable[Checkpoint] = ()) -> int:
 
     It is 16 where bytes come over a network: threads that wait for them need no processor.
     """
-    if any(any_remote(checkpoint.parts) for checkpoint in checkpoints):
+    if any(is_remote(part.path) for checkpoint in checkpoints for part in checkpoint.parts):
         return _REMOTE_THREADS
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_THREADS)

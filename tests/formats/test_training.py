@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.checkpoint import Checkpoint, TrainingRecord
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
 from ckptavg.formats.recorded import trainer_record, training_facts, training_record
 from ckptavg.formats.tensors import BY_NAME
-from ckptavg.formats.training import TrainingRecord
 from tests.helpers import save_dcp
 
 TENSOR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (4,), (1,))

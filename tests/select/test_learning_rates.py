@@ -18,8 +18,7 @@ from torch.optim import lr_scheduler
 
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.formats.training import TrainingRecord
+from ckptavg.formats.checkpoint import Checkpoint, TrainingRecord
 from ckptavg.select.learning_rates import at_minima, local_minima
 
 UPDATES = 3  # of an epoch

@@ -22,10 +22,9 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.update import find_base, fold
-from ckptavg.select.copies import fingerprint
+from ckptavg.select.compare import check_one_model, fingerprint
 from ckptavg.select.order import labels
 from ckptavg.select.run import find_run, mention_other_state_dicts, ordered_run
-from ckptavg.select.structure import check_one_model
 from ckptavg.write.checks import (
     check_output,
     check_parent,

@@ -30,7 +30,7 @@ from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
 from ckptavg.select.candidates import find_candidates
-from ckptavg.select.copies import fingerprint
+from ckptavg.select.compare import fingerprint
 from ckptavg.select.run import Run
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.provenance import Record

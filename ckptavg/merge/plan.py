@@ -15,7 +15,7 @@ from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statis
 from ckptavg.formats.tensors import BY_NAME
 from ckptavg.merge.jobs import Input, Job, Share
 from ckptavg.merge.layout import OutputTensor
-from ckptavg.select.copies import differing
+from ckptavg.select.compare import differing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

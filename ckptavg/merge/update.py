@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.names import is_extra_state
 from ckptavg.merge.weights import Weights
-from ckptavg.select.copies import fingerprint
+from ckptavg.select.compare import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, SelectionError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
 from ckptavg.select.candidates import find_candidates
-from ckptavg.select.copies import find_copies
+from ckptavg.select.compare import find_copies
 from ckptavg.select.order import in_order, labels
 
 if TYPE_CHECKING:
@@ -65,19 +65,27 @@ def find_run(
     """
     left_out: dict[Path, str] = {}
     opened: list[Checkpoint] = []
+    prefixes: Counter[str] = Counter()
     candidates = find_candidates(inputs)
     for (path, is_named), name in zip(candidates.items(), labels(list(candidates)), strict=True):
         reason = unwanted(name)
         checkpoint = None if reason else _open(path, key, is_named=is_named)
         if checkpoint is None:
             left_out[path] = reason or "an average made earlier"
-        else:
-            opened.append(checkpoint)
+            continue
+        checkpoint, prefix = without_wrappers(checkpoint, keep_prefix=keep_prefix)
+        prefixes[prefix] += 1
+        # Most checkpoints of a run have the same tensors at the same places: they share a mapping.
+        if opened and checkpoint.tensors == opened[0].tensors:
+            checkpoint = replace(checkpoint, tensors=opened[0].tensors)
+        opened.append(checkpoint)
     if not opened:
         where = ", ".join(map(printable, inputs)) or "no input"
         reasons = [f"; {printable(path.name)}: {reason}" for path, reason in left_out.items()]
         raise SelectionError(f"no checkpoint found in {where}{''.join(reasons[-1:])}")
-    opened = _without_prefixes(opened, keep_prefix=keep_prefix)
+    for prefix, count in prefixes.items():
+        if prefix:
+            log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
     members, others = members_among(opened)
     files = [part.path for checkpoint in opened for part in checkpoint.parts]
     return ordered_run(members, left_out | others, files)
@@ -128,14 +136,6 @@ def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
     if not checkpoint.tensors:
         raise FormatError("has no tensors", path=path, remedy="leave it out with exclude")
     return checkpoint
-
-
-def _without_prefixes(checkpoints: Sequence[Checkpoint], *, keep_prefix: bool) -> list[Checkpoint]:
-    """The checkpoints without the prefix that a wrapper gave the names of all tensors."""
-    pairs = [without_wrappers(checkpoint, keep_prefix=keep_prefix) for checkpoint in checkpoints]
-    for prefix, count in Counter(prefix for _, prefix in pairs if prefix).items():
-        log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
-    return [checkpoint for checkpoint, _ in pairs]
 
 
 def mention_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:

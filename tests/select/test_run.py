@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
+from ckptavg.select.compare import check_one_model
 from ckptavg.select.order import labels, natural
 from ckptavg.select.run import find_run, mention_other_state_dicts
-from ckptavg.select.structure import check_one_model
 from tests.oracle import save_run
 
 

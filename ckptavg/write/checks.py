@@ -136,10 +136,10 @@ def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
     by_device: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, size in outputs:
         with contextlib.suppress(OSError):
-            by_device[_existing_parent(path).stat().st_dev].append((path, size))
+            by_device[followed(path).parent.stat().st_dev].append((path, size))
     for group in by_device.values():
         path, needed = group[0][0], sum(size for _, size in group)
-        free = _free_bytes(_existing_parent(path))
+        free = _free_bytes(followed(path).parent)
         if free is not None and free < needed:
             what = "" if len(group) == 1 else f" for {len(group)} outputs"
             raise OutputError(
@@ -147,14 +147,6 @@ def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
                 f"({needed} bytes are needed{what}, {free} are free)",
                 path=path,
             )
-
-
-def _existing_parent(path: Path) -> Path:
-    """The directory in which a path is, or the one in which that will be made."""
-    folder = followed(path).parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
 
 
 def _free_bytes(folder: Path) -> int | None:

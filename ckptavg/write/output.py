@@ -33,15 +33,15 @@ class Output:
     """An output while it is being written: a context that leaves nothing behind unless published.
 
     Args:
-        path: its destination; of a link, what it leads to.
+        path: its destination; if that is a link, what the link leads to is written.
         layout: its files, and what stands around the tensors in them.
         force: replace what is there.
         fsync: have it on the disk before it gets its name.
-        temporary: its temporary name, if another process has begun it; that one publishes it.
+        temporary: its temporary name, if another process has begun it and will publish it.
 
     Attributes:
         path: its destination.
-        temporary: the file, or the directory of files, that is written.
+        temporary: the file or directory under its temporary name.
 
     Raises:
         OutputError: there is no room, or the disk fails.
@@ -61,8 +61,8 @@ class Output:
         self.path, self._layout, self._force, self._fsync = followed(path), layout, force, fsync
         self._begun = temporary
         self._replaced = identify(self.path)
-        self._bases = layout.bases
-        self._fds: list[int] = []
+        self._names, self._bases = list(layout.files), layout.bases
+        self._fds: dict[str, int] = {}
         self._syncer = _Syncer()
         self._stack = contextlib.ExitStack()
 
@@ -84,21 +84,17 @@ class Output:
         self._stack.close()
 
     def _create_files(self) -> None:
-        for number, name in enumerate(self._layout.files):
-            with self._explained(number):
+        for name, file in self._layout.files.items():
+            with self._explained(name):
                 (self.temporary / name).parent.mkdir(exist_ok=True)
                 self._open(name, os.O_CREAT)
-        for number, (fd, file) in enumerate(
-            zip(self._fds, self._layout.files.values(), strict=True)
-        ):
-            with self._explained(number):
-                _reserve(fd, file.size)
+                _reserve(self._fds[name], file.size)
             for offset, blob in file.blobs:
-                self._write(number, offset, memoryview(blob))
+                self._write(name, offset, memoryview(blob))
 
     def _join_files(self) -> None:
         try:
-            for name in self._layout.files:
+            for name in self._names:
                 self._open(name, 0)
         except OSError as error:
             raise OutputError(
@@ -109,23 +105,23 @@ class Output:
             ) from error
 
     def _open(self, name: str, flags: int) -> None:
-        fd = os.open(self.temporary / name, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
-        self._fds.append(fd)
+        flags |= os.O_RDWR | os.O_CLOEXEC
+        self._fds[name] = os.open(self.temporary / name, flags, 0o666)
 
     def _close(self) -> None:
         self._syncer.stop()
         while self._fds:
-            os.close(self._fds.pop())
+            os.close(self._fds.popitem()[1])
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at `offset`, which counts through all files. Threads may share it."""
-        # An empty file begins where the next one does: the last of these has the bytes.
+        """Write all of `data` at `offset`, which counts through all files, from any thread."""
+        # The last of the files that begin there: those before it are empty.
         number = bisect.bisect_right(self._bases, offset) - 1
-        self._write(number, offset - self._bases[number], data)
+        self._write(self._names[number], offset - self._bases[number], data)
 
-    def _write(self, number: int, offset: int, data: memoryview) -> None:
-        fd, size = self._fds[number], len(data)
-        with self._explained(number):
+    def _write(self, name: str, offset: int, data: memoryview) -> None:
+        fd, size = self._fds[name], len(data)
+        with self._explained(name):
             while len(data):
                 count = os.pwrite(fd, data, offset)
                 data, offset = data[count:], offset + count
@@ -133,30 +129,30 @@ class Output:
             self._syncer.add(fd, size)
 
     def finish(self) -> None:
-        """Bring what this process has written to the disk, and close the files.
+        """Bring the files to the disk and close them.
 
-        On a network file system other processes see it only then.
+        On a network file system other processes see only then what this one has written.
         """
         with self._explained():
             self._syncer.finish()
-        for number, fd in enumerate(self._fds if self._fsync else ()):
-            with self._explained(number):
+        for name, fd in self._fds.items() if self._fsync else ():
+            with self._explained(name):
                 os.fsync(fd)
         with self._explained():
             self._close()
 
     def publish(self) -> None:
-        """Fill in the checksums, bring all to the disk, and give it its name.
+        """Fill in the checksums, bring the output to the disk, and give it its name.
 
         Raises:
             OutputError: the disk fails, or something else has got the name meanwhile.
         """
-        for number, (name, file) in enumerate(self._layout.files.items()):
+        for name, file in self._layout.files.items():
             for checksum in file.checksums:
-                with self._explained(number):
+                with self._explained(name):
                     crc = _crc(self.temporary / name, checksum)
                 for target in checksum.targets:
-                    self._write(number, target, memoryview(crc.to_bytes(4, "little")))
+                    self._write(name, target, memoryview(crc.to_bytes(4, "little")))
         self.finish()
         with self._explained():
             self._rename()
@@ -165,7 +161,7 @@ class Output:
 
     def _rename(self) -> None:
         if self._fsync and self._layout.is_directory:
-            for folder in {(self.temporary / name).parent for name in self._layout.files}:
+            for folder in {(self.temporary / name).parent for name in self._names}:
                 _sync_folder(folder)
         if not self._force and self._layout.is_directory:
             self.temporary.rename(self.path)  # fails unless an empty directory or nothing is there
@@ -182,27 +178,23 @@ class Output:
 
     def _keep_modes(self) -> None:
         """Whoever could not read the files that are replaced cannot read the new ones."""
-        for name in dict.fromkeys(("", *self._layout.files)):
+        for name in {"", *self._names}:
             with contextlib.suppress(FileNotFoundError):
                 mode = stat.S_IMODE((self.path / name).stat().st_mode)
                 (self.temporary / name).chmod(mode)
 
     @contextlib.contextmanager
-    def _explained(self, number: int | None = None) -> Iterator[None]:
+    def _explained(self, name: str = "") -> Iterator[None]:
         """Raise the system's errors as ours, which name the destination or one of its files."""
         try:
             yield
         except OSError as error:
-            files = list(self._layout.files.items())
-            name, size = "", self._layout.size
-            if number is not None:
-                name, size = files[number][0], files[number][1].size
-            message = f"cannot write it: {error.strerror}"
-            remedy = None
+            message, remedy = f"cannot write it: {error.strerror}", None
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 message = "exists already: somebody else wrote it meanwhile"
                 remedy = "--force replaces it"
             elif error.errno == errno.ENOSPC:
+                size = self._layout.files.get(name, self._layout).size
                 message += f" ({size} bytes are needed)"
             elif error.errno == errno.EMFILE and self._layout.is_directory:
                 remedy = "a larger --max-shard-size makes fewer files"
@@ -235,7 +227,7 @@ def _crc(path: Path, checksum: Checksum) -> int:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give a file a second name, which nothing may have yet."""
+    """Give a file its name, which nothing may have yet."""
     try:
         os.link(temporary, path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Carry out a plan: the output is complete afterwards, or was never there."""
+"""Write the outputs of a plan: they are complete afterwards, or were never there."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def write(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Carry a plan out: the outputs are complete afterwards, or were never there.
+    """Write the outputs of a plan: they are complete afterwards, or were never there.
 
     Args:
-        plan: what is to be done.
-        outputs: where each goes, and what stands around its tensors.
+        plan: what they are computed from.
+        outputs: path and layout of each.
         force: replace what is there.
         fsync: have the outputs on the disk before they get their names.
-        threads: how many work at once.
+        threads: how many threads share the work.
         allow_nonfinite: let NaN and Inf pass.
-        progress: hears of the bytes written.
-        ranks: the processes that do it together, each its share of the chunks; the first one makes
-            the outputs and gives them their names.
+        progress: called with the bytes written since the last call, and with the bytes in all.
+        ranks: the processes that share the work; the first one makes the outputs and gives them
+            their names.
 
     Raises:
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
@@ -91,11 +91,11 @@ def _open(
     fsync: bool,
     ranks: Ranks,
 ) -> list[Output]:
-    """Begin the outputs in the first process, and open those that it has begun in the others.
+    """Begin the outputs in the first process; the others open what it has begun.
 
     Raises:
         OutputError: they cannot be made.
-        CkptAvgError: the processes do not have the same to do.
+        CkptAvgError: the processes do not have the same plan.
     """
 
     def open_one(path: Path, layout: Layout, temporary: Path | None = None) -> Output:
@@ -133,7 +133,7 @@ def _publish(outputs: Sequence[Output], *, force: bool) -> None:
 
 
 def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
-    """What tells whether other processes are about to do the same."""
+    """A digest of all that the processes must agree on."""
     digest = hashlib.sha256()
     for member in plan.members:
         digest.update(repr((member.digest, member.size)).encode())
@@ -146,7 +146,7 @@ def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
 
 
 def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
-    """Raise if a file that was read is no longer what it was."""
+    """Raise an error if a file that was read has changed since it was opened."""
     used = (part for member in plan.members for part in member.parts)
     copied = (copy.part for layout in layouts for copy in layout.copies)
     for part in {id(part): part for part in itertools.chain(used, copied)}.values():
@@ -154,7 +154,7 @@ def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
 
 
 def _bytes_made(plan: Plan, layout: Layout) -> int:
-    """What an output has of tensors and of what is copied into it."""
+    """Bytes of an output that the engine writes: tensors, and what is copied."""
     return sum(copied.size for copied in layout.copies) + sum(
         tensor.nbytes * (len(targets) + len(layout.scattered.get(position, ())))
         for position, (tensor, targets) in enumerate(zip(plan.outputs, layout.targets, strict=True))

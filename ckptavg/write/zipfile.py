@@ -1,4 +1,4 @@
-"""Lay out a zip of stored records whose big ones are filled in later.
+"""Lay out a zip of stored records, of which those of tensors are filled in later.
 
 https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.7 to 4.3.16.
 """
@@ -41,11 +41,15 @@ _EPOCH = (0, 0x21)  # 1980-01-01: the same inputs give the same bytes
 
 
 class Zip:
-    """The skeleton of a zip whose big records are filled in later.
+    """The headers and the directory of a zip, and the content of its small records.
 
     Args:
-        folder: what all records are in.
-        start: where the first record begins: behind those of a zip that is taken over.
+        folder: the folder that all records are in.
+        start: where the first record begins: 0, or behind the records of an existing zip.
+
+    Attributes:
+        blobs: offset and bytes of what is known already.
+        end: where the next record begins.
     """
 
     def __init__(self, folder: str = "archive/", start: int = 0) -> None:
@@ -61,17 +65,17 @@ class Zip:
         return start
 
     def add(self, name: str, data: bytes) -> None:
-        """A record whose bytes are known."""
-        self._open(name, len(data), zlib.crc32(data))
+        """Add a record whose content is known."""
+        self._add_header(name, len(data), zlib.crc32(data))
         self._put(data)
 
     def reserve(self, name: str, size: int) -> int:
-        """A record whose bytes come later; returns where they begin."""
-        start = self._open(name, size, None if size else 0)
+        """Add a record whose content is written later, and return where that begins."""
+        start = self._add_header(name, size, None if size else 0)
         self.end += size
         return start
 
-    def _open(self, name: str, size: int, crc: int | None) -> int:
+    def _add_header(self, name: str, size: int, crc: int | None) -> int:
         encoded = (self._folder + name).encode()
         zip64 = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""
         unpadded = self.end + _LOCAL.size + len(encoded) + len(zip64) + 4
@@ -86,10 +90,10 @@ class Zip:
         return self.end
 
     def finish(self, entries: Sequence[bytes] = ()) -> list[int]:
-        """The central directory, with the 64-bit trailer always: one shape for every size.
+        """Add the central directory. It always has the 64-bit trailer.
 
         Args:
-            entries: of the zip that is taken over, as its own directory has them.
+            entries: of the directory of the existing zip, as they stand there.
 
         Returns:
             Where each of those entries is now.
@@ -124,7 +128,7 @@ class Zip:
         return fixed + record.name + extra
 
     def checksums(self) -> Iterator[Checksum]:
-        """The records whose checksum is not known yet."""
+        """The checksums of the records that are written later."""
         for record in self._records:
             if record.crc is None:
                 places = (record.header + CRC_IN_LOCAL, record.directory + CRC_IN_CENTRAL)

@@ -74,7 +74,7 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19  # noqa: PLR2004 - fits 64 bits
 
 
-def _read_header(file: ByteSource) -> bytes:
+def _read_header(file: ByteSource) -> bytearray:
     if file.size < _LENGTH:
         raise FormatError(f"is no safetensors file: {file.size} bytes", path=file.path)
     length = int.from_bytes(file.read(0, _LENGTH), "little")
@@ -83,13 +83,14 @@ def _read_header(file: ByteSource) -> bytes:
             f"header of {length} bytes in a file of {file.size}: truncated, or no safetensors file",
             path=file.path,
         )
-    header = file.read(_LENGTH, length)
+    header = bytearray(length)  # not copied into bytes: a hostile one has 100 MB
+    file.read_into(_LENGTH, memoryview(header))
     if sum(map(header.count, _MARKS)) > _MOST_MARKS:
         raise FormatError("damaged header: more entries than any model has", path=file.path)
     return header
 
 
-def _open_with_library(file: ByteSource, header: bytes) -> Any:  # noqa: ANN401 - untyped there
+def _open_with_library(file: ByteSource, header: bytearray) -> Any:  # noqa: ANN401 - untyped there
     """Open the file with safetensors; for a remote file, a sparse local one with its header."""
     if not is_remote(file.path):
         return safe_open(file.path, "numpy")
@@ -120,7 +121,7 @@ def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  
     return {name: tensor for *_, name, tensor in sorted(tensors, key=lambda entry: entry[:3])}
 
 
-def _explain(error: SafetensorError, header: bytes, file_size: int) -> str:
+def _explain(error: SafetensorError, header: bytearray, file_size: int) -> str:
     """What is wrong with a header and where, as the library's messages lack names and sizes."""
     reason = str(error).rpartition(" header: ")[2]
     text, is_json, column = reason.partition(" at line 1 column ")

@@ -200,27 +200,23 @@ def write_averages(
         files,
     )
     layouts = [
-        _layout(plan, number, recipe, target, details)
+        (target.path, _layout(plan, number, recipe, target, details))
         for number, (recipe, target) in enumerate(zip(recipes, targets, strict=True))
     ]
-    _check_outputs(run, targets, layouts, options)
+    _check_outputs(run, layouts, options)
     if not options.dry_run:
         write(
-            plan,
-            [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)],
+            plan, layouts,
             force=options.force, fsync=options.fsync, threads=threads,
             allow_nonfinite=options.allow_nonfinite, progress=options.progress,
             ranks=options.ranks,
         )  # fmt: skip
     return tuple(
         summarise(
-            plan, number, recipe, layout,
-            output=target.path, written=not options.dry_run, threads=threads,
-            hashes=details.hashes,
+            plan, number, recipe, *layout,
+            written=not options.dry_run, threads=threads, hashes=details.hashes,
         )
-        for number, (recipe, layout, target) in enumerate(
-            zip(recipes, layouts, targets, strict=True)
-        )
+        for number, (recipe, layout) in enumerate(zip(recipes, layouts, strict=True))
     )  # fmt: skip
 
 
@@ -344,10 +340,7 @@ def _layout(
 
 
 def _check_outputs(
-    run: Run,
-    targets: Sequence[Destination],
-    layouts: Sequence[Layout],
-    options: AverageOptions,
+    run: Run, layouts: Sequence[tuple[Path, Layout]], options: AverageOptions
 ) -> None:
     """Find out before the work starts whether the outputs can be written.
 
@@ -356,15 +349,14 @@ def _check_outputs(
     """
     replaceable = run.base.parts if run.base is not None and options.force else ()
     inputs = set(run.files) - {part.path for part in replaceable}
-    outputs = [(target.path, layout) for target, layout in zip(targets, layouts, strict=True)]
     try:
-        for path, layout in outputs:
+        for path, layout in layouts:
             refuse_own_input(path, inputs)
-            if len(outputs) > 1 and options.dry_run and not path.parent.exists():
+            if len(layouts) > 1 and options.dry_run and not path.parent.exists():
                 check_parent(path.parent)  # the folder would be made
             else:
                 check_output(path, layout, force=options.force)
-        check_room([(path, layout.size) for path, layout in outputs])
+        check_room([(path, layout.size) for path, layout in layouts])
     except OutputError as error:
         if not options.dry_run:
             raise

@@ -26,6 +26,8 @@ def load_defaults(context: click.Context, _: click.Parameter, path: Path | None)
         click.UsageError: the file cannot be read, or names an option that does not exist.
     """
     table, root, own = _read(path), context.find_root(), context
+    if not table:
+        return
     while own.parent is not None and own.parent is not root:  # from `landscape rays` to `landscape`
         own = own.parent
     name = own.info_name or ""

@@ -114,8 +114,10 @@ class Checkpoint:
     @property
     def provenance(self) -> dict[str, Any] | None:
         """The entry of ckptavg in the metadata; None where ckptavg did not write the file."""
+        if PROVENANCE not in self.metadata:
+            return None
         try:
-            entry = from_text(self.metadata.get(PROVENANCE, "null"))
+            entry = from_text(self.metadata[PROVENANCE])
         except (ValueError, RecursionError):
             return None
         return entry if isinstance(entry, dict) else None

@@ -111,6 +111,15 @@ class File(ByteSource):
             raise FormatError("is not a regular file", path=self.path)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, held in memory only once."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # raised again below
+                data = os.pread(self._descriptor, size, offset)
+                if len(data) == size:
+                    return data
+        return super().read(offset, size)
+
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""
         if self._descriptor is not None:

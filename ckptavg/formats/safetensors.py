@@ -115,8 +115,9 @@ def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  
                 tensor=name,
             )
         tensor = Tensor(dtype, shape, 0, offset)
-        tensors.append((offset, tensor.nbytes, name, tensor))
-        offset += tensor.nbytes
+        nbytes = tensor.nbytes
+        tensors.append((offset, nbytes, name, tensor))
+        offset += nbytes
     # The library gives empty tensors at the same place in random order.
     return {name: tensor for *_, name, tensor in sorted(tensors, key=lambda entry: entry[:3])}
 

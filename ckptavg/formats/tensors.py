@@ -152,7 +152,8 @@ def is_possible(shape: tuple[int, ...], bits: int) -> bool:
     """
     if len(shape) > _MOST_DIMENSIONS:
         return False
-    return math.prod(size for size in shape if size) * bits < 8 * _MOST_BYTES
+    count = math.prod(shape) or math.prod(size for size in shape if size)
+    return count * bits < 8 * _MOST_BYTES
 
 
 def fresh(shape: tuple[int, ...]) -> Room:

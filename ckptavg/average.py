@@ -75,6 +75,19 @@ def average(
         CkptAvgError: the checkpoints do not fit together, hold what cannot be averaged, or the
             output cannot be written. Nothing is left behind then.
     """
+    run, recipe = find_recipe(inputs, options)
+    [summary] = write_averages(run, [recipe], [output], options)
+    return summary
+
+
+def find_recipe(
+    inputs: PathLike | Iterable[PathLike], options: AverageOptions
+) -> tuple[Run, Recipe]:
+    """The checkpoints among the inputs, and what the one average is made of.
+
+    Raises:
+        CkptAvgError: as `average` does.
+    """
     schemes = schemes_of(options.weights)
     if len(schemes) != 1 or len(options.select.counts) != 1:
         raise SelectionError("several averages are asked for", remedy="use average_many")
@@ -84,8 +97,7 @@ def average(
     [recipe] = recipes_of(run, schemes, options.select, options)
     if run.base is not None:
         recipe = fold(run.base, recipe)
-    [summary] = write_averages(run, [recipe], [output], options)
-    return summary
+    return run, recipe
 
 
 @takes_fields
@@ -160,7 +172,12 @@ def _file_name(recipe: Recipe, options: AverageOptions) -> str:
 
 
 def write_averages(
-    run: Run, recipes: Sequence[Recipe], outputs: Sequence[PathLike], options: AverageOptions
+    run: Run,
+    recipes: Sequence[Recipe],
+    outputs: Sequence[PathLike],
+    options: AverageOptions,
+    *,
+    folder: Path | None = None,
 ) -> tuple[Summary, ...]:
     """Write several averages of one run from one read of its checkpoints.
 
@@ -169,6 +186,8 @@ def write_averages(
         recipes: what each average is made of.
         outputs: where each average goes.
         options: how they are made and written.
+        folder: where the averages are written instead, under the outputs' names, if something is
+            still to be done with them. The outputs are checked all the same.
 
     Raises:
         CkptAvgError: as `average` does.
@@ -204,6 +223,10 @@ def write_averages(
         for number, (recipe, target) in enumerate(zip(recipes, targets, strict=True))
     ]
     _check_outputs(run, layouts, options)
+    if folder is not None:
+        waiting = [(folder / path.name, layout) for path, layout in layouts]
+        check_room([(path, layout.size) for path, layout in (*layouts, *waiting)])
+        layouts = waiting
     if not options.dry_run:
         write(
             plan, layouts,

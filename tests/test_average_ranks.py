@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ckptavg
+from ckptavg.formats import open_checkpoint
 from tests.gloo import LOOPBACK
+from tests.oracle import same_bits
 
 RANKS = 3
 
@@ -34,15 +38,15 @@ def checkpoints(tmp_path_factory):
 _PYTHON = (sys.executable, "-m", "ckptavg", "average")
 
 
-def launch(*arguments, code=0, by_rank=False):
-    """Run the command in so many processes; returns what each has printed."""
+def start(*arguments, by_rank=False):
+    """Start the command in so many processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ours = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ours |= {"TORCHELASTIC_RUN_ID": "none"}
     ours |= {"GLOO_SOCKET_IFNAME": LOOPBACK}
-    processes = [
+    return [
         subprocess.Popen(
             [*_PYTHON, *map(str, arguments[rank] if by_rank else arguments)],
             env=os.environ | ours | {"RANK": str(rank)},
@@ -52,8 +56,17 @@ def launch(*arguments, code=0, by_rank=False):
         )
         for rank in range(RANKS)
     ]
+
+
+def launch(*arguments, code=0, by_rank=False):
+    """Run the command in so many processes; returns what each has printed."""
+    return finish(start(*arguments, by_rank=by_rank), [code] * RANKS)
+
+
+def finish(processes, codes):
+    """What each process has printed in the end."""
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [code] * RANKS, outputs
+    assert [process.returncode for process in processes] == codes, outputs
     return outputs
 
 
@@ -131,3 +144,182 @@ def test_variables_of_something_else_are_no_reason_to_wait(checkpoints, tmp_path
     command = [*_PYTHON, checkpoints, "-o", tmp_path / "o.safetensors", "--quiet"]
     subprocess.run(command, env=os.environ | ours, check=True, timeout=30)
     assert (tmp_path / "o.safetensors").exists()
+
+
+TRAIN = """
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 300_000))
+
+
+def late():
+    # A model without norm layers; process one is slow in opening the average for it.
+
+    def wait(event, arguments):
+        if event == "open" and RANK == 1 and ".ckptavg-" in str(arguments[0]):
+            time.sleep(2 if str(arguments[0]).endswith("/o.pt") else 0)
+
+    sys.addaudithook(wait)
+    return nn.Linear(6, 8)
+
+
+LATE = late() if os.environ.get("LATE") else None
+
+
+def loader():
+    made = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(96, 6, generator=made)), 8, shuffle=True)
+
+
+class Slow(Dataset):
+    def __len__(self):
+        return 4000
+
+    def __getitem__(self, index):
+        if RANK == 1 and index > 100:
+            raise ValueError("process one cannot read this")
+        return torch.randn(6)
+
+
+def failing():
+    return DataLoader(Slow(), 8)
+
+
+class Long(Dataset):
+    def __len__(self):
+        return 960  # seconds of work for each of three
+
+    def __getitem__(self, index):
+        Path(__file__).with_name(f"begun{RANK}").touch()
+        time.sleep(0.01)
+        return torch.randn(6)
+
+
+def long():
+    return DataLoader(Long(), 8)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoints of a model with norm layers, and its code."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "train.py").write_text(TRAIN)
+    code = """
+import pathlib, torch, train
+pathlib.Path("run").mkdir()
+for step in range(3):
+    torch.manual_seed(step)
+    torch.save(train.Net().state_dict(), f"run/step_{step}.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return folder
+
+
+def specs(folder, loader="loader", model="Net"):
+    spec = folder / "train.py"
+    return ("--model", f"{spec}:{model}", "--loader", f"{spec}:{loader}", "--device", "cpu")
+
+
+class TestRefresh:
+    """The processes share the average, and then the pass."""
+
+    @pytest.mark.parametrize("name", ["o.pt", "o/"])
+    def test_makes_what_one_process_makes(self, trained, tmp_path, name):
+        arguments = (trained / "run", "-o", f"{tmp_path}/{name}", *specs(trained))
+        outputs = launch(*arguments)
+        assert outputs[0][0].startswith("averaged 3 checkpoints")
+        assert "12 batches of 96 samples in all in 3 processes" in outputs[0][0]
+        assert outputs[1:] == [("", "")] * 2
+        assert [path.name for path in tmp_path.iterdir()] == [name.rstrip("/")]
+        alone = tmp_path / "alone.safetensors"
+        command = [*_PYTHON, trained / "run", "-o", alone, *specs(trained)]
+        subprocess.run(command, check=True, capture_output=True)
+        path = tmp_path / name
+        found = torch.load(path) if name == "o.pt" else load_file(path / "model.safetensors")
+        expected = load_file(alone)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if key.startswith("1.running"):
+                torch.testing.assert_close(found[key], value)
+            else:
+                assert same_bits(found[key], value), key
+
+    def test_replaces_the_average_that_is_updated(self, trained, tmp_path):
+        swa = tmp_path / "swa.safetensors"
+        old = [trained / "run" / f"step_{step}.pt" for step in range(2)]
+        ckptavg.average(old, swa)
+        new = trained / "run" / "step_2.pt"
+        launch(swa, new, "--update", "-o", swa, "--force", *specs(trained))
+        entry = open_checkpoint(swa).provenance
+        assert entry is not None
+        assert len(entry["sources"]) == 3
+        assert entry["norm_stats"]["state"] == "refreshed"
+
+    @pytest.mark.parametrize("loader", ["failing", "absent"])
+    def test_that_fails_ends_all_with_one_message(self, trained, tmp_path, loader):
+        outputs = launch(trained / "run", "-o", tmp_path / "o.pt", *specs(trained, loader), code=1)
+        lines = [line for _, error in outputs for line in error.splitlines()]
+        [message] = [line for line in lines if line.startswith("ckptavg: error: ")]
+        what = {"failing": "process one cannot read this", "absent": "has no 'absent'"}
+        assert what[loader] in message
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("rank", "number", "codes"),
+        [(1, signal.SIGKILL, [1, -9, 1]), (2, signal.SIGTERM, [1, 1, 143])],
+        ids=["killed", "terminated"],
+    )
+    def test_of_which_one_is_killed_ends_all_and_leaves_nothing(
+        self, trained, tmp_path, rank, number, codes
+    ):
+        begun = [trained / f"begun{each}" for each in range(RANKS)]
+        for path in begun:
+            path.unlink(missing_ok=True)
+        output = tmp_path / "o.pt"
+        processes = start(trained / "run", "-o", output, *specs(trained, "long"))
+        while not all(path.exists() for path in begun):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        assert len(list(tmp_path.iterdir())) == 1  # the average waits for its statistics
+        processes[rank].send_signal(number)
+        outputs = finish(processes, codes)
+        assert "another process is gone" in outputs[0][1]
+        assert "Traceback" not in "".join(error for _, error in outputs)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_writes_when_all_have_found_the_place_free(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setenv("LATE", "1")
+        run = tmp_path / "run"
+        run.mkdir()
+        for step in range(2):
+            torch.save(torch.nn.Linear(6, 8).state_dict(), run / f"step_{step}.pt")
+        launch(run, "-o", tmp_path / "o.pt", *specs(trained, model="LATE"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["o.pt", "run"]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(trained, tmp_path):
+    command = (
+        *(Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", 2),
+        *("--no-python", Path(sys.executable).with_name("ckptavg"), "average", trained / "run"),
+        *("-o", tmp_path / "o.pt", *specs(trained)),
+    )
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK}
+    result = subprocess.run(
+        [str(word) for word in command], env=environment, check=True, capture_output=True, text=True
+    )
+    assert "12 batches of 96 samples in all in 2 processes" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["o.pt"]

@@ -92,6 +92,7 @@ def refresh_checkpoint(
             checkpoint, output, in_place=in_place, container=container,
             max_shard_size=max_shard_size, force=force,
         )  # fmt: skip
+        ranks.gather(None)  # all processes have checked the output before the first writes it
         if ranks.rank:
             judge = None
         before = None if judge is None else judge.measure(checkpoint)
@@ -104,7 +105,7 @@ def refresh_checkpoint(
         elif ranks.rank == 0:
             entry = provenance(checkpoint, None if keeps_old else report, options.seed)
             rewriting.write(checkpoint if keeps_old else refreshed, entry, fsync=fsync)
-        ranks.gather(None)  # only now it is there
+        ranks.gather(None)  # no process returns before the output is there
     return report
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from ckptavg.write.checks import check_vacant, refuse_own_input
 from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping, Sequence
 
     from ckptavg.norm.evaluate import Progress
@@ -187,15 +187,27 @@ class _Averager:
         self._run, self._options = open_run(inputs, options), options
         [self._all] = recipes_of(self._run, parse("uniform"), options.select, options)
 
-    def write(self, paths: Iterable[str], output: str | os.PathLike[str]) -> Summary:
-        """Write the uniform average of some of the candidates, in the order of training."""
+    def write(
+        self,
+        paths: Iterable[str],
+        output: str | os.PathLike[str],
+        *,
+        folder: Path | None = None,
+    ) -> Summary:
+        """Write the uniform average of some of the candidates, in the order of training.
+
+        Args:
+            paths: of these candidates.
+            output: as in `average`.
+            folder: as in `write_averages`.
+        """
         wanted = set(paths)
         pairs = zip(self._all.members, self._all.names, strict=True)
         kept = [pair for pair in pairs if str(pair[0].path) in wanted]
         members, names = zip(*kept, strict=True)
         weights = Weights(SCHEME, (1.0,) * len(members), float(len(members)))
         recipe = Recipe("", members, names, weights)
-        [summary] = write_averages(self._run, [recipe], [output], self._options)
+        [summary] = write_averages(self._run, [recipe], [output], self._options, folder=folder)
         return summary
 
 
@@ -303,13 +315,9 @@ def _write(
     """Write the soup, with its norm statistics refreshed if that is asked for."""
     if refresh is None:
         return _Averager(inputs, options).write(kept, output), None
-    # With the slash that makes a directory of it, if there is one.
-    name = os.fspath(output).rstrip(os.sep)
-    slash = os.sep if name != os.fspath(output) or Path(output).is_dir() else ""
-    stale = os.fspath(folder / Path(output).name) + slash
-    unseen = dataclasses.replace(options, force=True, fsync=False)
-    summary = _Averager(inputs, unseen).write(kept, stale)
+    unsynced = dataclasses.replace(options, fsync=False)
+    summary = _Averager(inputs, unsynced).write(kept, output, folder=folder)
     report = refresh_checkpoint(
-        Path(stale), output, refresh, force=options.force, fsync=options.fsync
+        Path(summary.output), output, refresh, force=options.force, fsync=options.fsync
     )
     return of_both(summary, Path(output), report), report

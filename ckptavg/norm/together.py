@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ckptavg.average import average
+from ckptavg.average import find_recipe, write_averages
 from ckptavg.errors import OutputError
+from ckptavg.merge.options import AverageOptions
 from ckptavg.norm.files import refresh_checkpoint
-from ckptavg.write.checks import check_vacant, refuse_own_input
+from ckptavg.norm.making import import_all
+from ckptavg.write.checks import check_vacant
 from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from ckptavg.merge.options import Progress
+    from ckptavg.distributed import Ranks
     from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.report import RefreshReport
     from ckptavg.write.summary import Summary
@@ -25,60 +28,57 @@ if TYPE_CHECKING:
 def average_and_refresh(
     inputs: Sequence[Path],
     output: str | os.PathLike[str],
-    options: RefreshOptions,
+    refresh: RefreshOptions,
     *,
-    key: str | None = None,
-    container: Literal["weights", "last"] = "weights",
-    max_shard_size: int | None = None,
     refresh_progress: Any = None,  # noqa: ANN401 - refresh_norm's
-    progress: Progress | None = None,
-    force: bool = False,
-    fsync: bool = True,
-    **others: Any,  # noqa: ANN401 - `average`'s
+    **fields: Any,  # noqa: ANN401 - those of AverageOptions
 ) -> tuple[Summary, RefreshReport]:
     """Average, and refresh the average, as one step: the output is there with both or not at all.
 
-    The average waits beside its destination, in a directory that goes away in any case.
+    The average waits beside the output, in a temporary folder. An output that cannot be written is
+    refused before any tensor is read.
 
     Args:
         inputs: as in `average`.
         output: as in `average`.
-        options: the model, the loader and how to run them.
-        key: as in `average`.
-        container: as in `average`.
-        max_shard_size: as in `average`.
-        refresh_progress: hears of each batch.
-        progress: hears of the bytes averaged.
-        force: replace an existing output.
-        fsync: have the output on the disk before it gets its name.
-        others: the other keywords of `average`.
+        refresh: the model, the loader and how to run them.
+        refresh_progress: called after each batch.
+        fields: the fields of `AverageOptions`, as keywords of `average`.
 
     Raises:
-        CkptAvgError: what either of them raises.
+        CkptAvgError: `average` or `refresh_checkpoint` raised it.
+        UserCodeError: the model, the loader or a function of the user's raised.
     """
+    options = AverageOptions(**fields)
     target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
-    check_vacant(target, force=force)
-    with temporary_beside(target, folder=True) as folder:
-        # With the slash that makes a directory of it, if there is one.
-        average_path = os.path.join(folder, target.name, "")  # noqa: PTH118
-        if not os.fspath(output).endswith(os.sep) and not target.is_dir():
-            average_path = average_path.rstrip(os.sep)
-        try:
-            summary = average(
-                inputs, average_path, key=key, container=container, max_shard_size=max_shard_size,
-                progress=progress, fsync=False, **others,
+    with options.ranks.together():
+        check_vacant(target, force=options.force)
+        import_all(refresh.seed, refresh.model, refresh.loader, refresh.forward)
+        with _shared_folder_beside(target, options.ranks) as folder:
+            run, recipe = find_recipe(inputs, options)
+            try:
+                [summary] = write_averages(
+                    run, [recipe], [output], replace(options, fsync=False), folder=folder
+                )
+            except OutputError as error:
+                error.path = target  # and not the folder, which is gone by now
+                raise
+            report = refresh_checkpoint(
+                Path(summary.output), output, refresh,
+                key=options.key if options.container == "last" else None,
+                container=options.container, max_shard_size=options.max_shard_size,
+                force=options.force, fsync=options.fsync, ranks=options.ranks,
+                progress=refresh_progress,
             )  # fmt: skip
-        except OutputError as error:
-            error.path = target
-            raise
-        sources = [Path(source.path) for source in summary.sources]
-        refuse_own_input(target, [file for path in sources for file in (path, *path.rglob("*"))])
-        report = refresh_checkpoint(
-            Path(average_path), output, options, key=key if container == "last" else None,
-            container=container, max_shard_size=max_shard_size, force=force, fsync=fsync,
-            progress=refresh_progress,
-        )  # fmt: skip
     return of_both(summary, target, report), report
+
+
+@contextlib.contextmanager
+def _shared_folder_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """A temporary folder beside a path, which the first process makes for all of them."""
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(temporary_beside(path, folder=True)) if ranks.rank == 0 else path
+        yield ranks.gather(made)[0]
 
 
 def of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:

@@ -1213,6 +1213,72 @@ class TestAverageAndRefresh:
         assert output.read_bytes() == before
         assert len(list(folder.iterdir())) == 2
 
+    def test_replaces_the_average_that_is_updated(self, net, tmp_path):
+        _, average = self.inputs(net, tmp_path)
+        new = save_safetensors(disturbed(net).state_dict(), tmp_path / "new.safetensors")
+        expected = tmp_path / "expected.safetensors"
+        ckptavg.average([average, new], expected, update=True)
+        refresh_checkpoint(expected, None, options())
+        with pytest.raises(OutputError, match="exists already"):
+            average_and_refresh([average, new], average, options(), update=True)
+        average_and_refresh([average, new], average, options(), update=True, force=True)
+        found, wanted = load(average), load(expected)
+        assert all(same_bits(found[name], wanted[name]) for name in wanted)
+        assert provenance(average) == provenance(expected)
+        assert len(provenance(average)["sources"]) == 3
+
+    @pytest.mark.parametrize(
+        ("output", "arguments", "message"),
+        [
+            ("ckpts/step_1.safetensors", {}, "is itself one of the checkpoints"),
+            ("ckpts/", {}, "is the directory of the checkpoints"),
+            ("ours.safetensors", {"force": False}, "exists already"),
+            ("absent/o.pt", {}, "there is no directory"),
+            ("o.npz", {}, "cannot tell a container"),
+            ("o.pt", {"max_shard_size": 500}, "shards need a directory"),
+            ("full/", {}, r"holds what the output would not bring \(mine\)"),
+            ("o.pt", {"expect": 3}, "expected 3 checkpoints"),
+            ("o.pt", {"refresh": {"model": "train.py:absent"}}, "has no 'absent'"),
+            ("o.pt", {"refresh": {"loader": "absent.py:loader"}}, r"absent\.py"),
+            ("o.pt", {"refresh": {"forward": "train.py:absent"}}, "has no 'absent'"),
+        ],
+        ids=str,
+    )
+    def test_is_refused_before_any_tensor_is_read(self, output, arguments, message, net, tmp_path):
+        folder, _ = self.inputs(net, tmp_path)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "mine").touch()
+        arguments = {"force": True, **arguments}
+        refresh = options(**arguments.pop("refresh", {}))
+        told: list[int] = []
+        before = contents(tmp_path)
+        with pytest.raises(CkptAvgError, match=message):
+            average_and_refresh(
+                [folder], os.path.join(tmp_path, output), refresh,  # noqa: PTH118 - the slash
+                progress=lambda done, _: told.append(done), **arguments,
+            )  # fmt: skip
+        assert told == []
+        after = contents(tmp_path)
+        assert {name: after[name] for name in after if "__pycache__" not in name} == before
+
+    def test_needs_room_for_the_average_and_the_output(self, net, tmp_path, monkeypatch):
+        folder, average = self.inputs(net, tmp_path)
+        room = os.statvfs(tmp_path)
+        factor = 1.5
+
+        def statvfs(path):
+            blocks = int(factor * average.stat().st_size)
+            return os.statvfs_result((1, 1, 2 * blocks, blocks, blocks, *room[5:]))
+
+        monkeypatch.setattr(os, "statvfs", statvfs)
+        told: list[int] = []
+        common = {"progress": lambda done, _: told.append(done)}
+        with pytest.raises(OutputError, match="No space left"):
+            average_and_refresh([folder], tmp_path / "o.safetensors", options(), **common)
+        assert told == []
+        factor = 2.5
+        average_and_refresh([folder], tmp_path / "o.safetensors", options(), **common)
+
     def test_makes_shards_of_the_size_that_is_asked_for(self, net, tmp_path):
         folder, average = self.inputs(net, tmp_path)
         out = tmp_path / "out"

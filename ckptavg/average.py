@@ -350,8 +350,7 @@ def _layout(
         files = with_dtype(last.path, options.dtype) | dict(files)
     layout = lay_out(
         target, plan.outputs, metadata, last,
-        places=[last.tensors[planned.name] for planned in plan.tensors], replaced=files,
-        mirrored=len(recipe.members) > 1,
+        replaced=files, mirrored=len(recipe.members) > 1,
     )  # fmt: skip
     if options.hash and not any(file.blobs for file in layout.files.values()):
         raise OutputError(

@@ -109,11 +109,8 @@ class Rewriting:
         metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
         roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
         plan = make_plan([refreshed], [uniform(1)], AverageOptions(), roles=roles)
-        places = [original.tensors[one.names[0]] for one in plan.outputs]
-        layout = lay_out(
-            self._target, plan.outputs, metadata, original,
-            places=places, mirrored=original.is_average,
-        )  # fmt: skip
+        mirrored = original.is_average
+        layout = lay_out(self._target, plan.outputs, metadata, original, mirrored=mirrored)
         return plan, layout
 
 

@@ -43,7 +43,6 @@ def lay_out_container(
     tensors: Sequence[OutputTensor],
     metadata: Mapping[str, str],
     last: Checkpoint,
-    places: Sequence[Tensor],
     *,
     mirrored: bool,
 ) -> Layout:
@@ -54,7 +53,6 @@ def lay_out_container(
         tensors: what is written.
         metadata: strings; the file has no place for any but the provenance.
         last: the other one.
-        places: where each of the tensors stands in it.
         mirrored: write them in the places of Lightning's own average as well.
 
     Raises:
@@ -63,12 +61,12 @@ def lay_out_container(
     file = last.parts[0]
     if not isinstance(file, ByteSource):
         raise OutputError("its bytes are in no file", path=last.path)
-    targets = [[place] for place in places]
+    targets = [[last.tensors[tensor.names[0]]] for tensor in tensors]
     for key in last.other_keys:
         if mirrored and (last.key, key) == ("current_model_state", "state_dict"):
             _add_twins(path, tensors, targets, open_checkpoint(last.path, key=key))
         else:
-            _mention_other(last, key, places)
+            _mention_other(last, key)
     spans = _spans(path, tensors, targets)
     if torchzip.matches(file.path, file.read(0, 4)):
         layout, end = _lay_out_zip(file, spans, metadata)
@@ -112,13 +110,13 @@ def _add_twins(
         places += [place for place in found if place != places[0]]
 
 
-def _mention_other(last: Checkpoint, key: str, places: Sequence[Tensor]) -> None:
+def _mention_other(last: Checkpoint, key: str) -> None:
     """Say what becomes of another state dict: torch saves tensors that two of them share once."""
     with contextlib.suppress(CkptAvgError):
         others = open_checkpoint(last.path, key=key).tensors.values()
         if not any(tensor.dtype.averaged for tensor in others):
             return  # counters, as in Lightning's `averaging_state`
-        weights = sorted(_span(place) for place in places if place.count)
+        weights = sorted({_span(tensor) for tensor in last.tensors.values() if tensor.count})
         if any(_overlaps(weights, _span(tensor)) for tensor in others if tensor.count):
             log.warning(
                 "%s in the container shares tensors with the weights, so it has their average too",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.tensors import Tensor
     from ckptavg.merge.layout import Layout, OutputTensor
 
 Kind = Literal["safetensors", "torch", "container", "directory"]
@@ -135,7 +134,6 @@ def lay_out(
     metadata: Mapping[str, str],
     last: Checkpoint,
     *,
-    places: Sequence[Tensor] = (),
     replaced: Mapping[str, bytes] | None = None,
     mirrored: bool = False,
 ) -> Layout:
@@ -145,8 +143,8 @@ def lay_out(
         target: where it goes, and as what.
         tensors: in the order of their bytes in the output.
         metadata: strings that describe it.
-        last: the last checkpoint, of which other content comes along.
-        places: where each of the tensors stands in the last checkpoint's file, for a container.
+        last: the last checkpoint: its other content comes along, and a container has each tensor
+            in the place that it has there.
         replaced: files of a directory that are not as the last checkpoint has them, by name.
         mirrored: in a container of Lightning's WeightAveraging, which has an average of its own,
             write the weights in the place of that as well: Lightning loads it.
@@ -155,7 +153,7 @@ def lay_out(
         OutputError: the kind of output cannot hold the tensors.
     """
     if target.kind == "container":
-        return lay_out_container(target.path, tensors, metadata, last, places, mirrored=mirrored)
+        return lay_out_container(target.path, tensors, metadata, last, mirrored=mirrored)
     if target.kind == "torch":
         return lay_out_torch(tensors, metadata, last)
     mention_left_out(last.other_entries)

@@ -74,7 +74,7 @@ def lay_out_torch(
     archive.add("version", b"3\n")
     archive.finish()
     return Layout(
-        {"": FileLayout(archive.end, tuple(archive.blobs), tuple(archive.checksums()))},
+        {"": FileLayout(archive.end, tuple(archive.blobs), tuple(archive.checksums))},
         tuple((start,) for start in starts[: len(tensors)]),
         tuple(
             _copy(last.parts[tensor.part], tensor, start)

@@ -7,27 +7,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptavg.merge.layout import Checksum
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 _ALIGNMENT = 64  # torch's
-
-
-@dataclass(slots=True)
-class _Record:
-    name: bytes
-    header: int
-    start: int
-    size: int
-    crc: int | None
-    directory: int = 0
-
-
 _LOCAL = struct.Struct("<4s5HIII2H")
 _CENTRAL = struct.Struct("<4s6HIII5HII")
 _END64 = struct.Struct("<4sQ2H2I4Q")
@@ -49,14 +36,17 @@ class Zip:
 
     Attributes:
         blobs: offset and bytes of what is known already.
-        end: where the next record begins.
+        end: bytes of the zip so far.
+        checksums: of the records that are written later, once the directory is there.
     """
 
     def __init__(self, folder: str = "archive/", start: int = 0) -> None:
         self.blobs: list[tuple[int, bytes]] = []
         self.end = start
+        self.checksums: list[Checksum] = []
         self._folder = folder
-        self._records: list[_Record] = []
+        self._entries: list[bytes] = []
+        self._reserved: list[tuple[int, int, int, int]] = []  # entry, header, start, size
 
     def _put(self, data: bytes) -> int:
         start = self.end
@@ -71,11 +61,15 @@ class Zip:
 
     def reserve(self, name: str, size: int) -> int:
         """Add a record whose content is written later, and return where that begins."""
-        start = self._add_header(name, size, None if size else 0)
+        header = self._add_header(name, size, 0)
+        start = self.end
         self.end += size
+        if size:
+            self._reserved.append((len(self._entries) - 1, header, start, size))
         return start
 
-    def _add_header(self, name: str, size: int, crc: int | None) -> int:
+    def _add_header(self, name: str, size: int, crc: int) -> int:
+        """Add the header of a record, and its entry for the directory."""
         encoded = (self._folder + name).encode()
         zip64 = struct.pack("<2H2Q", 1, 16, size, size) if size >= _MAX32 else b""
         unpadded = self.end + _LOCAL.size + len(encoded) + len(zip64) + 4
@@ -83,11 +77,20 @@ class Zip:
         extra = zip64 + struct.pack("<2s1H", b"FB", padding) + b"Z" * padding
         short = min(size, _MAX32)
         local = _LOCAL.pack(
-            b"PK\3\4", _VERSION, _UTF8, 0, *_EPOCH, crc or 0, short, short, len(encoded), len(extra)
+            b"PK\3\4", _VERSION, _UTF8, 0, *_EPOCH, crc, short, short, len(encoded), len(extra)
         )
         header = self._put(local + encoded + extra)
-        self._records.append(_Record(encoded, header, self.end, size, crc))
-        return self.end
+        wide = [size, size] if size >= _MAX32 else []
+        wide += [header] if header >= _MAX32 else []
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        central = _CENTRAL.pack(
+            b"PK\1\2",
+            *(_VERSION, _VERSION, _UTF8, 0, *_EPOCH),
+            *(crc, short, short, len(encoded), len(extra)),
+            *(0, 0, 0, 0, min(header, _MAX32)),
+        )
+        self._entries.append(central + encoded + extra)
+        return header
 
     def finish(self, entries: Sequence[bytes] = ()) -> list[int]:
         """Add the central directory. It always has the 64-bit trailer.
@@ -99,10 +102,12 @@ class Zip:
             Where each of those entries is now.
         """
         start = self.end
-        places = [self._put(entry) for entry in entries]
-        for record in self._records:
-            record.directory = self._put(self._central(record))
-        size, count = self.end - start, len(entries) + len(self._records)
+        places = [self._put(entry) for entry in (*entries, *self._entries)]
+        for entry, header, begin, nbytes in self._reserved:
+            central = places[len(entries) + entry]
+            targets = header + CRC_IN_LOCAL, central + CRC_IN_CENTRAL
+            self.checksums.append(Checksum(begin, nbytes, targets))
+        size, count = self.end - start, len(places)
         end64 = self._put(
             _END64.pack(
                 b"PK\6\6", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, size, start
@@ -111,25 +116,4 @@ class Zip:
         self._put(_LOCATOR64.pack(b"PK\6\7", 0, end64, 1))
         few = min(count, _MAX16)
         self._put(_END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), min(start, _MAX32), 0))
-        return places
-
-    @staticmethod
-    def _central(record: _Record) -> bytes:
-        wide = [record.size, record.size] if record.size >= _MAX32 else []
-        wide += [record.header] if record.header >= _MAX32 else []
-        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        short = min(record.size, _MAX32)
-        fixed = _CENTRAL.pack(
-            b"PK\1\2",
-            *(_VERSION, _VERSION, _UTF8, 0, *_EPOCH),
-            *(record.crc or 0, short, short, len(record.name), len(extra)),
-            *(0, 0, 0, 0, min(record.header, _MAX32)),
-        )
-        return fixed + record.name + extra
-
-    def checksums(self) -> Iterator[Checksum]:
-        """The checksums of the records that are written later."""
-        for record in self._records:
-            if record.crc is None:
-                places = (record.header + CRC_IN_LOCAL, record.directory + CRC_IN_CENTRAL)
-                yield Checksum(record.start, record.size, places)
+        return places[: len(entries)]

@@ -269,6 +269,24 @@ def test_a_checkpoint_behind_a_url_is_described(tmp_path, store):
     assert opened.read("layer.bias").shape == (7,)
 
 
+def test_a_remote_header_leaves_no_temporary_file_and_is_read_like_a_local_one(
+    tmp_path, store, monkeypatch
+):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    [path] = save_run(tmp_path / "run", random_state_dicts(1))
+    url = store.upload(tmp_path / "run") + "/step_0.safetensors"
+    local, remote = open_checkpoint(path), open_checkpoint(as_path(url))
+    assert remote.tensors == local.tensors
+    assert list(remote.tensors) == list(local.tensors)
+    assert (remote.metadata, remote.digest) == (local.metadata, local.digest)
+    UPath(url).write_bytes(path.read_bytes().replace(b"F32", b"F33"))
+    with pytest.raises(CkptAvgError, match=r"step_0\.safetensors: damaged header: unknown .*F33"):
+        open_checkpoint(as_path(url))
+    assert list(temporary.iterdir()) == []
+
+
 def upload_as(url: str, content: bytes) -> str:
     """Put a file there by that very address, password and all."""
     path = UPath(url)

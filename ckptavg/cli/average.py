@@ -160,26 +160,16 @@ def average(
             _say(console, summary, output)
             console.result(summary)
         else:
-            _average_and_refresh(console, inputs, output, params, fields)
+            from ckptavg.norm.together import average_and_refresh
 
-
-def _average_and_refresh(
-    console: Console,
-    inputs: tuple[str, ...],
-    output: str,
-    params: Mapping[str, Any],
-    fields: Mapping[str, Any],
-) -> None:
-    from ckptavg.norm.together import average_and_refresh
-
-    refresh, paths = options.refresh_options(params), [*map(types.path, inputs)]
-    with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
-        summary, report = average_and_refresh(
-            paths, output, refresh, refresh_progress=progress, **fields
-        )
-    _say(console, summary, output)
-    say_report(console, report)
-    console.result({**vars(summary), "refresh": report.as_dict()})
+            with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
+                summary, report = average_and_refresh(
+                    [*map(types.path, inputs)], output, options.refresh_options(params),
+                    refresh_progress=progress, **fields,
+                )  # fmt: skip
+            _say(console, summary, output)
+            say_report(console, report)
+            console.result({**vars(summary), "refresh": report.as_dict()})
 
 
 def _say(console: Console, summary: Summary, output: str) -> None:

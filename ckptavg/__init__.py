@@ -29,7 +29,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_MODULES = {
     "average": "ckptavg.average",
     "average_many": "ckptavg.average",
     "refresh_norm": "ckptavg.norm.refresh",
@@ -42,18 +42,18 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """Import a public object when it is first used: `ckptavg --help` must not wait for numpy."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 class _Package(ModuleType):
     """Keeps the functions `average` and `verify` from being hidden by the modules they are in."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
+        if not (name in _MODULES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -17,14 +17,14 @@ from ckptavg.formats.names import has_lora_factors
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
-from ckptavg.merge.options import AverageOptions, takes_fields
+from ckptavg.merge.options import AverageOptions, options_as_keywords
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.update import find_base, fold
 from ckptavg.select.compare import check_one_model, fingerprint
-from ckptavg.select.order import labels
-from ckptavg.select.run import find_run, mention_other_state_dicts, ordered_run
+from ckptavg.select.order import relative_names
+from ckptavg.select.run import find_run, log_other_state_dicts, ordered_run
 from ckptavg.write.checks import (
     check_output,
     check_parent,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 
-@takes_fields
+@options_as_keywords
 def average(
     inputs: PathLike | Iterable[PathLike], output: PathLike, options: AverageOptions
 ) -> Summary:
@@ -100,7 +100,7 @@ def find_recipe(
     return run, recipe
 
 
-@takes_fields
+@options_as_keywords
 def average_many(
     inputs: PathLike | Iterable[PathLike], directory: PathLike, options: AverageOptions
 ) -> tuple[Summary, ...]:
@@ -151,14 +151,19 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     """
     is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
     paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if is_one else inputs)]
-    unwanted = options.select.unwanted
+    exclusion_reason = options.select.exclusion_reason
     if not options.update:
-        return find_run(paths, key=options.key, keep_prefix=options.keep_prefix, unwanted=unwanted)
+        return find_run(
+            paths,
+            key=options.key,
+            keep_prefix=options.keep_prefix,
+            exclusion_reason=exclusion_reason,
+        )
     # An average that is updated was named, whatever the patterns say.
     run = find_run(paths, key=options.key, keep_prefix=options.keep_prefix)
     base = find_base(run.checkpoints)
     named = zip(run.checkpoints, run.names, strict=True)
-    others = [each for each, name in named if each is not base and not unwanted(name)]
+    others = [each for each, name in named if each is not base and not exclusion_reason(name)]
     if not others:
         raise SelectionError("there is nothing to fold into it", path=base.path)
     return replace(ordered_run(others, run.left_out, run.files), base=base)
@@ -194,7 +199,7 @@ def write_averages(
     """
     members = _all_members(run, recipes)
     check_one_model(members, any_rank=options.lora == "exact")
-    mention_other_state_dicts(members)
+    log_other_state_dicts(members)
     if len(members) == 1:
         name = printable(recipes[0].names[0])
         log.warning("only one checkpoint: the output is a copy of %s", name)
@@ -209,7 +214,7 @@ def write_averages(
         for output, recipe in zip(outputs, recipes, strict=True)
     ]
     read, files = _with_joined_factors(members, recipes[0], targets[0], options)
-    plan = make_plan(read, [recipe.column(members) for recipe in recipes], options)
+    plan = make_plan(read, [recipe.weights_over(members) for recipe in recipes], options)
     _check_order(run, plan, recipes, targets)
     threads = options.threads or default_threads(members)
     details = _Details(
@@ -310,7 +315,7 @@ def _check_order(
     ):
         what = "the output takes along what the last of them has"
     if what is not None:
-        names = ", ".join(map(printable, labels([member.path for member in plan.members])))
+        names = ", ".join(map(printable, relative_names([member.path for member in plan.members])))
         raise SelectionError(
             f"only some of the checkpoints have a step, and {what}: {names}",
             remedy="put the step into every name",

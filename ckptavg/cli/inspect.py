@@ -53,7 +53,7 @@ def _show_choice(
     from ckptavg.select.run import find_run
 
     rules = Selection(**fields_of(Selection, params))
-    run = find_run(paths, key=key, unwanted=rules.unwanted)
+    run = find_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
     verdicts = select(run, rules)
     checkpoints: list[dict[str, Any]] = [
         {

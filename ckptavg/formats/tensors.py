@@ -15,7 +15,7 @@ import numpy.typing as npt
 Kind = Literal["float", "complex", "int", "bool", "packed"]
 AnyArray = npt.NDArray[Any]
 """An array of any dtype."""
-Room = Callable[[str, np.dtype[Any]], AnyArray]
+Allocate = Callable[[str, np.dtype[Any]], AnyArray]
 """Gives an uninitialised array for a purpose and a dtype. Loops get the same memory every time, as
 the system takes longer to provide new pages than the arithmetic takes."""
 
@@ -156,7 +156,7 @@ def is_possible(shape: tuple[int, ...], bits: int) -> bool:
     return count * bits < 8 * _MOST_BYTES
 
 
-def fresh(shape: tuple[int, ...]) -> Room:
+def new_arrays(shape: tuple[int, ...]) -> Allocate:
     """Gives new memory for an array of this shape every time."""
     return lambda _, dtype: np.empty(shape, dtype)
 

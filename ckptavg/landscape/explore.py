@@ -25,7 +25,7 @@ from ckptavg.landscape.places import Place, Space
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.norm.factories import user_code
 from ckptavg.norm.loading import load_weights
-from ckptavg.select.order import labels
+from ckptavg.select.order import relative_names
 from ckptavg.select.run import find_run
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Explorer:
     ) -> None:
         self._options, self._folder, self._ranks = options, folder, ranks
         self._evaluator = Evaluator(options.evaluation)
-        self.names = tuple(map(printable, labels(list(paths))))
+        self.names = tuple(map(printable, relative_names(list(paths))))
         self._checkpoints = [self._opened(path) for path in paths]
         first = self._checkpoints[0]
         for one in self._checkpoints[1:]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.formats.tensors import BY_NAME, fresh
+from ckptavg.formats.tensors import BY_NAME, new_arrays
 from ckptavg.merge.arithmetic import rounded
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Space:
             total = sum(factor * _wide(values[part]) for factor, values in terms)
             if steps is not None:
                 total = total + next(steps)
-            out[part] = rounded(np.asarray(total), dtype, fresh((part.stop - done,)))
+            out[part] = rounded(np.asarray(total), dtype, new_arrays((part.stop - done,)))
             done = part.stop
         return out.reshape(tensor.shape)
 

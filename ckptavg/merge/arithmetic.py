@@ -14,7 +14,7 @@ import numpy as np
 from ckptavg.merge.narrow import format_of, largest_code
 
 if TYPE_CHECKING:
-    from ckptavg.formats.tensors import AnyArray, DType, Room
+    from ckptavg.formats.tensors import Allocate, AnyArray, DType
     from ckptavg.merge.narrow import Narrow
 
 _FLOAT32, _BOOL = np.dtype(np.float32), np.dtype(bool)
@@ -65,7 +65,7 @@ class Sum:
             np.copyto(self._wide, self._single.copy())  # both are the same memory
             self._held = self._wide
 
-    def mean(self, divisor: float, dtype: DType, room: Room) -> AnyArray:
+    def mean(self, divisor: float, dtype: DType, allocate: Allocate) -> AnyArray:
         """The sum by the divisor, rounded to the output's dtype as `torch.Tensor.to` rounds.
 
         The sum itself is gone then.
@@ -77,35 +77,35 @@ class Sum:
         if divisor != 1:
             # float64 rounded to float32 is what float32 divides to: it has over twice the digits.
             np.divide(total, divisor, out=total)
-        return rounded(total, dtype, room)
+        return rounded(total, dtype, allocate)
 
 
-def rounded(total: AnyArray, dtype: DType, room: Room) -> AnyArray:
+def rounded(total: AnyArray, dtype: DType, allocate: Allocate) -> AnyArray:
     """float64, float32 or complex128 in the output's dtype, rounded as `torch.Tensor.to` does.
 
     Returns:
         Some of the room, or `total` itself where that is the dtype already.
     """
     if dtype.kind == "float" and dtype.bits < 32:  # noqa: PLR2004 - by way of float32
-        total = _cast(total, _FLOAT32, room)
+        total = _cast(total, _FLOAT32, allocate)
     if (form := format_of(dtype)) is not None:
-        return form.narrow(total, dtype, room)
-    return _cast(total, dtype.numpy, room)
+        return form.narrow(total, dtype, allocate)
+    return _cast(total, dtype.numpy, allocate)
 
 
-def _cast(values: AnyArray, dtype: np.dtype[Any], room: Room) -> AnyArray:
+def _cast(values: AnyArray, dtype: np.dtype[Any], allocate: Allocate) -> AnyArray:
     if values.dtype == dtype:
         return values
-    out = room(dtype.name, dtype)
+    out = allocate(dtype.name, dtype)
     np.copyto(out, values, casting="unsafe")
     return out
 
 
-def all_finite(values: AnyArray, dtype: DType, room: Room) -> bool:
+def all_finite(values: AnyArray, dtype: DType, allocate: Allocate) -> bool:
     """Whether no value is NaN or Inf."""
     if dtype.name in _CODES:
         return largest_code(values) < _CODES[dtype.name]
-    return bool(np.isfinite(values, out=room("finite", _BOOL)).all())
+    return bool(np.isfinite(values, out=allocate("finite", _BOOL)).all())
 
 
 def nonfinite(values: AnyArray, dtype: DType) -> AnyArray:

@@ -20,7 +20,7 @@ import numpy as np
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
 from ckptavg.formats.paths import is_remote
-from ckptavg.formats.tensors import AnyArray, Room, Tensor, bytes_of, fresh
+from ckptavg.formats.tensors import Allocate, AnyArray, Tensor, bytes_of, new_arrays
 from ckptavg.merge.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
 from ckptavg.merge.narrow import format_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.jobs import Input, Job, Share
+    from ckptavg.merge.jobs import Combination, Input, Job
 
 _REPORT_EVERY = 16 << 20
 """Bytes between two reports: each wakes the caller, who then contends for the interpreter."""
@@ -87,15 +87,15 @@ def execute(
     Raises:
         BadValueError: an input is NaN or Inf, or a result does not fit the output's dtype.
     """
-    crew = _Crew(itertools.islice(chunks(jobs), first, None, every), sinks, allow_nonfinite)
+    pool = _Pool(itertools.islice(chunks(jobs), first, None, every), sinks, allow_nonfinite)
     try:
-        crew.start(threads)
-        yield from crew.reports()
+        pool.start(threads)
+        yield from pool.reports()
     finally:
-        crew.stop()
+        pool.stop()
 
 
-class _Crew:
+class _Pool:
     """Threads that take chunks from one iterator, and the queue in which they report."""
 
     def __init__(
@@ -204,7 +204,9 @@ class _Worker:
                 return self._carry_out_strided(job)
         if job.copy:
             values = self._read(job.inputs[0], start, count)
-            return sum(self._write(job, share, start, values) for share in job.shares)
+            return sum(
+                self._write(job, combination, start, values) for combination in job.combinations
+            )
         chunk = _Chunk(
             job,
             lambda entry: self._read(entry, start, count),
@@ -213,8 +215,8 @@ class _Worker:
             self._allow_nonfinite,
         )
         return sum(
-            self._write(job, share, start, chunk.result(share, total))
-            for share, total in zip(job.shares, chunk.sums(), strict=True)
+            self._write(job, combination, start, chunk.result(combination, total))
+            for combination, total in zip(job.combinations, chunk.sums(), strict=True)
         )
 
     def _buffer(self, purpose: str, count: int, dtype: np.dtype[Any]) -> AnyArray:
@@ -232,15 +234,15 @@ class _Worker:
         entry.part.read_into(entry.tensor.offset + start * dtype.itemsize, bytes_of(values))
         return values
 
-    def _write(self, job: Job, share: Share, start: int, values: AnyArray) -> int:
-        data, sink = bytes_of(values), self._sinks[share.output]
-        for target in share.targets:
+    def _write(self, job: Job, combination: Combination, start: int, values: AnyArray) -> int:
+        data, sink = bytes_of(values), self._sinks[combination.output]
+        for target in combination.targets:
             sink.write(target + start * job.dtype.itemsize, data)
-        for place in share.scattered:
+        for place in combination.scattered:
             span, view = read_span(place.part, place.tensor)
             view[...] = values.reshape(view.shape)
             sink.write(place.tensor.offset, span.data)
-        return len(data) * (len(share.targets) + len(share.scattered))
+        return len(data) * (len(combination.targets) + len(combination.scattered))
 
     def _carry_out_strided(self, job: Job) -> int:
         """A tensor that is not contiguous everywhere: slabs across its widest stride.
@@ -250,8 +252,8 @@ class _Worker:
         like = job.inputs[0].tensor
         if job.copy:
             values = np.ascontiguousarray(read_view(job.inputs[0].part, like))
-            return sum(self._write(job, share, 0, values) for share in job.shares)
-        results = [np.empty(like.shape, job.dtype.numpy) for _ in job.shares]
+            return sum(self._write(job, combination, 0, values) for combination in job.combinations)
+        results = [np.empty(like.shape, job.dtype.numpy) for _ in job.combinations]
         axis = _widest_axis(like)
         rows = max(1, CHUNK * like.shape[axis] // job.count)
         if any(_widest_axis(entry.tensor) != axis for entry in job.inputs):
@@ -263,13 +265,15 @@ class _Worker:
             def read(entry: Input, first: int = first) -> AnyArray:
                 return read_view(entry.part, _slab(entry.tensor, axis, first, first + rows))
 
-            room = fresh(results[0][place].shape)
+            room = new_arrays(results[0][place].shape)
             chunk = _Chunk(job, read, room, None, self._allow_nonfinite)
-            for share, total, result in zip(job.shares, chunk.sums(), results, strict=True):
-                result[place] = chunk.result(share, total)
+            for combination, total, result in zip(
+                job.combinations, chunk.sums(), results, strict=True
+            ):
+                result[place] = chunk.result(combination, total)
         return sum(
-            self._write(job, share, 0, result)
-            for share, result in zip(job.shares, results, strict=True)
+            self._write(job, combination, 0, result)
+            for combination, result in zip(job.combinations, results, strict=True)
         )
 
 
@@ -287,21 +291,24 @@ class _Chunk:
 
     job: Job
     read: Callable[[Input], AnyArray]
-    room: Room
+    room: Allocate
     start: int | None
     allow_nonfinite: bool
 
     def sums(self) -> list[Sum]:
-        """The weighted sum of each share. Each input is read once."""
+        """The weighted sum of each combination. Each input is read once."""
         job, dtype = self.job, accumulator_dtype(self.job.dtype)
         narrow = format_of(job.inputs[0].tensor.dtype)
-        sums = [Sum(self.room(f"sum {number}", dtype), narrow) for number in range(len(job.shares))]
+        sums = [
+            Sum(self.room(f"sum {number}", dtype), narrow)
+            for number in range(len(job.combinations))
+        ]
         for number, entry in enumerate(job.inputs):
             # Averages over more and over fewer of the last checkpoints share most of their weights.
             sums_by_weight: defaultdict[float, list[Sum]] = defaultdict(list)
-            for share, total in zip(job.shares, sums, strict=True):
-                if share.weights[number] != 0:
-                    sums_by_weight[share.weights[number]].append(total)
+            for combination, total in zip(job.combinations, sums, strict=True):
+                if combination.weights[number] != 0:
+                    sums_by_weight[combination.weights[number]].append(total)
             if not sums_by_weight:
                 continue
             values, largest = self.read(entry), np.inf
@@ -319,41 +326,41 @@ class _Chunk:
                     total.add(term, largest if weight == 1 else np.inf)
         return sums
 
-    def result(self, share: Share, total: Sum) -> AnyArray:
+    def result(self, combination: Combination, total: Sum) -> AnyArray:
         """A sum, divided, rounded and checked."""
         dtype = self.job.dtype
-        values = total.mean(share.divisor, dtype, self.room)
+        values = total.mean(combination.divisor, dtype, self.room)
         if not all_finite(values, dtype, self.room):
             odd = nonfinite(values, dtype)
             values = np.array(values)
-            values[odd] = self._settled(share, odd, values[odd])
-        if share.nonnegative and (values < 0).any():
+            values[odd] = self._settled(combination, odd, values[odd])
+        if combination.nonnegative and (values < 0).any():
             element = self._element(values < 0, 0)
             raise BadValueError("the weights make this variance negative", self.job, element)
         return values
 
-    def _settled(self, share: Share, odd: AnyArray, values: AnyArray) -> AnyArray:
+    def _settled(self, combination: Combination, odd: AnyArray, values: AnyArray) -> AnyArray:
         """What stands where a result is NaN or Inf: the inputs' own value if it is one in all.
 
         A mask of -inf is such a value.
 
         Args:
-            share: of the result.
+            combination: of the result.
             odd: where the result is NaN or Inf, bools of the chunk's shape.
             values: the result there, `[num_odd]`.
         """
         job = self.job
-        pairs = zip(job.inputs, share.weights, strict=True)
+        pairs = zip(job.inputs, combination.weights, strict=True)
         used = [entry for entry, weight in pairs if weight != 0]
         first = np.array(self.read(used[0])[odd])
-        same = np.full(len(first), not share.one_of_several)
+        same = np.full(len(first), not combination.one_of_several)
         culprit = np.where(np.isfinite(first), -1, 0)
         for number, entry in enumerate(used[1:], 1):
             other = self.read(entry)[odd]
             same &= (other == first) | (np.isnan(other) & np.isnan(first))
             culprit = np.where((culprit < 0) & ~np.isfinite(other), number, culprit)
         wide = first.astype(accumulator_dtype(job.dtype))
-        kept = rounded(wide, job.dtype, fresh(first.shape))
+        kept = rounded(wide, job.dtype, new_arrays(first.shape))
         misfit = (culprit < 0) | (same & np.isinf(first) & np.isnan(kept))
         wrong = misfit if self.allow_nonfinite else misfit | ~same
         if wrong.any():

@@ -37,7 +37,7 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Combination:
     """What one output computes from the inputs: `sum(weights[i] * inputs[i]) / divisor`.
 
     Attributes:
@@ -69,7 +69,7 @@ class Job:
         count: elements; neighbouring tensors count as one.
         copy: the outputs' bytes are those of the input.
         dtype: element type of the outputs.
-        shares: one for each output.
+        combinations: one for each output.
         number: the position of the first tensor in the plan, for error messages.
     """
 
@@ -77,21 +77,21 @@ class Job:
     count: int
     copy: bool
     dtype: DType
-    shares: tuple[Share, ...]
+    combinations: tuple[Combination, ...]
     number: int
 
     @property
     def strided(self) -> bool:
         """Whether an input or a target is not contiguous, so that the job is one tensor."""
-        return any(share.scattered for share in self.shares) or any(
+        return any(combination.scattered for combination in self.combinations) or any(
             entry.tensor.strides is not None for entry in self.inputs
         )
 
     def is_continued_by(self, other: Job) -> bool:
         """Whether another job does the same with the bytes behind this one's, in all files."""
         if (
-            (self.dtype, self.copy, len(self.inputs), len(self.shares))
-            != (other.dtype, other.copy, len(other.inputs), len(other.shares))
+            (self.dtype, self.copy, len(self.inputs), len(self.combinations))
+            != (other.dtype, other.copy, len(other.inputs), len(other.combinations))
             or self.strided
             or other.strided
         ):  # fmt: skip
@@ -109,15 +109,17 @@ class Job:
             and (mine.weights, mine.divisor, mine.output, mine.nonnegative, mine.one_of_several)
             == (theirs.weights, theirs.divisor, theirs.output, theirs.nonnegative,
                 theirs.one_of_several)
-            for mine, theirs in zip(self.shares, other.shares, strict=True)
+            for mine, theirs in zip(self.combinations, other.combinations, strict=True)
         )  # fmt: skip
 
     @staticmethod
     def copy_of(copied: Copy, output: int) -> Job:
         """The job that copies bytes from a file into an output."""
         entry = Input(copied.part, Tensor(_BYTE, (copied.size,), 0, copied.offset))
-        share = Share((1.0,), 1.0, (copied.target,), output)
-        return Job((entry,), copied.size, copy=True, dtype=_BYTE, shares=(share,), number=-1)
+        combination = Combination((1.0,), 1.0, (copied.target,), output)
+        return Job(
+            (entry,), copied.size, copy=True, dtype=_BYTE, combinations=(combination,), number=-1
+        )
 
 
 def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
@@ -126,7 +128,7 @@ def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
         if job.strided:
             yield job, 0, job.count
             continue
-        outputs = len(job.shares)
+        outputs = len(job.combinations)
         size = CHUNK
         if outputs > 1:  # each output has a sum of its own
             size = max(_SMALLEST_CHUNK, min(_CHUNK_OF_SEVERAL, _SUMS // outputs))

@@ -24,7 +24,7 @@ from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.lora_config import Config, joined_config, scales_beside
 from ckptavg.formats.names import is_of_lora, lora_factor
 from ckptavg.formats.parts import Part
-from ckptavg.formats.tensors import bytes_of, fresh
+from ckptavg.formats.tensors import bytes_of, new_arrays
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Factor:
         ]
         joined = sum(wide[1:], wide[0]) if self.kind == "bias" else np.concatenate(wide, axis=1)
         with np.errstate(over="ignore"):
-            values = rounded(joined, self.output.dtype, fresh(joined.shape))
+            values = rounded(joined, self.output.dtype, new_arrays(joined.shape))
         if not np.isfinite(values[np.isfinite(joined)]).all():
             raise ValueRangeError(
                 f"the average does not fit {self.output.dtype.name}", tensor=self.name

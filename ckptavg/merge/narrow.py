@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from ckptavg.formats.tensors import AnyArray, DType, Room
+    from ckptavg.formats.tensors import Allocate, AnyArray, DType
 
 _MANTISSA, _BIAS = 23, 127  # of float32
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -79,16 +79,16 @@ class Narrow:
         np.bitwise_and(shifted, self._fields, out=shifted)
         return out, float(np.int32(largest << int(self._shift)).view(np.float32))
 
-    def narrow(self, values: AnyArray, dtype: DType, room: Room) -> AnyArray:
+    def narrow(self, values: AnyArray, dtype: DType, allocate: Allocate) -> AnyArray:
         """float32 rounded to the format, to nearest and ties to even, as a cast rounds.
 
         Args:
             values: float32.
             dtype: the format's.
-            room: for what is computed on the way, and for the result.
+            allocate: for what is computed on the way, and for the result.
         """
         bits = values.view(_INT32)
-        exponents = np.bitwise_and(bits, _EXPONENT, out=room("single", _FLOAT32).view(_INT32))
+        exponents = np.bitwise_and(bits, _EXPONENT, out=allocate("single", _FLOAT32).view(_INT32))
         if exponents.max(initial=0) >= self._too_large:
             return values.astype(dtype.numpy)
         # Added to a value, 1.5 * 2 ** (its exponent + dropped bits) leaves no room for those: the
@@ -96,12 +96,12 @@ class Narrow:
         np.clip(exponents, self._smallest, _EXPONENT, out=exponents)  # np.maximum is half as fast
         anchors = exponents.view(_FLOAT32)
         np.multiply(anchors, np.float32(1.5 * 2.0 ** int(self._shift)), out=anchors)
-        rounded = np.add(values, anchors, out=room("rounded", _FLOAT32))
+        rounded = np.add(values, anchors, out=allocate("rounded", _FLOAT32))
         np.subtract(rounded, anchors, out=rounded)
         np.multiply(rounded, np.float32(self.scale), out=rounded)
         shifted = np.right_shift(rounded.view(_INT32), self._shift, out=exponents)
         unsigned = _UNSIGNED[self.bits // 8]
-        codes, signs = room("codes", unsigned), room("signs", unsigned)
+        codes, signs = allocate("codes", unsigned), allocate("signs", unsigned)
         np.copyto(codes, shifted, casting="unsafe")
         np.right_shift(bits, np.int32(32 - self.bits), out=shifted)
         np.copyto(signs, shifted, casting="unsafe")

@@ -153,5 +153,5 @@ def _takes_fields_of(
     return decorate
 
 
-takes_fields = _takes_fields_of(AverageOptions)
+options_as_keywords = _takes_fields_of(AverageOptions)
 """Lets a function of inputs, output and options take the options' fields as keywords."""

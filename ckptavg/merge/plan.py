@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
 from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statistic
 from ckptavg.formats.tensors import BY_NAME
-from ckptavg.merge.jobs import Input, Job, Share
+from ckptavg.merge.jobs import Combination, Input, Job
 from ckptavg.merge.layout import OutputTensor
-from ckptavg.select.compare import differing
+from ckptavg.select.compare import differing_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,12 +74,12 @@ class Plan:
 
     Attributes:
         members: the checkpoints that are read: those with a weight other than 0 in some output.
-        columns: the weights of `members` in each output.
+        weights: those of `members` in each output.
         tensors: in the order of the outputs; tied tensors count once.
     """
 
     members: tuple[Checkpoint, ...]
-    columns: tuple[Weights, ...]
+    weights: tuple[Weights, ...]
     tensors: tuple[PlannedTensor, ...]
 
     @property
@@ -89,7 +89,7 @@ class Plan:
 
     def last(self, output: int = 0) -> Checkpoint:
         """The last member of an output."""
-        return self.members[self.columns[output].last]
+        return self.members[self.weights[output].last]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -105,7 +105,7 @@ class Plan:
         """
         if not any(is_norm_statistic(planned.name) for planned in self.tensors):
             return {"state": "none"}
-        weights = self.columns[output]
+        weights = self.weights[output]
         if weights.count > 1 or sum(weights.values) != weights.divisor:
             return {"state": "stale"}
         entry = (self.last(output).provenance or {}).get("norm_stats")
@@ -129,7 +129,7 @@ class Plan:
             for planned in self.tensors
             if any(member.tensors[planned.name].strides is not None for member in self.members)
         )
-        return max(sizes, default=0) * len(self.columns)
+        return max(sizes, default=0) * len(self.weights)
 
     def jobs(self, layouts: Sequence[Layout]) -> Iterator[Job]:
         """The jobs in the order of the outputs.
@@ -158,7 +158,7 @@ class Plan:
         """One job for all outputs, or one for each checkpoint that some of the outputs copy."""
         planned = self.tensors[position]
         outputs_by_members: dict[tuple[Checkpoint, ...], list[int]] = {}
-        for output in range(len(self.columns)):
+        for output in range(len(self.weights)):
             averaged = planned.role == "averaged"
             members = self.members if averaged else (self._origin(planned, output),)
             outputs_by_members.setdefault(members, []).append(output)
@@ -168,7 +168,9 @@ class Plan:
                 count=planned.tensor.nbytes // planned.tensor.dtype.itemsize,
                 copy=planned.is_copied,
                 dtype=planned.output.dtype,
-                shares=tuple(self._share(position, output, layouts[output]) for output in outputs),
+                combinations=tuple(
+                    self._combination(position, output, layouts[output]) for output in outputs
+                ),
                 number=position,
             )
 
@@ -176,10 +178,10 @@ class Plan:
         """The checkpoint from which an output takes a tensor that is not averaged."""
         return self.members[-1] if planned.role == "kept" else self.last(output)
 
-    def _share(self, position: int, output: int, layout: Layout) -> Share:
-        planned, column = self.tensors[position], self.columns[output]
+    def _combination(self, position: int, output: int, layout: Layout) -> Combination:
+        planned, column = self.tensors[position], self.weights[output]
         averaged = planned.role == "averaged"
-        return Share(
+        return Combination(
             weights=column.values if averaged else (1.0,),
             divisor=column.divisor if averaged else 1.0,
             targets=layout.targets[position],
@@ -293,7 +295,7 @@ def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict
     integers = [name for name, role in roles.items() if role == "kept"]
     problems: dict[str, str] = {}
     for other in others:
-        for name in differing(integers, first, other):
+        for name in differing_tensors(integers, first, other):
             roles[name] = "last"
             tensor = first.tensors[name]
             if tensor.count > 1 and options.ints != "last":

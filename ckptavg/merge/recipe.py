@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.select.order import labels
+from ckptavg.select.order import relative_names
 from ckptavg.select.rules import chosen, select
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Recipe:
         """The last member."""
         return self.members[-1]
 
-    def column(self, checkpoints: Sequence[Checkpoint]) -> Weights:
+    def weights_over(self, checkpoints: Sequence[Checkpoint]) -> Weights:
         """The weights over more checkpoints than the members: 0 for the others."""
         weights = dict(zip(self.members, self.weights.values, strict=True))
         values = tuple(weights.get(checkpoint, 0.0) for checkpoint in checkpoints)
@@ -86,7 +86,7 @@ def _recipe(run: Run, scheme: Scheme, rules: Selection, options: AverageOptions)
     if not places:
         raise SelectionError("all weights are zero, so there is nothing to average")
     members = tuple(verdicts[place].checkpoint for place in places)
-    names = labels([member.path for member in members])
+    names = relative_names([member.path for member in members])
     if options.expect is not None and len(names) != options.expect:
         listed = ", ".join(map(printable, names))
         raise SelectionError(f"expected {options.expect} checkpoints, found {len(names)}: {listed}")

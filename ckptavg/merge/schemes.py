@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError
 from ckptavg.merge import weights as formulas
-from ckptavg.merge.weights import Weights, path_parts, short
+from ckptavg.merge.weights import Weights, format_number, path_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -170,16 +170,16 @@ def _named(text: str) -> Scheme:
         rate = _argument("ema:DECAY", argument)
         formulas.ema(1, rate)
         return Scheme(
-            f"ema:{short(rate)}",
-            f"ema{short(rate)}",
+            f"ema:{format_number(rate)}",
+            f"ema{format_number(rate)}",
             lambda _, paths, __: formulas.ema(len(paths), rate),
         )
     if name == "power" and argument:
         width = _argument("power:SIGMA_REL", argument)
         formulas.power_exponent(width)
         return Scheme(
-            f"power:{short(width)}",
-            f"power{short(width)}",
+            f"power:{format_number(width)}",
+            f"power{format_number(width)}",
             lambda steps, _, __: formulas.power(steps, width),
             needs_steps=True,
         )

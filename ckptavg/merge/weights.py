@@ -95,10 +95,10 @@ def ema(count: int, decay: float) -> Weights:
         SelectionError: the decay is not in [0, 1].
     """
     if not 0 <= decay <= 1:
-        raise SelectionError(f"the decay of ema is from 0 to 1, not {short(decay)}")
+        raise SelectionError(f"the decay of ema is from 0 to 1, not {format_number(decay)}")
     values = [(1 - decay) * decay ** (count - number) for number in range(1, count + 1)]
     values[0] = decay ** (count - 1)
-    return _summing_to_one(f"ema:{short(decay)}", values)
+    return _summing_to_one(f"ema:{format_number(decay)}", values)
 
 
 def power(steps: Sequence[float], sigma_rel: float) -> Weights:
@@ -124,7 +124,7 @@ def power(steps: Sequence[float], sigma_rel: float) -> Weights:
     powers = [(time / times[-1]) ** exponent for time in (before, *times)]
     total = 1 - powers[0]
     values = [(later - earlier) / total for earlier, later in pairwise(powers)]
-    return _summing_to_one(f"power:{short(sigma_rel)}", values)
+    return _summing_to_one(f"power:{format_number(sigma_rel)}", values)
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -140,7 +140,7 @@ def power_exponent(sigma_rel: float) -> float:
     if not 0 < sigma_rel < _MOST_SIGMA_REL:
         raise SelectionError(
             f"the sigma_rel of power is above 0 and below {_MOST_SIGMA_REL:.4f}, "
-            f"not {short(sigma_rel)}",
+            f"not {format_number(sigma_rel)}",
             remedy="uniform averages all alike" if sigma_rel >= _MOST_SIGMA_REL else None,
         )
     low, high = 0.0, 1 / sigma_rel
@@ -302,6 +302,6 @@ def _summing_to_one(scheme: str, values: Sequence[float]) -> Weights:
     return Weights(scheme, tuple(values), math.fsum(values))
 
 
-def short(number: float) -> str:
+def format_number(number: float) -> str:
     """A number as one would type it: 1 and not 1.0."""
     return repr(float(number)).removesuffix(".0")

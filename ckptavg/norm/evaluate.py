@@ -27,7 +27,7 @@ from ckptavg.norm.loading import load_weights
 from ckptavg.norm.making import RandomState, import_all, make_batches, make_model
 from ckptavg.norm.measures import measure_of, name_of
 from ckptavg.norm.refresh import device_of, refresh_norm
-from ckptavg.select.metrics import best, mode_of
+from ckptavg.select.metrics import indices_of_best, mode_of
 from ckptavg.select.rules import Selection, chosen
 from ckptavg.select.rules import select as choose
 from ckptavg.select.run import find_run
@@ -128,7 +128,9 @@ def evaluate(
     """
     rules = select or Selection()
     with said_once():
-        taken = chosen(choose(find_run(inputs, key=key, unwanted=rules.unwanted), rules))
+        taken = chosen(
+            choose(find_run(inputs, key=key, exclusion_reason=rules.exclusion_reason), rules)
+        )
         evaluator = Evaluator(options)
         found = []
         for verdict in taken:
@@ -146,7 +148,7 @@ def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
     for name in dict.fromkeys(name for one in evaluations for name in one.metrics):
         mode = mode_of(name)
         values = [one.metrics.get(name) for one in evaluations]
-        if mode is not None and (indices := best(values, 1, mode)):
+        if mode is not None and (indices := indices_of_best(values, 1, mode)):
             found[name] = evaluations[indices[0]]
     return found
 

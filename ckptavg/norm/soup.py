@@ -130,7 +130,7 @@ def soup(
     rules = select or Selection()
     common: dict[str, Any] = {"select": rules, "key": key, "threads": threads}
     with said_once(), temporary_beside(target, folder=True) as folder:
-        found = find_run(inputs, key=key, unwanted=rules.unwanted)
+        found = find_run(inputs, key=key, exclusion_reason=rules.exclusion_reason)
         refuse_own_input(target, found.files)
         taken = chosen(choose(found, rules))
         given = None if metrics is None else _read(found, taken, options.metric_name, metrics, way)

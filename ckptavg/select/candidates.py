@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
 from ckptavg.formats.paths import is_remote, remote_errors
-from ckptavg.select.order import natural
+from ckptavg.select.order import natural_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -65,7 +65,7 @@ def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
         folder: the directory.
         ignored: takes the names of other entries that have a checkpoint's suffix.
     """
-    entries = sorted(folder.iterdir(), key=lambda entry: natural(entry.name))
+    entries = sorted(folder.iterdir(), key=lambda entry: natural_key(entry.name))
     ignored += [entry.name for entry in entries if is_no_checkpoint(entry.name)]
     candidates = [entry for entry in entries if _is_candidate(entry)]
     if not is_checkpoint_directory(folder):

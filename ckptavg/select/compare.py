@@ -13,7 +13,7 @@ import numpy as np
 from ckptavg.errors import MismatchError, printable
 from ckptavg.formats.lora_config import scales_beside
 from ckptavg.formats.names import has_lora_factors, has_rank
-from ckptavg.select.order import DIGITS, natural
+from ckptavg.select.order import DIGITS, natural_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -99,7 +99,7 @@ def find_copies(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoin
 def _preference(checkpoint: Checkpoint) -> tuple[object, ...]:
     """A sort key that puts originals before their copies."""
     path = checkpoint.path
-    return not DIGITS.search(path.name), path.is_symlink(), natural(str(path))
+    return not DIGITS.search(path.name), path.is_symlink(), natural_key(str(path))
 
 
 def _samples(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -117,10 +117,10 @@ def _have_equal_tensors(first: Checkpoint, other: Checkpoint) -> bool:
     names = list(first.tensors)
     with ThreadPoolExecutor(_THREADS) as pool:
         shares = [names[number::_THREADS] for number in range(_THREADS)]
-        return all(pool.map(lambda share: not any(differing(share, first, other)), shares))
+        return all(pool.map(lambda share: not any(differing_tensors(share, first, other)), shares))
 
 
-def differing(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     """Those of the names whose tensors have other bytes in one checkpoint than in the other."""
     for name in names:
         for one, another in zip(first.pieces(name), other.pieces(name), strict=True):

@@ -15,7 +15,7 @@ import math
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.select.schedules import close, has_formula, is_minimum, rate_at, steps_taken
+from ckptavg.select.schedules import follows_formula, is_minimum, nearly_equal, rate_at, steps_taken
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ class _Rate(NamedTuple):
     doubt: str = ""
 
 
-def at_minima(
+def rates_and_minima(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None = None
 ) -> tuple[list[float], list[bool]]:
     """The rates of the last updates, and which of them are local minima.
@@ -68,7 +68,7 @@ def at_minima(
             )
     values = [rate.value for rate in rates]
     other_groups = zip(*(each.training.other_rates for each in checkpoints), strict=False)
-    if not all(close(value, values[0], max(values)) for value in values):
+    if not all(nearly_equal(value, values[0], max(values)) for value in values):
         _report_doubts(names, rates)
     elif any(len(set(group)) > 1 for group in other_groups):
         raise SelectionError(
@@ -77,7 +77,7 @@ def at_minima(
         )
     chosen = _chosen(rates)
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
-    lowest = not any(close(values[-1], value, max(values)) for value in values[:-1])
+    lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:
         log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
     return values, chosen
@@ -92,7 +92,7 @@ def local_minima(rates: Sequence[float]) -> list[bool]:
     plateaus: list[list[int]] = []
     highest = max(rates, default=0.0)
     for index, rate in enumerate(rates):
-        if plateaus and close(rate, rates[plateaus[-1][0]], highest):
+        if plateaus and nearly_equal(rate, rates[plateaus[-1][0]], highest):
             plateaus[-1].append(index)
         else:
             plateaus.append([index])
@@ -163,13 +163,15 @@ def _last_rate(
     """The rate of a checkpoint's last update, where the trainer did not log it."""
     steps = steps_taken(scheduler)
     match scheduler:
-        case {"_last_lr": [float() | int() as rate, *_]} if not close(rate, recorded, recorded):
+        case {"_last_lr": [float() | int() as rate, *_]} if not nearly_equal(
+            rate, recorded, recorded
+        ):
             steps = None  # the scheduler belongs to another optimizer
     if not steps:
         return _Rate(recorded)
     if reading is None:
         return _Rate(recorded, doubt=_UNSURE)
-    if not has_formula(scheduler, steps, recorded):
+    if not follows_formula(scheduler, steps, recorded):
         scheduler = None
     if reading == "used":
         return _Rate(recorded, is_minimum(scheduler, steps))

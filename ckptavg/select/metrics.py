@@ -55,7 +55,7 @@ def mode_of(name: str) -> Mode | None:
     return "min" if low else "max"
 
 
-def from_name(file_name: str, metric: str) -> float | None:
+def metric_in_name(file_name: str, metric: str) -> float | None:
     """A metric in a file's name: `epoch=3-val_loss=0.12.ckpt`, `step_100_acc0.93.pt`.
 
     The metric's own name goes before longer names that end with it (`val_loss` for `loss`). None
@@ -82,7 +82,7 @@ def from_name(file_name: str, metric: str) -> float | None:
     return float(candidates[0][1] or candidates[0][2]) if len(candidates) == 1 else None
 
 
-def best(values: Sequence[float | None], count: int, mode: str) -> list[int]:
+def indices_of_best(values: Sequence[float | None], count: int, mode: str) -> list[int]:
     """The indices of the best values, in ascending order.
 
     A value that is missing or not finite is never among them; of equal values the later is better.

@@ -76,9 +76,9 @@ def timeline(
     if unit in recorded:
         steps = recorded.pop(unit)
     elif unit == "number":
-        return Timeline(unit, numbers_in(names) or ())
+        return Timeline(unit, steps_in_names(names) or ())
     else:
-        named = numbers_in(names, "epoch" if unit == "epoch" else "step")
+        named = steps_in_names(names, "epoch" if unit == "epoch" else "step")
         if named is None or (unit == "step" and restarts):
             lacking = [n for n, c in zip(names, checkpoints, strict=True) if unit not in c.facts]
             why = f"{printable(lacking[0])} does not" if lacking else "it begins anew in each epoch"
@@ -90,7 +90,7 @@ def timeline(
     return Timeline(unit, steps, from_zero, tuple(recorded))
 
 
-def in_order(
+def sort_checkpoints(
     checkpoints: Sequence[Checkpoint], names: Sequence[str]
 ) -> tuple[list[tuple[Checkpoint, str]], bool]:
     """Sort by training step: as recorded, else by the numbers in the names.
@@ -99,11 +99,11 @@ def in_order(
         The checkpoints with their names, and whether the order is known: not if only some of them
         have a step. Where none has, any order will do.
     """
-    named = sorted(zip(checkpoints, names, strict=True), key=lambda pair: natural(pair[1]))
+    named = sorted(zip(checkpoints, names, strict=True), key=lambda pair: natural_key(pair[1]))
     names = [name for _, name in named]
     steps = _recorded_steps([checkpoint for checkpoint, _ in named])
     if steps is None:
-        steps = [(number,) for number in numbers_in(names) or ()]
+        steps = [(number,) for number in steps_in_names(names) or ()]
     if steps:
         places = sorted(range(len(named)), key=steps.__getitem__)
         known = len(set(steps)) == len(steps)
@@ -134,7 +134,7 @@ def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
     return any(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(pairs))
 
 
-def numbers_in(names: Sequence[str], label: str | None = None) -> tuple[int, ...] | None:
+def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[int, ...] | None:
     """The step in each name; None if not all names have one.
 
     It is a number that all names call a step (else a checkpoint, else an epoch), or, if the names
@@ -173,7 +173,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def natural(text: str) -> tuple[tuple[int, int | str], ...]:
+def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     """A sort key with `step_100` before `step_1000` and after `step_20`."""
     return tuple(
         (0, int(piece)) if piece.isdecimal() else (1, piece)
@@ -182,7 +182,7 @@ def natural(text: str) -> tuple[tuple[int, int | str], ...]:
     )
 
 
-def labels(paths: Sequence[Path]) -> tuple[str, ...]:
+def relative_names(paths: Sequence[Path]) -> tuple[str, ...]:
     """The shortest names that tell the paths apart: each below the folder that all have in common.
 
     Paths on this machine and URLs have no folder in common.

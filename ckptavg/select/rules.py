@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.paths import absolute
-from ckptavg.select.learning_rates import Reading, at_minima
-from ckptavg.select.metrics import Mode, best, from_name, mode_of, read_metrics
+from ckptavg.select.learning_rates import Reading, rates_and_minima
+from ckptavg.select.metrics import Mode, indices_of_best, metric_in_name, mode_of, read_metrics
 from ckptavg.select.order import timeline
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Selection:
         """How many of the last checkpoints each of several averages takes; None stands for all."""
         return tuple(self.last or (None,)) if not isinstance(self.last, int) else (self.last,)
 
-    def unwanted(self, name: str) -> str | None:
+    def exclusion_reason(self, name: str) -> str | None:
         """Why a checkpoint of this name is left out; None if it is not."""
         if self.include and not _fitting(name, self.include):
             return "its name does not fit include"
@@ -285,7 +285,7 @@ def _apply_cycle(
 def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | None) -> None:
     """Reject what was not saved at a local minimum of the learning rate."""
     _check_order(run, "lr_minima")
-    rates, minima = at_minima(run.checkpoints, run.names, recorded)
+    rates, minima = rates_and_minima(run.checkpoints, run.names, recorded)
     for verdict, rate, is_minimum in zip(verdicts, rates, minima, strict=True):
         verdict.rate = rate
         if not is_minimum:
@@ -299,7 +299,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     else:
         for verdict in verdicts:
             recorded = verdict.checkpoint.training.metrics.get(metric)
-            verdict.metric = from_name(verdict.name, metric) if recorded is None else recorded
+            verdict.metric = metric_in_name(verdict.name, metric) if recorded is None else recorded
     if rules.best is None:
         return
     mode = rules.mode or mode_of(metric)
@@ -317,7 +317,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             f"none of the checkpoints has the metric {printable(metric)}",
             remedy=(f"recorded are: {known}; " if known else "") + "name a file of it with metrics",
         )
-    winners = best(values, rules.best, mode)
+    winners = indices_of_best(values, rules.best, mode)
     for place, verdict in enumerate(left):
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"

@@ -12,7 +12,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.compare import find_copies
-from ckptavg.select.order import in_order, labels
+from ckptavg.select.order import relative_names, sort_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +49,7 @@ def find_run(
     *,
     key: str | None = None,
     keep_prefix: bool = False,
-    unwanted: Callable[[str], str | None] = lambda _: None,
+    exclusion_reason: Callable[[str], str | None] = lambda _: None,
 ) -> Run:
     """Find and open the checkpoints among the inputs, count copies once, and order the rest.
 
@@ -57,7 +57,7 @@ def find_run(
         inputs: directories of checkpoints, and checkpoints.
         key: which state dict to take if a file holds several.
         keep_prefix: leave a wrapper's prefix on the names of tensors.
-        unwanted: given a candidate's name, why it is left out; None if it is not.
+        exclusion_reason: given a candidate's name, why it is left out; None if it is not.
 
     Raises:
         SelectionError: there are no checkpoints.
@@ -67,8 +67,10 @@ def find_run(
     opened: list[Checkpoint] = []
     prefixes: Counter[str] = Counter()
     candidates = find_candidates(inputs)
-    for (path, is_named), name in zip(candidates.items(), labels(list(candidates)), strict=True):
-        reason = unwanted(name)
+    for (path, is_named), name in zip(
+        candidates.items(), relative_names(list(candidates)), strict=True
+    ):
+        reason = exclusion_reason(name)
         checkpoint = None if reason else _open(path, key, is_named=is_named)
         if checkpoint is None:
             left_out[path] = reason or "an average made earlier"
@@ -97,8 +99,8 @@ def ordered_run(
     files: Iterable[Path] = (),
 ) -> Run:
     """The run of these checkpoints, which this puts into the order of training."""
-    names = labels([checkpoint.path for checkpoint in checkpoints])
-    named, order_is_known = in_order(checkpoints, names)
+    names = relative_names([checkpoint.path for checkpoint in checkpoints])
+    named, order_is_known = sort_checkpoints(checkpoints, names)
     checkpoints, names = zip(*named, strict=True)
     return Run(checkpoints, names, order_is_known, left_out or {}, tuple(files))
 
@@ -110,7 +112,7 @@ def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], d
     such as `last`) is to be decided here.
     """
     copies = find_copies(candidates)
-    names = dict(zip(candidates, labels([each.path for each in candidates]), strict=True))
+    names = dict(zip(candidates, relative_names([each.path for each in candidates]), strict=True))
     left_out = {}
     for copy, original in copies.items():
         name = printable(names[original])
@@ -138,7 +140,7 @@ def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
     return checkpoint
 
 
-def mention_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
+def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
     """Log which state dicts the last checkpoint holds beside the one that is taken."""
     last = checkpoints[-1]
     if last.other_keys:

@@ -14,7 +14,7 @@ from typing import Any
 State = Mapping[str, Any]
 
 
-def close(rate: float, other: float, highest: float) -> bool:
+def nearly_equal(rate: float, other: float, highest: float) -> bool:
     """Whether two rates are equal but for rounding, in a schedule with this highest rate."""
     # Where a cosine should be zero, it is some 1e-17 of the highest rate.
     return math.isclose(rate, other, rel_tol=1e-6, abs_tol=1e-9 * abs(highest))
@@ -26,10 +26,10 @@ def steps_taken(scheduler: State | None) -> int | None:
     return steps if type(steps) is int and steps >= 0 else None
 
 
-def has_formula(scheduler: State | None, position: int, rate: float) -> bool:
+def follows_formula(scheduler: State | None, position: int, rate: float) -> bool:
     """Whether a formula gives the rate that was set after so many steps, and the one before it."""
     here, before = rate_at(scheduler, position), rate_at(scheduler, position - 1)
-    return here is not None and before is not None and close(here, rate, max(here, before))
+    return here is not None and before is not None and nearly_equal(here, rate, max(here, before))
 
 
 def is_minimum(scheduler: State | None, position: int) -> bool:
@@ -37,7 +37,7 @@ def is_minimum(scheduler: State | None, position: int) -> bool:
     around = [rate_at(scheduler, position + offset) for offset in (-1, 0, 1)]
     before, here, after = (math.nan if rate is None else rate for rate in around)
     lower = position > 0 and before > here and here < after
-    return lower and not close(min(before, after), here, max(before, after))
+    return lower and not nearly_equal(min(before, after), here, max(before, after))
 
 
 def rate_at(scheduler: State | None, position: int) -> float | None:

@@ -125,7 +125,7 @@ def summarise(
         bytes_read=plan.bytes_to_read,
         bytes_written=layout.size,
         memory=_BASE_MEMORY
-        + threads * (_THREAD_MEMORY + (len(plan.columns) - 1) * _OUTPUT_MEMORY)
+        + threads * (_THREAD_MEMORY + (len(plan.weights) - 1) * _OUTPUT_MEMORY)
         + sum(len(planned.output.names) for planned in plan.tensors) * _TENSOR_MEMORY
         + plan.largest_strided,
     )

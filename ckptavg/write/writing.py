@@ -137,7 +137,7 @@ def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
     digest = hashlib.sha256()
     for member in plan.members:
         digest.update(repr((member.digest, member.size)).encode())
-    for column, (path, layout) in zip(plan.columns, outputs, strict=True):
+    for column, (path, layout) in zip(plan.weights, outputs, strict=True):
         digest.update(repr((path.name, column, layout.targets, layout.bases)).encode())
         for file in layout.files.values():
             for offset, blob in file.blobs:

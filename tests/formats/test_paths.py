@@ -9,7 +9,7 @@ import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.paths import absolute, as_path, is_remote, remote_errors
-from ckptavg.select.order import labels
+from ckptavg.select.order import relative_names
 
 ADDRESS = "memory://user:secret@bucket/run/step_1.pt?token=secret"
 
@@ -99,11 +99,11 @@ class TestAbsolute:
 class TestLabels:
     def test_are_below_the_common_folder(self, tmp_path):
         paths = [tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]
-        assert labels(paths) == ("a/x.pt", "b/x.pt")
+        assert relative_names(paths) == ("a/x.pt", "b/x.pt")
 
     def test_here_and_behind_urls_have_no_folder_in_common(self, tmp_path):
         paths = [tmp_path / "a.pt", as_path(ADDRESS), as_path("memory://bucket/run/step_2.pt")]
-        assert labels(paths) == ("a.pt", "step_1.pt", "step_2.pt")
+        assert relative_names(paths) == ("a.pt", "step_1.pt", "step_2.pt")
 
 
 class TestRemoteErrors:

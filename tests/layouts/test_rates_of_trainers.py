@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.select.learning_rates import at_minima
+from ckptavg.select.learning_rates import rates_and_minima
 from tests.layouts.libraries import Sentences, llama
 from tests.layouts.lightning_runs import Net, batches
 
@@ -32,16 +32,16 @@ pytestmark = [
 ]
 
 
-def rates_and_minima(checkpoints: Sequence[Checkpoint]) -> tuple[list[float], list[bool]]:
-    return at_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
+def minima_of(checkpoints: Sequence[Checkpoint]) -> tuple[list[float], list[bool]]:
+    return rates_and_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
 
 
 def rates_of(checkpoints: Sequence[Checkpoint]) -> list[float]:
-    return rates_and_minima(checkpoints)[0]
+    return minima_of(checkpoints)[0]
 
 
 def taken(checkpoints: Sequence[Checkpoint]) -> list[int]:
-    _, minima = rates_and_minima(checkpoints)
+    _, minima = minima_of(checkpoints)
     return [index for index, low in enumerate(minima) if low]
 
 

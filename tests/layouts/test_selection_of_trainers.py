@@ -21,7 +21,7 @@ from tests.layouts.lightning_runs import Net, batches, trainer
 
 def taken(folder: Path, **rules: Any) -> list[str]:
     selection = Selection(**rules)
-    found = find_run([folder], unwanted=selection.unwanted)
+    found = find_run([folder], exclusion_reason=selection.exclusion_reason)
     return [verdict.checkpoint.path.name for verdict in chosen(select(found, selection))]
 
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckptavg
-from ckptavg.formats.tensors import BY_NAME, fresh
+from ckptavg.formats.tensors import BY_NAME, new_arrays
 from ckptavg.merge.arithmetic import Sum, all_finite, rounded
 from ckptavg.merge.narrow import FORMATS
 from tests.oracle import save_run
@@ -46,8 +46,8 @@ def test_what_is_no_number_stays_none_and_is_not_bounded(name):
         expected = values.astype(np.float64) * form.scale
     assert largest == np.inf
     assert np.array_equal(wide, expected, equal_nan=True)
-    assert not all_finite(values, BY_NAME[name], fresh(values.shape))
-    assert all_finite(_finite(name), BY_NAME[name], fresh(_finite(name).shape))
+    assert not all_finite(values, BY_NAME[name], new_arrays(values.shape))
+    assert all_finite(_finite(name), BY_NAME[name], new_arrays(_finite(name).shape))
 
 
 def _around(name: str) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_float32_is_rounded_as_a_cast_rounds(name, random):
     assert len(numbers) > len(values) / 4
     for part in (numbers, values, -numbers):
         with np.errstate(all="ignore"):
-            found = rounded(part, BY_NAME[name], fresh(part.shape))
+            found = rounded(part, BY_NAME[name], new_arrays(part.shape))
             expected = part.astype(BY_NAME[name].numpy)
         assert _same_bits(found, expected)
 
@@ -89,7 +89,7 @@ def test_sums_are_those_of_float64(name, largest, count):
         for term in terms:
             whole.add(*form.widen(term, np.empty(999, np.float32)))
             expected += term.astype(np.float64)
-        found = whole.mean(count, BY_NAME[target], fresh((999,)))
+        found = whole.mean(count, BY_NAME[target], new_arrays((999,)))
         expected /= count
         if target != "float64":
             expected = expected.astype(np.float32)
@@ -101,7 +101,7 @@ def test_minus_zero_is_not_lost(name):
     total = Sum(np.empty(5), form)
     for _ in range(3):
         total.add(*form.widen(zeros, np.empty(5, np.float32)))
-    assert np.signbit(total.mean(3, BY_NAME[name], fresh((5,))).astype(np.float32)).all()
+    assert np.signbit(total.mean(3, BY_NAME[name], new_arrays((5,))).astype(np.float32)).all()
 
 
 def test_divisors_that_float32_does_not_have(name):
@@ -109,7 +109,7 @@ def test_divisors_that_float32_does_not_have(name):
     numbers = numbers[np.abs(numbers.astype(np.float32)) < 1]
     total = Sum(np.empty(len(numbers)), form)
     total.add(*form.widen(numbers, np.empty(len(numbers), np.float32)))
-    found = total.mean(0.001, BY_NAME["float32"], fresh(numbers.shape))
+    found = total.mean(0.001, BY_NAME["float32"], new_arrays(numbers.shape))
     assert np.array_equal(found, (numbers.astype(np.float64) / 0.001).astype(np.float32))
 
 

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, TrainingRecord
-from ckptavg.select.learning_rates import at_minima, local_minima
+from ckptavg.select.learning_rates import local_minima, rates_and_minima
 
 UPDATES = 3  # of an epoch
 EPOCHS = 15
@@ -156,7 +156,7 @@ def train(
 
 
 def used_rates(run: Run) -> list[float]:
-    return at_minima(run.checkpoints, run.names)[0]
+    return rates_and_minima(run.checkpoints, run.names)[0]
 
 
 def doubts(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -165,7 +165,7 @@ def doubts(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def chosen(run: Run) -> list[bool]:
-    return at_minima(run.checkpoints, run.names)[1]
+    return rates_and_minima(run.checkpoints, run.names)[1]
 
 
 def expected(run: Run) -> list[bool]:
@@ -200,7 +200,7 @@ def test_the_weights_before_the_training_are_no_sign_of_epochs_from_0(tmp_path):
     root["optimizer"]["param_groups"][0]["lr"] = 0.1
     torch.save(root | {"epoch": 0, "global_step": 0}, tmp_path / "epoch_0.pt")
     records = [open_checkpoint(tmp_path / "epoch_0.pt"), *run.checkpoints]
-    rates = at_minima(records, ["epoch_0.pt", *run.names])[0]
+    rates = rates_and_minima(records, ["epoch_0.pt", *run.names])[0]
     assert rates == pytest.approx([0.1, *run.used])
 
 
@@ -239,7 +239,7 @@ def test_it_is_an_error_if_the_choice_depends_on_it(tmp_path, after, first):
         used_rates(run)
     assert run.names[0] in str(caught.value)
     assert "lr_recorded" in str(caught.value)
-    rates, low = at_minima(run.checkpoints, run.names, "next" if after else "used")
+    rates, low = rates_and_minima(run.checkpoints, run.names, "next" if after else "used")
     assert rates == pytest.approx(run.used)
     assert low == expected(run)
 
@@ -259,7 +259,7 @@ def test_lightning_and_timm_are_known_to_count_from_0(tmp_path, caplog, known, f
         records.append(open_checkpoint(checkpoint.path))
     caplog.set_level(logging.WARNING)
     recorded = [checkpoint.facts["learning_rate"] for checkpoint in records]
-    assert at_minima(records, run.names)[0] == recorded
+    assert rates_and_minima(records, run.names)[0] == recorded
     assert bool(caplog.messages) == (not known)
 
 
@@ -339,7 +339,7 @@ def test_fractional_steps_within_epochs_count_as_saved_before(tmp_path):
         }
         torch.save(root, tmp_path / f"{epoch}.pt")
         checkpoints.append(open_checkpoint(tmp_path / f"{epoch}.pt"))
-    _, chosen = at_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
+    _, chosen = rates_and_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
     assert [index for index, low in enumerate(chosen) if low] == [2, 5, 8]
 
 
@@ -354,7 +354,7 @@ def saved(
 
 
 def rates_of(records: Sequence[Checkpoint]) -> list[float]:
-    return at_minima(records, [f"c{index}" for index in range(len(records))])[0]
+    return rates_and_minima(records, [f"c{index}" for index in range(len(records))])[0]
 
 
 def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
@@ -477,7 +477,7 @@ def test_a_slow_descent_is_not_flat():
 
 def test_a_last_one_on_its_way_down_is_said(caplog):
     caplog.set_level(logging.INFO)
-    assert at_minima([saved(3), saved(2), saved(1)], "abc")[1] == [False, False, True]
+    assert rates_and_minima([saved(3), saved(2), saved(1)], "abc")[1] == [False, False, True]
     assert "still falling" in caplog.messages[0]
 
 
@@ -496,7 +496,7 @@ def test_nothing_is_said_where_it_is_none(caplog, rates, scheduler):
     *records, _ = map(saved, rates)
     state = scheduler and RESTARTS | scheduler | {"_last_lr": [rates[-1]]}
     records.append(saved(rates[-1], state, global_step=3))
-    assert at_minima(records, "abc"[: len(rates)])[1][-1] == (rates[-1] == min(rates))
+    assert rates_and_minima(records, "abc"[: len(rates)])[1][-1] == (rates[-1] == min(rates))
     assert not caplog.messages
 
 
@@ -525,7 +525,7 @@ def test_strange_states_of_schedulers_do_no_harm(state):
         records = [saved(0.1, state | {key: value}, epoch=n, global_step=n) for n in (2, 3, 4)]
         for recorded in (None, "used", "next"):
             with contextlib.suppress(SelectionError):
-                rates, _ = at_minima(records, "abc", recorded)
+                rates, _ = rates_and_minima(records, "abc", recorded)
                 assert all(math.isfinite(rate) for rate in rates)
     assert time.process_time() - started < 5
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
-from ckptavg.select.metrics import best, from_name, mode_of, read_metrics
+from ckptavg.select.metrics import indices_of_best, metric_in_name, mode_of, read_metrics
 
 # Which way
 
@@ -88,12 +88,12 @@ def test_nothing_is_guessed(name):
     ],
 )
 def test_a_metric_is_read_from_a_name(name, metric, value):
-    assert from_name(name, metric) == value
+    assert metric_in_name(name, metric) == value
 
 
 @pytest.mark.parametrize("name", ["loss=nan.ckpt", "loss_nan.ckpt", "epoch=2-loss=NaN-v1.ckpt"])
 def test_nan_is_read_as_such(name):
-    found = from_name(name, "loss")
+    found = metric_in_name(name, "loss")
     assert found is not None
     assert math.isnan(found)
 
@@ -121,13 +121,13 @@ def test_nan_is_read_as_such(name):
     ],
 )
 def test_nothing_else_is(name, metric):
-    assert from_name(name, metric) is None
+    assert metric_in_name(name, metric) is None
 
 
 def test_long_names_are_read_at_once():
     started = time.process_time()
     for piece in ("loss=", "loss1", "loss-", "1", "loss_1_", "e1", "-"):
-        from_name(piece * 5_000, "loss")
+        metric_in_name(piece * 5_000, "loss")
     assert time.process_time() - started < 5
 
 
@@ -156,7 +156,7 @@ def test_long_names_are_read_at_once():
     ],
 )
 def test_the_best_win_nan_never_and_the_later_of_equals(values, count, mode, taken):
-    assert best(values, count, mode) == taken
+    assert indices_of_best(values, count, mode) == taken
 
 
 def test_the_best_are_those_of_a_naive_search():
@@ -169,7 +169,7 @@ def test_the_best_are_those_of_a_naive_search():
                 winner = max(index for index, value in left.items() if value == top)
                 wanted.append(winner)
                 del left[winner]
-            assert best(values, count, mode) == sorted(wanted)
+            assert indices_of_best(values, count, mode) == sorted(wanted)
 
 
 # Files

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, SelectionError
-from ckptavg.select.order import numbers_in
+from ckptavg.select.order import steps_in_names
 from ckptavg.select.rules import chosen, select
 from ckptavg.select.run import find_run
 from tests import helpers
@@ -40,7 +40,7 @@ def run(tmp_path):
 def taken(folder, **rules):
     """The numbers of the checkpoints that the rules take."""
     selection = Selection(**rules)
-    found = find_run([folder], unwanted=selection.unwanted)
+    found = find_run([folder], exclusion_reason=selection.exclusion_reason)
     names = [verdict.checkpoint.path.name for verdict in chosen(select(found, selection))]
     return [int(torch.load(folder / name, weights_only=False)["model"]["w"][0]) for name in names]
 
@@ -277,7 +277,7 @@ def test_names_tell_the_step_where_the_files_do_not(tmp_path):
     ],
 )
 def test_numbers_in_names(names, numbers):
-    assert numbers_in(names) == numbers
+    assert steps_in_names(names) == numbers
 
 
 def test_lightning_and_timm_count_epochs_from_zero(tmp_path):

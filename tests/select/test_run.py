@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
 from ckptavg.select.compare import check_one_model
-from ckptavg.select.order import labels, natural
-from ckptavg.select.run import find_run, mention_other_state_dicts
+from ckptavg.select.order import natural_key, relative_names
+from ckptavg.select.run import find_run, log_other_state_dicts
 from tests.oracle import save_run
 
 
@@ -28,7 +28,7 @@ def collect(inputs, **options):
     """All checkpoints among the inputs, which must be of one model."""
     found = find_run(inputs, **options)
     check_one_model(found.checkpoints)
-    mention_other_state_dicts(found.checkpoints)
+    log_other_state_dicts(found.checkpoints)
     return found
 
 
@@ -128,7 +128,7 @@ class TestOrder:
 
     @given(st.lists(st.text(alphabet="ab01-_ .²", max_size=6), max_size=6))
     def test_natural_keys_can_always_be_compared(self, texts):
-        keys = sorted(map(natural, texts))
+        keys = sorted(map(natural_key, texts))
         assert all(one <= other for one, other in pairwise(keys))
 
 
@@ -321,8 +321,11 @@ class TestDiscovery:
 
 
 def test_labels_are_below_the_common_folder(tmp_path):
-    assert labels([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == ("a/x.pt", "b/x.pt")
-    assert labels([tmp_path / "x.pt"]) == ("x.pt",)
+    assert relative_names([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == (
+        "a/x.pt",
+        "b/x.pt",
+    )
+    assert relative_names([tmp_path / "x.pt"]) == ("x.pt",)
 
 
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "removed", "truncated"])

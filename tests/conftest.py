@@ -42,6 +42,19 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What each call of `os.preadv` returns."""
+    counts, original = [], os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        counts.append(original(*arguments))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return counts
+
+
+@pytest.fixture
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory on the import path; what was imported from it is forgotten."""
     monkeypatch.chdir(tmp_path)

@@ -98,6 +98,19 @@ def save_torch(root, path, **options):
     return path
 
 
+def assert_read_or_refused(path: Path) -> None:
+    """A checkpoint opens and all its tensors are read, or an error in one line names the file."""
+    message = str(path)
+    try:
+        opened = open_checkpoint(path)
+        for name in opened.tensors:
+            opened.read(name)
+    except CkptAvgError as error:
+        message = str(error)
+    assert message.startswith(str(path))
+    assert message.isprintable()
+
+
 def refusal(path, kind: type[CkptAvgError] = FormatError, key=None):
     """The error of opening a file, without its path, which it begins with."""
     with pytest.raises(kind) as caught:

@@ -261,5 +261,13 @@ def in_a_fork(pickled, load=load):
     return json.loads(told) if told else [f"died with status {status}", 0, 0]
 
 
+def assert_bounded(outcome, seconds, memory):
+    """What `in_a_fork` tells of a bomb: it was loaded or refused, within bounds."""
+    assert not outcome.startswith("died"), outcome
+    assert outcome.isprintable()
+    assert seconds < SECONDS
+    assert memory < MEMORY
+
+
 if __name__ == "__main__":
     json.dump({kind: in_a_fork(pickled) for kind, pickled in BOMBS.items()}, sys.stdout)

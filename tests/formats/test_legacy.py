@@ -21,14 +21,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckptavg
-from ckptavg.errors import CkptAvgError, FormatError, SelectionError
+from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint, torchlegacy
 from ckptavg.formats.parts import File
 from ckptavg.formats.remote import open_source
 from ckptavg.formats.unpickler import PickleError
-from tests.helpers import DTYPES, assert_same, random_tensor, refusal, save_torch, small_model
+from tests.helpers import (
+    DTYPES,
+    assert_read_or_refused,
+    assert_same,
+    random_tensor,
+    refusal,
+    save_torch,
+    small_model,
+)
 from tests.oracle import naive_mean, random_state_dicts, same_bits
-from tests.pickle_bombs import BOMBS, MEMORY, SECONDS, in_a_fork, named, stop, text
+from tests.pickle_bombs import BOMBS, assert_bounded, in_a_fork, named, stop, text
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -436,14 +444,7 @@ def test_flipped_bytes_are_read_or_refused_in_one_line(tmp_path, flips):
         data[place] = value
     path = tmp_path / "x.pt"
     path.write_bytes(data)
-    message = ""
-    try:
-        opened = open_checkpoint(path)
-        for name in opened.tensors:
-            opened.read(name)
-    except CkptAvgError as error:
-        message = str(error)
-    assert message == "" or message.isprintable()
+    assert_read_or_refused(path)
 
 
 # Hostile files
@@ -510,11 +511,7 @@ def outcomes():
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_no_pickle_takes_more_than_its_share(outcomes, kind):
-    outcome, seconds, memory = outcomes[kind]
-    assert not outcome.startswith("died"), outcome
-    assert seconds < SECONDS
-    assert memory < MEMORY
-    assert outcome.isprintable()
+    assert_bounded(*outcomes[kind])
 
 
 if __name__ == "__main__":

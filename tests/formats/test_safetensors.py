@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
+from tests.helpers import DTYPES, refusal
 
 # What the reference library's own error message lists, with the bits of an element.
 ALL_CODES = {
@@ -43,27 +44,7 @@ ALL_CODES = {
     "I64": 64,
     "U64": 64,
 }
-TORCH_DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-    torch.complex64,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint64,
-    torch.uint32,
-    torch.uint16,
-    torch.uint8,
-    torch.bool,
-]
+TORCH_DTYPES = [dtype for dtype in DTYPES if dtype != torch.complex128]
 U8 = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 
 
@@ -92,17 +73,6 @@ def reference_accepts(path):
             return True
     except safetensors.SafetensorError:
         return False
-
-
-def refusal(path, kind=FormatError):
-    """The error's text: one line that begins with the file's name."""
-    with pytest.raises(kind) as caught:
-        open_checkpoint(path)
-    text = str(caught.value)
-    assert text.startswith(str(path))
-    assert len(text.splitlines()) == 1
-    assert len(text) < 2_000
-    return text.removeprefix(str(path))
 
 
 # What it reads

@@ -56,13 +56,7 @@ class Box:
 
 
 class Pieces:
-    """A tensor that lies in pieces.
-
-    Args:
-        dtype: element type. Elements of packed types are bytes here.
-        shape: its dimensions.
-        boxes: its pieces; together they are the tensor, each element once.
-    """
+    """A tensor that lies in boxes, each element in one. Elements of packed types are bytes here."""
 
     def __init__(self, dtype: DType, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         self.dtype, self.shape = dtype, shape
@@ -134,11 +128,7 @@ class Pieces:
 
 
 class Blocks(Part):
-    """Tensors in pieces as one part, in which they lie one after the other.
-
-    Args:
-        path: the checkpoint that they belong to.
-        tensors: the tensors, in the order of their addresses.
+    """Tensors of a checkpoint as one part, in which they lie one after the other.
 
     Attributes:
         offsets: where each begins, in bytes, `[num_tensors]`.
@@ -164,12 +154,7 @@ class Blocks(Part):
 
 
 def misfit(shape: tuple[int, ...], regions: Sequence[Region]) -> str | None:
-    """What keeps pieces from making up a tensor, each element once; None where they do.
-
-    Args:
-        shape: the tensor's.
-        regions: where the pieces are, none of them empty.
-    """
+    """What keeps pieces, none of them empty, from making up a tensor; None where they do."""
     for corner, sizes in regions:
         if not (len(corner) == len(sizes) == len(shape)) or any(
             first + size > whole for first, size, whole in zip(corner, sizes, shape, strict=True)

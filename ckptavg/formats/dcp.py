@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.pickled import PickledTensor
     from ckptavg.formats.statedict import StateDicts
 
-# Lightning writes what is no tensor into this file beside the shards.
 _LIGHTNING_META = "meta.pt"
-# torchtitan has its step in this folder of the state dict.
-_TRAIN_STATE = "train_state"
 _CHAINED = re.compile(r"chained_\d+\.")  # Megatron's optimizers, where they are several
 # Exact words: a model may have a `scaler` or a `down_sampler`.
 _STATE_OF_TRAINING = re.compile(
@@ -52,12 +49,7 @@ def matches(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
-    """Describe the model's part.
-
-    Raises:
-        FormatError: a file is missing or damaged, or the pieces do not make up the tensors.
-        SelectionError: which state dict is wanted is unclear.
-    """
+    """Describe the model's part of the state dict that was saved."""
     if not (path / METADATA).exists():
         raise FormatError(f"has shards and no {METADATA}: was the saving interrupted?", path=path)
     metadata = Metadata(path)
@@ -168,7 +160,7 @@ def _facts(metadata: Metadata, shards: Shards) -> dict[str, int | float]:
     """What is recorded of the training at the top, or else in torchtitan's `train_state`."""
     names = {metadata.place(name): name for name in metadata.names}
     found: dict[str, object] = {}
-    for folder in ((_TRAIN_STATE,), ()):
+    for folder in (("train_state",), ()):
         for fact in STEP_FACTS:
             if name := names.get((*folder, fact)):
                 with contextlib.suppress(FormatError):
@@ -180,7 +172,7 @@ def _lightning(path: Path) -> tuple[dict[str, int | float], TrainingRecord]:
     """What Lightning records in a file beside the shards."""
     if not (path / _LIGHTNING_META).is_file():
         return {}, TrainingRecord()
-    archive = Archive.read(open_source(path / _LIGHTNING_META))
+    archive = Archive(open_source(path / _LIGHTNING_META))
     root = archive.load()
     record = training_record(root, path.name, lambda wanted: scalars(archive, wanted), whole=False)
     return training_facts(root), record

@@ -40,8 +40,6 @@ _ENDS = 1 << 10  # bytes: an item's zip has its pickle in the first, its directo
 _BATCH = 1_000  # items whose ends are in memory at once
 _LARGEST_OBJECT = 1 << 16
 
-Corner = tuple[int, ...]
-
 
 class Item(NamedTuple):
     """A piece of a tensor, or another object: so many bytes from an offset in one of the files."""
@@ -51,8 +49,11 @@ class Item(NamedTuple):
     length: int
 
 
+Items = defaultdict[tuple[str, tuple[int, ...] | None], list[Item]]
+
+
 class Piece(NamedTuple):
-    """A piece of a tensor, as the metadata describe it."""
+    """A piece of the tensor of that name, as the metadata describe it."""
 
     name: str
     dtype: DType
@@ -120,12 +121,8 @@ class Metadata:
         return UnreadableTensor("a tensor of a dtype that is not supported")
 
     def pieces(self, tensors: Mapping[str, PickledTensor]) -> Iterator[Piece]:
-        """Every piece of some tensors, each tensor's once they are known to make it up.
-
-        Raises:
-            FormatError: the pieces do not make up a tensor, or one has not exactly one item.
-        """
-        items = self._items_of(tensors)
+        """Every piece of some tensors, each tensor's once they are known to make it up."""
+        items = self.items(tensors)
         for name, tensor in tensors.items():
             regions = self._regions(name)
             if fault := misfit(tensor.shape, regions):
@@ -139,16 +136,9 @@ class Metadata:
                     raise self._fault(f"its piece at {list(corner)} has {count} in the files", name)
                 yield Piece(name, tensor.dtype, region, found[0])
 
-    def object_item(self, name: str) -> Item | None:
-        """Where an object is that is no tensor; None if its place is unclear."""
-        items = self._items_of({name})[name, None]
-        return items[0] if len(items) == 1 else None
-
-    def _items_of(
-        self, names: Container[str]
-    ) -> defaultdict[tuple[str, Corner | None], list[Item]]:
-        """The items of some entries, by name and corner of the piece."""
-        found: defaultdict[tuple[str, Corner | None], list[Item]] = defaultdict(list)
+    def items(self, names: Container[str]) -> Items:
+        """The items of some entries, by name and corner of the piece; objects have no corner."""
+        found: Items = defaultdict(list)
         for index, info in self._items.items():
             fields = self._fields(index, "MetadataIndex")
             name, offset = fields.get("fqn"), fields.get("offset")
@@ -257,10 +247,10 @@ class Shards:
         if isinstance(leaf, PickledTensor) and not leaf.shape and leaf.dtype.kind == "int":
             [box] = self.boxes({name: leaf})[name]
             return int(read_view(box.source, Tensor(leaf.dtype, (), 0, box.offset)))
-        item = self._metadata.object_item(name) if isinstance(leaf, Placeholder) else None
-        if item is None or item.length > _LARGEST_OBJECT:
+        items = self._metadata.items({name})[name, None] if isinstance(leaf, Placeholder) else []
+        if len(items) != 1 or items[0].length > _LARGEST_OBJECT:
             return None
-        return Archive.read(Section(self._open(item, name), item.offset, item.length)).load()
+        return Archive(Section(self._open(items[0], name), *items[0][1:])).load()
 
     def _open(self, item: Item, tensor: str) -> ByteSource:
         """Open the file of an item, and check that the item is in it."""
@@ -268,7 +258,7 @@ class Shards:
             try:
                 self.files[item.file] = open_source(self._directory / item.file)
             except CkptAvgError as error:
-                raise _about(tensor, error) from error
+                raise FormatError(error.message, path=error.path, tensor=tensor) from error
         file = self.files[item.file]
         if item.offset + item.length > file.size:
             missing = item.offset + item.length - file.size
@@ -293,11 +283,12 @@ class Shards:
         name, dtype, (corner, shape), item = piece
         file = self.files[item.file]
         try:
-            archive = Archive.read(section)
+            archive = Archive(section)
             value = archive.load()
             tensor = locate(archive, {name: value})[name]
         except CkptAvgError as error:
-            raise _about(name, error) from error
+            error.tensor = name
+            raise
         if not isinstance(value, PickledTensor) or (value.dtype, value.shape) != (dtype, shape):
             message = (
                 f"has a piece of {tensor.dtype.name} {list(tensor.shape)} at byte {item.offset} "
@@ -312,19 +303,12 @@ class _Zip(Section):
 
     def __init__(self, file: ByteSource, item: Item, head: bytes, tail: bytes) -> None:
         super().__init__(file, item.offset, item.length)
-        self._head, self._tail = head, tail
+        self._ends = (0, head), (item.length - len(tail), tail)
 
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`, of the item."""
-        end, tail_at = offset + len(out), self.size - len(self._tail)
-        if end <= len(self._head):
-            out[:] = self._head[offset:end]
-        elif tail_at <= offset and end <= self.size:
-            out[:] = self._tail[offset - tail_at : end - tail_at]
-        else:
-            super().read_into(offset, out)
-
-
-def _about(tensor: str, error: CkptAvgError) -> FormatError:
-    """The same error, with the tensor that it is about."""
-    return FormatError(error.message, path=error.path, tensor=tensor, remedy=error.remedy)
+        for start, data in self._ends:
+            if start <= offset and offset + len(out) <= start + len(data):
+                out[:] = data[offset - start :][: len(out)]
+                return
+        super().read_into(offset, out)

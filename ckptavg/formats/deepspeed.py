@@ -35,11 +35,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
-    """Describe the weights.
-
-    Raises:
-        FormatError: they are spread over several files, which DeepSpeed itself can put together.
-    """
+    """Describe the weights; FormatError if they are spread over several files."""
     files = _files(path)
     checkpoint = open_file(files[0], key)
     if len(files) > 1:

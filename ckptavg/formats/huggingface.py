@@ -220,7 +220,7 @@ def _scheduler(path: Path) -> object:
     if not file.is_file():
         return None
     try:
-        return Archive.read(open_source(file)).load()
+        return Archive(open_source(file)).load()
     except FormatError as error:
         log.info("%s: its learning rate is not known", error)
         return None

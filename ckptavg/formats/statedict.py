@@ -21,8 +21,6 @@ _PLAIN = ("state_dict", "model_state_dict", "model", "module", "net", "network",
 _AVERAGES = ("ema", "swa", "avg", "average", "averaged", "shadow", "teacher")
 # Words begin like this in the names of what holds tensors that are no weights.
 _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler", "criterion")
-# DeepSpeed's fragments of weights; `module` has those weights whole.
-_NO_WEIGHTS = ("frozen_param_fragments",)
 # One of these stands beside the weights in a file that DeepSpeed's engine wrote.
 _DEEPSPEED_MARKS = ("ds_version", "ds_config", "dp_world_size")
 _MOST_LEVELS = 2
@@ -153,7 +151,9 @@ class _Finder:
 
 def is_training(name: str) -> bool:
     """Whether a name says that it holds the state of the training: an optimizer or the like."""
-    return name in _NO_WEIGHTS or any(word.startswith(_TRAINING) for word in _words(name))
+    if name == "frozen_param_fragments":  # DeepSpeed's, of weights that `module` has whole
+        return True
+    return any(word.startswith(_TRAINING) for word in _words(name))
 
 
 def is_average(name: str) -> bool:
@@ -166,12 +166,7 @@ def _words(name: str) -> list[str]:
 
 
 def check_kind(path: Path, root: object, found: StateDicts) -> None:
-    """Refuse a file without its weights, or with an object in the place of a state dict.
-
-    Raises:
-        FormatError: the weights are spread over other files.
-        SelectionError: the file holds an object, and no state dict.
-    """
+    """Raise an error for weights in other files, and for an object in a state dict's place."""
     if is_deepspeed(root) and (path.name.startswith("zero_pp_rank_") or _is_partitioned(root)):
         raise FormatError(
             "holds no whole weights: DeepSpeed's ZeRO stage 3 spread them over other files",
@@ -216,11 +211,7 @@ def _is_partitioned(root: Mapping[Any, object]) -> bool:
 
 
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
-    """Choose the state dict that is meant: the one that the user asked for, or the plain one.
-
-    Raises:
-        SelectionError: there is none, not the one asked for, or the choice is unclear.
-    """
+    """Choose the state dict that is meant; SelectionError where that is unclear."""
     if key is not None and key in found:
         return key
     if not found:

@@ -55,12 +55,7 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
 
 
 def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
-    """Describe one state dict of a torch file.
-
-    Raises:
-        FormatError: the file is damaged or cut off, or holds what cannot be averaged.
-        SelectionError: which state dict is wanted is unclear.
-    """
+    """Describe one state dict of a torch file."""
     legacy = LegacyFile(file)
     digest = hashlib.sha256(file.read(0, legacy.end)).hexdigest()
     return describe(legacy, legacy.root, key, digest, metadata={})
@@ -70,9 +65,8 @@ class LegacyUnpickler(InertUnpickler):
     """An unpickler that knows the persistent ids of these files.
 
     Attributes:
-        storages: elements and bytes of an element, by key, in the order in which they come.
-        views: what tensors use of the storages, all of one or a piece of it, by a name of its own:
-            the storage's key, where the piece begins in it, and its size, both in bytes.
+        storages: number and bytes of the elements, by key, in the order in which they come.
+        views: what tensors use of a storage, by a name for it: key, first byte and bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -93,11 +87,9 @@ class LegacyUnpickler(InertUnpickler):
         return refuse("an unknown persistent id")
 
     def _storage(self, kind: object, key: str, size: int, view: object) -> Storage:
-        dtype, itemsize = None, None
-        if isinstance(kind, DType):
-            dtype, itemsize = kind, kind.itemsize
-        elif isinstance(kind, Placeholder):
-            itemsize = _RAW_STORAGES.get(kind.origin.rpartition(".")[2])
+        dtype = kind if isinstance(kind, DType) else None
+        untyped = kind.origin.rpartition(".")[2] if isinstance(kind, Placeholder) else ""
+        itemsize = dtype.itemsize if dtype else _RAW_STORAGES.get(untyped)
         if itemsize is None:
             refuse("a storage of an unknown type")
         if len(key) > _LONGEST_KEY:  # it is part of the name of each view
@@ -119,13 +111,7 @@ class LegacyUnpickler(InertUnpickler):
 
 
 class LegacyFile:
-    """A torch file as it was before 1.6.
-
-    Attributes:
-        file: the file.
-        root: what its pickle describes.
-        end: where the pickles end.
-    """
+    """A torch file as it was before 1.6: what its pickle describes, and where the pickles end."""
 
     def __init__(self, file: ByteSource) -> None:
         self.file = file

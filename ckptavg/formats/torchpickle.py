@@ -32,15 +32,12 @@ _LONGEST_LABEL = 300
 class Container(Protocol):
     """A file with a pickle and the storages that it names."""
 
-    @property
-    def file(self) -> ByteSource:
-        """The file."""
+    file: ByteSource
 
     def storages(self, users: Mapping[str, str]) -> Storages:
-        """Find storages; those that are missing are left out.
+        """Find storages, given by key, each with the name of a tensor in it for messages.
 
-        Args:
-            users: keys of the storages, and for each the name of a tensor in it, for messages.
+        Those that are missing are left out.
         """
 
 
@@ -126,11 +123,7 @@ def scalars(container: Container, values: Mapping[str, PickledTensor]) -> dict[s
 
 
 def locate(container: Container, values: Mapping[str, object]) -> dict[str, Tensor]:
-    """Find where pickled tensors are in a file, by name, within the bounds of their storages.
-
-    Raises:
-        FormatError: a tensor has no plain strided bytes, or lies outside its storage.
-    """
+    """Find where pickled tensors are in a file, by name; FormatError as for `describe`."""
     path = container.file.path
     tensors = {name: readable(value, path, name) for name, value in values.items()}
     storages = container.storages({value.storage.key: name for name, value in tensors.items()})

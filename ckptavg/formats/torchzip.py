@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
@@ -36,71 +35,57 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
 
 
 def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
-    """Describe one state dict of a torch file.
-
-    Raises:
-        FormatError: the archive or its pickle is damaged, or the state dict cannot be averaged.
-        SelectionError: which state dict is wanted is unclear.
-    """
-    archive = Archive.read(file)
-    pickled = archive.content("data.pkl")
+    """Describe one state dict of a torch file."""
+    archive = Archive(file)
+    pickled = archive.content("data.pkl") or b""
     root = unpickler.load(pickled, file.path)
     digest = hashlib.sha256(pickled).hexdigest()
-    metadata = {}
-    if archive.has(PROVENANCE):
-        metadata[PROVENANCE] = archive.content(PROVENANCE).decode(errors="replace")
+    provenance = archive.content(PROVENANCE)
+    metadata = {PROVENANCE: provenance.decode(errors="replace")} if provenance else {}
     return describe(archive, root, key, digest, metadata)
 
 
-@dataclass(frozen=True)
 class Archive:
     """A torch zip.
 
     Attributes:
-        file: the zip.
-        prefix: the folder in it that all records are in, with its slash.
+        prefix: the folder that all records are in, with its slash.
         records: name to entry of the central directory, in its order.
         directory_start: where the central directory begins.
+
+    Raises:
+        FormatError: torch could not read it on this machine.
     """
 
-    file: ByteSource
-    prefix: str
-    records: dict[str, zipfile.ZipInfo]
-    directory_start: int
-
-    @staticmethod
-    def read(file: ByteSource) -> Archive:
-        """Read the central directory; FormatError if torch could not read the zip."""
+    def __init__(self, file: ByteSource) -> None:
         try:
             stream = SourceStream(file, _LARGEST_DIRECTORY, "zip directory")
             with zipfile.ZipFile(cast("BinaryIO", stream)) as directory:
-                entries, directory_start = directory.infolist(), directory.start_dir
+                entries, self.directory_start = directory.infolist(), directory.start_dir
         except CkptAvgError:
             raise
         except Exception as error:  # damaged bytes can make the zip reader raise anything
             message = f"its zip directory is damaged ({printable(error)}): truncated?"
             raise FormatError(message, path=file.path) from error
-        records = {entry.filename: entry for entry in entries}
-        if len(records) != len(entries):
+        self.file, self.records = file, {entry.filename: entry for entry in entries}
+        if len(self.records) != len(entries):
             raise FormatError("has two records of one name", path=file.path)
-        for name in records:
+        for name in self.records:
             if name.startswith("/") or ".." in name.split("/"):
                 raise FormatError(f"has a record outside: {printable(name)}", path=file.path)
-        _refuse_programs(file.path, records)
-        pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1:
+        _refuse_programs(file.path, self.records)
+        at_top = (name for name in self.records if name.count("/") == 1)
+        folders = [name.removesuffix("data.pkl") for name in at_top if name.endswith("/data.pkl")]
+        if len(folders) != 1:
             raise FormatError("is a zip, but no torch checkpoint", path=file.path)
-        archive = Archive(file, pickles[0].removesuffix("data.pkl"), records, directory_start)
-        if archive.has("byteorder") and archive.content("byteorder") != b"little":
+        [self.prefix] = folders
+        if self.content("byteorder") not in (None, b"little"):
             raise big_endian(file.path)
-        return archive
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a record in the folder."""
-        return self.prefix + name in self.records
-
-    def content(self, name: str) -> bytes:
-        """Read a small record in the folder."""
+    def content(self, name: str) -> bytes | None:
+        """Read a small record in the folder; None if there is none of that name."""
+        if self.prefix + name not in self.records:
+            return None
         [(start, size)] = self.places({self.prefix + name: None}).values()
         if size > unpickler.LARGEST_PICKLE:
             raise FormatError(f"record {name} has {size} bytes", path=self.file.path)
@@ -108,7 +93,7 @@ class Archive:
 
     def load(self) -> object:
         """Read what the pickle describes, out of inert parts."""
-        return unpickler.load(self.content("data.pkl"), self.file.path)
+        return unpickler.load(self.content("data.pkl") or b"", self.file.path)
 
     def storages(self, users: Mapping[str, str]) -> Storages:
         """Find storages; see `Container`."""
@@ -120,11 +105,7 @@ class Archive:
     def places(self, users: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
         """Find where records begin in the file, and their bytes, by their full names.
 
-        Args:
-            users: names of the records, and for each the name of a tensor in it, for messages.
-
-        Raises:
-            FormatError: a record is compressed, or not where the directory says.
+        Each is given with the name of a tensor in it, for messages.
         """
 
         def fault(name: str, problem: str) -> FormatError:

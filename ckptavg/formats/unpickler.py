@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
@@ -25,8 +26,10 @@ from ckptavg.formats.pickled import (
 from ckptavg.formats.tensors import BY_NAME, DType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
+
+Sizes = Iterable[int]
 
 LARGEST_PICKLE = 256 << 20
 _MOST_GLOBALS = 10_000
@@ -43,11 +46,7 @@ class PickleError(FormatError):
 
 
 def load(data: bytes, path: Path | None = None) -> object:
-    """Build what the pickle of a file describes, out of inert parts.
-
-    Raises:
-        PickleError: whatever is wrong with the pickle.
-    """
+    """Build what the pickle of a file describes, out of inert parts; PickleError if it cannot."""
     if len(data) > LARGEST_PICKLE:
         message = f"its pickle is {len(data)} bytes long, more than {LARGEST_PICKLE}"
         raise PickleError(message, path=path)
@@ -246,20 +245,10 @@ def _fill(target: dict[Any, Any], pairs: Iterable[tuple[object, object]]) -> dic
     return target
 
 
-# What stands for globals: functions that are called with the unpickler and the pickled arguments.
-
-
-def _tensor(  # noqa: PLR0917 - torch's own argument list
-    _unpickler: object,
-    storage: object,
-    offset: int,
-    shape: Iterable[int],
-    strides: Iterable[int],
-    _grad: object = None,
-    _hooks: object = None,
-    marks: object = None,
-    dtype: object = None,
+def _tensor(
+    storage: object, offset: int, shape: Sizes, strides: Sizes, *, marks: object, dtype: object
 ) -> PickledTensor | UnreadableTensor:
+    """Describe a tensor. The dtype is the storage's where it is None."""
     if not isinstance(storage, Storage):
         return UnreadableTensor("a tensor without a storage of its own")
     if isinstance(marks, dict) and any(marks.values()):
@@ -272,10 +261,7 @@ def _tensor(  # noqa: PLR0917 - torch's own argument list
     return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
-def _tensor_v3(unpickler: object, *arguments: Any) -> object:  # noqa: ANN401
-    """As `_tensor`, with the dtype before the marks."""
-    *others, dtype = arguments[:7]
-    return _tensor(unpickler, *(*others, *(arguments[7:] or (None,)), dtype))
+# What stands for globals: functions that are called with the unpickler and the pickled arguments.
 
 
 def _parameter(_unpickler: object, data: object = None, *_: object) -> object:
@@ -296,32 +282,38 @@ def _attribute(unpickler: InertUnpickler, owner: object, name: object) -> object
     return unpickler.find_class(getattr(owner, "origin", "?"), name)
 
 
-_BUILTINS: dict[str, Callable[..., object]] = {
-    "set": lambda _, items=(): _set(items),
-    "frozenset": lambda _, items=(): frozenset(_set(items)),
-    "dict": lambda _, pairs=(): _fill({}, pairs),
-    "getattr": _attribute,
-}
 _GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
+    ("builtins", "set"): lambda _, items=(): _set(items),
+    ("builtins", "frozenset"): lambda _, items=(): frozenset(_set(items)),
+    ("builtins", "dict"): lambda _, pairs=(): _fill({}, pairs),
+    ("builtins", "getattr"): _attribute,
     ("collections", "OrderedDict"): lambda _, pairs=(): _fill(StateOrderedDict(), pairs),
     ("collections", "defaultdict"): lambda _, _factory=None, pairs=(): _fill({}, pairs),
     ("torch", "Size"): lambda _, numbers=(): tuple(numbers),
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_tensor"): lambda _, *place: _tensor(*place, marks=None, dtype=None),
+    ("torch._utils", "_rebuild_tensor_v2"): (
+        lambda _, storage, offset, shape, strides, _grad, _hooks, marks=None: _tensor(
+            storage, offset, shape, strides, marks=marks, dtype=None
+        )
+    ),
+    ("torch._utils", "_rebuild_tensor_v3"): (
+        lambda _, storage, offset, shape, strides, _grad, _hooks, dtype, marks=None: _tensor(
+            storage, offset, shape, strides, marks=marks, dtype=dtype
+        )
+    ),
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch.nn.parameter", "Parameter"): _parameter,
     ("torch.autograd.variable", "Variable"): _parameter,
     ("torch._tensor", "_rebuild_from_type"): _tensor_of_subclass,
     ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_subclass,
-    **{("builtins", name): function for name, function in _BUILTINS.items()},
-    **{("__builtin__", name): function for name, function in _BUILTINS.items()},
 }
 
 
 def _stand_in(module: str, name: str) -> object:
     """What stands for a global: a function of this module, a dtype, or else a placeholder."""
+    if module == "__builtin__":  # its name in Python 2, and so in protocols up to 2
+        module = "builtins"
     if (module, name) in _GLOBALS:
         return _GLOBALS[module, name]
     if module == "torch" and name in BY_NAME:

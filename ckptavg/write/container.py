@@ -178,7 +178,7 @@ def _lay_out_zip(
     file: ByteSource, spans: Sequence[Span], metadata: Mapping[str, str]
 ) -> tuple[FileLayout, int]:
     """The new end of a zip, a record for the provenance and the directory; and where it begins."""
-    archive = Archive.read(file)
+    archive = Archive(file)
     entries = dict(zip(archive.records, _directory_entries(archive), strict=True))
     entries.pop(archive.prefix + PROVENANCE, None)
     added = Zip(archive.prefix, archive.directory_start)

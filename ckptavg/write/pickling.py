@@ -192,13 +192,13 @@ def _spelled_out(value: object) -> object:
                 return text.encode("latin1")
             except UnicodeEncodeError as error:
                 raise _NotPlainError from error
-        case Placeholder(origin="__builtin__.bytes", arguments=()):
+        case Placeholder(origin="builtins.bytes", arguments=()):
             return b""
-        case Placeholder(origin="builtins.bytearray" | "__builtin__.bytearray", arguments=()):
+        case Placeholder(origin="builtins.bytearray", arguments=()):
             return bytearray()
-        case Placeholder(
-            origin="builtins.bytearray" | "__builtin__.bytearray", arguments=(content,)
-        ) if isinstance(content := _spelled_out(content), bytes):
+        case Placeholder(origin="builtins.bytearray", arguments=(content,)) if isinstance(
+            content := _spelled_out(content), bytes
+        ):
             return bytearray(content)
     return value
 

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1003,6 +1004,70 @@ class TestInPlaceKeepsAllElse:
         refresh_checkpoint(path, tmp_path / "o.pt", options())
         assert "only the state dict is written, not what else c.pt holds" in caplog.text
         assert "optimizer" not in load(tmp_path / "o.pt")
+
+
+class TestLinks:
+    """A symbolic link stays, and what it leads to is replaced."""
+
+    @pytest.fixture(params=["c.pt", "c.safetensors", "c/"])
+    def checkpoint(self, request, net, tmp_path):
+        """A checkpoint in a folder, and a link to it in another one."""
+        path = tmp_path / "run" / request.param
+        path.parent.mkdir()
+        if request.param == "c/":
+            path.mkdir()
+            save_safetensors(net.state_dict(), path / "model.safetensors")
+        else:
+            save(net.state_dict(), path)
+        link = tmp_path / "links" / f"last{path.suffix}"
+        link.parent.mkdir()
+        link.symlink_to(os.path.relpath(path, link.parent))
+        return path, link
+
+    def assert_refreshed(self, path, link):
+        assert link.is_symlink()
+        assert not path.is_symlink()
+        assert link.readlink() == Path("..", "run", path.name)
+        assert provenance(path)["norm_stats"]["state"] == "refreshed"
+        assert [entry.name for entry in link.parent.iterdir()] == [link.name]
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+    def test_are_written_through_in_place(self, checkpoint):
+        path, link = checkpoint
+        with pytest.raises(OutputError, match="is not of our making"):
+            refresh_checkpoint(link, None, options())
+        with pytest.raises(OutputError, match="is the checkpoint itself"):
+            refresh_checkpoint(link, path, options(), force=True)
+        with pytest.raises(OutputError, match="is the checkpoint itself"):
+            refresh_checkpoint(path, link, options(), force=True)
+        refresh_checkpoint(link, None, options(), in_place=True)
+        self.assert_refreshed(path, link)
+        refresh_checkpoint(link, None, options())  # now it is ours
+        refresh_checkpoint(path, link, options())
+        refresh_checkpoint(link, path, options())
+        self.assert_refreshed(path, link)
+
+    def test_are_written_through_as_outputs(self, checkpoint, net, tmp_path):
+        path, link = checkpoint
+        source = save(disturbed(net).state_dict(), tmp_path / "source.pt")
+        refresh_checkpoint(source, link, options(), force=True)
+        self.assert_refreshed(path, link)
+        folder = tmp_path / "ckpts"
+        folder.mkdir()
+        for step in range(2):
+            save(disturbed(net).state_dict(), folder / f"step_{step}.pt")
+        average_and_refresh([folder], link, options(), force=True)
+        self.assert_refreshed(path, link)
+        assert len(provenance(path)["sources"]) == 2
+
+    def test_that_a_failure_leaves_alone(self, checkpoint, tmp_path):
+        _, link = checkpoint
+        before = contents(tmp_path / "run")
+        with pytest.raises(RefreshError):
+            refresh_checkpoint(link, None, options(loader="train.py:nan"), in_place=True)
+        assert contents(tmp_path / "run") == before
+        assert link.is_symlink()
+        assert len(list(link.parent.iterdir())) == 1
 
 
 class TestProvenance:

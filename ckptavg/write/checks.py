@@ -73,7 +73,7 @@ def _check_directory(path: Path, names: Collection[str], *, force: bool) -> None
         raise OutputError(
             f"holds what the output would not bring ({shown}{more}), and would be replaced",
             path=path,
-            remedy="choose another output with -o",
+            remedy="choose another output",
         )
     if folder.is_dir() and os.path.ismount(folder):
         raise OutputError(
@@ -111,7 +111,7 @@ def check_vacant(path: Path, *, force: bool) -> None:
     """
     is_empty_directory = path.is_dir() and not _entries(path)
     if os.path.lexists(path) and not force and not is_empty_directory:
-        raise OutputError("exists already", path=path, remedy="--force replaces it")
+        raise OutputError("exists already", path=path, remedy="replace it with force")
     check_parent(followed(path))
 
 

@@ -105,7 +105,7 @@ def _add_twins(
                 "is not in its state_dict as it is among its weights",
                 path=path,
                 tensor=tensor.names[0],
-                remedy="write the weights alone, without --container",
+                remedy="write the weights alone, without container",
             )
         places += [place for place in found if place != places[0]]
 
@@ -160,7 +160,7 @@ def _spans(
                 "container cannot hold their averages apart",
                 path=path,
                 tensor=name,
-                remedy="write the weights alone, without --container",
+                remedy="write the weights alone, without container",
             )
     return [(start, end) for start, end, _ in spans]
 

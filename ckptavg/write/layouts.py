@@ -120,7 +120,7 @@ def _check_container(path: Path, last: Checkpoint) -> None:
             f"the last checkpoint, {printable(last.path)}, is no torch file whose weights could "
             "be replaced",
             path=path,
-            remedy="leave --container out; a directory's configuration comes along anyway",
+            remedy="leave container out; a directory's configuration comes along anyway",
         )
     if path.suffix not in _TORCH or path.is_dir():
         raise OutputError(

@@ -80,7 +80,7 @@ class TestDestination:
     def test_that_is_not_empty_needs_force(self, ckpts, tmp_path, content):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / content).write_text("precious")
-        with pytest.raises(OutputError, match="out: exists already; --force replaces it"):
+        with pytest.raises(OutputError, match="out: exists already; replace it with force"):
             ckptavg.average(ckpts, tmp_path / "out")
         assert tree(tmp_path / "out") == {content: b"precious"}
 
@@ -272,7 +272,7 @@ def average_with_model(inputs: Path, out: Path) -> None:
     from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.together import average_and_refresh
 
-    options = RefreshOptions(model="absent.py:model", loader="absent.py:loader")
+    options = RefreshOptions(model="math:sqrt", loader="math:sqrt")
     average_and_refresh([inputs], out, options, force=True)
 
 
@@ -281,12 +281,12 @@ def refresh(inputs: Path, out: Path) -> None:
     from ckptavg.norm.files import refresh_checkpoint
     from ckptavg.norm.options import RefreshOptions
 
-    options = RefreshOptions(model="absent.py:model", loader="absent.py:loader")
+    options = RefreshOptions(model="math:sqrt", loader="math:sqrt")
     last = max(inputs.iterdir()) if inputs.name == "run" else inputs
     refresh_checkpoint(last, out, options, force=True)
 
 
-# None of them may get as far as the model, which is not there.
+# None of them may get as far as making the model: its factory raises.
 @pytest.mark.parametrize("act", [average, average_with_model, refresh])
 class TestInputs:
     def refused(self, act: Callable[[Path, Path], None], inputs: Path, out: Path, top: Path) -> str:

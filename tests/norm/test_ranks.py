@@ -250,9 +250,7 @@ class TestResult:
 
     def test_is_judged_by_the_first_alone(self, folder):
         judging = ("--eval-loader", "train.py:loader", "--metric", "train.py:score")
-        outputs = run(
-            folder, "two.pt", "--loader", "train.py:loader", *judging, "--mode", "max", size=2
-        )
+        outputs = run(folder, "two.pt", "--loader", "train.py:loader", *judging, size=2)
         assert json.loads(outputs[0][0])["verdict"]["after"] == {"score": 1}
         assert [error.count("evaluated in 0") for _, error in outputs] == [2, 0]
         assert "evaluated in 1" not in outputs[1][1]

@@ -95,7 +95,6 @@ _NO_EFFECT = (
         lambda params: _is_one_file(params) and not params["output"].endswith(".safetensors"),
         ["drop_aliases"],
     ),
-    NoEffect("with --dry-run", lambda params: bool(params["dry_run"]), ["hash"]),
     *options.REFRESH_NO_EFFECT,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,13 +10,13 @@ import click
 from ckptavg.cli import options, types
 from ckptavg.cli.command import RUNNING, Command, fields_of
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size
-from ckptavg.errors import CkptAvgError, printable
+from ckptavg.errors import CkptAvgError, SelectionError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.formats.description import Description
+    from ckptavg.formats.checkpoint import Checkpoint
 
 
 @click.command(
@@ -90,74 +91,106 @@ def _show_choice(
 
 def _show_content(console: Console, paths: Sequence[Path], key: str | None) -> None:
     """Show what each checkpoint holds; one that cannot be read does not hide the others."""
-    from ckptavg.formats.description import describe
     from ckptavg.select.candidates import find_candidates
 
     files = list(find_candidates(paths))
-    descriptions: list[Description] = []
+    contents: list[dict[str, Any]] = []
     failures: list[CkptAvgError] = []
     for path in files:
         try:
-            descriptions += describe(path, key=key)
+            contents += map(_content, _state_dicts(path, key))
         except CkptAvgError as error:
             if len(files) == 1:
                 raise
             failures.append(error)
-    if len(descriptions) == 1:
-        _say_one(console, descriptions[0])
-    elif descriptions:
-        _say_several(console, descriptions)
+    if len(contents) == 1:
+        _say_one(console, contents[0])
+    elif contents:
+        _say_several(console, contents)
     else:
         console.say("no checkpoints found")
-    console.result({"checkpoints": [description.as_dict() for description in descriptions]})
+    console.result({"checkpoints": contents})
     for failure in failures[:-1]:
         say_on_stderr(f"error: {failure}")
     if failures:
         raise failures[-1]
 
 
-def _say_one(console: Console, description: Description) -> None:
-    others = ", ".join(map(printable, description.other_state_dicts))
-    elements, tensor_bytes = f"{description.elements:,}", size(description.tensor_bytes)
-    norm_layers = f"{description.norm_layers:,} with running statistics"
-    lines = {
-        "container": f"{description.container}, {size(description.file_bytes)}",
-        "state dict": printable(description.state_dict) or "the whole file",
-        "others": f"{others} (take one with --key)" if others else "",
-        "tensors": f"{description.tensors:,}, with {elements} elements, {tensor_bytes}",
-        "dtypes": ", ".join(f"{name} ({count:,})" for name, count in description.dtypes.items()),
-        "training": ", ".join(f"{name} {value}" for name, value in description.facts.items()),
-        "norm layers": norm_layers if description.norm_layers else "",
-        "made by": _provenance(description),
+def _state_dicts(path: Path, key: str | None) -> list[Checkpoint]:
+    """The state dict that `average` would take, or all of a file where that is unclear."""
+    from ckptavg.formats import open_checkpoint
+
+    try:
+        return [open_checkpoint(path, key=key)]
+    except SelectionError as error:
+        if not error.choices:
+            raise
+        return [open_checkpoint(path, key=choice) for choice in error.choices]
+
+
+def _content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is shown of a state dict, and printed as JSON."""
+    from ckptavg.formats.names import is_norm_statistic
+    from ckptavg.formats.paths import shown
+
+    names, tensors = checkpoint.tensors.keys(), checkpoint.tensors.values()
+    return {
+        "path": shown(checkpoint.path),
+        "container": checkpoint.container,
+        "file_bytes": checkpoint.size,
+        "state_dict": checkpoint.key,
+        "other_state_dicts": checkpoint.other_keys,
+        "tensors": len(tensors),
+        "elements": sum(tensor.count for tensor in tensors),
+        "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(Counter(tensor.dtype.name for tensor in tensors)),
+        "facts": dict(checkpoint.facts),
+        "norm_layers": sum(is_norm_statistic(name) and name.endswith("mean") for name in names),
+        "provenance": checkpoint.provenance,
     }
-    console.say(printable(description.path))
+
+
+def _say_one(console: Console, content: dict[str, Any]) -> None:
+    others = ", ".join(map(printable, content["other_state_dicts"]))
+    layers = content["norm_layers"]
+    lines = {
+        "container": f"{content['container']}, {size(content['file_bytes'])}",
+        "state dict": printable(content["state_dict"]) or "the whole file",
+        "others": f"{others} (take one with --key)" if others else "",
+        "tensors": f"{content['tensors']:,}, with {content['elements']:,} elements, "
+        f"{size(content['tensor_bytes'])}",
+        "dtypes": ", ".join(f"{name} ({count:,})" for name, count in content["dtypes"].items()),
+        "training": ", ".join(f"{name} {value}" for name, value in content["facts"].items()),
+        "norm layers": f"{layers:,} with running statistics" if layers else "",
+        "made by": _provenance(content["provenance"]),
+    }
+    console.say(printable(content["path"]))
     for label, text in lines.items():
         if text:
             console.say(f"  {label:<12} {text}")
 
 
-def _say_several(console: Console, descriptions: Sequence[Description]) -> None:
+def _say_several(console: Console, contents: Sequence[dict[str, Any]]) -> None:
     from ckptavg.formats.checkpoint import STEP_FACTS
 
     header = ("path", "state dict", "step", "rate", "tensors", "bytes", "dtypes", "norm layers")
     rows = [(*header, "made by")]
-    for description in descriptions:
-        facts = description.facts
+    for content in contents:
+        facts = content["facts"]
         step = next((f"{name} {facts[name]}" for name in STEP_FACTS if name in facts), "-")
         row = (
-            *(printable(description.path), printable(description.state_dict) or "-"),
+            *(printable(content["path"]), printable(content["state_dict"]) or "-"),
             *(step, cell(facts.get("learning_rate"), "g")),
-            *(cell(description.tensors), size(description.tensor_bytes)),
-            *(",".join(description.dtypes), cell(description.norm_layers)),
-            _provenance(description) or "-",
+            *(cell(content["tensors"]), size(content["tensor_bytes"])),
+            *(",".join(content["dtypes"]), cell(content["norm_layers"])),
+            _provenance(content["provenance"]) or "-",
         )
         rows.append(row)
     console.say_table(rows)
 
 
-def _provenance(description: Description) -> str:
+def _provenance(made: dict[str, Any] | None) -> str:
     """What ckptavg wrote into a checkpoint about itself; empty if it did not make it."""
-    made = description.provenance
     if made is None:
         return ""
     sources, statistics = made.get("sources"), made.get("norm_stats")

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ckptavg.cli.inspect import _content
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
 from ckptavg.formats import jsontext, lora_config, open_checkpoint, unpickler
 from ckptavg.formats.checkpoint import Checkpoint, span_elements, without_wrappers
-from ckptavg.formats.description import Description
 from ckptavg.formats.recorded import trainer_record, training_facts, training_record
 from ckptavg.formats.statedict import find_state_dicts
 from tests.fuzz.containers import safetensors_of, torch_zip_of, unpacked
@@ -167,7 +167,7 @@ def _open(path: Path) -> None:
         with _refusals():
             _read(checkpoint)
         without_wrappers(checkpoint, keep_prefix=False)
-        jsontext.to_text(Description.of(checkpoint).as_dict())
+        jsontext.to_text(_content(checkpoint))
 
 
 def _read(checkpoint: Checkpoint) -> None:

@@ -56,11 +56,7 @@ def check_file(path: Path, *, force: bool) -> None:
 
 
 def _check_directory(path: Path, names: Collection[str], *, force: bool) -> None:
-    """Check that a directory of files with these names can be written.
-
-    Raises:
-        OutputError: it cannot, or it would replace a directory that holds anything else.
-    """
+    """Check that a directory with these files can be written, and replaces no others."""
     folder = followed(path)
     put_back(folder)
     if os.path.lexists(folder) and not folder.is_dir():

@@ -91,11 +91,7 @@ def _add_twins(
     targets: Sequence[list[Tensor]],
     twin: Checkpoint,
 ) -> None:
-    """Add the places of the tensors in another state dict, with a wrapper's prefix or without.
-
-    Raises:
-        OutputError: it has not the same tensors.
-    """
+    """Add the places of the tensors in another state dict, with a wrapper's prefix or without."""
     twins = {**without_wrappers(twin, keep_prefix=False)[0].tensors, **twin.tensors}
     for tensor, places in zip(tensors, targets, strict=True):
         found = dict.fromkeys(twins[name] for name in tensor.names if name in twins)
@@ -142,11 +138,7 @@ def _overlaps(spans: Sequence[Span], span: Span) -> bool:
 def _spans(
     path: Path, tensors: Sequence[OutputTensor], targets: Sequence[Sequence[Tensor]]
 ) -> list[Span]:
-    """The spans of the tensors in order. What lies between a strided one's elements counts.
-
-    Raises:
-        OutputError: two of them overlap.
-    """
+    """The spans of the tensors in order, which must not overlap."""
     spans = sorted(
         (*_span(place), tensor.names[0])
         for tensor, places in zip(tensors, targets, strict=True)

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError
@@ -21,6 +22,7 @@ from ckptavg.write.temporary import locked, temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
     from ckptavg.merge.layout import Checksum, Layout
@@ -134,7 +136,8 @@ class Output:
         On a network file system other processes see only then what this one has written.
         """
         with self._explained():
-            self._syncer.finish()
+            self._syncer.stop()
+            self._syncer.raise_failure()
         for name, fd in self._fds.items() if self._fsync else ():
             with self._explained(name):
                 os.fsync(fd)
@@ -251,59 +254,39 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Syncer:
-    """Brings files to the disk while they are still being written, in a thread of its own.
+    """Brings files to the disk while they are still being written.
 
     Waiting for all of it at the end takes half as long again.
     """
 
     def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._syncs: list[Future[None]] = []
+        self._lock = threading.Lock()
         self._dirty: set[int] = set()
         self._pending = 0
-        self._stopping = False
-        self._failure: OSError | None = None
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
 
     def add(self, fd: int, count: int) -> None:
         """Note that so many bytes were written to a file."""
-        with self._wake:
+        with self._lock:
             self._dirty.add(fd)
             self._pending += count
-            if self._pending < _SYNC_EVERY:
-                return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
-            self._wake.notify()
+            is_idle = not self._syncs or self._syncs[-1].done()
+            if self._pending >= _SYNC_EVERY and is_idle:
+                with contextlib.suppress(RuntimeError):  # no more threads: it waits for the end
+                    self._syncs.append(self._pool.submit(_sync, self._dirty))
+                    self._dirty, self._pending = set(), 0
 
     def stop(self) -> None:
-        """Let the thread end. What it has not brought to the disk is left to the caller."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
+        """Wait for a sync that is under way. The rest is left to the caller."""
+        self._pool.shutdown()
 
-    def finish(self) -> None:
-        """Stop, and raise what a sync has failed with: the system reports each failure only once.
+    def raise_failure(self) -> None:
+        """Raise the error of a sync: the system reports each only once."""
+        for sync in self._syncs:
+            sync.result()
 
-        Raises:
-            OSError: the disk has failed.
-        """
-        self.stop()
-        if self._failure is not None:
-            raise self._failure
 
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._pending >= _SYNC_EVERY)
-                if self._stopping:
-                    return
-                fds, self._dirty, self._pending = self._dirty, set(), 0
-            try:
-                for fd in fds:
-                    getattr(os, "fdatasync", os.fsync)(fd)
-            except OSError as error:
-                self._failure = error
-                return
+def _sync(fds: set[int]) -> None:
+    for fd in fds:
+        getattr(os, "fdatasync", os.fsync)(fd)

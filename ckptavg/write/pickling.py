@@ -128,11 +128,7 @@ class _Encoder:
         self._tensors, self._left = tensors, longest
 
     def encode(self, value: object, depth: int = 0) -> bytes:
-        """Pickle a value.
-
-        Raises:
-            _NotPlainError: it is not plain, too large, or contains itself.
-        """
+        """Pickle a value, unless it is not plain, too large, or contains itself."""
         if depth > _DEEPEST:
             raise _NotPlainError
         data = self._encode(_spelled_out(value), depth + 1)
@@ -181,11 +177,7 @@ class _Encoder:
 
 
 def _spelled_out(value: object) -> object:
-    """The bytes that protocol 2 pickles as a call; other values as they are.
-
-    Raises:
-        _NotPlainError: the text in the call stands for no bytes.
-    """
+    """The bytes that protocol 2 pickles as a call; other values as they are."""
     match value:
         case Placeholder(origin="_codecs.encode", arguments=(str() as text, "latin1")):
             try:

@@ -91,12 +91,7 @@ def _open(
     fsync: bool,
     ranks: Ranks,
 ) -> list[Output]:
-    """Begin the outputs in the first process; the others open what it has begun.
-
-    Raises:
-        OutputError: they cannot be made.
-        CkptAvgError: the processes do not have the same plan.
-    """
+    """Begin the outputs in the first process; the others open what it has begun."""
 
     def open_one(path: Path, layout: Layout, temporary: Path | None = None) -> Output:
         output = Output(path, layout, force=force, fsync=fsync, temporary=temporary)

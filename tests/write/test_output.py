@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -138,15 +139,17 @@ def test_a_failing_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, ca
 def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatch):
     """The kernel reports it once; the fsync at the end would succeed."""
 
+    synced = threading.Event()
+
     def fail(_fd):
+        synced.set()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fdatasync", fail)
     monkeypatch.setattr("ckptavg.write.output._SYNC_EVERY", 1)
     with Output(tmp_path / "out", a_file(LAYOUT), force=False, fsync=True) as sink:
         sink.write(4, memoryview(b"0123"))
-        assert sink._syncer._thread is not None
-        sink._syncer._thread.join(10)
+        assert synced.wait(10)
         with pytest.raises(OutputError, match="cannot write it: Input/output error"):
             sink.publish()
     assert os.listdir(tmp_path) == []

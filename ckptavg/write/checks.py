@@ -88,7 +88,7 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _strangers(folder: Path, names: Collection[str]) -> list[str]:
-    """What is in a directory, beside weights, and would not be in the one that replaces it."""
+    """The files in a directory, weights aside, that the directory replacing it would not have."""
     weights = huggingface.weight_files(folder) if huggingface.matches(folder) else ()
     strangers = []
     for entry in sorted(folder.rglob("*")):
@@ -127,7 +127,7 @@ def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
     """Check that each file system has room for all outputs on it, given by path and size in bytes.
 
     Raises:
-        OutputError: one has not.
+        OutputError: a file system has not.
     """
     by_device: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, size in outputs:

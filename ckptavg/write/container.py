@@ -46,17 +46,17 @@ def lay_out_container(
     *,
     mirrored: bool,
 ) -> Layout:
-    """Lay out a torch file that is another one with other values in some of its tensors.
+    """Lay out the last checkpoint's torch file with other values in some of its tensors.
 
     Args:
         path: the output, for messages.
-        tensors: what is written.
+        tensors: the tensors with other values.
         metadata: strings; the file has no place for any but the provenance.
-        last: the other one.
-        mirrored: write them in the places of Lightning's own average as well.
+        last: the last checkpoint.
+        mirrored: write the tensors to the average that Lightning keeps in the file as well.
 
     Raises:
-        OutputError: two tensors share bytes, so that they cannot be replaced one by one.
+        OutputError: two tensors share bytes, so that each cannot have a value of its own.
     """
     file = last.parts[0]
     if not isinstance(file, ByteSource):
@@ -91,23 +91,23 @@ def _add_twins(
     targets: Sequence[list[Tensor]],
     twin: Checkpoint,
 ) -> None:
-    """Add the places of the tensors in another state dict, with a wrapper's prefix or without."""
+    """Add the places that the tensors have in another state dict, with or without a prefix."""
     twins = {**without_wrappers(twin, keep_prefix=False)[0].tensors, **twin.tensors}
     for tensor, places in zip(tensors, targets, strict=True):
-        found = dict.fromkeys(twins[name] for name in tensor.names if name in twins)
+        others = dict.fromkeys(twins[name] for name in tensor.names if name in twins)
         kind = places[0].dtype, places[0].shape
-        if not found or any((place.dtype, place.shape) != kind for place in found):
+        if not others or any((place.dtype, place.shape) != kind for place in others):
             raise OutputError(
                 "is not in its state_dict as it is among its weights",
                 path=path,
                 tensor=tensor.names[0],
                 remedy="write the weights alone, without container",
             )
-        places += [place for place in found if place != places[0]]
+        places += [place for place in others if place != places[0]]
 
 
 def _mention_other(last: Checkpoint, key: str) -> None:
-    """Say what becomes of another state dict: torch saves tensors that two of them share once."""
+    """Warn of what becomes of another state dict. Tensors that both share are in the file once."""
     with contextlib.suppress(CkptAvgError):
         others = open_checkpoint(last.path, key=key).tensors.values()
         if not any(tensor.dtype.averaged for tensor in others):
@@ -130,7 +130,7 @@ def _span(place: Tensor) -> Span:
 
 
 def _overlaps(spans: Sequence[Span], span: Span) -> bool:
-    """Whether one of the spans, which are sorted and do not overlap, overlaps another span."""
+    """Whether a span overlaps one of several, which are sorted and apart from each other."""
     before = bisect.bisect_left(spans, (span[1], 0)) - 1
     return before >= 0 and spans[before][1] > span[0]
 
@@ -169,7 +169,7 @@ def _copies(file: ByteSource, spans: Sequence[Span], end: int) -> Iterator[Copy]
 def _lay_out_zip(
     file: ByteSource, spans: Sequence[Span], metadata: Mapping[str, str]
 ) -> tuple[FileLayout, int]:
-    """The new end of a zip, a record for the provenance and the directory; and where it begins."""
+    """The new end of a zip (provenance and directory), and the offset at which it begins."""
     archive = Archive(file)
     entries = dict(zip(archive.records, _directory_entries(archive), strict=True))
     entries.pop(archive.prefix + PROVENANCE, None)

@@ -99,7 +99,7 @@ def _largest_shard(last: Checkpoint) -> int | None:
 def _shards(
     tensors: Sequence[OutputTensor], stem: str, max_size: int | None
 ) -> dict[str, list[OutputTensor]]:
-    """The tensors of each file of weights. One that is larger than a shard has one of its own."""
+    """The tensors of each file of weights. A tensor larger than a shard fills one alone."""
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -192,7 +192,7 @@ def with_dtype(folder: Path, dtype: str) -> dict[str, bytes]:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Change the dtype in a configuration, and in those of the models within the model."""
+    """Change the dtype in a configuration and in those nested in it, but for quantization."""
     changed = dict(config)
     for name, value in config.items():
         if name in ("dtype", "torch_dtype"):

@@ -133,7 +133,7 @@ class Output:
     def finish(self) -> None:
         """Bring the files to the disk and close them.
 
-        On a network file system other processes see only then what this one has written.
+        On a network file system, other processes see what was written only when it is closed.
         """
         with self._explained():
             self._syncer.stop()
@@ -188,7 +188,7 @@ class Output:
 
     @contextlib.contextmanager
     def _explained(self, name: str = "") -> Iterator[None]:
-        """Raise the system's errors as ours, which name the destination or one of its files."""
+        """Turn the system's errors into OutputErrors that name the destination, or its file."""
         try:
             yield
         except OSError as error:

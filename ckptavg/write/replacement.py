@@ -25,17 +25,17 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, and RENAME_SWAP of macOS
 
 
 def replace_directory(path: Path, new: Path) -> None:
-    """Give a directory the name of another one, which has the first one's name afterwards.
+    """Rename a directory to the name of an existing one, which gets the new one's name.
 
-    Without an exchange the old one is moved aside first. If the process is killed before the new
-    one has the name, `put_back` restores the old one.
+    Where the file system cannot exchange two names, the old directory is moved aside first. If the
+    process is killed before the new one has the name, `put_back` restores the old one.
 
     Args:
-        path: the name, and the directory that is replaced.
-        new: the directory that is to have it.
+        path: the directory that is replaced.
+        new: the directory that replaces it.
 
     Raises:
-        OSError: it cannot be replaced, and is as it was.
+        OSError: the directory cannot be replaced, and is as it was.
     """
     try:
         exchange(new, path)

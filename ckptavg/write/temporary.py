@@ -1,4 +1,4 @@
-"""Temporary names beside an output, and removing those that a killed run has left.
+"""Temporary files and directories beside an output, and the removal of what killed runs have left.
 
 A process locks each temporary file or directory that it creates, and the lock goes when the process
 ends, however it ends. The next run beside it removes what nobody has locked. What a signal leaves

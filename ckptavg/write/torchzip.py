@@ -44,7 +44,7 @@ def lay_out_torch(
     """
     inner = [*last.inner_tensors.values()]
     storages = [
-        *tensors, *(OutputTensor((), one.dtype, one.shape, one.nbytes) for one in inner)
+        *tensors, *(OutputTensor((), each.dtype, each.shape, each.nbytes) for each in inner)
     ]  # fmt: skip
     pickles = [pickle_tensor(str(number), tensor) for number, tensor in enumerate(storages)]
     entries = pickle_entries(

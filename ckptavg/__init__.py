@@ -1,7 +1,6 @@
-"""Average model checkpoints offline, and refresh their BatchNorm statistics.
+"""Average the checkpoints of a finished training run, and refresh their BatchNorm statistics.
 
-Stochastic Weight Averaging (Izmailov et al. 2018, arXiv 1803.05407) after the fact, on the files
-that a training run left behind.
+This is Stochastic Weight Averaging (Izmailov et al. 2018, arXiv 1803.05407) after the training.
 """
 
 import sys
@@ -41,7 +40,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public object when it is first used: `ckptavg --help` must not wait for numpy."""
+    """Import a public object when it is first used: `ckptavg --help` needs no numpy."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415
@@ -50,7 +49,7 @@ def __getattr__(name: str) -> object:
 
 
 class _Package(ModuleType):
-    """Keeps the functions `average` and `verify` from being hidden by the modules they are in."""
+    """Makes `ckptavg.average` the function, not the module of that name; `verify` likewise."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _MODULES and isinstance(value, ModuleType)):

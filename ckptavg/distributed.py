@@ -1,6 +1,6 @@
-"""Several processes that work on one task, as `torchrun` starts them.
+"""The processes that `torchrun` starts for one command.
 
-A process alone has a `Ranks` too (`ALONE`), which does not import torch.
+A process that works alone has a `Ranks` too (`ALONE`), which does not import torch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 class Ranks:
-    """This process and the others that work on the same task.
+    """This process and the others that share its work.
 
     Args:
-        group: the processes; None for this process alone.
-        store: shared by the processes, so that they hear of a failure before they next gather.
+        group: torch's process group; None for this process alone.
+        store: torch's key-value store, in which a failing process leaves a mark for the others.
 
     Attributes:
         rank: number of this process, from 0.
@@ -48,7 +48,7 @@ class Ranks:
         self.size = 1 if group is None else group.size()
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of each process, in the order of ranks. All processes must call it.
+        """The values of all processes, in the order of ranks. All processes must call this.
 
         Raises:
             PeerError: another process has failed.
@@ -83,7 +83,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """If one process fails in this block, all do: it with its own error, the others quietly.
+        """Let all processes fail if one fails in this block.
+
+        The one that fails raises its own error.
 
         Raises:
             PeerError: another process has failed.
@@ -100,10 +102,10 @@ class Ranks:
             raise
 
     def _announce(self, error: Exception) -> None:
-        """Tell the other processes. Of several that fail at once, only the first reports its error.
+        """Tell the other processes of an error.
 
         Raises:
-            PeerError: a process of a lower rank has failed as well.
+            PeerError: a process of a lower rank fails at the same time, and reports its error.
         """
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
@@ -118,16 +120,16 @@ class Ranks:
                 raise PeerError(value.message) from error
 
     def close(self) -> None:
-        """Let go of the process group.
+        """Drop the references to the process group and the store.
 
-        An error's traceback may hold this object until the interpreter exits. If torch's threads
-        end only then, they sometimes abort the process.
+        An error's traceback may keep this object alive until the interpreter exits. Torch's threads
+        that end only then sometimes abort the process.
         """
         self._group = self._store = None
 
 
 ALONE: Final = Ranks()
-"""This process, when it works alone."""
+"""The ranks of a process that works alone."""
 
 
 class _Failure:
@@ -141,7 +143,7 @@ class _Failure:
 def launched_ranks(*, only_torchrun: bool = False) -> Iterator[Ranks]:
     """The processes that a launcher started for this command, or this process alone.
 
-    They fail together: see `Ranks.together`.
+    If one of them fails, all fail: see `Ranks.together`.
 
     Args:
         only_torchrun: ignore the variables of other launchers, which containers and job schedulers
@@ -166,7 +168,7 @@ def launched_ranks(*, only_torchrun: bool = False) -> Iterator[Ranks]:
 
 
 def _join_group() -> Ranks:
-    """Wait for the other processes and make a group of all.
+    """Wait for the other processes, and make a process group of all.
 
     Raises:
         CkptAvgError: they did not arrive.
@@ -200,7 +202,7 @@ def _join_group() -> Ranks:
 
 
 def local_device(device: torch.device | str | None) -> torch.device | str:
-    """The device that this process computes on: each launched process takes its own GPU.
+    """Device on which this process computes. Each launched process takes its own GPU.
 
     Args:
         device: the user's choice; None for a GPU if there is one, else the CPU.
@@ -225,9 +227,9 @@ def is_launched() -> bool:
 
 
 def _descends_from_rank() -> bool:
-    """Whether a Python process with our RANK started this one, directly or through shells.
+    """Whether a Python process with the same RANK started this one, directly or through shells.
 
-    `torchrun` itself has no RANK. Without /proc the answer is no.
+    `torchrun` itself has no RANK. False where the system has no /proc.
     """
     rank = f"RANK={os.environ['RANK']}".encode()
     process = Path("/proc", str(os.getppid()))

@@ -1,4 +1,4 @@
-"""What can go wrong. Each error is one line that says what, where, and what to do."""
+"""The errors that ckptavg reports. The message of each says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-# User and password, and the query, in an address: what may be secret.
+# URLs may have secrets in two places: user and password, and the query.
 _USER = re.compile(r"(://)[^/\s]*@")
-# It matches with no query as well: else a name full of `://` would take quadratic time.
+# The query is optional here. If it were required, a name full of `://` would take quadratic time.
 _QUERY = re.compile(r"(://[^?\n]*)(?:\?\S*)?")
 _LONGEST_NAME = 300
 
 
 def printable(name: object) -> str:
-    """A name, made safe for one line of a terminal: no control codes, no passwords, not endless."""
+    """A name for one line of a terminal: without control codes and passwords, and cut if long."""
     text = _QUERY.sub(r"\1", _USER.sub(r"\1", str(name)))
-    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    text = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
 
 
 @contextlib.contextmanager
 def without_notices() -> Iterator[None]:
-    """Log errors only: the notices have been logged already, or will be."""
+    """Log errors only in this block, whose notices are logged elsewhere."""
     log = logging.getLogger("ckptavg")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -39,12 +39,13 @@ def without_notices() -> Iterator[None]:
 
 
 class CkptAvgError(Exception):
-    """Whatever a user has to hear of: the data, the model or the surroundings are at fault.
+    """The base of all errors that are no bug: the data, the model or the system is at fault.
 
     Attributes:
-        path: the file it speaks of, if one.
-        tensor: the tensor it speaks of, if one.
-        remedy: what to do about it, if something can be done.
+        message: what is wrong.
+        path: the file or directory that it is about, if any.
+        tensor: the tensor that it is about, if any.
+        remedy: what the user can do about it, if anything.
     """
 
     def __init__(
@@ -65,14 +66,14 @@ class CkptAvgError(Exception):
 
 
 class FormatError(CkptAvgError):
-    """A file is damaged, of an unknown kind, or holds what cannot be averaged."""
+    """A file is damaged, has an unknown format, or holds something that cannot be averaged."""
 
 
 class SelectionError(CkptAvgError):
-    """The checkpoints, or the state dict within one, are none, too many, or unclear.
+    """The arguments choose no checkpoint or state dict, too many, or contradict each other.
 
     Attributes:
-        choices: what there is to choose from, where that is the trouble.
+        choices: the names to choose from, where one has to be chosen.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class SelectionError(CkptAvgError):
 
 
 class MismatchError(CkptAvgError):
-    """Checkpoints that are no snapshots of one model: names, shapes or dtypes differ.
+    """The checkpoints are not of one model: names, shapes or dtypes of their tensors differ.
 
     Attributes:
         differences: one line for each difference.
@@ -103,7 +104,7 @@ class MismatchError(CkptAvgError):
 
 
 class ValueRangeError(CkptAvgError):
-    """A tensor holds, or its average would hold, values that make no model: NaN, Inf, overflow."""
+    """A tensor, or its average, has values that a model must not have: NaN, Inf, overflow."""
 
 
 class OutputError(CkptAvgError):
@@ -111,7 +112,7 @@ class OutputError(CkptAvgError):
 
 
 class VerificationError(CkptAvgError):
-    """An average is not what it says of itself, or not what its checkpoints give."""
+    """An average differs from its provenance, or from the average of its checkpoints."""
 
 
 class RefreshError(CkptAvgError):
@@ -119,8 +120,8 @@ class RefreshError(CkptAvgError):
 
 
 class UserCodeError(CkptAvgError):
-    """The user's own model, loader or function raised: `__cause__` is what it raised."""
+    """The user's own model, loader or function raised an exception, which is the `__cause__`."""
 
 
 class PeerError(CkptAvgError):
-    """Another of the processes that work together has failed, and says why itself."""
+    """Another process of this command has failed, and reports the reason itself."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.formats import SUFFIXES
@@ -106,12 +106,11 @@ def average_many(
 ) -> tuple[Summary, ...]:
     """Make several averages from one read of the checkpoints: each byte is read once.
 
-    Each scheme in `weights` goes with each number in `select.last`.
+    There is one average for each pair of a scheme in `weights` and a number in `select.last`.
 
     Args:
         inputs: as in `average`.
-        directory: where the averages go, each under a name that says what it is, such as
-            `last5-ema0.9.safetensors`.
+        directory: where the averages are written, under names such as `last5-ema0.9.safetensors`.
         options: the fields of `AverageOptions`, as keywords.
 
     Raises:
@@ -144,33 +143,30 @@ def average_many(
 
 
 def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> Run:
-    """The checkpoints among the inputs.
+    """The run of the checkpoints among the inputs; with `update`, their earlier average apart.
 
     Raises:
-        CkptAvgError: there are none, or one cannot be read.
+        CkptAvgError: there is no checkpoint, or one cannot be read.
     """
     is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
-    paths = [as_path(path) for path in cast("Iterable[PathLike]", [inputs] if is_one else inputs)]
-    exclusion_reason = options.select.exclusion_reason
+    paths = list(map(as_path, cast("Iterable[PathLike]", [inputs] if is_one else inputs)))
+    excludes = options.select.exclusion_reason
     if not options.update:
         return find_run(
-            paths,
-            key=options.key,
-            keep_prefix=options.keep_prefix,
-            exclusion_reason=exclusion_reason,
+            paths, key=options.key, keep_prefix=options.keep_prefix, exclusion_reason=excludes
         )
-    # An average that is updated was named, whatever the patterns say.
+    # include and exclude do not apply to the average that is updated: the user named it.
     run = find_run(paths, key=options.key, keep_prefix=options.keep_prefix)
     base = find_base(run.checkpoints)
     named = zip(run.checkpoints, run.names, strict=True)
-    others = [each for each, name in named if each is not base and not exclusion_reason(name)]
+    others = [each for each, name in named if each is not base and not excludes(name)]
     if not others:
         raise SelectionError("there is nothing to fold into it", path=base.path)
     return replace(ordered_run(others, run.left_out, run.files), base=base)
 
 
 def _file_name(recipe: Recipe, options: AverageOptions) -> str:
-    """The name of one of several outputs: directories make directories."""
+    """The name of one of several outputs: a directory where the checkpoints are directories."""
     if recipe.last.is_of_directories:
         return f"{recipe.label}/"
     return recipe.label + (".pt" if options.container == "last" else ".safetensors")
@@ -188,11 +184,11 @@ def write_averages(
 
     Args:
         run: the checkpoints.
-        recipes: what each average is made of.
-        outputs: where each average goes.
-        options: how they are made and written.
-        folder: where the averages are written instead, under the outputs' names, if something is
-            still to be done with them. The outputs are checked all the same.
+        recipes: the members and weights of each average.
+        outputs: the path of each average.
+        options: the options of all averages.
+        folder: a folder to write the averages into instead, under the names of the outputs. The
+            outputs are checked all the same.
 
     Raises:
         CkptAvgError: as `average` does.
@@ -203,35 +199,37 @@ def write_averages(
     if len(members) == 1:
         name = printable(recipes[0].names[0])
         log.warning("only one checkpoint: the output is a copy of %s", name)
-    targets = [
-        destination(
-            output,
-            recipe.last,
-            container=options.container,
-            max_shard_size=options.max_shard_size,
-            drop_aliases=options.drop_aliases,
-        )
+    averages = [
+        (recipe, destination(
+            output, recipe.last, container=options.container,
+            max_shard_size=options.max_shard_size, drop_aliases=options.drop_aliases,
+        ))
         for output, recipe in zip(outputs, recipes, strict=True)
-    ]
-    read, files = _with_joined_factors(members, recipes[0], targets[0], options)
+    ]  # fmt: skip
+    read, files = _with_joined_factors(members, *averages[0], options)
     plan = make_plan(read, [recipe.weights_over(members) for recipe in recipes], options)
-    _check_order(run, plan, recipes, targets)
+    _check_order(run, plan, averages)
     threads = options.threads or default_threads(members)
-    details = _Details(
-        options,
-        {} if options.lora == "exact" else {one: fingerprint(one) for one in members},
-        _hash(members, targets, threads, options) if options.hash and not options.dry_run else {},
-        files,
-    )
-    layouts = [
-        (target.path, _layout(plan, number, recipe, target, details))
-        for number, (recipe, target) in enumerate(zip(recipes, targets, strict=True))
-    ]
+    fingerprints = {} if options.lora == "exact" else {each: fingerprint(each) for each in members}
+    hashes: Mapping[Checkpoint, Digests] = {}
+    if options.hash and not options.dry_run:
+        for _, target in averages:  # before minutes of hashing
+            check_vacant(target.path, force=options.force)
+        digests = hash_files(members, threads, options.hash_progress, options.ranks)
+        hashes = digests_by_checkpoint(members, digests)
+    layouts = []
+    for number, (recipe, target) in enumerate(averages):
+        entry = provenance(
+            recipe, norm_stats=plan.norm_stats(number), roles=plan.counts,
+            options=options.recorded, fingerprints=fingerprints, hashes=hashes,
+        )  # fmt: skip
+        layout = _layout(target, plan, number, options, entry=entry, files=files)
+        layouts.append((target.path, layout))
     _check_outputs(run, layouts, options)
     if folder is not None:
-        waiting = [(folder / path.name, layout) for path, layout in layouts]
-        check_room([(path, layout.size) for path, layout in (*layouts, *waiting)])
-        layouts = waiting
+        elsewhere = [(folder / path.name, layout) for path, layout in layouts]
+        check_room([(path, layout.size) for path, layout in (*layouts, *elsewhere)])
+        layouts = elsewhere
     if not options.dry_run:
         write(
             plan, layouts,
@@ -242,27 +240,10 @@ def write_averages(
     return tuple(
         summarise(
             plan, number, recipe, *layout,
-            written=not options.dry_run, threads=threads, hashes=details.hashes,
+            written=not options.dry_run, threads=threads, hashes=hashes,
         )
         for number, (recipe, layout) in enumerate(zip(recipes, layouts, strict=True))
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Details:
-    """What goes into the outputs beside the tensors.
-
-    Attributes:
-        options: how the average is made.
-        fingerprints: of the members' weights.
-        hashes: SHA-256 of the members' files.
-        files: files of a directory that are not as the last member has them, by name.
-    """
-
-    options: AverageOptions
-    fingerprints: Mapping[Checkpoint, str]
-    hashes: Mapping[Checkpoint, Digests]
-    files: Mapping[str, bytes]
 
 
 def _all_members(run: Run, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
@@ -270,17 +251,21 @@ def _all_members(run: Run, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
     if len(recipes) == 1:
         return recipes[0].members
     wanted = {member for recipe in recipes for member in recipe.members}
-    return tuple(one for one in run.checkpoints if one in wanted)
+    return tuple(checkpoint for checkpoint in run.checkpoints if checkpoint in wanted)
 
 
 def _with_joined_factors(
     members: tuple[Checkpoint, ...], recipe: Recipe, target: Destination, options: AverageOptions
 ) -> tuple[tuple[Checkpoint, ...], dict[str, bytes]]:
-    """The members with LoRA factors side by side, if that is asked for, and the new configuration.
+    """With `lora="exact"`, put the LoRA factors of all members side by side.
+
+    Returns:
+        The members, the last of which has the joined factors; and the joined configuration by its
+        file name.
 
     Raises:
-        MismatchError: adapters of unlike scales are averaged factor by factor.
-        OutputError: the output has no place for the configuration.
+        MismatchError: factors are averaged apart, and the adapters' scales differ.
+        OutputError: the output is no directory, so the configuration cannot be written.
     """
     if options.lora == "separate":
         if len(members) > 1 and has_lora_factors(members[0].tensors):
@@ -288,7 +273,7 @@ def _with_joined_factors(
         return members, {}
     if target.kind != "directory":
         raise OutputError(
-            "the ranks add up, and a file of weights alone does not say so",
+            "exact LoRA averages need an output with a configuration, which records their rank",
             path=target.path,
             remedy="let the output be a directory: end its name with a slash",
         )
@@ -296,24 +281,22 @@ def _with_joined_factors(
     return joined, {CONFIG: config}
 
 
-def _check_order(
-    run: Run, plan: Plan, recipes: Sequence[Recipe], targets: Sequence[Destination]
-) -> None:
-    """Refuse an output that depends on the order of the checkpoints, where it is not known.
+def _check_order(run: Run, plan: Plan, averages: Sequence[tuple[Recipe, Destination]]) -> None:
+    """Refuse outputs that depend on the order of the checkpoints if it is not known.
 
     Raises:
-        SelectionError: it depends on the order.
+        SelectionError: an output depends on the order.
     """
     if run.order_is_known:
         return
     what = None
-    if "last" in plan.counts or any(recipe.needs_order for recipe in recipes):
+    if "last" in plan.counts or any(recipe.needs_order for recipe, _ in averages):
         what = "the result depends on their order"
     elif any(
         target.kind == "container" or (target.kind == "torch" and recipe.last.other_entries)
-        for target, recipe in zip(targets, recipes, strict=True)
+        for recipe, target in averages
     ):
-        what = "the output takes along what the last of them has"
+        what = "the output contains other entries of the last one"
     if what is not None:
         names = ", ".join(map(printable, relative_names([member.path for member in plan.members])))
         raise SelectionError(
@@ -322,44 +305,39 @@ def _check_order(
         )
 
 
-def _hash(
-    members: Sequence[Checkpoint],
-    targets: Sequence[Destination],
-    threads: int,
-    options: AverageOptions,
-) -> Mapping[Checkpoint, Digests]:
-    """SHA-256 of the members' files; each of several processes hashes its share."""
-    for target in targets:  # before minutes of hashing
-        check_vacant(target.path, force=options.force)
-    hashes = hash_files(members, threads, options.hash_progress, options.ranks)
-    return digests_by_checkpoint(members, hashes)
-
-
 def _layout(
-    plan: Plan, number: int, recipe: Recipe, target: Destination, details: _Details
+    target: Destination,
+    plan: Plan,
+    number: int,
+    options: AverageOptions,
+    *,
+    entry: Mapping[str, Any],
+    files: Mapping[str, bytes],
 ) -> Layout:
-    """The layout of an output, with its provenance."""
-    options, last = details.options, plan.last(number)
-    metadata = {"format": "pt"} | dict(last.metadata)
-    entry = provenance(
-        recipe,
-        norm_stats=plan.norm_stats(number),
-        roles=plan.counts,
-        options=options.recorded,
-        fingerprints=details.fingerprints,
-        hashes=details.hashes,
-    )
-    metadata[PROVENANCE] = encode_provenance(entry)
-    files = details.files
+    """The layout of an output.
+
+    Args:
+        target: where the output goes, and as what.
+        plan: the plan of all outputs.
+        number: the number of this output.
+        options: the options of the average.
+        entry: the provenance of this output.
+        files: new content for files of an output directory, by name.
+
+    Raises:
+        OutputError: the output has no place for the provenance with its digests.
+    """
+    last = plan.last(number)
+    metadata = {"format": "pt", **last.metadata, PROVENANCE: encode_provenance(entry)}
     if options.dtype is not None and target.kind == "directory":
         files = with_dtype(last.path, options.dtype) | dict(files)
     layout = lay_out(
         target, plan.outputs, metadata, last,
-        replaced=files, mirrored=len(recipe.members) > 1,
+        replaced=files, mirrored=plan.weights[number].count > 1,
     )  # fmt: skip
     if options.hash and not any(file.blobs for file in layout.files.values()):
         raise OutputError(
-            "a file as torch wrote it before 1.6 has no place for digests",
+            "a torch file in the format from before 1.6 has no place for digests",
             path=target.path,
             remedy="leave hash out, or container",
         )
@@ -369,10 +347,10 @@ def _layout(
 def _check_outputs(
     run: Run, layouts: Sequence[tuple[Path, Layout]], options: AverageOptions
 ) -> None:
-    """Find out before the work starts whether the outputs can be written.
+    """Check before the work starts that the outputs can be written.
 
     Raises:
-        OutputError: one of them cannot. After a dry run it is only said.
+        OutputError: one of them cannot. A dry run logs a warning instead.
     """
     replaceable = run.base.parts if run.base is not None and options.force else ()
     inputs = set(run.files) - {part.path for part in replaceable}

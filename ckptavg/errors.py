@@ -1,4 +1,4 @@
-"""The errors that ckptavg reports. The message of each says what is wrong, where, and what to do."""
+"""The errors that ckptavg reports: each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 

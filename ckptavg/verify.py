@@ -48,15 +48,15 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified.
+    """The result of a verification.
 
     Attributes:
-        output: the average.
-        scheme: of its weights.
+        output: path of the average.
+        scheme: the scheme of its weights.
         sources: the number of its members.
-        sources_hashed: the number of members whose files have the recorded SHA-256.
-        compared: the number of tensors that were made again and are equal in every bit.
-        refreshed: the number of tensors that were not compared: statistics of data.
+        sources_hashed: the number of members whose recorded SHA-256 was checked.
+        compared: the number of tensors that were averaged again and are equal in every bit.
+        refreshed: the number of tensors that were not compared: refreshed norm statistics.
     """
 
     output: str
@@ -76,25 +76,24 @@ def verify(
     progress: Progress | None = None,
     hash_progress: Progress | None = None,
 ) -> Verification:
-    """Verify an average against its members.
+    """Verify that an average is what its members give, bit for bit.
 
-    The members must be what the provenance says of them. They are averaged again into a temporary
-    file, which takes as much room as the output, and the two are compared bit for bit. The norm
-    statistics of a refreshed average come from data, and are not compared.
+    The members must have the sizes and digests that the provenance records. They are averaged again
+    into a temporary file as large as the output. Refreshed norm statistics are not compared.
 
     Args:
         output: the average.
         inputs: its members, as they were given to `average`.
-        key: the state dict of the output that is the average, where it holds several.
+        key: name of the averaged state dict in the output, where it holds several.
         threads: how many threads share the work; None as in `average`.
-        progress: called with the bytes averaged since the last call, and with those of the output.
-        hash_progress: called likewise with the bytes of the members' files.
+        progress: called with the bytes averaged since the last call, and with the bytes in all.
+        hash_progress: called with the bytes hashed since the last call, and with the bytes in all.
 
     Raises:
-        VerificationError: it is not what its provenance says; the first tensor that differs is
-            named.
-        MismatchError: the inputs are not its members: all differences.
-        CkptAvgError: it was not made by ckptavg, or something cannot be read.
+        VerificationError: the output is no average of ckptavg, or a tensor differs; it names the
+            first one.
+        MismatchError: the inputs are not its members; it lists all differences.
+        CkptAvgError: a file cannot be read.
     """
     average, record = _open(as_path(output), key)
     paths = [as_path(path) for path in inputs]
@@ -106,8 +105,8 @@ def verify(
     hashed = _check_hashes(members, record, threads, hash_progress)
     if record.is_update:
         raise VerificationError(
-            "was brought up to date with --update: what was rounded on the way cannot be made again"
-            " (its members are those that it names)",
+            "was made with update from an earlier average, whose rounding cannot be repeated "
+            "(its members are those that it records)",
             path=record.path,
         )
     if record.is_copy:
@@ -119,7 +118,7 @@ def verify(
 
 
 def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
-    """The average, with the names that were averaged, and its provenance."""
+    """The average, with its tensors named as in the members, and its provenance."""
     average = open_checkpoint(path, key=key)
     record = Record.of(average)
     # A container has the average in the place of the last member's weights.
@@ -133,11 +132,11 @@ def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
 def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, ...]:
     """The members of an average, in its order.
 
-    They are found by the ends of their paths, and several of one name by what they hold. Each
-    checkpoint is one member at most.
+    The ends of their paths must be the recorded names. Of several such files, the one with the
+    recorded size and digest is taken. No checkpoint is two members.
 
     Raises:
-        MismatchError: members are missing, or have changed: all of them.
+        MismatchError: members are missing or have changed; it lists all of them.
     """
     paths_by_name: defaultdict[str, list[Path]] = defaultdict(list)
     for path in find_candidates(inputs):
@@ -145,7 +144,7 @@ def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, .
     members: dict[int, Checkpoint] = {}
     faults: dict[int, str] = {}
     assigned: set[Path] = set()
-    # Longer names first: `a/model.safetensors` ends with `model.safetensors` as well.
+    # Longer names first: `a/model.safetensors` also ends with `model.safetensors`.
     for number, entry in sorted(enumerate(record.members), key=lambda pair: -len(pair[1]["name"])):
         name = entry["name"]
         paths = [
@@ -195,10 +194,10 @@ def _open_member(
 def _check_hashes(
     members: Sequence[Checkpoint], record: Record, threads: int | None, progress: Progress | None
 ) -> int:
-    """The number of members whose SHA-256 is recorded. All of these must have it still.
+    """Check the members' recorded SHA-256, and return how many members have one.
 
     Raises:
-        MismatchError: some have another: all of these.
+        MismatchError: files have another SHA-256; it lists all of them.
     """
     pairs = zip(members, record.members, strict=True)
     wanted = {member: entry["sha256"] for member, entry in pairs if entry.get("sha256")}
@@ -226,11 +225,11 @@ def _averaged_again(
     threads: int | None,
     progress: Progress | None,
 ) -> Iterator[Checkpoint]:
-    """The members averaged again, in a temporary file beside the average.
+    """The average of the members, made again in a temporary file.
 
     Raises:
         VerificationError: the configuration beside joined LoRA factors differs.
-        CkptAvgError: they cannot be averaged.
+        CkptAvgError: the members cannot be averaged.
     """
     names = tuple(entry["name"] for entry in record.members)
     run = Run(members, names, order_is_known=True)
@@ -255,7 +254,7 @@ def _averaged_again(
 
 @contextlib.contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside the average, or where temporary files go if nothing can be written there."""
+    """A folder beside the average; in the system's temporary folder if that is not possible."""
     if is_remote(path) or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -265,28 +264,28 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _compare(average: Checkpoint, again: Checkpoint, record: Record) -> tuple[int, int]:
-    """Compare an average with the one that was made again, tied tensors once.
+    """Compare an average with the one that was made again. Tied tensors count once.
 
     Returns:
-        How many tensors are equal in every bit, and how many are statistics of data.
+        The number of tensors that are equal in every bit, and of those that were not compared.
 
     Raises:
-        VerificationError: the first tensor that is missing, superfluous or different.
+        VerificationError: a tensor is missing, superfluous or different; it names the first one.
     """
     compared = skipped = 0
     for names in tied_names([again]):
         tensor = again.tensors[names[0]]
         for name in names:
-            own = average.tensors.get(name)
-            if own is None:
-                # Some tied tensors may have been dropped, if the metadata say which one is left.
+            recorded = average.tensors.get(name)
+            if recorded is None:
+                # Aliases of tied tensors may be left out: the metadata name the one that is kept.
                 if average.metadata.get(name) in average.tensors.keys() & set(names):
                     continue
                 raise VerificationError("is not in it", path=record.path, tensor=name)
-            if (own.dtype, own.shape) != (tensor.dtype, tensor.shape):
+            if (recorded.dtype, recorded.shape) != (tensor.dtype, tensor.shape):
                 raise VerificationError(
-                    f"is {own.dtype.name} {list(own.shape)} in it, and its checkpoints give "
-                    f"{tensor.dtype.name} {list(tensor.shape)}",
+                    f"is {recorded.dtype.name} {list(recorded.shape)} in it, and its checkpoints "
+                    f"give {tensor.dtype.name} {list(tensor.shape)}",
                     path=record.path, tensor=name, remedy=record.remedy,
                 )  # fmt: skip
         if record.is_refreshed and (is_norm_statistic(names[0]) or is_batch_counter(names[0])):
@@ -305,18 +304,18 @@ def _compare(average: Checkpoint, again: Checkpoint, record: Record) -> tuple[in
 
 def _compare_values(average: Checkpoint, again: Checkpoint, name: str, record: Record) -> None:
     dtype, start = again.tensors[name].dtype, 0
-    for own, wanted in zip(average.pieces(name), again.pieces(name), strict=True):
-        if own == wanted:
-            start += len(own)
+    for piece, expected_piece in zip(average.pieces(name), again.pieces(name), strict=True):
+        if piece == expected_piece:
+            start += len(piece)
             continue
-        have, give = (np.frombuffer(data, np.uint8) for data in (own, wanted))
-        place = int(np.flatnonzero(have != give)[0]) // dtype.itemsize * dtype.itemsize
+        have, expected = np.frombuffer(piece, np.uint8), np.frombuffer(expected_piece, np.uint8)
+        first = int(np.flatnonzero(have != expected)[0]) // dtype.itemsize * dtype.itemsize
         values = [
-            data[place : place + dtype.itemsize].view(dtype.numpy)[0] for data in (have, give)
+            data[first : first + dtype.itemsize].view(dtype.numpy)[0] for data in (have, expected)
         ]
-        if str(values[0]) == str(values[1]):  # NaN of two kinds
+        if str(values[0]) == str(values[1]):  # two kinds of NaN
             values = [value.tobytes().hex() for value in values]
-        element = (start + place) // dtype.itemsize
+        element = (start + first) // dtype.itemsize
         raise VerificationError(
             f"element {element} is {values[0]}, and its checkpoints give {values[1]}",
             path=record.path, tensor=name, remedy=record.remedy,

@@ -281,7 +281,7 @@ class TestIntegers:
         with pytest.raises(MismatchError) as caught:
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
         assert len(caught.value.differences) == 2
-        assert "--ints last" in str(caught.value)
+        assert "ints=last" in str(caught.value)
         ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", ints="last")
         assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [1, 2]
 

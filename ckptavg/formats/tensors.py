@@ -16,8 +16,8 @@ Kind = Literal["float", "complex", "int", "bool", "packed"]
 AnyArray = npt.NDArray[Any]
 """An array of any dtype."""
 Allocate = Callable[[str, np.dtype[Any]], AnyArray]
-"""Gives an uninitialised array for a purpose and a dtype. Loops get the same memory every time, as
-the system takes longer to provide new pages than the arithmetic takes."""
+"""Gives an uninitialised array for a purpose and a dtype. Loops use the same memory each time:
+getting new pages from the system takes longer than the arithmetic."""
 
 _MOST_DIMENSIONS = 64  # of numpy and torch
 _MOST_BYTES = 1 << 63
@@ -157,7 +157,7 @@ def is_possible(shape: tuple[int, ...], bits: int) -> bool:
 
 
 def new_arrays(shape: tuple[int, ...]) -> Allocate:
-    """Gives new memory for an array of this shape every time."""
+    """An `Allocate` that gives a new array of this shape each time."""
     return lambda _, dtype: np.empty(shape, dtype)
 
 

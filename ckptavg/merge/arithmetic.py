@@ -1,8 +1,8 @@
 """Sums in float64, rounded to the output's dtype as torch rounds.
 
-Every floating value is accumulated in float64 and every complex one in complex128: the first input
-is copied in (adding it to 0 would lose -0.0), the others are added in order, and the sum is divided
-once. `sum(x_k / K)` would differ from this in one of some hundred float32 values.
+Floating values are accumulated in float64, complex ones in complex128. The first input is copied,
+since adding it to 0 would lose -0.0. The others are added in order, and the sum is divided once.
+`sum(x_k / K)` would differ in about one of a hundred float32 values.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ _FLOAT32, _BOOL = np.dtype(np.float32), np.dtype(bool)
 
 
 def accumulator_dtype(dtype: DType) -> np.dtype[Any]:
-    """What values of a dtype are summed in."""
+    """The dtype in which values of a dtype are summed."""
     return np.dtype(np.complex128 if dtype.kind == "complex" else np.float64)
 
 
 class Sum:
-    """The sum of an output's terms, as float64 has it.
+    """The float64 sum of an output's terms.
 
-    It is held in float32 as long as that is the very same: a sum of multiples of some spacing is
-    exact in any order while it is no larger than `2 ** 24` of them. Codes of 8 and 16 bits are so.
+    It is held in float32 while that is exact. Codes of 8 and 16 bits are multiples of a spacing, so
+    their sums are exact up to `2 ** 24` spacings.
 
     Args:
-        room: float64 or complex128, uninitialised, C-contiguous; the sum is held there.
-        narrow: the format of the terms, if they are scaled codes of one.
+        buffer: memory for the sum: float64 or complex128, uninitialised, C-contiguous.
+        narrow: the format of the terms if they are scaled codes; None for plain values.
     """
 
-    def __init__(self, room: AnyArray, narrow: Narrow | None = None) -> None:
-        self._wide = room
-        self._single = room.reshape(-1).view(_FLOAT32)[: room.size].reshape(room.shape)
+    def __init__(self, buffer: AnyArray, narrow: Narrow | None = None) -> None:
+        self._wide = buffer
+        self._single = buffer.reshape(-1).view(_FLOAT32)[: buffer.size].reshape(buffer.shape)
         self._scale = narrow.scale if narrow else 1.0
         self._limit = narrow.spacing * 2.0**24 if narrow else 0.0
         self._bound = 0.0
         self._held: AnyArray | None = None
 
     def add(self, term: AnyArray, largest: float = np.inf) -> None:
-        """Add to the sum, or begin it: adding to 0 would lose -0.0.
+        """Add a term; the first one is copied.
 
         Args:
-            term: of the room's shape.
-            largest: magnitude in it, if it is codes of the format.
+            term: values of the buffer's shape.
+            largest: the largest magnitude in a term of codes.
         """
         self._bound += largest
         if self._held is None:
@@ -66,25 +66,25 @@ class Sum:
             self._held = self._wide
 
     def mean(self, divisor: float, dtype: DType, allocate: Allocate) -> AnyArray:
-        """The sum by the divisor, rounded to the output's dtype as `torch.Tensor.to` rounds.
+        """The sum divided by the divisor, rounded to a dtype as `torch.Tensor.to` rounds.
 
-        The sum itself is gone then.
+        The division is done in place, so the sum cannot be used again.
         """
         divisor *= self._scale
         if dtype.bits > 32 or float(np.float32(divisor)) != divisor:  # noqa: PLR2004
             self._widen()
         total = self._wide if self._held is self._wide else self._single
         if divisor != 1:
-            # float64 rounded to float32 is what float32 divides to: it has over twice the digits.
+            # In float32, the result is the float64 quotient rounded: that has over twice the bits.
             np.divide(total, divisor, out=total)
         return rounded(total, dtype, allocate)
 
 
 def rounded(total: AnyArray, dtype: DType, allocate: Allocate) -> AnyArray:
-    """float64, float32 or complex128 in the output's dtype, rounded as `torch.Tensor.to` does.
+    """float64, float32 or complex128 values in the output's dtype, rounded like `torch.Tensor.to`.
 
     Returns:
-        Some of the room, or `total` itself where that is the dtype already.
+        An allocated array, or `total` itself if it has the dtype already.
     """
     if dtype.kind == "float" and dtype.bits < 32:  # noqa: PLR2004 - by way of float32
         total = _cast(total, _FLOAT32, allocate)
@@ -118,8 +118,8 @@ def nonfinite(values: AnyArray, dtype: DType) -> AnyArray:
     return odd
 
 
-# Exponents of all ones (the single code for NaN where there is no Inf). isfinite itself goes value
-# by value through float32 for these, at a tenth of the speed.
+# Bits of NaN and Inf: exponents of all ones, or the only code of NaN in a format without Inf.
+# np.isfinite would convert value by value to float32, at a tenth of the speed.
 _CODES = {
     "bfloat16": 0x7F80,
     "float16": 0x7C00,

@@ -1,7 +1,7 @@
 """Carry out jobs: read a chunk of each input, add it to float64 sums, divide, round, write.
 
-The engine knows nothing of models, names or formats. Chunks are small enough to stay in a core's
-cache. numpy and the kernel work without the interpreter's lock, so a few threads share the chunks.
+The engine knows nothing of models, names or formats. A chunk fits a core's cache. numpy and the
+system calls release the interpreter's lock, so several threads share the chunks.
 """
 
 from __future__ import annotations
@@ -30,26 +30,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.jobs import Combination, Input, Job
+    from ckptavg.merge.jobs import Input, Job, Mean
 
 _REPORT_EVERY = 16 << 20
-"""Bytes between two reports: each wakes the caller, who then contends for the interpreter."""
+"""Bytes between two reports of a thread. Each report wakes the caller, who takes the lock."""
 _LARGE = 8 << 20
-"""Bytes from which only one strided tensor at a time is held in memory."""
+"""Bytes of a large strided tensor. Only one of these is held in memory at a time."""
 _FLOAT32 = np.dtype(np.float32)
 _WIDEST = 16
 """Bytes of an element of complex128."""
-
-
-# The most threads whose buffers stay within 64 MB.
-_MOST_THREADS = 4
+_MOST_THREADS = 4  # their buffers take less than 64 MB
 _REMOTE_THREADS = 16
 
 
 def default_threads(checkpoints: Iterable[Checkpoint] = ()) -> int:
     """The number of processors that this process may use, 4 at most.
 
-    It is 16 where bytes come over a network: threads that wait for them need no processor.
+    It is 16 if bytes come over a network, since waiting threads need no processor.
     """
     if any(is_remote(part.path) for checkpoint in checkpoints for part in checkpoint.parts):
         return _REMOTE_THREADS
@@ -74,15 +71,15 @@ def execute(
     every: int = 1,
     first: int = 0,
 ) -> Generator[int, None, None]:
-    """Carry out jobs; yields the number of bytes written since the last time.
+    """Carry out jobs, and yield the number of bytes written since the last time.
 
     Args:
-        jobs: the work.
+        jobs: the jobs.
         sinks: one for each output.
-        threads: how many threads share the work.
-        allow_nonfinite: let NaN and Inf of the inputs pass.
-        every: carry out one of so many chunks; the others belong to other processes.
-        first: the number of the first chunk that is carried out.
+        threads: the number of threads.
+        allow_nonfinite: accept NaN and Inf in the inputs.
+        every: carry out only every n-th chunk; the others are for other processes.
+        first: the index of the first chunk to carry out.
 
     Raises:
         BadValueError: an input is NaN or Inf, or a result does not fit the output's dtype.
@@ -124,7 +121,7 @@ class _Pool:
                 self._threads.append(thread)
 
     def reports(self) -> Iterator[int]:
-        """The bytes that were written; raises the first failure once all threads have ended."""
+        """The bytes written by each report. The first failure is raised when all threads end."""
         working, failure = len(self._threads), None
         while working:
             report = self._reports.get()
@@ -138,9 +135,10 @@ class _Pool:
             raise failure
 
     def stop(self) -> None:
-        """Wait until each thread has finished its chunk, whatever signals arrive.
+        """Wait until each thread has finished its chunk, even if signals arrive.
 
-        The caller closes the output's descriptor next, and its number may then be another file's.
+        The caller closes the output next. A thread that still wrote could hit another file, which
+        has the same descriptor by then.
         """
         self._stopping.set()
         interruption: BaseException | None = None
@@ -178,12 +176,12 @@ class _Pool:
 
 
 class _Worker:
-    """One thread's work, with buffers that serve for every chunk.
+    """The work of one thread, with buffers that are used for every chunk.
 
     Args:
         sinks: one for each output.
         large_tensor: a lock that is held while a large strided tensor is in memory.
-        allow_nonfinite: let NaN and Inf of the inputs pass.
+        allow_nonfinite: accept NaN and Inf in the inputs.
     """
 
     def __init__(
@@ -197,16 +195,14 @@ class _Worker:
         self._buffers: dict[str, AnyArray] = {}
 
     def carry_out(self, job: Job, start: int, count: int) -> int:
-        """Carry out a chunk of a job; returns the number of bytes written."""
+        """Carry out a chunk of a job, and return the number of bytes written."""
         if job.strided:
             is_large = job.dtype.nbytes(count) > _LARGE
             with self._large_tensor if is_large else contextlib.nullcontext():
                 return self._carry_out_strided(job)
         if job.copy:
             values = self._read(job.inputs[0], start, count)
-            return sum(
-                self._write(job, combination, start, values) for combination in job.combinations
-            )
+            return sum(self._write(job, mean, start, values) for mean in job.means)
         chunk = _Chunk(
             job,
             lambda entry: self._read(entry, start, count),
@@ -215,8 +211,8 @@ class _Worker:
             self._allow_nonfinite,
         )
         return sum(
-            self._write(job, combination, start, chunk.result(combination, total))
-            for combination, total in zip(job.combinations, chunk.sums(), strict=True)
+            self._write(job, mean, start, chunk.result(mean, total))
+            for mean, total in zip(job.means, chunk.sums(), strict=True)
         )
 
     def _buffer(self, purpose: str, count: int, dtype: np.dtype[Any]) -> AnyArray:
@@ -234,30 +230,31 @@ class _Worker:
         entry.part.read_into(entry.tensor.offset + start * dtype.itemsize, bytes_of(values))
         return values
 
-    def _write(self, job: Job, combination: Combination, start: int, values: AnyArray) -> int:
-        data, sink = bytes_of(values), self._sinks[combination.output]
-        for target in combination.targets:
+    def _write(self, job: Job, mean: Mean, start: int, values: AnyArray) -> int:
+        data, sink = bytes_of(values), self._sinks[mean.output]
+        for target in mean.targets:
             sink.write(target + start * job.dtype.itemsize, data)
-        for place in combination.scattered:
+        for place in mean.scattered:
             span, view = read_span(place.part, place.tensor)
             view[...] = values.reshape(view.shape)
             sink.write(place.tensor.offset, span.data)
-        return len(data) * (len(combination.targets) + len(combination.scattered))
+        return len(data) * (len(mean.targets) + len(mean.scattered))
 
     def _carry_out_strided(self, job: Job) -> int:
-        """A tensor that is not contiguous everywhere: slabs across its widest stride.
+        """Carry out a job with a strided tensor, and return the number of bytes written.
 
-        The slabs are contiguous, or nearly so, in the first input. The results are held in full.
+        Inputs are read in slabs along the axis of the first input's widest stride, in which slabs
+        are almost contiguous. Results are held in full.
         """
         like = job.inputs[0].tensor
         if job.copy:
             values = np.ascontiguousarray(read_view(job.inputs[0].part, like))
-            return sum(self._write(job, combination, 0, values) for combination in job.combinations)
-        results = [np.empty(like.shape, job.dtype.numpy) for _ in job.combinations]
+            return sum(self._write(job, mean, 0, values) for mean in job.means)
+        results = [np.empty(like.shape, job.dtype.numpy) for _ in job.means]
         axis = _widest_axis(like)
         rows = max(1, CHUNK * like.shape[axis] // job.count)
         if any(_widest_axis(entry.tensor) != axis for entry in job.inputs):
-            # Slabs along one input's widest stride would cut across all of another's span.
+            # A slab of one input may reach over all of another: read the tensors in full.
             rows = like.shape[axis]
         for first in range(0, like.shape[axis], rows):
             place = (slice(None),) * axis + (slice(first, first + rows),)
@@ -265,95 +262,102 @@ class _Worker:
             def read(entry: Input, first: int = first) -> AnyArray:
                 return read_view(entry.part, _slab(entry.tensor, axis, first, first + rows))
 
-            room = new_arrays(results[0][place].shape)
-            chunk = _Chunk(job, read, room, None, self._allow_nonfinite)
-            for combination, total, result in zip(
-                job.combinations, chunk.sums(), results, strict=True
-            ):
-                result[place] = chunk.result(combination, total)
+            allocate = new_arrays(results[0][place].shape)
+            chunk = _Chunk(job, read, allocate, None, self._allow_nonfinite)
+            for mean, total, result in zip(job.means, chunk.sums(), results, strict=True):
+                result[place] = chunk.result(mean, total)
         return sum(
-            self._write(job, combination, 0, result)
-            for combination, result in zip(job.combinations, results, strict=True)
+            self._write(job, mean, 0, result)
+            for mean, result in zip(job.means, results, strict=True)
         )
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk of a job that computes.
+    """The computation of a chunk.
 
     Attributes:
         job: the job.
-        read: gives the values of an input in the chunk.
-        room: gives uninitialised memory of the chunk's shape, by purpose and dtype.
-        start: the chunk's first element; None within a strided tensor.
-        allow_nonfinite: let NaN and Inf of the inputs pass.
+        read: reads the chunk's values of an input.
+        allocate: gives uninitialised arrays of the chunk's shape.
+        start: index of the chunk's first element in the job; None in a strided tensor.
+        allow_nonfinite: accept NaN and Inf in the inputs.
     """
 
     job: Job
     read: Callable[[Input], AnyArray]
-    room: Allocate
+    allocate: Allocate
     start: int | None
     allow_nonfinite: bool
 
     def sums(self) -> list[Sum]:
-        """The weighted sum of each combination. Each input is read once."""
+        """The weighted sum for each mean. Each input is read once."""
         job, dtype = self.job, accumulator_dtype(self.job.dtype)
         narrow = format_of(job.inputs[0].tensor.dtype)
         sums = [
-            Sum(self.room(f"sum {number}", dtype), narrow)
-            for number in range(len(job.combinations))
+            Sum(self.allocate(f"sum {number}", dtype), narrow) for number in range(len(job.means))
         ]
         for number, entry in enumerate(job.inputs):
-            # Averages over more and over fewer of the last checkpoints share most of their weights.
+            # Averages of the last 5 and the last 10 checkpoints share weights: multiply once.
             sums_by_weight: defaultdict[float, list[Sum]] = defaultdict(list)
-            for combination, total in zip(job.combinations, sums, strict=True):
-                if combination.weights[number] != 0:
-                    sums_by_weight[combination.weights[number]].append(total)
+            for mean, total in zip(job.means, sums, strict=True):
+                if mean.weights[number] != 0:
+                    sums_by_weight[mean.weights[number]].append(total)
             if not sums_by_weight:
                 continue
             values, largest = self.read(entry), np.inf
             if narrow is not None:
-                values, largest = narrow.widen(values, self.room("single", _FLOAT32))
+                values, largest = narrow.widen(values, self.allocate("single", _FLOAT32))
             elif sum(map(len, sums_by_weight.values())) > 1:
-                wide = self.room("wide", dtype)
+                wide = self.allocate("wide", dtype)
                 np.copyto(wide, values, casting="same_kind")
                 values = wide
             for weight, totals in sums_by_weight.items():
                 term = values
                 if weight != 1:
-                    term = np.multiply(values, weight, out=self.room("product", dtype), dtype=dtype)
+                    term = np.multiply(
+                        values, weight, out=self.allocate("product", dtype), dtype=dtype
+                    )
                 for total in totals:
                     total.add(term, largest if weight == 1 else np.inf)
         return sums
 
-    def result(self, combination: Combination, total: Sum) -> AnyArray:
-        """A sum, divided, rounded and checked."""
+    def result(self, mean: Mean, total: Sum) -> AnyArray:
+        """The values of a mean: the sum divided, rounded and checked.
+
+        Raises:
+            BadValueError: a value is NaN, Inf or negative where that is an error.
+        """
         dtype = self.job.dtype
-        values = total.mean(combination.divisor, dtype, self.room)
-        if not all_finite(values, dtype, self.room):
+        values = total.mean(mean.divisor, dtype, self.allocate)
+        if not all_finite(values, dtype, self.allocate):
             odd = nonfinite(values, dtype)
             values = np.array(values)
-            values[odd] = self._settled(combination, odd, values[odd])
-        if combination.nonnegative and (values < 0).any():
+            values[odd] = self._nonfinite_values(mean, odd, values[odd])
+        if mean.nonnegative and (values < 0).any():
             element = self._element(values < 0, 0)
             raise BadValueError("the weights make this variance negative", self.job, element)
         return values
 
-    def _settled(self, combination: Combination, odd: AnyArray, values: AnyArray) -> AnyArray:
-        """What stands where a result is NaN or Inf: the inputs' own value if it is one in all.
+    def _nonfinite_values(self, mean: Mean, odd: AnyArray, values: AnyArray) -> AnyArray:
+        """The values where a result is NaN or Inf.
 
-        A mask of -inf is such a value.
+        A value that is the same in all inputs, such as -inf in a mask, is kept as it is. Others are
+        errors, or stay as computed if `allow_nonfinite` is set.
 
         Args:
-            combination: of the result.
-            odd: where the result is NaN or Inf, bools of the chunk's shape.
-            values: the result there, `[num_odd]`.
+            mean: the weighted mean.
+            odd: bools of the chunk's shape, True where the result is NaN or Inf.
+            values: the result at these places, `[num_odd]`.
+
+        Raises:
+            BadValueError: an input has NaN or Inf, or a finite mean does not fit the dtype.
         """
         job = self.job
-        pairs = zip(job.inputs, combination.weights, strict=True)
+        pairs = zip(job.inputs, mean.weights, strict=True)
         used = [entry for entry, weight in pairs if weight != 0]
         first = np.array(self.read(used[0])[odd])
-        same = np.full(len(first), not combination.one_of_several)
+        same = np.full(len(first), not mean.must_be_finite)
         culprit = np.where(np.isfinite(first), -1, 0)
         for number, entry in enumerate(used[1:], 1):
             other = self.read(entry)[odd]
@@ -373,7 +377,7 @@ class _Chunk:
         return np.where(same, kept, values)
 
     def _element(self, where: AnyArray, position: int) -> int | None:
-        """The number of the n-th marked element in the job; None in a strided tensor."""
+        """Index in the job of the n-th marked element; None in a strided tensor."""
         return None if self.start is None else self.start + int(np.flatnonzero(where)[position])
 
 

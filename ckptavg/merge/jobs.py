@@ -1,4 +1,4 @@
-"""The work of the engine: bytes of the outputs, and the inputs that they are computed from."""
+"""Jobs for the engine: which bytes of the outputs are computed from which inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.layout import Copy, Scattered
 
 CHUNK = 256 * 1024
-"""Elements of a chunk: 1 MiB of float32, and a sum of 2 MiB."""
+"""Elements of a chunk: 1 MiB in float32, 2 MiB in float64."""
 
 _CHUNK_OF_SEVERAL, _SMALLEST_CHUNK = 64 * 1024, 16 * 1024
 _SUMS = 1024 * 1024
@@ -29,7 +29,7 @@ class Input:
 
     Attributes:
         part: the file.
-        tensor: dtype, shape and place of the (first) tensor.
+        tensor: dtype, shape, offset and strides of the first tensor.
     """
 
     part: Part
@@ -37,18 +37,18 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Combination:
+class Mean:
     """What one output computes from the inputs: `sum(weights[i] * inputs[i]) / divisor`.
 
     Attributes:
-        weights: one for each input; an input with weight 0 has no part in it.
-        divisor: of the weighted sum.
+        weights: one for each input; an input with weight 0 is not read.
+        divisor: the divisor of the weighted sum.
         targets: offsets in the output at which the result is written.
         output: the number of the output.
-        scattered: further places of the result, in which it is not contiguous.
-        nonnegative: negative results are an error (variances under negative weights).
-        one_of_several: the input is one of several checkpoints, so NaN and Inf in it need not
-            stand in all of them.
+        scattered: further places of the result in the output, where it is strided.
+        nonnegative: whether negative results are an error (variances under negative weights).
+        must_be_finite: whether NaN and Inf of all inputs are an error too. The only input is then
+            one of several checkpoints, and the others may have finite values.
     """
 
     weights: tuple[float, ...]
@@ -57,19 +57,19 @@ class Combination:
     output: int = 0
     scattered: tuple[Scattered, ...] = ()
     nonnegative: bool = False
-    one_of_several: bool = False
+    must_be_finite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Bytes of the outputs, and the inputs that they are computed from. Each input is read once.
+    """What all outputs compute from the same inputs, each of which is read once.
 
     Attributes:
-        inputs: what is averaged, or the one input that is copied.
-        count: elements; neighbouring tensors count as one.
-        copy: the outputs' bytes are those of the input.
-        dtype: element type of the outputs.
-        combinations: one for each output.
+        inputs: the inputs of the mean, or the one that is copied.
+        count: the number of elements, of all tensors that are neighbours.
+        copy: whether the outputs' bytes are those of the input.
+        dtype: the element type of the outputs.
+        means: one for each output.
         number: the position of the first tensor in the plan, for error messages.
     """
 
@@ -77,21 +77,21 @@ class Job:
     count: int
     copy: bool
     dtype: DType
-    combinations: tuple[Combination, ...]
+    means: tuple[Mean, ...]
     number: int
 
     @property
     def strided(self) -> bool:
-        """Whether an input or a target is not contiguous, so that the job is one tensor."""
-        return any(combination.scattered for combination in self.combinations) or any(
+        """Whether an input or a result is strided. The job is then a single tensor."""
+        return any(mean.scattered for mean in self.means) or any(
             entry.tensor.strides is not None for entry in self.inputs
         )
 
     def is_continued_by(self, other: Job) -> bool:
-        """Whether another job does the same with the bytes behind this one's, in all files."""
+        """Whether another job does the same with the bytes that follow this one's in all files."""
         if (
-            (self.dtype, self.copy, len(self.inputs), len(self.combinations))
-            != (other.dtype, other.copy, len(other.inputs), len(other.combinations))
+            (self.dtype, self.copy, len(self.inputs), len(self.means))
+            != (other.dtype, other.copy, len(other.inputs), len(other.means))
             or self.strided
             or other.strided
         ):  # fmt: skip
@@ -106,29 +106,27 @@ class Job:
         return all(
             len(mine.targets) == 1
             and theirs.targets == (mine.targets[0] + size,)
-            and (mine.weights, mine.divisor, mine.output, mine.nonnegative, mine.one_of_several)
+            and (mine.weights, mine.divisor, mine.output, mine.nonnegative, mine.must_be_finite)
             == (theirs.weights, theirs.divisor, theirs.output, theirs.nonnegative,
-                theirs.one_of_several)
-            for mine, theirs in zip(self.combinations, other.combinations, strict=True)
+                theirs.must_be_finite)
+            for mine, theirs in zip(self.means, other.means, strict=True)
         )  # fmt: skip
 
     @staticmethod
     def copy_of(copied: Copy, output: int) -> Job:
         """The job that copies bytes from a file into an output."""
         entry = Input(copied.part, Tensor(_BYTE, (copied.size,), 0, copied.offset))
-        combination = Combination((1.0,), 1.0, (copied.target,), output)
-        return Job(
-            (entry,), copied.size, copy=True, dtype=_BYTE, combinations=(combination,), number=-1
-        )
+        mean = Mean((1.0,), 1.0, (copied.target,), output)
+        return Job((entry,), copied.size, copy=True, dtype=_BYTE, means=(mean,), number=-1)
 
 
 def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
-    """Cut the jobs into chunks that stay in a core's cache: job, first element, elements."""
+    """Cut jobs into chunks that fit a core's cache: job, first element, number of elements."""
     for job in jobs:
         if job.strided:
             yield job, 0, job.count
             continue
-        outputs = len(job.combinations)
+        outputs = len(job.means)
         size = CHUNK
         if outputs > 1:  # each output has a sum of its own
             size = max(_SMALLEST_CHUNK, min(_CHUNK_OF_SEVERAL, _SUMS // outputs))
@@ -137,12 +135,12 @@ def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
 
 
 class BadValueError(CkptAvgError):
-    """A value that must not be in the output. The caller knows the name of its tensor.
+    """A value that must not be in the output. `Plan.explain` adds the name of its tensor.
 
     Attributes:
         number: the position of the job's first tensor in the plan.
-        element: the element of the job; None in a strided tensor.
-        path: the file of the input that has the value, if an input has it.
+        element: the index of the value in the job; None in a strided tensor.
+        path: the file that has the value; None if it comes from the computation.
     """
 
     def __init__(

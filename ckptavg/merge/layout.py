@@ -1,4 +1,4 @@
-"""Where the bytes of each tensor go in an output: known before the first of them is written."""
+"""The layout of an output: where the bytes of each tensor go, and what stands around them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class OutputTensor:
     """A tensor of the output.
 
     Attributes:
-        names: its name, and the names of the tensors that are tied to it.
-        dtype: element type in the output.
-        shape: its dimensions.
+        names: its names; several if tensors are tied.
+        dtype: its element type.
+        shape: its sizes in all dimensions.
         nbytes: bytes of its elements.
     """
 
@@ -32,12 +32,12 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """A record of a zip whose CRC-32 is known only when its bytes have been written.
+    """The CRC-32 of a record of a zip file, which is known when the record has been written.
 
     Attributes:
-        start: where the record's bytes begin.
-        size: how many there are.
-        targets: where the checksum goes, as four little-endian bytes.
+        start: offset of the record's bytes.
+        size: the number of the record's bytes.
+        targets: offsets at which the checksum is written, as four little-endian bytes.
     """
 
     start: int
@@ -47,12 +47,12 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """An output file without its tensors.
+    """What a file has beside its tensors.
 
     Attributes:
         size: bytes of the file, tensors included.
         blobs: the bytes around the tensors, each with its offset.
-        checksums: to be filled in at the end.
+        checksums: the checksums to fill in at the end.
     """
 
     size: int
@@ -62,13 +62,13 @@ class FileLayout:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes that are copied into the output.
+    """Bytes that are copied from a file into the output.
 
     Attributes:
-        part: the file that they are copied from.
-        offset: of the first byte in that file.
+        part: the file.
+        offset: offset of the first byte in the file.
         size: the number of bytes.
-        target: of the first byte in the output.
+        target: offset of the first byte in the output.
     """
 
     part: Part
@@ -79,11 +79,11 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Scattered:
-    """A place in the output where a tensor is not contiguous, as in the checkpoint's file.
+    """A strided tensor in the output, whose elements stand apart as in the checkpoint's file.
 
     Attributes:
-        part: that file, which has the bytes between the tensor's elements.
-        tensor: dtype, shape, offset and strides, the same in that file and in the output.
+        part: the checkpoint's file, which has the bytes between the elements.
+        tensor: dtype, shape, offset and strides: the same in that file and in the output.
     """
 
     part: Part
@@ -97,10 +97,10 @@ class Layout:
     Offsets count through all the files, one after the other.
 
     Attributes:
-        files: name to layout; the only one of an output that is a file has the name `""`.
+        files: the layout of each file by name; an output that is one file has the name `""`.
         targets: for each tensor, the offsets at which its bytes are written.
         copies: bytes that are copied from other files.
-        scattered: further places of tensors, by the position of the tensor.
+        scattered: for tensors by their number, further places where they are strided.
     """
 
     files: Mapping[str, FileLayout]

@@ -41,14 +41,14 @@ log = logging.getLogger("ckptavg")
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factor of the average, which has those of all adapters side by side.
+    """A LoRA factor of the average: the factors of all adapters side by side.
 
     Attributes:
         kind: `A`, `B` or `bias`.
-        name: of the tensor.
-        inputs: for each adapter the file, the tensor in it and its scale.
-        groups: the number of groups of a convolution, in which the factors have as many blocks.
-        output: the factor in the average; its offset is that in `Joined`.
+        name: the tensor's name.
+        inputs: for each adapter the file, the tensor in it, and the scale `w_i s_i`.
+        groups: the number of groups of a convolution; A has one block of rows for each of them.
+        output: dtype and shape in the average, and the offset in `Joined`.
     """
 
     kind: Factor
@@ -61,7 +61,7 @@ class _Factor:
         """Refuse NaN and Inf.
 
         Raises:
-            ValueRangeError: an adapter has some.
+            ValueRangeError: an adapter has such a value.
         """
         for part, tensor, _ in self.inputs:
             if not np.isfinite(read_view(part, tensor)).all():
@@ -69,11 +69,15 @@ class _Factor:
                     "has values that are NaN or Inf",
                     path=part.path,
                     tensor=self.name,
-                    remedy="--allow-nonfinite lets it pass",
+                    remedy="allow_nonfinite lets it pass",
                 )
 
     def values(self) -> AnyArray:
-        """The factor as an array of its shape, rounded once."""
+        """The factor as an array, rounded once.
+
+        Raises:
+            ValueRangeError: a finite value does not fit the dtype.
+        """
         if self.kind == "A":
             blocks = [
                 np.split(read_view(part, tensor), self.groups) for part, tensor, _ in self.inputs
@@ -94,13 +98,13 @@ class _Factor:
 
 
 class Joined(Part):
-    """The factors of the average, one after the other, computed when they are read.
+    """All factors of the average, which are read like a file and computed on reading.
 
-    They are read like a file. One factor at most is held in memory.
+    The last factor that was read is held in memory.
 
     Attributes:
-        path: the checkpoint that is named in messages.
-        size: 0, since the bytes on the disk are those of the adapters.
+        path: the checkpoint that messages name.
+        size: 0, since there is no such file on the disk.
     """
 
     size = 0
@@ -131,10 +135,10 @@ class Joined(Part):
 
 
 def check_scales(members: Sequence[Checkpoint]) -> None:
-    """Warn of what averaging LoRA factors apart means, and refuse it under unlike scales.
+    """Warn that LoRA factors are averaged apart, and refuse that if the scales differ.
 
     Raises:
-        MismatchError: the adapters' configurations scale their products differently.
+        MismatchError: the adapters' configurations differ in rank or alpha.
     """
     first, *others = members
     differences = [
@@ -145,31 +149,31 @@ def check_scales(members: Sequence[Checkpoint]) -> None:
     if differences:
         raise MismatchError(
             "LoRA adapters of unlike rank or alpha, whose factors do not average apart "
-            "(--lora exact averages their products):",
+            "(lora=exact averages their products):",
             differences,
         )
     log.warning(
         "averaging the factors A and B of LoRA adapters apart is not averaging their products; "
-        "--lora exact does"
+        "lora=exact does"
     )
 
 
 def join_factors(
     members: Sequence[Checkpoint], weights: Weights, *, allow_nonfinite: bool = False
 ) -> tuple[tuple[Checkpoint, ...], bytes]:
-    """Put the factors of all adapters side by side, in place of the last adapter's own.
+    """Put the factors of all adapters side by side, in place of those of the last adapter.
 
     Args:
         members: adapters, whose ranks may differ.
-        weights: one for each of them.
+        weights: one weight for each of `members`.
         allow_nonfinite: let NaN and Inf pass.
 
     Returns:
         The members, of which the last one with a weight has the joined factors; and the
-        configuration (JSON) that goes with the joined factors.
+        configuration of the joined factors (JSON).
 
     Raises:
-        FormatError: they are no plain LoRA adapters, or a factor lacks the other.
+        FormatError: a member is no plain LoRA adapter, or a module has only one of A and B.
         MismatchError: factors differ in more than their ranks.
         SelectionError: there is no configuration beside an adapter, or it has no factor.
         ValueRangeError: a factor has NaN or Inf.
@@ -205,17 +209,17 @@ def join_factors(
 
 @dataclass(frozen=True)
 class _Adapter:
-    """An adapter that is averaged.
+    """An adapter with a weight other than 0.
 
     Attributes:
-        checkpoint: the adapter.
+        checkpoint: its tensors.
         config: its configuration.
-        share: its weight, divided by the divisor.
+        coefficient: its weight, divided by the divisor.
     """
 
     checkpoint: Checkpoint
     config: Config
-    share: float
+    coefficient: float
 
     def tensor(self, name: str) -> tuple[Part, Tensor]:
         """A tensor, and the file that has it."""
@@ -242,7 +246,7 @@ def _factors_by_module(checkpoint: Checkpoint) -> dict[str, dict[Factor, str]]:
 def _joined(
     adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, str]
 ) -> list[_Factor]:
-    """The factors of a module in the average."""
+    """The joined factors of a module."""
     for kind in ("A", "B"):
         if kind not in names:
             path = adapters[0].checkpoint.path
@@ -250,7 +254,7 @@ def _joined(
     groups = _groups(adapters, module, names)
     ranks = [adapter.tensor(names["A"])[1].shape[0] for adapter in adapters]
     scales = [
-        adapter.share * adapter.config.scale(module, rank)
+        adapter.coefficient * adapter.config.scale(module, rank)
         for adapter, rank in zip(adapters, ranks, strict=True)
     ]
     factors = []
@@ -271,7 +275,7 @@ def _joined(
 
 
 def _groups(adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, str]) -> int:
-    """The number of groups of a convolution, else 1.
+    """The number of groups of a convolution; 1 for other modules.
 
     Raises:
         MismatchError: the factors differ in more than their ranks.
@@ -294,7 +298,7 @@ def _groups(adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, st
 
 
 def _without_rank(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """The shapes of a pair without the rank, and how often B's rank fits into A's (0: not)."""
+    """The sizes of A and B without their ranks, and A's rank divided by B's; 0 if not whole."""
     if min(len(a), len(b)) < 2 or not b[1] or a[0] % b[1]:  # noqa: PLR2004 - matrices at least
         return (*a, *b), 0
     return (*a[1:], b[0], *b[2:]), a[0] // b[1]

@@ -30,29 +30,29 @@ class AverageOptions:
     """The options of an average.
 
     Attributes:
-        select: which of the checkpoints are averaged.
+        select: the rules that choose the checkpoints.
         weights: a scheme such as `ema:0.9`, or one number for each checkpoint, in order.
         normalize: divide by the sum of the weights.
         update: fold the other checkpoints into the earlier uniform average among the inputs.
-        expect: the number of checkpoints that there must be.
-        key: the state dict to average, where a file holds several.
+        expect: the number of checkpoints that there must be; None for any.
+        key: name of the state dict to average, where a file holds several.
         keep_prefix: leave the prefix of a wrapper (`module.`, `_orig_mod.`) on the names.
-        dtype: of the floating tensors in the output, by torch's name; None for the inputs' own.
-        ints: `last` takes differing integer tensors from the last checkpoint.
-        norm_stats: `last` takes running statistics from the last checkpoint.
-        lora: of LoRA adapters, `separate` averages the factors A and B apart, and `exact` their
-            products: the ranks then add up, and the output must be a directory.
-        allow_nonfinite: let NaN and Inf pass.
-        container: `last` writes the last checkpoint's torch file with all that it holds, and the
-            average in the place of its weights; `weights` writes a state dict alone.
-        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' own.
-        drop_aliases: of tied tensors, write one and name the others in the metadata.
-        hash: record SHA-256 of the checkpoints' files.
+        dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
+        ints: `equal` refuses integer tensors that differ; `last` uses the last checkpoint's.
+        norm_stats: `average` averages running statistics; `last` uses the last checkpoint's.
+        lora: `separate` averages the factors A and B of LoRA adapters apart. `exact` averages their
+            products: the ranks add up, and the output must be a directory.
+        allow_nonfinite: accept NaN and Inf.
+        container: `weights` writes a state dict alone. `last` writes the last checkpoint's torch
+            file, with the average in place of its weights.
+        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' shards.
+        drop_aliases: write tied tensors once, and record the other names in the metadata.
+        hash: record the SHA-256 of the checkpoints' files.
         force: replace an existing output.
         fsync: wait until the output is on the disk.
-        dry_run: write nothing, only return what would be written.
-        threads: how many threads share the work; None for the processors that this process may
-            use, 4 at most, and for 16 where bytes come over a network.
+        dry_run: write nothing, and return what would be written.
+        threads: the number of threads; None for the processors that this process may use, 4 at
+            most, or for 16 threads if bytes come over a network.
         progress: called as bytes are written.
         hash_progress: called as bytes are hashed.
         ranks: the processes that share the work, on a file system that all of them see; each calls
@@ -84,7 +84,7 @@ class AverageOptions:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        """Refuse values that no option has.
+        """Check the values.
 
         Raises:
             SelectionError: a value is unknown, or two values contradict each other.
@@ -115,7 +115,7 @@ class AverageOptions:
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """The options that the output depends on, where they are not the defaults."""
+        """The options that the output's values depend on, without those at their defaults."""
         return {
             each.name: getattr(self, each.name)
             for each in fields(self)
@@ -134,7 +134,7 @@ def _takes_fields_of(
     [Callable[[_Inputs, PathLike, AverageOptions], _Result]],
     Callable[Concatenate[_Inputs, PathLike, _Fields], _Result],
 ]:
-    """Let a function take the fields of its options as keywords, with their types."""
+    """The decorator `options_as_keywords`, with the types of the options' fields."""
 
     def decorate(
         function: Callable[[_Inputs, PathLike, AverageOptions], _Result],
@@ -154,4 +154,4 @@ def _takes_fields_of(
 
 
 options_as_keywords = _takes_fields_of(AverageOptions)
-"""Lets a function of inputs, output and options take the options' fields as keywords."""
+"""Decorates `f(inputs, output, options)`, so that callers pass the options' fields as keywords."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
 from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statistic
 from ckptavg.formats.tensors import BY_NAME
-from ckptavg.merge.jobs import Combination, Input, Job
+from ckptavg.merge.jobs import Input, Job, Mean
 from ckptavg.merge.layout import OutputTensor
 from ckptavg.select.compare import differing_tensors
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 Role = Literal["averaged", "last", "kept", "joined"]
-"""What becomes of a tensor: its mean; the last checkpoint's; what all checkpoints have; or, for the
-factors of LoRA adapters, those of all checkpoints side by side."""
+"""What an output has for a tensor: the `averaged` one, the `last` checkpoint's, the one that all
+checkpoints have (`kept`), or the factors of all LoRA adapters side by side (`joined`)."""
 
 _WIDEST_CODE = 8  # bits
 _QUANTISED = re.compile(
@@ -41,13 +41,13 @@ _QUANTISED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor of the output, and what becomes of it.
+    """A tensor of the checkpoints, its role, and what is written for it.
 
     Attributes:
-        name: of the tensor; of tied tensors, the first in the checkpoints.
-        tensor: its description in the last checkpoint.
-        role: what becomes of it.
-        output: what is written.
+        name: its name; of tied tensors the first name in the checkpoints.
+        tensor: dtype, shape and place in the last checkpoint.
+        role: how the output's tensor comes from those of the checkpoints.
+        output: names, dtype and shape in the output.
     """
 
     name: str
@@ -57,7 +57,7 @@ class PlannedTensor:
 
     @property
     def is_copied(self) -> bool:
-        """Whether its bytes are copied as they are: floats of a model are checked on the way."""
+        """Whether its bytes are copied unchecked. The floats of a model are checked for NaN."""
         return self.role == "kept" or (
             self.role == "last" and (not self.tensor.dtype.averaged or is_extra_state(self.name))
         )
@@ -73,9 +73,9 @@ class Plan:
     """What is written, and what it is computed from.
 
     Attributes:
-        members: the checkpoints that are read: those with a weight other than 0 in some output.
+        members: the checkpoints that are read, each with a weight other than 0 in some output.
         weights: those of `members` in each output.
-        tensors: in the order of the outputs; tied tensors count once.
+        tensors: the tensors in the order of the outputs; tied tensors are one.
     """
 
     members: tuple[Checkpoint, ...]
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def outputs(self) -> tuple[OutputTensor, ...]:
-        """The tensors of each output, in order."""
+        """The tensors that each output has, in order."""
         return tuple(planned.output for planned in self.tensors)
 
     def last(self, output: int = 0) -> Checkpoint:
@@ -97,11 +97,11 @@ class Plan:
         return dict(sorted(Counter(planned.role for planned in self.tensors).items()))
 
     def norm_stats(self, output: int = 0) -> dict[str, Any]:
-        """The provenance's entry on the norm statistics of an output.
+        """The entry on the norm statistics in an output's provenance.
 
-        Their state is `none` without statistics, and `stale` in an average. The copy of one
-        checkpoint has the statistics that belong to its weights: their state is what that
-        checkpoint records, or `kept`.
+        The `state` in it is `none` for a model without statistics, and `stale` for an average. In a
+        copy of one checkpoint the statistics still fit the weights: the entry is what that
+        checkpoint records, else the state is `kept`.
         """
         if not any(is_norm_statistic(planned.name) for planned in self.tensors):
             return {"state": "none"}
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of the checkpoints that go into the outputs."""
+        """Bytes that are read from the checkpoints, for all outputs together."""
         return sum(
             planned.tensor.nbytes * (len(self.members) if planned.role == "averaged" else 1)
             for planned in self.tensors
@@ -123,44 +123,47 @@ class Plan:
 
     @property
     def largest_strided(self) -> int:
-        """Bytes of the largest tensor that is held in memory in full, for all outputs."""
-        sizes = (
-            planned.output.nbytes
-            for planned in self.tensors
-            if any(member.tensors[planned.name].strides is not None for member in self.members)
-        )
-        return max(sizes, default=0) * len(self.weights)
+        """Bytes of memory for the largest strided tensor: each output's result is held in full."""
+        largest = 0
+        for planned in self.tensors:
+            if any(member.tensors[planned.name].strides is not None for member in self.members):
+                largest = max(largest, planned.output.nbytes)
+        return largest * len(self.weights)
 
     def jobs(self, layouts: Sequence[Layout]) -> Iterator[Job]:
-        """The jobs in the order of the outputs.
+        """The jobs in the order of the outputs' tensors.
 
         Tensors that are neighbours in all checkpoints and all outputs become one job.
 
         Args:
-            layouts: where the outputs have the tensors, one for each output.
+            layouts: where each output has the tensors.
         """
-        run: Job | None = None
+        merged: Job | None = None
         for position, planned in enumerate(self.tensors):
             for job in self._jobs_of(position, layouts) if planned.tensor.count else ():
-                if run is not None and run.is_continued_by(job):
-                    run = replace(run, count=run.count + job.count)
+                if merged is not None and merged.is_continued_by(job):
+                    merged = replace(merged, count=merged.count + job.count)
                     continue
-                if run is not None:
-                    yield run
-                run = job
-        if run is not None:
-            yield run
+                if merged is not None:
+                    yield merged
+                merged = job
+        if merged is not None:
+            yield merged
         for output, layout in enumerate(layouts):
             for copied in layout.copies:
                 yield Job.copy_of(copied, output)
 
     def _jobs_of(self, position: int, layouts: Sequence[Layout]) -> Iterator[Job]:
-        """One job for all outputs, or one for each checkpoint that some of the outputs copy."""
+        """One job for a mean in all outputs; else one for each checkpoint that outputs copy."""
         planned = self.tensors[position]
         outputs_by_members: dict[tuple[Checkpoint, ...], list[int]] = {}
         for output in range(len(self.weights)):
-            averaged = planned.role == "averaged"
-            members = self.members if averaged else (self._origin(planned, output),)
+            if planned.role == "averaged":
+                members = self.members
+            elif planned.role == "kept":
+                members = self.members[-1:]
+            else:
+                members = (self.last(output),)
             outputs_by_members.setdefault(members, []).append(output)
         for members, outputs in outputs_by_members.items():
             yield Job(
@@ -168,31 +171,25 @@ class Plan:
                 count=planned.tensor.nbytes // planned.tensor.dtype.itemsize,
                 copy=planned.is_copied,
                 dtype=planned.output.dtype,
-                combinations=tuple(
-                    self._combination(position, output, layouts[output]) for output in outputs
-                ),
+                means=tuple(self._mean(position, output, layouts[output]) for output in outputs),
                 number=position,
             )
 
-    def _origin(self, planned: PlannedTensor, output: int) -> Checkpoint:
-        """The checkpoint from which an output takes a tensor that is not averaged."""
-        return self.members[-1] if planned.role == "kept" else self.last(output)
-
-    def _combination(self, position: int, output: int, layout: Layout) -> Combination:
-        planned, column = self.tensors[position], self.weights[output]
+    def _mean(self, position: int, output: int, layout: Layout) -> Mean:
+        planned, weights = self.tensors[position], self.weights[output]
         averaged = planned.role == "averaged"
-        return Combination(
-            weights=column.values if averaged else (1.0,),
-            divisor=column.divisor if averaged else 1.0,
+        return Mean(
+            weights=weights.values if averaged else (1.0,),
+            divisor=weights.divisor if averaged else 1.0,
             targets=layout.targets[position],
             output=output,
             scattered=layout.scattered.get(position, ()),
-            nonnegative=planned.is_variance and min(column.values) < 0,
-            one_of_several=not averaged and column.count > 1,
+            nonnegative=planned.is_variance and min(weights.values) < 0,
+            must_be_finite=not averaged and weights.count > 1,
         )
 
     def explain(self, error: BadValueError) -> ValueRangeError:
-        """The engine's error with the name of the tensor."""
+        """The error of the engine, which knows no names, with the tensor's name."""
         position, element = error.number, error.element
         if element is not None:
             while element >= self.tensors[position].tensor.count:
@@ -203,55 +200,49 @@ class Plan:
             where + error.message,
             path=error.path,
             tensor=self.tensors[position].output.names[0],
-            remedy="--allow-nonfinite lets it pass" if error.path is not None else None,
+            remedy="allow_nonfinite lets it pass" if error.path is not None else None,
         )
 
 
 def make_plan(
     members: Sequence[Checkpoint],
-    columns: Sequence[Weights],
+    weights: Sequence[Weights],
     options: AverageOptions,
     *,
     roles: Mapping[str, Role] | None = None,
 ) -> Plan:
-    """Decide what becomes of each tensor, and in which order the outputs have them.
+    """Decide the role and the output dtype of each tensor, and their order in the outputs.
 
     Args:
-        members: checkpoints of one model, in order; with `lora="exact"`, the factors of the last
-            one are those of all, side by side.
-        columns: for each output, one weight for each of `members`.
-        options: what becomes of integers, norm statistics and dtypes.
-        roles: of all tensors, by name, where they are decided already.
+        members: checkpoints of one model, in order, each with a weight other than 0 in some
+            output. With `lora="exact"`, the last one has the joined factors of all.
+        weights: for each output, one weight for each of `members`.
+        options: how integers, norm statistics, LoRA factors and dtypes are treated.
+        roles: the role of each tensor by name; None to decide them here.
 
     Raises:
-        FormatError: the weights are quantised, so that code and scale do not average apart.
+        FormatError: a tensor is quantised.
         MismatchError: an integer tensor differs between checkpoints.
     """
-    places = [place for place in range(len(members)) if any(each.values[place] for each in columns)]
-    used = tuple(members[place] for place in places)
     if roles is None:
-        refuse_quantised(used[-1])
-        roles = decide_roles(used, options)
+        refuse_quantised(members[-1])
+        roles = decide_roles(members, options)
     dtype = BY_NAME[options.dtype] if options.dtype else None
-    return Plan(
-        used,
-        tuple(each.of(places) for each in columns),
-        tuple(_planned_tensors(used, roles, dtype)),
-    )
+    tensors = tuple(_planned_tensors(members, roles, dtype))
+    return Plan(tuple(members), tuple(weights), tensors)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse codes with scales beside them: a mean of codes under unlike scales means nothing.
+    """Refuse quantised weights: a mean of codes means nothing if their scales differ.
 
     Raises:
         FormatError: a tensor is quantised.
     """
-    # The layers that have a scale or a zero point: its name begins with theirs.
-    scaled = {
-        layer
-        for layer, _, last in (name.rpartition(".") for name in checkpoint.tensors)
-        if "scale" in last or "zero" in last
-    }
+    scaled = set()  # layers (or tensors) with a scale or a zero point: `fc`, `fc.weight`
+    for name in checkpoint.tensors:
+        layer, _, last = name.rpartition(".")
+        if "scale" in last or "zero" in last:
+            scaled.add(layer)
     for name, tensor in checkpoint.tensors.items():
         is_scaled = name in scaled or name.rpartition(".")[0] in scaled
         if (
@@ -278,7 +269,7 @@ def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict
 
     Args:
         members: checkpoints of one model, in order.
-        options: what becomes of integers, norm statistics and LoRA factors.
+        options: how integers, norm statistics and LoRA factors are treated.
 
     Raises:
         MismatchError: an integer tensor of several elements differs between checkpoints.
@@ -307,7 +298,7 @@ def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict
     if problems:
         raise MismatchError(
             "integer tensors differ, and integers are not averaged "
-            "(--ints last takes them from the last checkpoint):",
+            "(ints=last takes them from the last checkpoint):",
             list(problems.values()),
         )
     return roles
@@ -316,26 +307,25 @@ def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict
 def _planned_tensors(
     members: Sequence[Checkpoint], roles: Mapping[str, Role], dtype: DType | None
 ) -> Iterator[PlannedTensor]:
-    """The tensors in the order of the output.
+    """The tensors in the order of the outputs.
 
-    That is the order of the checkpoints, but with wide element types first, as safetensors has it:
-    so each tensor is aligned.
+    Wide element types come first, so that each tensor is aligned, as safetensors orders them.
+    Tensors of one width keep the order of the checkpoints.
     """
     tensors = members[-1].tensors
     for names in sorted(tied_names(members), key=lambda names: -tensors[names[0]].dtype.bits):
         name, tensor = names[0], tensors[names[0]]
         is_cast = dtype is not None and tensor.dtype.kind == "float" and not is_extra_state(name)
         target = dtype if dtype is not None and is_cast else tensor.dtype
-        output = OutputTensor(
-            tuple(sorted(names)), target, tensor.shape, target.nbytes(tensor.count)
-        )  # fmt: skip
+        nbytes = target.nbytes(tensor.count)
+        output = OutputTensor(tuple(sorted(names)), target, tensor.shape, nbytes)
         yield PlannedTensor(name, tensor, roles[name], output)
 
 
 def tied_names(checkpoints: Sequence[Checkpoint]) -> list[list[str]]:
-    """The names of the tensors, those together that are the same bytes in every checkpoint.
+    """The names of the tensors, in groups: tied tensors are the same bytes in every checkpoint.
 
-    Empty tensors are never tied: all of them may have the same offset.
+    Empty tensors are never tied, though several may have the same offset.
     """
     names_by_place: dict[object, list[str]] = {}
     for name in checkpoints[0].tensors:

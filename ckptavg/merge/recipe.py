@@ -1,4 +1,4 @@
-"""What each average is made of: its members and their weights."""
+"""The recipe of an average: its members and their weights."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ log = logging.getLogger("ckptavg")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one average is made of.
+    """The members of an average and their weights.
 
     Attributes:
-        label: tells it from the other averages of one command, such as `last5-ema0.9`.
-        members: in the order of training, each with a weight other than 0.
-        names: the paths of the members below the folder that they have in common.
-        weights: one for each member.
+        label: the name of this average among several of one command, such as `last5-ema0.9`.
+        members: the checkpoints with a weight other than 0, in the order of training.
+        names: the members' paths relative to the folder that they have in common.
+        weights: one weight for each member.
         needs_order: whether the weights depend on the order of the members.
-        rules: how the members were chosen, for the provenance.
-        base: the member that is an earlier average, which the other members bring up to date.
+        rules: the rules that chose the members, for the provenance.
+        base: the member that is an earlier average, to be updated with the others.
     """
 
     label: str
@@ -51,7 +51,7 @@ class Recipe:
         return self.members[-1]
 
     def weights_over(self, checkpoints: Sequence[Checkpoint]) -> Weights:
-        """The weights over more checkpoints than the members: 0 for the others."""
+        """The weights of these checkpoints: 0 for those that are no members."""
         weights = dict(zip(self.members, self.weights.values, strict=True))
         values = tuple(weights.get(checkpoint, 0.0) for checkpoint in checkpoints)
         return replace(self.weights, values=values)
@@ -60,10 +60,11 @@ class Recipe:
 def recipes_of(
     run: Run, schemes: Sequence[Scheme], rules: Selection, options: AverageOptions
 ) -> list[Recipe]:
-    """The members and weights of each average: each scheme with each number of last checkpoints.
+    """The recipe of each average: one for each number of last checkpoints and each scheme.
 
     Raises:
-        SelectionError: no checkpoint is left, not as many as expected, or a scheme does not fit.
+        SelectionError: no checkpoint is chosen, their number is not the expected one, or a scheme
+            cannot weight them.
     """
     return [
         _recipe(run, scheme, replace(rules, last=count), options)
@@ -77,23 +78,25 @@ def _recipe(run: Run, scheme: Scheme, rules: Selection, options: AverageOptions)
     if isinstance(rules.last, int) and len(verdicts) < rules.last and rules.every is None:
         log.info("of the last %d there are only %d", rules.last, len(verdicts))
     steps = [verdict.done for verdict in verdicts if verdict.done is not None]
+    paths = [verdict.checkpoint.path for verdict in verdicts]
     weights = scheme.weights(
         steps if len(steps) == len(verdicts) else None,
-        [str(verdict.checkpoint.path) for verdict in verdicts],
+        list(map(str, paths)),
         normalize=options.normalize,
     )
-    places = [place for place, value in enumerate(weights.values) if value != 0]
-    if not places:
+    used = [place for place, value in enumerate(weights.values) if value != 0]
+    if not used:
         raise SelectionError("all weights are zero, so there is nothing to average")
-    members = tuple(verdicts[place].checkpoint for place in places)
-    names = relative_names([member.path for member in members])
+    members = tuple(verdicts[place].checkpoint for place in used)
+    names = relative_names([paths[place] for place in used])
     if options.expect is not None and len(names) != options.expect:
         listed = ", ".join(map(printable, names))
         raise SelectionError(f"expected {options.expect} checkpoints, found {len(names)}: {listed}")
-    said = rules.as_dict()
-    if said.keys() & {"start", "steps", "cycle"}:
-        said["unit"] = verdicts[0].unit
+    recorded_rules = rules.as_dict()
+    if recorded_rules.keys() & {"start", "steps", "cycle"}:
+        recorded_rules["unit"] = verdicts[0].unit
     if not options.normalize:
-        said["normalized"] = False
+        recorded_rules["normalized"] = False
     label = scheme.label if rules.last is None else f"last{rules.last}-{scheme.label}"
-    return Recipe(label, members, names, weights.of(places), scheme.needs_order, said)
+    weights = replace(weights, values=tuple(weights.values[place] for place in used))
+    return Recipe(label, members, names, weights, scheme.needs_order, recorded_rules)

@@ -1,4 +1,4 @@
-"""Parse `weights`: which scheme gives the checkpoints their weights, once they are known."""
+"""Weighting schemes, and how the argument `weights` names them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to weight checkpoints.
+    """A way to compute weights for checkpoints.
 
     Attributes:
-        name: as it was asked for, such as `ema:0.9`; `explicit` and `by-path` for numbers of the
-            user, which stand beside the members in the provenance.
-        label: for the name of a file: `ema0.9`, `decay-cosine`.
-        formula: gives the weights from the steps, the paths and whether to normalise.
-        needs_steps: the weights depend on the checkpoints' steps.
-        needs_order: the weights depend on the order of the checkpoints.
+        name: the text that names it, such as `ema:0.9`; `explicit` and `by-path` for numbers of the
+            user.
+        label: its part in a file name: `ema0.9`, `decay-cosine`.
+        formula: computes the weights from the steps, the paths and whether to normalise.
+        needs_steps: whether the weights depend on the checkpoints' steps.
+        needs_order: whether the weights depend on the order of the checkpoints.
     """
 
     name: str
@@ -47,10 +47,9 @@ class Scheme:
         """The weights of checkpoints.
 
         Args:
-            steps: of training, in order, `[num_checkpoints]`; None where they are not known.
-            paths: of the checkpoints, `[num_checkpoints]`.
-            normalize: False takes the weights without a division. Those of `ema`, `power` and
-                `decay` sum to 1 in any case.
+            steps: training steps in order, `[num_checkpoints]`; None if unknown.
+            paths: the checkpoints' paths, `[num_checkpoints]`.
+            normalize: divide by the sum. The weights of `ema`, `power` and `decay` sum to 1 anyway.
 
         Raises:
             SelectionError: the scheme does not fit these checkpoints.
@@ -64,13 +63,13 @@ class Scheme:
 
 
 def schemes_of(weights: str | Sequence[float] | Sequence[Scheme]) -> tuple[Scheme, ...]:
-    """The schemes that `weights` asks for.
+    """The schemes that the argument `weights` stands for.
 
     Args:
         weights: a text as in `parse`, schemes, or one number for each checkpoint.
 
     Raises:
-        SelectionError: the text names no scheme, or the numbers are no finite numbers.
+        SelectionError: the text names no scheme, or a number is not finite.
     """
     if isinstance(weights, str):
         return parse(weights)
@@ -81,22 +80,22 @@ def schemes_of(weights: str | Sequence[float] | Sequence[Scheme]) -> tuple[Schem
 
 
 def parse(text: str) -> tuple[Scheme, ...]:
-    """The schemes that a text names, with commas between.
+    """The schemes that a text names, separated by commas.
 
-    The text has names such as `uniform`, `linear`, `ema:0.9`, `power:0.1` and `decay:cosine`. It
-    may have numbers instead, which are one scheme together (`0.2,0.3,0.5`), or paths with numbers
-    (`a.pt=1,b.pt=2`). The last `=` ends a path: `epoch=3.ckpt=0.5` is a path and 0.5.
+    The text lists names such as `uniform`, `linear`, `ema:0.9`, `power:0.1` and `decay:cosine`. Or
+    it is a single scheme: a number for each checkpoint (`0.2,0.3,0.5`), or paths with numbers
+    (`a.pt=1,b.pt=2`). A path ends at the last `=`, as in `epoch=3.ckpt=0.5`.
 
     Raises:
-        SelectionError: it has none of these, a mixture, or a scheme twice.
+        SelectionError: the text is none of these, a mixture of them, or names a scheme twice.
     """
     parts = [part.strip() for part in text.split(",")]
     numbers = [number for part in parts if (number := _number(part)) is not None]
     if len(numbers) == len(parts):
         return (_explicit(numbers),)
-    if all("=" in part for part in parts):
+    if "=" in text and all("=" in part for part in parts):
         return (_by_path([_pair(part) for part in parts]),)
-    if numbers or any("=" in part for part in parts):
+    if numbers or "=" in text:
         raise SelectionError(
             f"weights {text!r} mix schemes, numbers and paths", remedy=f"they are {KNOWN}"
         )
@@ -147,10 +146,10 @@ def _by_path(pairs: Sequence[tuple[str, float]]) -> Scheme:
 
 
 def _named(text: str) -> Scheme:
-    """The scheme that a text names. Its argument is checked before a checkpoint is opened.
+    """The scheme that a text names. Its argument is checked here, before a checkpoint is opened.
 
     Raises:
-        SelectionError: there is no such scheme, or the argument does not fit it.
+        SelectionError: there is no such scheme, or its argument is wrong.
     """
     name, colon, argument = text.partition(":")
     if (name, colon) == ("uniform", ""):
@@ -198,7 +197,7 @@ def _argument(form: str, text: str) -> float:
     """The number after the colon of a scheme.
 
     Raises:
-        SelectionError: it is no number.
+        SelectionError: the text is no number.
     """
     number = _number(text)
     if number is None:

@@ -1,4 +1,4 @@
-"""Signals that wait until threads have started."""
+"""Delay signals while threads start."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DELAYED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def signals_waiting() -> Iterator[None]:
-    """Hold back SIGINT, SIGTERM and SIGHUP: their handlers are called at the end of the block.
+    """Delay the handlers of SIGINT, SIGTERM and SIGHUP until the end of the block.
 
-    `Thread.start` cannot bear an exception from a handler: it reports that the thread did not
-    start, when it did. Blocking the signals in this thread would not help, as another thread may
-    take them.
+    If a handler raises in `Thread.start`, the thread seems not to have started, though it runs.
+    Blocking the signals in this thread would not help, since other threads receive them too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers are only ever called in the main thread
         return
     arrived: list[int] = []
     handlers = {
-        number: handler for number in _HELD if callable(handler := signal.getsignal(number))
+        number: handler for number in _DELAYED if callable(handler := signal.getsignal(number))
     }
     try:
         for number in handlers:

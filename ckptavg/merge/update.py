@@ -1,7 +1,7 @@
-"""Fold further checkpoints into a uniform average that was made earlier.
+"""Update a uniform average that was made earlier: fold further checkpoints into it.
 
-The result is `(n * average + x_1 + ... + x_m) / (n + m)`: a mean with the
-coefficients n, 1, ..., 1. n is the number of members in the provenance of the average.
+The result is `(n * average + x_1 + ... + x_m) / (n + m)`, with the weights n, 1, ..., 1 and the
+divisor n + m. n is the number of members in the provenance of the average.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def find_base(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """The earlier average among the checkpoints.
 
     Raises:
-        SelectionError: there is none or several, it is not uniform, or its floats have 16 bits or
-            fewer, so that each update would round them again.
+        SelectionError: there is none or several; it is not uniform; or it has floats of fewer than
+            32 bits, which each update would round again.
     """
     averages = [checkpoint for checkpoint in checkpoints if checkpoint.is_average]
     if len(averages) != 1:
         raise SelectionError(
             f"an update needs one earlier average among its inputs, and there are {len(averages)}",
-            remedy="name it: ckptavg average SWA NEW... --update -o OUTPUT",
+            remedy="name it, and the checkpoints to fold into it",
         )
     [base] = averages
     if len(checkpoints) == 1:
@@ -53,7 +53,7 @@ def find_base(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def recorded_members(base: Checkpoint) -> list[dict[str, Any]]:
-    """What the provenance of a uniform average says of its members.
+    """The entries of the members in the provenance of a uniform average.
 
     Raises:
         SelectionError: it is not a uniform average.
@@ -73,17 +73,17 @@ def recorded_members(base: Checkpoint) -> list[dict[str, Any]]:
 
 
 def fold(base: Checkpoint, new: Recipe) -> Recipe:
-    """The recipe of the updated average: each checkpoint has the same share.
+    """The recipe of the updated average, in which each checkpoint has the same share.
 
-    The earlier average stands where its newest member would: what is taken from the last
-    checkpoint, is that member's if it is the newest.
+    The earlier average takes the place of its newest member in the order of training. So it counts
+    as the last checkpoint if that member is the newest of all.
 
     Args:
         base: the earlier average.
-        new: the checkpoints to fold in.
+        new: the recipe of the checkpoints to fold in.
 
     Raises:
-        SelectionError: a checkpoint is in the average already.
+        SelectionError: a checkpoint is a member of the average already.
     """
     recorded = recorded_members(base)
     contents = {member["content"]: member for member in recorded if member.get("content")}
@@ -108,7 +108,7 @@ def fold(base: Checkpoint, new: Recipe) -> Recipe:
 
 
 def _is_newer(recorded: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> bool:
-    """Whether a recorded member was saved after a checkpoint, as far as steps are recorded."""
+    """Whether a recorded member has a later step than a checkpoint; False if not recorded."""
     step = checkpoint.step
     steps = [member.get("step") for member in recorded]
     return step is not None and any(

@@ -1,14 +1,14 @@
-"""Weights of an average: a number for each checkpoint, and the divisor of the weighted sum.
+"""Formulas for the weights of an average: a number for each checkpoint, and a divisor.
 
 Each formula is a pure function of the number of checkpoints, their steps or their paths.
-`docs/schemes.md` says which is for what.
+`docs/schemes.md` says when to use which.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ _DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda place: (1 + math.cos(math.pi * place)) / 2,
     "1-sqrt": lambda place: 1 - math.sqrt(place),
 }
-# Of the constant profile, exponent 0: a longer one would give the oldest most.
+# The sigma_rel of a constant profile (exponent 0). With more, older checkpoints would weigh more.
 _MOST_SIGMA_REL = 12**-0.5
 
 
@@ -31,9 +31,9 @@ class Weights:
     """The average is `sum(values[i] * x[i]) / divisor`.
 
     Attributes:
-        scheme: the name of the scheme, for the provenance.
-        values: one for each checkpoint, `[num_checkpoints]`.
-        divisor: the weighted sum is divided by it, once.
+        scheme: name of the scheme, for the provenance.
+        values: a weight for each checkpoint, `[num_checkpoints]`.
+        divisor: the number that the weighted sum is divided by.
     """
 
     scheme: str
@@ -47,20 +47,16 @@ class Weights:
 
     @property
     def last(self) -> int:
-        """The place of the last checkpoint with a weight other than 0."""
+        """The index of the last checkpoint with a weight other than 0."""
         return max(place for place, value in enumerate(self.values) if value != 0)
-
-    def of(self, places: Sequence[int]) -> Weights:
-        """The weights of some of the checkpoints, with the same divisor."""
-        return replace(self, values=tuple(self.values[place] for place in places))
 
     @property
     def emulated_decay(self) -> tuple[float, ...]:
         """The learning-rate decay that averaging emulates: `w_j = c_j + ... + c_k`.
 
-        The average of a constant-rate run is what the run would be, had the updates between
-        checkpoints j-1 and j been scaled by `w_j`, if the gradients were the same (WSM, Tian et al.
-        2025, arXiv 2507.17634).
+        Let a run at a constant rate scale its updates between checkpoints j-1 and j by `w_j`. If
+        the gradients stay the same, it ends at the average (WSM, Tian et al. 2025, arXiv
+        2507.17634).
 
         Returns:
             `w_0, ..., w_k`, `[num_checkpoints]`, from the shares `c_i = values[i] / divisor`.
@@ -104,10 +100,10 @@ def ema(count: int, decay: float) -> Weights:
 def power(steps: Sequence[float], sigma_rel: float) -> Weights:
     """The power-function EMA (Karras et al. 2024, arXiv 2312.02696), over raw checkpoints.
 
-    Its profile is `p(t) ~ t^g` for t in [0, t_K] (equation 121 with t_K for its time). Checkpoint k
-    stands for the steps since the one before: `c_k ~ t_k^(g+1) - t_(k-1)^(g+1)`. The first stands
-    for as many as the second, `t_0 = t_1 - (t_2 - t_1)` but 0 at least: from 0 on it would take the
-    share of the whole run before it.
+    Its profile is `p(t) ~ t^g` for t in [0, t_K] (equation 121, with t_K as the time). Checkpoint k
+    stands for the steps since the one before: `c_k ~ t_k^(g+1) - t_(k-1)^(g+1)`. The first one
+    stands for as many steps as the second: `t_0 = max(0, t_1 - (t_2 - t_1))`. With `t_0 = 0` it
+    would have the share of the whole run before it.
 
     Args:
         steps: of training, in any unit that counts from its start, `[num_checkpoints]`.
@@ -131,8 +127,8 @@ def power_exponent(sigma_rel: float) -> float:
     """The exponent g of the profile `t^g` that has this relative standard deviation.
 
     The largest real root of `sigma_rel = (g+1)^(1/2) (g+2)^(-1) (g+3)^(-1/2)` (Karras et al. 2024,
-    equation 123; their algorithm 2 solves it as a cubic). It falls with g where g > 0, so the root
-    there is halved upon.
+    equation 123; their algorithm 2 solves it as a cubic). The right side falls with g where g > 0,
+    so the root is found there by bisection.
 
     Raises:
         SelectionError: sigma_rel is not in (0, 12^-0.5), where g > 0.
@@ -151,16 +147,16 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 def _increasing(steps: Sequence[float]) -> list[float]:
-    """The steps as numbers.
+    """The steps as floats, checked.
 
     Raises:
         SelectionError: they are not positive, finite and strictly increasing.
     """
     times = [_total([step]) for step in steps]  # an integer of a file may exceed all floats
     if not all(0 < time < math.inf for time in times):
-        found = next(time for time in times if not 0 < time < math.inf)
+        wrong = next(time for time in times if not 0 < time < math.inf)
         raise SelectionError(
-            f"power needs steps that count from 1, not a checkpoint at step {found:g}",
+            f"power needs steps that count from 1, not a checkpoint at step {wrong:g}",
             remedy="leave that checkpoint out, or take ema:DECAY",
         )
     for earlier, later in pairwise(times):
@@ -191,18 +187,22 @@ def decay(count: int, shape: str) -> Weights:
         raise SelectionError(f"decay is one of {', '.join(_DECAYS)}, not {shape!r}")
     name = f"decay:{shape}"
     if shape == "linear":
-        # The differences are all 1 / (k + 1), but for rounding: as a mean they have none.
+        # All differences are 1 / (k + 1). A mean does not round them.
         return Weights(name, (1.0,) * count, float(count))
     remaining = [_DECAYS[shape](place / count) for place in range(count + 1)]
     return _summing_to_one(name, [now - later for now, later in pairwise(remaining)])
 
 
 def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> Weights:
-    """Numbers of the user, negative ones too, normalised to sum 1 or taken as they are.
+    """The given numbers, of which some may be negative.
+
+    Args:
+        values: one for each checkpoint.
+        count: the number of checkpoints.
+        normalize: divide by the sum.
 
     Raises:
-        SelectionError: not one finite number for each checkpoint, or they sum to zero and should be
-            normalised.
+        SelectionError: a number is missing or not finite, or the sum to divide by is zero.
     """
     try:
         numbers = tuple(float(value) for value in values)
@@ -216,17 +216,17 @@ def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> 
 def by_path(
     pairs: Sequence[tuple[str, float]], paths: Sequence[str], *, normalize: bool = True
 ) -> Weights:
-    """A number for each checkpoint that is named, and 0 for the others, which are not read.
+    """The given weights of the checkpoints that are named, and 0 for the others.
 
     Args:
         pairs: paths and their weights. A path names the checkpoint that has this path, else the
             one whose path ends with it: `a.pt` names `run/a.pt`, but not `run/data.pt`.
-        paths: of the checkpoints, `[num_checkpoints]`.
-        normalize: have them sum to 1.
+        paths: the checkpoints' paths, `[num_checkpoints]`.
+        normalize: divide by the sum.
 
     Raises:
-        SelectionError: a path names no checkpoint, or several, or one that has a weight already; or
-            a weight is not finite, or they sum to zero and should be normalised.
+        SelectionError: a path names no checkpoint, or several, or one that has a weight already. Or
+            a weight is not finite, or the sum to divide by is zero.
     """
     weights: dict[int, float] = {}
     for path, weight in pairs:
@@ -239,7 +239,7 @@ def by_path(
 
 
 def _place_of(path: str, paths: Sequence[str]) -> int:
-    """The place of the checkpoint that a path names.
+    """The index of the checkpoint that a path names.
 
     Raises:
         SelectionError: it names none, or several.
@@ -264,7 +264,7 @@ def _place_of(path: str, paths: Sequence[str]) -> int:
 
 
 def path_parts(path: str) -> list[str]:
-    """The names in a path, without empty ones and dots."""
+    """The parts of a path, without empty ones and dots."""
     return [part for part in path.split("/") if part not in ("", ".")]
 
 
@@ -272,7 +272,7 @@ def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Wei
     """Weights from numbers of the user.
 
     Raises:
-        SelectionError: they are not finite, or sum to zero and should be normalised.
+        SelectionError: a number is not finite, or the sum to divide by is zero.
     """
     size = _total([abs(number) for number in numbers])
     if not math.isfinite(size):
@@ -280,17 +280,17 @@ def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Wei
     if not normalize:
         return Weights(scheme, numbers, 1.0)
     total = _total(numbers)
-    # 0.1, 0.2 and -0.3 sum to 2.8e-17, which is their rounding and no weight.
+    # 0.1, 0.2 and -0.3 sum to 2.8e-17, a rounding error.
     if abs(total) <= len(numbers) * sys.float_info.epsilon * size:
         raise SelectionError(
             "weights sum to zero, so there is nothing to divide by",
-            remedy="--no-normalize takes them as they are",
+            remedy="normalize=False takes them as they are",
         )
     return Weights(scheme, numbers, total)
 
 
 def _total(numbers: Sequence[float]) -> float:
-    """Their exact sum, rounded once, or infinity where it is too large."""
+    """The exact sum of the numbers, rounded once; infinity if it is too large."""
     try:
         return math.fsum(numbers)
     except OverflowError:
@@ -298,10 +298,10 @@ def _total(numbers: Sequence[float]) -> float:
 
 
 def _summing_to_one(scheme: str, values: Sequence[float]) -> Weights:
-    """Weights that sum to 1 by their equation: the divisor takes off the rounding."""
+    """Weights that sum to 1 in exact arithmetic. The divisor corrects for their rounding."""
     return Weights(scheme, tuple(values), math.fsum(values))
 
 
 def format_number(number: float) -> str:
-    """A number as one would type it: 1 and not 1.0."""
+    """A number as a user types it: 1, not 1.0."""
     return repr(float(number)).removesuffix(".0")

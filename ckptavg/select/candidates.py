@@ -1,4 +1,4 @@
-"""The candidates among the inputs: files and folders that look like checkpoints."""
+"""Find candidates: files and folders that look like checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
-# What trainers save beside checkpoints, in files and folders of the same kinds.
+# Names of optimizers, schedulers and the like, which trainers save beside checkpoints.
 _NO_WEIGHTS = re.compile(
     r"(optim(izer)?|(lr_)?scheduler|rng_state|random_states|training_args|(grad_)?scaler|sampler)"
     r"([_-][A-Za-z_-]*\d+)?(\.(pt|pth|bin))?|.*_optim_states\.pt"
@@ -29,12 +29,13 @@ _DEPTH_OF_HINT = 3
 
 
 def find_candidates(inputs: Iterable[Path]) -> dict[Path, bool]:
-    """The candidates among the inputs, and whether each is an input itself.
+    """The candidates among the inputs; True for those that the user named.
 
-    An input is one itself, or a directory of several.
+    Args:
+        inputs: candidates, and directories of candidates.
 
     Raises:
-        SelectionError: an input does not exist, or is a directory without any.
+        SelectionError: an input does not exist, or is a directory without candidates.
     """
     candidates: dict[Path, bool] = {}
     ignored: list[str] = []
@@ -56,18 +57,21 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, bool]:
 
 
 def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
-    """The candidates in a directory, in natural order; none if it is a checkpoint itself.
+    """The candidates in a directory, in natural order; empty if it is a checkpoint itself.
 
-    A directory with weights is a checkpoint itself unless it has numbered checkpoints: then its
-    own weights are what a Trainer saved after the last of them.
+    A directory with weights is a checkpoint unless numbered checkpoints are in it. Its own weights
+    are then those that a Trainer saved at the end.
 
     Args:
         folder: the directory.
-        ignored: takes the names of other entries that have a checkpoint's suffix.
+        ignored: a list to which the names of ignored entries are appended.
     """
-    entries = sorted(folder.iterdir(), key=lambda entry: natural_key(entry.name))
-    ignored += [entry.name for entry in entries if is_no_checkpoint(entry.name)]
-    candidates = [entry for entry in entries if _is_candidate(entry)]
+    candidates = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: natural_key(entry.name)):
+        if is_no_checkpoint(entry.name):
+            ignored.append(entry.name)
+        elif _is_candidate(entry):
+            candidates.append(entry)
     if not is_checkpoint_directory(folder):
         return candidates
     numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
@@ -77,7 +81,7 @@ def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
 
 
 def _is_candidate(entry: Path) -> bool:
-    if entry.name.startswith(".") or is_no_checkpoint(entry.name):
+    if entry.name.startswith("."):
         return False
     try:
         return is_checkpoint_directory(entry) if entry.is_dir() else entry.suffix in SUFFIXES
@@ -92,23 +96,23 @@ def is_no_checkpoint(name: str) -> bool:
 
 
 def _is_numbered(entry: Path, folder: Path) -> bool:
-    """Whether an entry of a directory with weights is a checkpoint beside these, not part of them.
+    """Whether an entry of a directory with weights is a numbered checkpoint.
 
-    DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that.
+    DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that checkpoint.
     """
     is_part = entry.name.startswith("global_step") and huggingface.has_trainer_state(folder)
     return _NUMBERED.fullmatch(entry.name) is not None and not is_part
 
 
 def _weight_files(folder: Path) -> frozenset[str]:
-    """The names of the files that a directory's own weights are in."""
+    """The names of the files with a directory's own weights."""
     if huggingface.matches(folder):
         return huggingface.weight_files(folder)
     return frozenset(entry.name for entry in folder.iterdir())
 
 
 def _hint(folder: Path) -> str:
-    """Where checkpoints might be, if a directory has none."""
+    """A remedy for a directory without checkpoints: a folder in it that has some."""
     inner = next(_folders_with_candidates(folder, _DEPTH_OF_HINT), None)
     if inner is not None:
         return f"there are checkpoints in {printable(inner)}"

@@ -27,11 +27,11 @@ _THREADS = 4
 
 
 def differences(first: Checkpoint, other: Checkpoint, *, any_rank: bool = False) -> Iterator[str]:
-    """Every difference in names, shapes and dtypes, one line each.
+    """Every difference in names, shapes and dtypes of tensors, as a line of text.
 
     Args:
-        first: the first checkpoint.
-        other: the second checkpoint.
+        first: a checkpoint.
+        other: another checkpoint.
         any_rank: let the ranks of LoRA factors differ.
     """
     if other.tensors is first.tensors:
@@ -58,7 +58,7 @@ def check_one_model(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False
         any_rank: let the ranks of LoRA factors differ.
 
     Raises:
-        MismatchError: their names, shapes or dtypes differ; it lists all differences.
+        MismatchError: names, shapes or dtypes of tensors differ; it lists all differences.
     """
     first, *others = checkpoints
     lines = [line for other in others for line in differences(first, other, any_rank=any_rank)]
@@ -67,12 +67,11 @@ def check_one_model(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False
 
 
 def find_copies(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoint]:
-    """The checkpoints that are copies, each with the checkpoint that it is a copy of.
+    """The checkpoints that are copies, each with its original.
 
-    Hard links and symlinks are copies, which nothing is read for. So are checkpoints that record
-    the same step and have equal bytes in every tensor: all bytes are compared only where samples
-    of them are equal. The original is the one with a number in its name: `checkpoint-12`, not
-    `last`.
+    Hard links and symlinks are copies, for which no tensor is read. Checkpoints that record the
+    same step are copies if all their tensors are equal. They are compared in full only if samples
+    are equal. The original is the one with a number in its name: `checkpoint-12`, not `last`.
     """
     samples = functools.cache(_samples)
     copies: dict[Checkpoint, Checkpoint] = {}
@@ -80,7 +79,7 @@ def find_copies(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoin
     by_step: defaultdict[object, list[Checkpoint]] = defaultdict(list)
     for checkpoint in sorted(checkpoints, key=_preference):
         files = tuple(part.identity for part in checkpoint.parts)
-        # Equal LoRA factors with another alpha are another adapter.
+        # With another alpha, equal LoRA factors make another adapter.
         is_lora = has_lora_factors(checkpoint.tensors)
         rivals = by_step[checkpoint.step, scales_beside(checkpoint.path) if is_lora else ()]
         original = by_files.get(files)
@@ -103,7 +102,7 @@ def _preference(checkpoint: Checkpoint) -> tuple[object, ...]:
 
 
 def _samples(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """The first bytes of some tensors, by the names of the tensors."""
+    """The first bytes of some of the tensors, by name."""
     return {
         name: b"".join(checkpoint.pieces(name, _SAMPLE_BYTES))
         for name in _spread(sorted(checkpoint.tensors), _SAMPLES)
@@ -121,19 +120,19 @@ def _have_equal_tensors(first: Checkpoint, other: Checkpoint) -> bool:
 
 
 def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    """Those of the names whose tensors have other bytes in one checkpoint than in the other."""
+    """Those of the names whose tensors differ in their bytes between two checkpoints."""
     for name in names:
         for one, another in zip(first.pieces(name), other.pieces(name), strict=True):
-            # To compare memoryviews takes thirty times as long.
+            # Comparing memoryviews takes thirty times as long.
             if not np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(another, np.uint8)):
                 yield name
                 break
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash that tells a checkpoint's weights from others', of samples of some tensors.
+    """A hash of samples of a checkpoint's tensors, 32 hex digits.
 
-    It depends neither on the container nor on the order of the tensors in it.
+    It depends neither on the container nor on the order of the tensors.
     """
     names = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.count)
     digest = hashlib.sha256()
@@ -145,6 +144,6 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _spread(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of the names, evenly spaced."""
+    """At most this many of the names, evenly spaced."""
     places = np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)
     return [names[place] for place in places.tolist()]

@@ -1,10 +1,11 @@
 """The learning rate of each checkpoint's last update, and where that rate has local minima.
 
-1. Chosen are the checkpoints whose last update had a lower rate than those before and after it.
-2. Saved before `scheduler.step()`, a checkpoint records that rate; saved after it, the next one.
+1. A checkpoint is at a minimum if its last update had a lower rate than those before and after it.
+2. A checkpoint that is saved before `scheduler.step()` records that rate; after it, the next one.
 3. The scheduler's count tells which: after its step it equals the updates (or epochs) done.
-4. Instead of a next rate counts the logged one, an earlier checkpoint's, or torch's formula.
-5. If nothing tells, the recorded rate counts as used, unless the choice depends on it: an error.
+4. If the next rate is recorded, the used one is looked up: in the log, in the checkpoint one step
+   earlier, or by torch's formula.
+5. If nothing tells, the recorded rate counts as used; it is an error if the choice depends on it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 Reading = Literal["used", "next"]
-"""Whether a trainer records the rate of the last update or that of the next one."""
+"""The rate that a trainer records: the one used in the last update, or the next one."""
 
 _ALTERNATIVES = "choose by cycle, steps or every instead"
 _MOST_NAMED = 5
@@ -35,7 +36,13 @@ _NEXT = "the learning rate in %s is the next one, and the one used is not record
 
 
 class _Rate(NamedTuple):
-    """The rate of a last update, whether a formula has its minimum there, and what is in doubt."""
+    """The rate of a checkpoint's last update.
+
+    Attributes:
+        value: the rate.
+        is_minimum: whether the scheduler's formula has a minimum there.
+        doubt: a message with a place for names, if the rate is uncertain.
+    """
 
     value: float
     is_minimum: bool = False
@@ -45,12 +52,12 @@ class _Rate(NamedTuple):
 def rates_and_minima(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None = None
 ) -> tuple[list[float], list[bool]]:
-    """The rates of the last updates, and which of them are local minima.
+    """The rate of each checkpoint's last update, and whether it is a local minimum.
 
     Args:
         checkpoints: the checkpoints in the order of training.
         names: the checkpoints' names, for messages.
-        recorded: whether the rate used or the next one is recorded; None to find out.
+        recorded: the rate that the checkpoints record; None to find out.
 
     Raises:
         SelectionError: a checkpoint records no rate; only another parameter group's rate changes;
@@ -84,10 +91,14 @@ def rates_and_minima(
 
 
 def local_minima(rates: Sequence[float]) -> list[bool]:
-    """Which rates, in the order of training, are lower than the rates before and after them.
+    """Whether each rate is lower than the rates before and after it.
 
-    Equal rates in a row count together: a constant rate is a minimum everywhere. The first rate is
-    none, since low rates at the start are a warm-up. The last is if it is below the one before.
+    Equal rates in a row count as one, and a rate that never changes is a minimum everywhere. The
+    first rate is no minimum, since low rates at the start are a warm-up. The last one is a minimum
+    if it is below the one before.
+
+    Args:
+        rates: in the order of training, `[num_checkpoints]`.
     """
     plateaus: list[list[int]] = []
     highest = max(rates, default=0.0)
@@ -106,7 +117,7 @@ def local_minima(rates: Sequence[float]) -> list[bool]:
 
 
 def _chosen(rates: Sequence[_Rate]) -> list[bool]:
-    """The minima among the checkpoints, and those of the scheduler's formula between them."""
+    """Whether each rate is a minimum, among the checkpoints or by the scheduler's formula."""
     minima = local_minima([rate.value for rate in rates])
     return [rate.is_minimum or low for rate, low in zip(rates, minima, strict=True)]
 
@@ -126,9 +137,13 @@ def _listed(names: Sequence[str]) -> str:
 def _last_rates(
     checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None
 ) -> list[_Rate]:
-    """The rate of each checkpoint's last update, as far as it can be found out."""
+    """The rate of each checkpoint's last update.
+
+    Raises:
+        SelectionError: a checkpoint records no rate.
+    """
     readings = [recorded] * len(names) if recorded else _readings(checkpoints)
-    # Until 2025 transformers logged the next rate, which is the recorded one (its issue 35942).
+    # Until 2025, transformers logged the next rate, the one that it records (its issue 35942).
     logs = {
         (training.logged_rate, training.learning_rate)
         for training in (checkpoint.training for checkpoint in checkpoints)
@@ -160,7 +175,14 @@ def _last_rate(
     reading: Reading | None,
     earlier: Mapping[int, float],
 ) -> _Rate:
-    """The rate of a checkpoint's last update, where the trainer did not log it."""
+    """The rate of a checkpoint's last update, if the trainer did not log it.
+
+    Args:
+        recorded: the rate that the checkpoint records.
+        scheduler: state dict of the scheduler.
+        reading: the rate that `recorded` is; None if unknown.
+        earlier: rates that earlier checkpoints record, by the scheduler's number of steps.
+    """
     steps = steps_taken(scheduler)
     match scheduler:
         case {"_last_lr": [float() | int() as rate, *_]} if not nearly_equal(
@@ -182,9 +204,9 @@ def _last_rate(
 
 
 def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
-    """Which rate each checkpoint records; None where nothing tells it.
+    """The rate that each checkpoint records; None if nothing tells it.
 
-    The scheduler counts what a counter does that is one away from its steps at most.
+    The scheduler counts the same thing as a recorded counter if the two differ by 1 at most.
     """
     for counter in ("global_step", "step", "epoch"):
         pairs = [(steps_taken(c.training.scheduler), c.facts.get(counter)) for c in checkpoints]
@@ -193,7 +215,7 @@ def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
             first = 0 if 1 in ahead else 1 if -1 in ahead else _first_count(checkpoints, counter)
             if first is None:
                 return [None] * len(checkpoints)
-            # Counted from 0, one unit more is done than the number says.
+            # If a counter starts from 0, one more unit is done than it says.
             return [
                 "next" if n is not None and steps == n + 1 - first else "used" for steps, n in pairs
             ]
@@ -207,7 +229,7 @@ def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
 
 
 def _first_count(checkpoints: Sequence[Checkpoint], counter: str) -> int | None:
-    """Whether a counter starts from 0 or from 1; None where nothing tells it."""
+    """The number from which a counter starts, 0 or 1; None if nothing tells it."""
     counts = {checkpoint.facts.get(counter) for checkpoint in checkpoints}
     if counter == "epoch":
         if any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints):
@@ -224,7 +246,11 @@ def _first_count(checkpoints: Sequence[Checkpoint], counter: str) -> int | None:
 
 
 def _first_epoch(pairs: Sequence[tuple[float, float]]) -> int | None:
-    """The number of the first epoch, if updates are in proportion to the epochs counted from it."""
+    """The number of the first epoch, 0 or 1, with which updates are proportional to epochs.
+
+    Args:
+        pairs: number of updates and recorded epoch of each checkpoint.
+    """
     if len({epoch for _, epoch in pairs}) > 1:
         for first in (0, 1):
             done = [(updates, epoch + 1 - first) for updates, epoch in pairs]

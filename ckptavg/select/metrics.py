@@ -1,4 +1,4 @@
-"""Metrics of checkpoints: whether low or high is good, and their values in names and files."""
+"""Metrics of checkpoints: their values in names and files, and whether low or high is good."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _HIGH_IS_GOOD = {
     "acc", "accuracy", "top1", "top5", "f1", "auc", "auroc", "map", "bleu", "rouge", "iou", "miou",
     "dice", "r2", "psnr", "ssim", "precision", "recall",
 }  # fmt: skip
-# Words that invert a metric or make it something else: `neg_mean_squared_error`, `loss_scale`.
+# With these words, a name may mean the opposite or another quantity: `neg_mse`, `loss_scale`.
 _UNCERTAIN = {
     "neg", "negative", "minus", "inv", "inverse", "scale", "weight", "delta", "diff", "drop",
     "gain", "gap", "std", "stddev", "var", "variance", "threshold", "free", "improvement",
     "reduction", "increase", "decrease", "change", "ratio", "count", "1",
 }  # fmt: skip
 _CAMEL_CASE = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*")
-# Atomic groups: the whole number or none, so nothing is taken from `0.93x`.
+# Atomic groups match a whole number or nothing, so that nothing matches in `0.93x`.
 _NUMBER = r"[-+]?(?>\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
-# A number without a separator. A whole one may belong to the metric's name: `acc1_76.5`.
+# A number without a separator. An integer may belong to the metric's name: `acc1_76.5`.
 _ATTACHED_NUMBER = r"(?>\d+\.\d+(?:e[-+]?\d+)?|\d+(?![-_=]?\d))"
 _END_OF_WORD = re.compile(r"[a-z][\W_]", re.IGNORECASE)
 _LARGEST_FILE = 64 << 20
@@ -56,14 +56,14 @@ def mode_of(name: str) -> Mode | None:
 
 
 def metric_in_name(file_name: str, metric: str) -> float | None:
-    """A metric in a file's name: `epoch=3-val_loss=0.12.ckpt`, `step_100_acc0.93.pt`.
+    """The value of a metric in a file's name: `epoch=3-val_loss=0.12.ckpt`, `step_100_acc0.93.pt`.
 
-    The metric's own name goes before longer names that end with it (`val_loss` for `loss`). None
-    if the name has no value, or several.
+    The metric's own name has precedence over longer names that end with it (`val_loss` for `loss`).
+    None if the name has no value, or several.
 
     Args:
         file_name: the name with its suffix.
-        metric: the metric's name, in which all signs but letters and digits count as equal.
+        metric: the metric's name. All characters but letters and digits count as equal.
     """
     wanted = r"[\W_]".join(re.escape(word) for word in re.split(r"[\W_]+", metric) if word)
     if not wanted:
@@ -85,12 +85,12 @@ def metric_in_name(file_name: str, metric: str) -> float | None:
 def indices_of_best(values: Sequence[float | None], count: int, mode: str) -> list[int]:
     """The indices of the best values, in ascending order.
 
-    A value that is missing or not finite is never among them; of equal values the later is better.
+    Values that are missing or not finite are left out. Of equal values the later one is better.
 
     Args:
         values: one for each checkpoint; None if it has none.
-        count: how many to choose at most.
-        mode: `min` or `max`: whether low or high values are good.
+        count: the largest number of indices.
+        mode: `min` if low values are good, `max` if high ones are.
     """
     sign = 1 if mode == "min" else -1
     ranked = sorted(
@@ -102,15 +102,17 @@ def indices_of_best(values: Sequence[float | None], count: int, mode: str) -> li
 
 
 def read_metrics(path: Path, metric: str) -> dict[str, float]:
-    """A metric of checkpoints from a file: name of the checkpoint to value.
+    """A metric of checkpoints from a CSV or JSON file: values by the checkpoints' names.
 
-    CSV: names in the first column, metrics in further columns with their names in a header; or two
-    columns without a header. JSON: `{name: value}`, `{name: {metric: value}}`, or a list of objects
-    with the key `checkpoint` and metrics, which may stand under the key `evaluations`. Empty cells
-    and null are missing values.
+    - CSV with a header: the checkpoints' names in the first column, a metric in each further one.
+    - CSV without a header: two columns, names and values.
+    - JSON: `{name: value}`, `{name: {metric: value}}`, or a list of objects with the key
+      `checkpoint` and metrics, which may be under the key `evaluations`.
+
+    Empty cells and null are missing values.
 
     Raises:
-        FormatError: the file is neither, has a checkpoint twice, or a value that is no number.
+        FormatError: the file is neither, has a checkpoint twice, or a value is no number.
         SelectionError: the file does not have that metric.
     """
     file = open_source(path)
@@ -132,7 +134,7 @@ def read_metrics(path: Path, metric: str) -> dict[str, float]:
 
 
 def _column(path: Path, rows: list[tuple[str, object]], metric: str) -> list[tuple[str, object]]:
-    """The values of a metric; those of rows that are values already as they are."""
+    """The name and the metric's value in each row. Rows without metrics' names stay as they are."""
     tables = [(name, row) for name, row in rows if isinstance(row, dict)]
     if not tables:
         return rows
@@ -155,7 +157,7 @@ def _number(value: object) -> float | None:
 
 
 def _read_csv(path: Path, text: str) -> list[tuple[str, object]]:
-    """Each row's name, and its value or its metrics by the header's names."""
+    """The first cell of each row, and its value or a dict of its metrics."""
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline="")) if any(line)]
     except csv.Error as error:
@@ -171,7 +173,7 @@ def _read_csv(path: Path, text: str) -> list[tuple[str, object]]:
 
 
 def _read_json(path: Path, text: str) -> list[tuple[str, object]]:
-    """Each checkpoint's name, and its value or its metrics by name."""
+    """The name of each checkpoint, and its value or a dict of its metrics."""
     try:
         root = from_text(text)
     except (ValueError, RecursionError) as error:

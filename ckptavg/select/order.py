@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
 
 DIGITS = re.compile(r"(\d+)")
-# What numbers in names are called: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`.
+# Words before the step in names: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`.
 _LABELS = {
     "step": r"(?:global_?step|steps?|iter(?:ation)?s?|it|updates?)",
     "checkpoint": r"(?:checkpoint|ckpt)",
@@ -33,10 +33,10 @@ class Timeline:
     """The place of each checkpoint in the training.
 
     Attributes:
-        unit: what is counted: `global_step`, `step`, `epoch`, or `number` (in the names).
-        steps: what the checkpoints themselves count; empty if some of them have none.
-        from_zero: whether they count from 0, so that one more unit is done than the step says:
-            the epochs of Lightning, of timm, and of loops whose first epoch is 0.
+        unit: the unit of the steps: `global_step`, `step`, `epoch`, or `number` (in the names).
+        steps: the step of each checkpoint; empty if some of them have none.
+        from_zero: whether steps count from 0, so that `step + 1` units were done. Epochs of
+            Lightning, of timm, and of loops whose first epoch is 0 do.
         other_units: further units that all checkpoints record.
     """
 
@@ -47,7 +47,7 @@ class Timeline:
 
     @property
     def done(self) -> tuple[int, ...]:
-        """How many units were done at each checkpoint; empty if that is unknown."""
+        """The number of units that were done at each checkpoint; empty if unknown."""
         return tuple(step + self.from_zero for step in self.steps)
 
 
@@ -58,7 +58,7 @@ def timeline(
 
     Args:
         checkpoints: the checkpoints.
-        names: their names.
+        names: their names, from which steps are read if none are recorded.
         unit: the unit to count in; None for the first one that all checkpoints record.
 
     Raises:
@@ -96,8 +96,8 @@ def sort_checkpoints(
     """Sort by training step: as recorded, else by the numbers in the names.
 
     Returns:
-        The checkpoints with their names, and whether the order is known: not if only some of them
-        have a step. Where none has, any order will do.
+        The checkpoints with their names, and whether the order is known. It is unknown if only some
+        of them have a step. If none has one, any order will do.
     """
     named = sorted(zip(checkpoints, names, strict=True), key=lambda pair: natural_key(pair[1]))
     names = [name for _, name in named]
@@ -115,7 +115,7 @@ def sort_checkpoints(
 
 
 def _recorded_steps(checkpoints: Sequence[Checkpoint]) -> list[tuple[float, ...]] | None:
-    """What all checkpoints record of the step; None if there is no such thing."""
+    """A sort key of recorded steps for each checkpoint; None if not all record the same ones."""
     orders: list[tuple[str, ...]] = [(fact,) for fact in STEP_FACTS]
     if _steps_restart(checkpoints):
         orders = [("global_step",), ("epoch", "step")]
@@ -126,7 +126,7 @@ def _recorded_steps(checkpoints: Sequence[Checkpoint]) -> list[tuple[float, ...]
 
 
 def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
-    """Whether the recorded `step` is counted anew in each epoch."""
+    """Whether the recorded `step` starts again in each epoch."""
     facts = [checkpoint.facts for checkpoint in checkpoints]
     if not all({"epoch", "step"} <= each.keys() for each in facts):
         return False
@@ -137,12 +137,12 @@ def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
 def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[int, ...] | None:
     """The step in each name; None if not all names have one.
 
-    It is a number that all names call a step (else a checkpoint, else an epoch), or, if the names
-    are equal but for numbers, the first that differs.
+    It is the number behind `step` in all names, else behind `checkpoint`, else behind `epoch`. If
+    the names differ in numbers only, it is else the first number that differs.
 
     Args:
-        names: of the checkpoints.
-        label: `step` or `epoch`, to look for that alone.
+        names: the checkpoints' names.
+        label: `step` or `epoch`, to look for numbers behind this word only.
     """
     for pattern in _LABELS.values() if label is None else (_LABELS[label],):
         labelled = re.compile(rf"(?<![a-z]){pattern}[=_-]?(\d+)", re.IGNORECASE)
@@ -162,7 +162,7 @@ def _differ_in_numbers_only(names: Sequence[str]) -> bool:
 
 
 def _have_numbers_apart(names: Sequence[str]) -> bool:
-    """Whether a name has a number that not all have: `resnet50_best` has none beside `resnet50`."""
+    """Whether a name has a number that another lacks, unlike `resnet50` and `resnet50_best`."""
     numbers = [set(DIGITS.findall(_stem(name))) for name in names]
     return any(each - set.intersection(*numbers) for each in numbers)
 
@@ -183,9 +183,9 @@ def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def relative_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The shortest names that tell the paths apart: each below the folder that all have in common.
+    """The paths relative to the deepest folder that all have in common.
 
-    Paths on this machine and URLs have no folder in common.
+    URLs have a common folder of their own, apart from that of the paths on this machine.
     """
     names: dict[Path, str] = {}
     for remote in (False, True):

@@ -1,7 +1,7 @@
-"""The rules by which a user chooses among the checkpoints of a run, and what they say of each.
+"""Rules that choose among the checkpoints of a run.
 
-The rules narrow the choice in this order: include and exclude (before a file is opened), start,
-steps or cycle or lr_minima, best, last, every.
+They are applied in this order: include and exclude (before a file is opened), start, steps or cycle
+or lr_minima, best, last, every.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -38,22 +38,22 @@ class Selection:
     """The rules: which checkpoints to choose.
 
     Attributes:
-        include: patterns of names (`*`, `?`, `[...]`), of which one must fit; empty for all names.
-        exclude: patterns of names, of which none may fit.
-        start: the first step, or a share of the whole training such as `75%`.
+        include: patterns of names (`*`, `?`, `[...]`), of which one must match; empty for any name.
+        exclude: patterns of names, none of which may match.
+        start: the first step, or a share of the training such as `75%`.
         steps: steps such as `100,200,300`, or a range that includes its ends: `100:1000:100`.
         cycle: choose the ends of cycles of this length, counted from the start.
         lr_minima: choose local minima of the learning rate.
-        lr_recorded: whether checkpoints record the learning rate that was `used`, or, being saved
-            after `scheduler.step()`, the `next` one; None to find out.
-        best: how many to choose with the best metric.
-        metric: the name of that metric.
-        mode: `min` or `max`: whether the metric is good when low or high; None to go by its name.
-        metrics: a file with the metric, CSV or JSON; None to take what the checkpoints record.
-        last: how many of the last to choose; several numbers make several averages.
-        every: choose every so many, counted back from the last.
-        unit: what steps are: `global_step`, `step` or `epoch`; None for the first of these that
-            all checkpoints record.
+        lr_recorded: the learning rate that checkpoints record: the one `used` last, or the `next`
+            one if they are saved after `scheduler.step()`; None to find out.
+        best: the number of checkpoints to choose, those with the best metric.
+        metric: the name of the metric.
+        mode: `min` if a low metric is good, `max` if a high one is; None to go by its name.
+        metrics: a CSV or JSON file with the metric; None to use what the checkpoints record.
+        last: the number of last checkpoints to choose; several numbers make several averages.
+        every: choose every n-th checkpoint, counted back from the last.
+        unit: the unit of steps: `global_step`, `step` or `epoch`; None for the first of these
+            that all checkpoints record.
     """
 
     include: Sequence[str] = ()
@@ -72,21 +72,22 @@ class Selection:
     unit: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse rules that make no sense, alone or together.
+        """Refuse values that a rule cannot have, and rules that contradict each other.
 
         Raises:
-            SelectionError: the first such rule.
+            SelectionError: there is such a value or such a pair of rules.
         """
         exclusive = [name for name in ("steps", "cycle", "lr_minima") if getattr(self, name)]
         if len(exclusive) > 1:
             names = " and ".join(exclusive)
             raise SelectionError(f"{names} are different ways of choosing: give one of them")
         if self.best is not None and self.metric is None:
-            raise SelectionError("best needs to know by what", remedy="name it with metric")
+            raise SelectionError("best needs a metric", remedy="name it with metric")
         if self.metric is None and (self.metrics is not None or self.mode is not None):
             raise SelectionError("metrics and mode need a metric")
-        numbers = [(name, getattr(self, name)) for name in ("cycle", "best", "every")]
-        for name, number in (*numbers, *(("last", count) for count in self.counts)):
+        numbers = [("cycle", self.cycle), ("best", self.best), ("every", self.every)]
+        numbers += [("last", count) for count in self.counts]
+        for name, number in numbers:
             if number is not None and number < 1:
                 raise SelectionError(f"{name} is at least 1, not {number}")
         if self.mode not in (None, "min", "max"):
@@ -94,30 +95,29 @@ class Selection:
 
     @property
     def counts(self) -> tuple[int | None, ...]:
-        """How many of the last checkpoints each of several averages takes; None stands for all."""
-        return tuple(self.last or (None,)) if not isinstance(self.last, int) else (self.last,)
+        """For each average, the number of last checkpoints in it; None for all."""
+        return (self.last,) if isinstance(self.last, int) else tuple(self.last or (None,))
 
     def exclusion_reason(self, name: str) -> str | None:
-        """Why a checkpoint of this name is left out; None if it is not."""
-        if self.include and not _fitting(name, self.include):
-            return "its name does not fit include"
-        if pattern := _fitting(name, self.exclude):
-            return f"its name fits exclude {pattern}"
+        """The reason to leave out a checkpoint of this name; None if there is none."""
+        if self.include and not _matching_pattern(name, self.include):
+            return "its name does not match include"
+        if pattern := _matching_pattern(name, self.exclude):
+            return f"its name matches exclude {pattern}"
         return None
 
     def as_dict(self) -> dict[str, Any]:
         """The rules that were given, for the provenance: no paths."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        given["metrics"] = self.metrics is not None and self.metrics.name
+        file_name = None if self.metrics is None else self.metrics.name
         return {
             name: list(value) if isinstance(value, tuple | list) else value
-            for name, value in given.items()
+            for name, value in (vars(self) | {"metrics": file_name}).items()
             if value
         }
 
 
-def _fitting(name: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern that the name, or its last part, fits."""
+def _matching_pattern(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern that matches the name or its last part."""
     for pattern in patterns:
         if any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.rpartition("/")[2])):
             return pattern
@@ -126,17 +126,17 @@ def _fitting(name: str, patterns: Sequence[str]) -> str | None:
 
 @dataclass(eq=False)
 class Verdict:
-    """What the rules say of a checkpoint.
+    """What the rules decide on a checkpoint, and the values that they looked at.
 
     Attributes:
         checkpoint: the checkpoint.
-        name: its path below the folder that all have in common.
-        unit: what its step counts: `global_step`, `step`, `epoch`, or the `number` in its name.
-        step: its step, if it is known.
-        done: how many units of the training were done, if that is known.
-        rate: the learning rate of its last update, if a rule asked for it.
-        metric: its metric, if a rule asked for it.
-        reason: why it is not chosen; empty if it is.
+        name: its path relative to the folder that all have in common.
+        unit: the unit of its step: `global_step`, `step`, `epoch`, or the `number` in its name.
+        step: its step; None if unknown.
+        done: the number of units that were done; None if unknown.
+        rate: the learning rate of its last update; None if no rule needs it.
+        metric: its metric; None if it has none, or no rule needs it.
+        reason: why it is not chosen; empty if it is chosen.
     """
 
     checkpoint: Checkpoint
@@ -159,7 +159,7 @@ class Verdict:
 
 
 def select(run: Run, rules: Selection) -> list[Verdict]:
-    """What the rules say of each checkpoint, in the order of training.
+    """The verdict of the rules on each checkpoint, in the order of training.
 
     Raises:
         SelectionError: the rules need what the checkpoints do not record.
@@ -169,7 +169,7 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
         Verdict(checkpoint, name, times.unit)
         for checkpoint, name in zip(run.checkpoints, run.names, strict=True)
     ]
-    # There are no steps if not all checkpoints have one.
+    # The timeline has no steps if a checkpoint lacks one.
     for verdict, step, done in zip(verdicts, times.steps, times.done, strict=False):
         verdict.step, verdict.done = step, done
     start = 0
@@ -196,7 +196,7 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
     Raises:
         SelectionError: no checkpoint is chosen.
     """
-    left = _left(verdicts)
+    left = _remaining(verdicts)
     if not left:
         last = verdicts[-1]
         raise SelectionError(
@@ -207,11 +207,11 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return left
 
 
-def _left(verdicts: Sequence[Verdict]) -> list[Verdict]:
+def _remaining(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.is_chosen]
 
 
-def _check_order(run: Run, rule: str) -> None:
+def _require_order(run: Run, rule: str) -> None:
     if not run.order_is_known:
         raise SelectionError(
             f"{rule} needs to know the order of the checkpoints, and only some have a step",
@@ -219,7 +219,7 @@ def _check_order(run: Run, rule: str) -> None:
         )
 
 
-def _check_steps(times: Timeline, rule: str) -> None:
+def _require_steps(times: Timeline, rule: str) -> None:
     if not times.steps:
         raise SelectionError(
             f"{rule} needs to know the step of each checkpoint: not all record one, and their "
@@ -229,8 +229,8 @@ def _check_steps(times: Timeline, rule: str) -> None:
 
 
 def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> int:
-    """Reject what comes before the start, and return how much of the training was done there."""
-    _check_steps(times, "start")
+    """Reject checkpoints before the start, and return the number of units done at the start."""
+    _require_steps(times, "start")
     if percent := _PERCENT.fullmatch(start):
         # A fraction is exact: 55 % of 100 is 55, not 55.00000000000001.
         threshold = Fraction(percent[1]) * max(times.done) / 100
@@ -247,8 +247,8 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
 
 
 def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> None:
-    """Reject all steps but those in a list or a range."""
-    _check_steps(times, "steps")
+    """Reject checkpoints whose step is not in a list or a range."""
+    _require_steps(times, "steps")
     wanted: range | set[int]
     if ends := _RANGE.fullmatch(steps):
         stride = int(ends[3] or 1)
@@ -271,7 +271,7 @@ def _apply_cycle(
     verdicts: Sequence[Verdict], times: Timeline, cycle: int, start: int, *, is_unit_given: bool
 ) -> None:
     """Reject all but the ends of cycles: `mod(i - start, c) = 0` (Izmailov et al. 2018, Alg. 1)."""
-    _check_steps(times, "cycle")
+    _require_steps(times, "cycle")
     if not is_unit_given and "epoch" in times.other_units:
         raise SelectionError(
             f"cycle may be counted in {times.unit} or in epochs: the checkpoints record both",
@@ -283,8 +283,8 @@ def _apply_cycle(
 
 
 def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | None) -> None:
-    """Reject what was not saved at a local minimum of the learning rate."""
-    _check_order(run, "lr_minima")
+    """Reject checkpoints that are not at a local minimum of the learning rate."""
+    _require_order(run, "lr_minima")
     rates, minima = rates_and_minima(run.checkpoints, run.names, recorded)
     for verdict, rate, is_minimum in zip(verdicts, rates, minima, strict=True):
         verdict.rate = rate
@@ -293,9 +293,9 @@ def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | 
 
 
 def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) -> None:
-    """Find each checkpoint's metric, and reject all but the best if that is asked for."""
+    """Set each checkpoint's metric; with `best`, reject all but the best."""
     if rules.metrics is not None:
-        _look_up(verdicts, read_metrics(rules.metrics, metric))
+        _set_metrics(verdicts, read_metrics(rules.metrics, metric))
     else:
         for verdict in verdicts:
             recorded = verdict.checkpoint.training.metrics.get(metric)
@@ -308,7 +308,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             f"whether {printable(metric)} should be low or high is not certain from its name",
             remedy="set mode to min or to max",
         )
-    left = _left(verdicts)
+    left = _remaining(verdicts)
     values = [verdict.metric for verdict in left]
     if all(value is None for value in values):
         names = {name for each in verdicts for name in each.checkpoint.training.metrics}
@@ -324,8 +324,8 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             verdict.reject(f"not among the best {rules.best} ({printable(metric)} {value})")
 
 
-def _look_up(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:
-    """Look up each checkpoint's metric by its path, its name, or a file name that no other has."""
+def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:
+    """Set each checkpoint's metric, found by its path, its name, or a unique file name."""
     paths = [verdict.checkpoint.path for verdict in verdicts]
     names = Counter(path.name for path in paths)
     stems = Counter(path.stem for path in paths)
@@ -337,16 +337,16 @@ def _look_up(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:
 
 
 def _apply_last(verdicts: Sequence[Verdict], run: Run, counts: Iterable[int | None]) -> None:
-    """Reject all but the last, by the largest of the numbers."""
-    _check_order(run, "last")
+    """Reject all but the last checkpoints, by the largest of the numbers."""
+    _require_order(run, "last")
     last = max(count for count in counts if count is not None)
-    for verdict in _left(verdicts)[:-last]:
+    for verdict in _remaining(verdicts)[:-last]:
         verdict.reject(f"not among the last {last}")
 
 
 def _apply_every(verdicts: Sequence[Verdict], run: Run, every: int) -> None:
-    """Reject all but every so many, counted back from the last."""
-    _check_order(run, "every")
-    for place, verdict in enumerate(reversed(_left(verdicts))):
+    """Reject all but every n-th checkpoint, counted back from the last."""
+    _require_order(run, "every")
+    for place, verdict in enumerate(reversed(_remaining(verdicts))):
         if place % every:
             verdict.reject(f"between every {every}")

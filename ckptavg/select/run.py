@@ -30,10 +30,10 @@ class Run:
     Attributes:
         checkpoints: in the order of training.
         names: the paths of the checkpoints below the folder that they have in common.
-        order_is_known: whether the order comes from steps, or only from the names.
-        left_out: the candidates that are none of the checkpoints, by path, and why.
+        order_is_known: whether steps tell the order; otherwise it is that of the names.
+        left_out: for each candidate that is not among `checkpoints` the reason, by path.
         files: all files that were opened, those of copies included.
-        base: the earlier average that the checkpoints bring up to date; it is none of them.
+        base: an earlier average that is to be updated with the checkpoints; not one of them.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -51,13 +51,13 @@ def find_run(
     keep_prefix: bool = False,
     exclusion_reason: Callable[[str], str | None] = lambda _: None,
 ) -> Run:
-    """Find and open the checkpoints among the inputs, count copies once, and order the rest.
+    """Find and open the checkpoints among the inputs, leave copies out, and sort the rest.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
         key: which state dict to take if a file holds several.
         keep_prefix: leave a wrapper's prefix on the names of tensors.
-        exclusion_reason: given a candidate's name, why it is left out; None if it is not.
+        exclusion_reason: gives the reason to leave out a candidate of this name; None to open it.
 
     Raises:
         SelectionError: there are no checkpoints.
@@ -98,7 +98,7 @@ def ordered_run(
     left_out: Mapping[Path, str] | None = None,
     files: Iterable[Path] = (),
 ) -> Run:
-    """The run of these checkpoints, which this puts into the order of training."""
+    """The run of these checkpoints, sorted in the order of training."""
     names = relative_names([checkpoint.path for checkpoint in checkpoints])
     named, order_is_known = sort_checkpoints(checkpoints, names)
     checkpoints, names = zip(*named, strict=True)
@@ -106,12 +106,14 @@ def ordered_run(
 
 
 def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """The candidates that are members of the run; the paths of all others, and why they are none.
+    """The members of the run among the candidates; and the reason for each other one, by path.
 
-    Whatever else makes a candidate no member (another series, another tool's average, a pointer
-    such as `last`) is to be decided here.
+    Further reasons to leave out a candidate belong here: another series, another tool's average, a
+    pointer such as `last`.
     """
     copies = find_copies(candidates)
+    if not copies:
+        return list(candidates), {}
     names = dict(zip(candidates, relative_names([each.path for each in candidates]), strict=True))
     left_out = {}
     for copy, original in copies.items():
@@ -122,12 +124,12 @@ def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], d
 
 
 def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
-    """Open a checkpoint; None if ckptavg made it as an average, and it is no input itself."""
+    """Open a checkpoint; None for an average by ckptavg that the user did not name."""
     name = printable(path.name)
     try:
         checkpoint = open_checkpoint(path, key=key)
     except SelectionError:
-        # An earlier average is a bare state dict: that the key is not in it is no error.
+        # An earlier average is a bare state dict, without the key.
         if is_named or key is None or not (checkpoint := open_checkpoint(path)).is_average:
             raise
     if checkpoint.is_average and not is_named:
@@ -141,7 +143,7 @@ def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
 
 
 def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
-    """Log which state dicts the last checkpoint holds beside the one that is taken."""
+    """Log the last checkpoint's other state dicts, and warn if the checkpoints' keys differ."""
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
@@ -149,8 +151,8 @@ def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
             ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
         )
-    # An earlier average is always a bare state dict.
-    others = [checkpoint for checkpoint in checkpoints if not checkpoint.is_average]
-    keys = sorted({printable(checkpoint.key) or "the whole file" for checkpoint in others})
+    # Earlier averages are left out here: they are always bare state dicts.
+    keys = {each.key for each in checkpoints if not each.is_average}
     if len(keys) > 1:
-        log.warning("the checkpoints' state dicts are not of one name: %s", ", ".join(keys))
+        names = ", ".join(sorted(printable(key) or "the whole file" for key in keys))
+        log.warning("the checkpoints' state dicts are not of one name: %s", names)

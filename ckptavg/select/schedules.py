@@ -1,6 +1,6 @@
 """Learning rates computed from a scheduler's state dict by the formulas of torch's classes.
 
-A state dict does not name its class, but its keys tell which it is. The formulas are those of
+The keys of a state dict tell the class of the scheduler. The formulas are those of
 https://docs.pytorch.org/docs/stable/optim.html.
 """
 
@@ -15,25 +15,25 @@ State = Mapping[str, Any]
 
 
 def nearly_equal(rate: float, other: float, highest: float) -> bool:
-    """Whether two rates are equal but for rounding, in a schedule with this highest rate."""
-    # Where a cosine should be zero, it is some 1e-17 of the highest rate.
+    """Whether two rates differ by rounding only, in a schedule with this highest rate."""
+    # Where a cosine should be 0, it is about 1e-17 of the highest rate.
     return math.isclose(rate, other, rel_tol=1e-6, abs_tol=1e-9 * abs(highest))
 
 
 def steps_taken(scheduler: State | None) -> int | None:
-    """How often a scheduler has stepped, if its state says so."""
+    """The number of steps that a scheduler has taken; None if its state does not tell."""
     steps = (scheduler or {}).get("last_epoch")
     return steps if type(steps) is int and steps >= 0 else None
 
 
 def follows_formula(scheduler: State | None, position: int, rate: float) -> bool:
-    """Whether a formula gives the rate that was set after so many steps, and the one before it."""
+    """Whether the scheduler's formula gives this rate after so many steps, and an earlier one."""
     here, before = rate_at(scheduler, position), rate_at(scheduler, position - 1)
     return here is not None and before is not None and nearly_equal(here, rate, max(here, before))
 
 
 def is_minimum(scheduler: State | None, position: int) -> bool:
-    """Whether a formula gives higher rates one step before a position and one step after it."""
+    """Whether the scheduler's formula gives higher rates one step before and one step after."""
     around = [rate_at(scheduler, position + offset) for offset in (-1, 0, 1)]
     before, here, after = (math.nan if rate is None else rate for rate in around)
     lower = position > 0 and before > here and here < after
@@ -41,7 +41,7 @@ def is_minimum(scheduler: State | None, position: int) -> bool:
 
 
 def rate_at(scheduler: State | None, position: int) -> float | None:
-    """The rate of the first parameter group after so many steps; None where it is not known."""
+    """The rate of the first parameter group after so many steps; None if unknown."""
     try:
         rate = float(_rate_at(scheduler, position))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -106,7 +106,8 @@ def _linear(state: State, position: int) -> float:
     return start + (end - start) * _share(state, position)
 
 
-# Factors of the base rate, by the keys of the class. Powers of floats overflow; of integers, hang.
+# Factors of the base rate by the keys of the state dict. Powers are taken of floats, which
+# overflow; powers of huge integers would hang.
 _FACTORS: dict[str, Callable[[State, int], float]] = {
     "T_0 T_cur T_i T_mult eta_min": _warm_restarts,
     "T_max eta_min": lambda state, n: _cosine(n / state["T_max"]),

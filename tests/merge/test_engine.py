@@ -17,7 +17,7 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.formats.parts import Memory
 from ckptavg.formats.tensors import BY_NAME, Tensor
 from ckptavg.merge.engine import execute
-from ckptavg.merge.jobs import CHUNK, Combination, Input, Job
+from ckptavg.merge.jobs import CHUNK, Input, Job, Mean
 from tests.oracle import naive_mean, same_bits
 
 FLOAT32 = BY_NAME["float32"]
@@ -38,8 +38,8 @@ def job(*columns: np.ndarray, targets: tuple[int, ...] = (0,)) -> Job:
         Input(Memory(Path("x"), bytearray(column.tobytes())), Tensor(FLOAT32, column.shape, 0, 0))
         for column in columns
     )
-    combination = Combination((1.0,) * len(columns), float(len(columns)), targets)
-    return Job(inputs, columns[0].size, False, FLOAT32, (combination,), 0)
+    mean = Mean((1.0,) * len(columns), float(len(columns)), targets)
+    return Job(inputs, columns[0].size, False, FLOAT32, (mean,), 0)
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])

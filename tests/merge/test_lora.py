@@ -187,7 +187,7 @@ def test_factors_apart_are_averaged_with_a_warning(tmp_path, caplog):
     for step, state in enumerate(states):
         save_adapter(tmp_path / "run" / f"checkpoint-{step}", state)
     ckptavg.average(tmp_path / "run", tmp_path / "out")
-    assert "--lora exact" in caplog.text
+    assert "lora=exact" in caplog.text
     found, config = load(tmp_path / "out")
     assert config == PLAIN
     for name, value in found.items():
@@ -301,7 +301,7 @@ def two_adapters(tmp_path, configs, states=None):
 )
 def test_factors_of_unlike_scales_are_not_averaged_apart(tmp_path, config):
     two_adapters(tmp_path, [{}, config])
-    with pytest.raises(MismatchError, match=r"unlike rank or alpha.*--lora exact") as caught:
+    with pytest.raises(MismatchError, match=r"unlike rank or alpha.*lora=exact") as caught:
         ckptavg.average(tmp_path / "run", tmp_path / "out")
     assert caught.value.differences == (
         f"{tmp_path}/run/checkpoint-0 and {tmp_path}/run/checkpoint-1",

@@ -333,9 +333,11 @@ def test_checkpoints_of_another_model_do_no_harm_unless_they_are_taken(run):
 
 
 def test_if_none_is_left_the_last_one_and_the_reason_are_said(run):
-    with pytest.raises(SelectionError, match=r"in .*run; step_1000\.pt: its name fits exclude \*"):
+    with pytest.raises(
+        SelectionError, match=r"in .*run; step_1000\.pt: its name matches exclude \*"
+    ):
         taken(run, exclude=["*"])
-    with pytest.raises(SelectionError, match=r"step_1000\.pt: its name does not fit include"):
+    with pytest.raises(SelectionError, match=r"step_1000\.pt: its name does not match include"):
         taken(run, include=["epoch*"])
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.tensors import DType
 
-Region = tuple[tuple[int, ...], tuple[int, ...]]
+Index = tuple[int, ...]
+Region = tuple[Index, tuple[int, ...]]
 """Where a piece is in its tensor: index of its first element, and its dimensions."""
 
 _MOST_CELLS = 1 << 22
@@ -39,7 +40,7 @@ class Box:
     """
 
     source: Part
-    corner: tuple[int, ...]
+    corner: Index
     shape: tuple[int, ...]
     offset: int
     strides: tuple[int, ...] | None = None
@@ -48,7 +49,7 @@ class Box:
         """Whether elements of the tensor with that index along an axis are in the box."""
         return 0 <= index - self.corner[axis] < self.shape[axis]
 
-    def address(self, index: tuple[int, ...], itemsize: int) -> int:
+    def address(self, index: Index, itemsize: int) -> int:
         """Offset in the file, in bytes, of the first element below an index of the tensor."""
         strides = contiguous_strides(self.shape) if self.strides is None else self.strides
         steps = zip(index, self.corner, strides, strict=False)
@@ -82,9 +83,7 @@ class Pieces:
             boxes = boxes[begin : bisect_right(boxes, high, key=lambda box: box.corner[0])]
         self._fill((), boxes, first, out)
 
-    def _fill(
-        self, index: tuple[int, ...], boxes: Sequence[Box], first: int, out: memoryview
-    ) -> None:
+    def _fill(self, index: Index, boxes: Sequence[Box], first: int, out: memoryview) -> None:
         """Fill `out` with bytes from `first` of what lies below an index."""
         axis = len(index)
         if axis == len(self.shape):
@@ -103,9 +102,7 @@ class Pieces:
                 self._fill_rows(index, boxes, number, part)
             first, out = first + len(part), out[len(part) :]
 
-    def _fill_rows(
-        self, index: tuple[int, ...], boxes: Sequence[Box], first: int, out: memoryview
-    ) -> None:
+    def _fill_rows(self, index: Index, boxes: Sequence[Box], first: int, out: memoryview) -> None:
         """Fill `out` with whole rows from `first` below an index, each box with its own."""
         axis, row = len(index), self._nbytes_below(len(index) + 1)
         last, rest = first + len(out) // row, self.shape[axis + 1 :]

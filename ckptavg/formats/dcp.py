@@ -95,7 +95,7 @@ def _state_dicts(metadata: Metadata, key: str | None) -> tuple[StateDicts, str |
     key = key.removesuffix(".") if key else key
     found = find_state_dicts(kept, metadata.file.path, key)
     names = [str(name) for name, value in kept.items() if is_tensor(value)]
-    if left_out and not any(map(metadata.has_place, left_out)) and key is None and "" in found:
+    if left_out and not metadata.places.keys() & set(left_out) and key is None and "" in found:
         key = "model" if all(name.startswith("model.") for name in names) else None
     prefix = f"{key}."
     if key and key not in found and any(name.startswith(prefix) for name in names):
@@ -136,10 +136,8 @@ def _describe(
     """
     names = sorted(values, key=lambda name: (-values[name].dtype.bits, name))
     boxes = shards.boxes({value.storage.key: value for value in values.values()})
-    pieces = [
-        Pieces(values[name].dtype, values[name].shape, boxes[values[name].storage.key])
-        for name in names
-    ]
+    leaves = (values[name] for name in names)
+    pieces = [Pieces(leaf.dtype, leaf.shape, boxes[leaf.storage.key]) for leaf in leaves]
     blocks = Blocks(path, pieces)
     parts: tuple[Part, ...] = (blocks, *shards.files.values())
     tensors = {}

@@ -62,16 +62,7 @@ class Piece(NamedTuple):
 
 
 class Metadata:
-    """What `.metadata` says.
-
-    Attributes:
-        file: the file.
-        digest: SHA-256 of the file, in hex.
-        names: the names of all entries, in the order of the file.
-
-    Raises:
-        FormatError: the file is not what torch writes.
-    """
+    """What `.metadata` says of its entries; FormatError if it is not what torch writes."""
 
     def __init__(self, directory: Path) -> None:
         self.file = open_source(directory / METADATA)
@@ -85,13 +76,13 @@ class Metadata:
             raise self._fault("has an entry without a name")
         self._entries, self._items = entries, items
         places = fields.get("planner_data")
-        self._places: Mapping[Any, object] = places if isinstance(places, Mapping) else {}
+        self.places: Mapping[Any, object] = places if isinstance(places, Mapping) else {}
         self.names: tuple[str, ...] = tuple(entries)
         self._pieces_left = _MOST_PIECES
 
     def place(self, name: str) -> tuple[str | int, ...]:
         """Keys under which an entry was in the nested state dict; its name if they are unknown."""
-        place = self._places.get(name, (name,))
+        place = self.places.get(name, (name,))
         if (
             not isinstance(place, tuple)
             or not 1 <= len(place) <= _LONGEST_PLACE
@@ -100,15 +91,8 @@ class Metadata:
             raise self._fault("has no valid place in the state dict", name)
         return place
 
-    def has_place(self, name: str) -> bool:
-        """Whether it is recorded where an entry was in the nested state dict."""
-        return name in self._places
-
     def leaf(self, name: str) -> PickledTensor | UnreadableTensor | Placeholder:
-        """What stands for an entry in the nested state dict.
-
-        For a tensor it is a `PickledTensor` whose storage has the entry's name as key.
-        """
+        """What stands for an entry in the state dict; a tensor's storage has its name as key."""
         if self._kind(self._entries[name]) != "TensorStorageMetadata":
             return Placeholder("torch.distributed.checkpoint.metadata.BytesStorageMetadata")
         fields = self._fields(self._entries[name], "TensorStorageMetadata", name)
@@ -224,12 +208,7 @@ class Shards:
         self._directory, self._metadata = directory, metadata
 
     def boxes(self, tensors: Mapping[str, PickledTensor]) -> dict[str, list[Box]]:
-        """Find the pieces of tensors, each given by what the metadata say of it.
-
-        Raises:
-            FormatError: the pieces do not make up the tensors, or an item is not the piece that
-                the metadata say; a file is missing or damaged.
-        """
+        """Find the pieces of tensors, each given by what the metadata say of it."""
         by_file: defaultdict[str, list[Piece]] = defaultdict(list)
         for piece in self._metadata.pieces(tensors):
             by_file[piece.item.file].append(piece)
@@ -287,8 +266,9 @@ class Shards:
             value = archive.load()
             tensor = locate(archive, {name: value})[name]
         except CkptAvgError as error:
-            error.tensor = name
-            raise
+            raise FormatError(
+                error.message, path=error.path, tensor=name, remedy=error.remedy
+            ) from error
         if not isinstance(value, PickledTensor) or (value.dtype, value.shape) != (dtype, shape):
             message = (
                 f"has a piece of {tensor.dtype.name} {list(tensor.shape)} at byte {item.offset} "

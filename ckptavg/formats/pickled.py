@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ckptavg.errors import FormatError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from ckptavg.formats.tensors import DType
@@ -92,10 +92,9 @@ class Placeholder:
         self.state: object = None
 
     def append(self, item: object) -> None:
-        """Drop an item of a list-like object."""
+        """Drop an item, or an iterable of items, of a list-like object."""
 
-    def extend(self, items: Iterable[object]) -> None:
-        """Drop the items of a list-like object."""
+    extend = append
 
 
 def is_module(value: object) -> TypeGuard[Placeholder]:
@@ -115,13 +114,14 @@ class ModuleReader:
         self._state_dicts: dict[int, dict[str, object]] = {}
 
     def state_dict(self, module: Placeholder) -> dict[str, object]:
-        """What `module.state_dict()` returns: parameters and persistent buffers by dotted name.
-
-        Raises:
-            FormatError: an entry is not what a module holds, or the module holds itself.
-        """
+        """What `module.state_dict()` returns: parameters and persistent buffers by dotted name."""
         if id(module) not in self._state_dicts:
-            self._state_dicts[id(module)] = dict(self._walk(module))
+            self._state_dicts[id(module)] = {
+                name: UnreadableTensor(f"a {printable(value.origin)}")
+                if isinstance(value, Placeholder)
+                else value
+                for name, value in self._walk(module)
+            }
         return self._state_dicts[id(module)]
 
     def _walk(self, root: Placeholder) -> Iterator[tuple[str, object]]:
@@ -136,13 +136,10 @@ class ModuleReader:
             state: Any = module.state
             hidden = state.get("_non_persistent_buffers_set")
             hidden = hidden if isinstance(hidden, set) else ()
-            buffers = {name: v for name, v in state["_buffers"].items() if name not in hidden}
-            for name, value in self._named(prefix, state["_parameters"] | buffers):
-                is_strange = isinstance(value, Placeholder)
-                yield (
-                    name,
-                    UnreadableTensor(f"a {printable(value.origin)}") if is_strange else value,
-                )
+            yield from self._named(prefix, state["_parameters"])
+            for name, value in self._named(prefix, state["_buffers"]):
+                if name[len(prefix) :] not in hidden:
+                    yield name, value
             children = [*self._named(prefix, state["_modules"])]
             waiting += [(f"{name}.", child) for name, child in children[::-1]]
 

@@ -63,11 +63,8 @@ def training_record(
 ) -> TrainingRecord:
     """What a torch file's pickle records of the schedule and of metrics.
 
-    Args:
-        root: what the pickle describes.
-        name: the file's name, under which Lightning's state has its score.
-        read_scalars: reads the metrics that are tensors.
-        whole: whether the file is nothing but a state dict, whose tensors are no metrics.
+    Lightning has a file's score under its name. A file that is whole is nothing but a state dict,
+    whose tensors are no metrics.
     """
     if not isinstance(root, Mapping):
         return TrainingRecord()
@@ -162,10 +159,10 @@ def _rates(root: Mapping[Any, object]) -> tuple[float, ...]:
     """Learning rates of an optimizer's parameter groups, or else the scheduler's last one."""
     for optimizer in _first_states(root, "optim"):
         match optimizer:
-            case {"param_groups": [{"lr": rate}, *groups]} if _finite(rate) is not None:
+            case {"param_groups": [{"lr": rate}, *_] as groups} if _finite(rate) is not None:
                 dicts = (group for group in groups[:_MOST_GROUPS] if isinstance(group, dict))
-                rates = (rate, *(group.get("lr") for group in dicts))
-                return tuple(rate for rate in map(_finite, rates) if rate is not None)
+                rates = (_finite(group.get("lr")) for group in dicts)
+                return tuple(rate for rate in rates if rate is not None)
     rate = _finite(_last_rate(_scheduler(root)))
     return () if rate is None else (rate,)
 
@@ -250,10 +247,9 @@ def _is_metric(name: object, value: object) -> bool:
 
 
 def _scores(callbacks: object, name: str) -> Iterator[tuple[str, object]]:
-    """What Lightning's ModelCheckpoints monitor: the score of this file, under the file's name.
+    """What Lightning's ModelCheckpoints monitor: the score that they keep under the file's name.
 
-    `current_score` is that of the latest file that was kept for its score, which a `last.ckpt` or a
-    `final.ckpt` need not be.
+    `current_score` is another file's where this one was not kept for its score: a `last.ckpt`, say.
     """
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
     for state in islice(states, _MOST_CALLBACKS):

@@ -22,7 +22,7 @@ _AVERAGES = ("ema", "swa", "avg", "average", "averaged", "shadow", "teacher")
 # Words begin like this in the names of what holds tensors that are no weights.
 _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler", "criterion")
 # One of these stands beside the weights in a file that DeepSpeed's engine wrote.
-_DEEPSPEED_MARKS = ("ds_version", "ds_config", "dp_world_size")
+_DEEPSPEED_MARKS = {"ds_version", "ds_config", "dp_world_size"}
 _MOST_LEVELS = 2
 _MOST_STATE_DICTS = 1_000
 _LONGEST_NAME = 1_000  # of what holds a state dict; mappings without end can share a longer one
@@ -33,10 +33,7 @@ def find_state_dicts(root: object, path: Path | None = None, key: str | None = N
 
     A whole model counts as the state dict that it would give. Tensors at the top, with state dicts
     beside them, are a state dict of their own. The state dict that `key` names is found whatever
-    its name says.
-
-    Raises:
-        FormatError: a whole model in the file has no end, or holds what no model has.
+    its name says. FormatError for a whole model without end, or with what no model has.
     """
     finder = _Finder(path)
     if is_module(root):
@@ -187,11 +184,9 @@ def check_kind(path: Path, root: object, found: StateDicts) -> None:
 
 def is_deepspeed(root: object) -> TypeGuard[Mapping[Any, object]]:
     """Whether DeepSpeed's engine wrote this, by what stands beside the weights."""
-    return (
-        isinstance(root, Mapping)
-        and "module" in root
-        and any(mark in root for mark in _DEEPSPEED_MARKS)
-    )
+    if not isinstance(root, Mapping) or "module" not in root:
+        return False
+    return any(mark in root for mark in _DEEPSPEED_MARKS)
 
 
 def _is_partitioned(root: Mapping[Any, object]) -> bool:
@@ -201,12 +196,11 @@ def _is_partitioned(root: Mapping[Any, object]) -> bool:
             return True
     module, groups = root["module"], root.get("param_shapes")
     # Names and real shapes, in mappings for groups of trained parameters and for frozen ones.
-    shapes = (*(groups if isinstance(groups, list) else ()), root.get("frozen_param_shapes"))
+    mappings = (*(groups if isinstance(groups, list) else ()), root.get("frozen_param_shapes"))
+    distinct = {id(mapping): mapping for mapping in mappings if isinstance(mapping, Mapping)}
+    shapes = (pair for mapping in distinct.values() for pair in mapping.items())
     return isinstance(module, Mapping) and any(
-        getattr(module.get(name), "shape", None) == (0,) != shape
-        for group in shapes
-        if isinstance(group, Mapping)
-        for name, shape in group.items()
+        getattr(module.get(name), "shape", None) == (0,) != shape for name, shape in shapes
     )
 
 

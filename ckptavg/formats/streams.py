@@ -14,12 +14,9 @@ if TYPE_CHECKING:
 
 
 class SourceStream(io.RawIOBase):
-    """Reads a file from its start, up to a number of bytes.
+    """Reads a file from its start, and no more than `limit` bytes of it: files claim anything.
 
-    Args:
-        file: the file.
-        limit: how many bytes may be read in all, since a file can claim to need any number.
-        content: what these bytes are, for the message.
+    `content` says what these bytes are, for the message.
     """
 
     def __init__(self, file: ByteSource, limit: int, content: str) -> None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import ByteSource
-    from ckptavg.formats.torchpickle import Storages
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -154,7 +153,7 @@ class LegacyFile:
             raise FormatError(message, path=self.file.path)
         return starts
 
-    def storages(self, users: Mapping[str, str]) -> Storages:
+    def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
         """Find storages, and check their numbers of elements; see `Container`."""
         places, tensors = {}, {}
         for name, tensor in users.items():

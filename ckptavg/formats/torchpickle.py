@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.parts import ByteSource
 
-Storages = Mapping[str, tuple[int, int]]
-"""Where storages begin in the file, and their bytes, by key."""
-
 # Expanded tensors repeat their bytes, and have to be held in memory whole: bytes that any tensor
 # may have, and how many times those of its storage.
 _LARGEST_REPEATED, _MOST_REPEATED = 1 << 28, 16
@@ -34,10 +31,10 @@ class Container(Protocol):
 
     file: ByteSource
 
-    def storages(self, users: Mapping[str, str]) -> Storages:
-        """Find storages, given by key, each with the name of a tensor in it for messages.
+    def storages(self, users: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
+        """Find where storages begin in the file, and their bytes, by key.
 
-        Those that are missing are left out.
+        Each is given with the name of a tensor in it, for messages. Missing ones are left out.
         """
 
 
@@ -138,7 +135,9 @@ def readable(value: object, path: Path, name: str) -> PickledTensor:
     raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
 
 
-def _locate(path: Path, name: str, value: PickledTensor, storages: Storages) -> Tensor:
+def _locate(
+    path: Path, name: str, value: PickledTensor, storages: Mapping[str, tuple[int, int]]
+) -> Tensor:
     def fault(message: str) -> FormatError:
         return FormatError(message, path=path, tensor=name)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import ByteSource
-    from ckptavg.formats.torchpickle import Storages
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = b"PK\x03\x04"
@@ -95,7 +94,7 @@ class Archive:
         """Read what the pickle describes, out of inert parts."""
         return unpickler.load(self.content("data.pkl") or b"", self.file.path)
 
-    def storages(self, users: Mapping[str, str]) -> Storages:
+    def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
         """Find storages; see `Container`."""
         folder = f"{self.prefix}data/"
         names = {folder + key: tensor for key, tensor in users.items()}
@@ -103,10 +102,7 @@ class Archive:
         return {name[len(folder) :]: place for name, place in self.places(present).items()}
 
     def places(self, users: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
-        """Find where records begin in the file, and their bytes, by their full names.
-
-        Each is given with the name of a tensor in it, for messages.
-        """
+        """Find where records begin in the file, and their bytes, by their full names."""
 
         def fault(name: str, problem: str) -> FormatError:
             message = f"record {printable(name.removeprefix(self.prefix))} {problem}"

@@ -54,12 +54,7 @@ def load(data: bytes, path: Path | None = None) -> object:
 
 
 def run(unpickler: InertUnpickler, path: Path | None = None) -> object:
-    """Build what an unpickler's stream describes, and leave the stream where the pickle ends.
-
-    Raises:
-        PickleError: whatever is wrong with the pickle.
-        CkptAvgError: the stream cannot be read.
-    """
+    """Build what an unpickler's stream describes, and leave the stream where the pickle ends."""
     try:
         return unpickler.load()
     except PickleError as error:

@@ -362,6 +362,7 @@ def test_strange_logs_of_trainers_record_nothing(state):
 DEEP: dict[str, Any] = {"last_epoch": 1}
 for _ in range(100):
     DEEP = {"last_epoch": 1, "inner": DEEP, "list": [DEEP, DEEP]}
+MANY_GROUPS: dict[str, Any] = {"param_groups": [{"lr": "x"}] * 100_000}
 LOOP: dict[str, Any] = {"last_epoch": 1, "_last_lr": [0.1]}
 LOOP["loop"] = [LOOP, LOOP]
 
@@ -427,6 +428,7 @@ def test_what_only_looks_like_a_number_of_numpy_s_is_none(arguments):
         {"callbacks": [model_checkpoint(0.5, {3: 0.5})]},
         dict.fromkeys((f"{n}scheduler" for n in range(30_000)), DEEP | {"last_epoch": "x"}),
         dict.fromkeys((f"{n}optim" for n in range(30_000)), optimizer("x")),
+        dict.fromkeys((f"{n}optim" for n in range(30_000)), MANY_GROUPS),
     ],
 )  # fmt: skip
 def test_thousands_of_entries_are_looked_at_in_no_time(root):

@@ -359,6 +359,12 @@ def wide():
     return module({}, modules=dict.fromkeys(many, inner))
 
 
+def hidden_buffers():
+    many = dict.fromkeys(map(str, range(30_000)))
+    inner = module({}, buffers=many, hidden=set(many))
+    return module({}, modules=dict.fromkeys(many, inner))
+
+
 def long_names():
     made = module({"x" * 1_000_000: TENSOR})
     for _ in range(100):
@@ -371,6 +377,7 @@ BOMBS = {
     "doubling": doubling,
     "deep": lambda: deep(100_000),
     "wide": wide,
+    "hidden buffers": hidden_buffers,
     "long names": long_names,
     "empty names": lambda: module({}, modules={"": doubling()}),
 }

@@ -40,7 +40,7 @@ from ckptavg.write.summary import Summary, summarise
 from ckptavg.write.writing import write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
@@ -178,7 +178,7 @@ def write_averages(
     outputs: Sequence[PathLike],
     options: AverageOptions,
     *,
-    folder: Path | None = None,
+    make_folder: Callable[[], Path] | None = None,
 ) -> tuple[Summary, ...]:
     """Write several averages of one run from one read of its checkpoints.
 
@@ -187,8 +187,8 @@ def write_averages(
         recipes: the members and weights of each average.
         outputs: the path of each average.
         options: the options of all averages.
-        folder: a folder to write the averages into instead, under the names of the outputs. The
-            outputs are checked all the same.
+        make_folder: called after the outputs are checked and before any tensor is read. The
+            averages are written into the folder that it returns, under the names of the outputs.
 
     Raises:
         CkptAvgError: as `average` does.
@@ -226,7 +226,8 @@ def write_averages(
         layout = _layout(target, plan, number, options, entry=entry, files=files)
         layouts.append((target.path, layout))
     _check_outputs(run, layouts, options)
-    if folder is not None:
+    if make_folder is not None:
+        folder = make_folder()
         elsewhere = [(folder / path.name, layout) for path, layout in layouts]
         check_room([(path, layout.size) for path, layout in (*layouts, *elsewhere)])
         layouts = elsewhere

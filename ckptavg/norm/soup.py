@@ -32,7 +32,7 @@ from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ckptavg.norm.evaluate import Progress
     from ckptavg.norm.options import RefreshOptions
@@ -192,14 +192,14 @@ class _Averager:
         paths: Iterable[str],
         output: str | os.PathLike[str],
         *,
-        folder: Path | None = None,
+        make_folder: Callable[[], Path] | None = None,
     ) -> Summary:
         """Write the uniform average of some of the candidates, in the order of training.
 
         Args:
             paths: of these candidates.
             output: as in `average`.
-            folder: as in `write_averages`.
+            make_folder: as in `write_averages`.
         """
         wanted = set(paths)
         pairs = zip(self._all.members, self._all.names, strict=True)
@@ -207,7 +207,9 @@ class _Averager:
         members, names = zip(*kept, strict=True)
         weights = Weights(SCHEME, (1.0,) * len(members), float(len(members)))
         recipe = Recipe("", members, names, weights)
-        [summary] = write_averages(self._run, [recipe], [output], self._options, folder=folder)
+        [summary] = write_averages(
+            self._run, [recipe], [output], self._options, make_folder=make_folder
+        )
         return summary
 
 
@@ -316,7 +318,7 @@ def _write(
     if refresh is None:
         return _Averager(inputs, options).write(kept, output), None
     unsynced = dataclasses.replace(options, fsync=False)
-    summary = _Averager(inputs, unsynced).write(kept, output, folder=folder)
+    summary = _Averager(inputs, unsynced).write(kept, output, make_folder=lambda: folder)
     report = refresh_checkpoint(
         Path(summary.output), output, refresh, force=options.force, fsync=options.fsync
     )

@@ -51,25 +51,28 @@ def average_and_refresh(
     """
     options = AverageOptions(**fields)
     target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
-    with options.ranks.together():
+    with options.ranks.together(), contextlib.ExitStack() as stack:
         check_vacant(target, force=options.force)
-        import_all(refresh.seed, refresh.model, refresh.loader, refresh.forward)
-        with _shared_folder_beside(target, options.ranks) as folder:
-            run, recipe = find_recipe(inputs, options)
-            try:
-                [summary] = write_averages(
-                    run, [recipe], [output], replace(options, fsync=False), folder=folder
-                )
-            except OutputError as error:
-                error.path = target  # and not the folder, which is gone by now
-                raise
-            report = refresh_checkpoint(
-                Path(summary.output), output, refresh,
-                key=options.key if options.container == "last" else None,
-                container=options.container, max_shard_size=options.max_shard_size,
-                force=options.force, fsync=options.fsync, ranks=options.ranks,
-                progress=refresh_progress,
-            )  # fmt: skip
+        run, recipe = find_recipe(inputs, options)
+
+        def make_folder() -> Path:
+            import_all(refresh.seed, refresh.model, refresh.loader, refresh.forward)
+            return stack.enter_context(_shared_folder_beside(target, options.ranks))
+
+        try:
+            [summary] = write_averages(
+                run, [recipe], [output], replace(options, fsync=False), make_folder=make_folder
+            )
+        except OutputError as error:
+            error.path = target  # and not the folder, which is gone by now
+            raise
+        report = refresh_checkpoint(
+            Path(summary.output), output, refresh,
+            key=options.key if options.container == "last" else None,
+            container=options.container, max_shard_size=options.max_shard_size,
+            force=options.force, fsync=options.fsync, ranks=options.ranks,
+            progress=refresh_progress,
+        )  # fmt: skip
     return of_both(summary, target, report), report
 
 

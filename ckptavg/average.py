@@ -19,9 +19,8 @@ from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.options import AverageOptions, options_as_keywords
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.recipe import recipes_of
+from ckptavg.merge.recipe import find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
-from ckptavg.merge.update import find_base, fold
 from ckptavg.select.compare import check_one_model, fingerprint
 from ckptavg.select.order import relative_names
 from ckptavg.select.run import find_run, log_other_state_dicts, ordered_run
@@ -35,8 +34,7 @@ from ckptavg.write.checks import (
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.directory import with_dtype
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.provenance import encode_provenance, provenance
-from ckptavg.write.summary import Summary, summarise
+from ckptavg.write.provenance import Summary, encode_provenance, provenance, summarise
 from ckptavg.write.writing import write
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
-    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.recipe import Recipe
     from ckptavg.select.run import Run

@@ -18,7 +18,7 @@ from ckptavg.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ckptavg.write.summary import SourceSummary, Summary
+    from ckptavg.write.provenance import SourceSummary, Summary
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {

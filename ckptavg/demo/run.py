@@ -22,7 +22,7 @@ from ckptavg.norm.options import RefreshOptions
 from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:
-    from ckptavg.write.summary import Summary
+    from ckptavg.write.provenance import Summary
 
 try:
     from ckptavg.demo import train

@@ -16,9 +16,9 @@ from ckptavg.errors import FormatError
 from ckptavg.formats.blocks import Blocks, Pieces
 from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint, TrainingRecord
 from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import is_tensor
 from ckptavg.formats.recorded import training_facts, training_record
-from ckptavg.formats.remote import open_source
 from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.tensors import Tensor
 from ckptavg.formats.torchpickle import readable, scalars

@@ -16,9 +16,8 @@ from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.blocks import Box, misfit
 from ckptavg.formats.checkpoint import read_view
-from ckptavg.formats.parts import Section
+from ckptavg.formats.parts import Section, open_source
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
-from ckptavg.formats.remote import open_source
 from ckptavg.formats.tensors import DType, Tensor, is_possible
 from ckptavg.formats.torchpickle import locate
 from ckptavg.formats.torchzip import Archive

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
 from ckptavg.formats import safetensors, torchlegacy, torchzip
-from ckptavg.formats.remote import open_source
+from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path

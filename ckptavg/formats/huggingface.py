@@ -18,8 +18,8 @@ from ckptavg.errors import FormatError, printable
 from ckptavg.formats import dcp, deepspeed
 from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import read_json
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.recorded import trainer_record
-from ckptavg.formats.remote import open_source
 from ckptavg.formats.torchzip import Archive
 
 if TYPE_CHECKING:

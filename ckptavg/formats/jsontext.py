@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError, printable
-from ckptavg.formats.remote import open_source
+from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,18 +1,22 @@
-"""The files of a checkpoint, and other bytes that stand for files."""
+"""The files of a checkpoint, here or behind a URL, and other bytes that stand for files."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ckptavg.errors import CkptAvgError, FormatError
+from ckptavg.formats.paths import is_remote, remote_errors
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
     from pathlib import Path
+
+    from _typeshed import WriteableBuffer
 
 # Files beyond this many are opened for each read: 200 checkpoints pass under `ulimit -n 128`.
 _MOST_OPEN = 64
@@ -187,3 +191,121 @@ class Memory(Part):
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset`."""
         out[:] = memoryview(self.data)[offset : offset + len(out)]
+
+
+# What file systems report of a file that changes with its content.
+_VERSION_FACTS = ("size", "ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "created")
+
+
+def open_source(path: Path) -> ByteSource:
+    """Open a file for reading, whether it is on this machine or behind a URL.
+
+    Raises:
+        CkptAvgError: it is missing, not a regular file, or cannot be read.
+    """
+    return RemoteFile(path) if is_remote(path) else File(path)
+
+
+class RemoteFile(ByteSource):
+    """A file behind a URL.
+
+    Raises:
+        CkptAvgError: it is missing, or cannot be reached.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        address: Any = path  # a UPath
+        self._system, self._name = address.fs, address.path
+        self.size, self.identity = self._look_up()
+
+    def _look_up(self) -> tuple[int, tuple[str, ...]]:
+        """Size and version of what is at the address now."""
+        with remote_errors(self.path):
+            info: dict[str, Any] = self._system.info(self._name)
+        size = info.get("size")
+        if info.get("type") != "file" or not isinstance(size, int):
+            raise FormatError("is not a file of known size", path=self.path)
+        return size, (str(self.path), *(str(info.get(fact)) for fact in _VERSION_FACTS))
+
+    def read_many(self, places: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Small pieces, each given by its offset and size; many at once where fsspec can."""
+        spans = [(offset, offset + size) for offset, size in places]
+        if not spans:
+            return []
+        starts, ends = map(list, zip(*spans, strict=True))
+        with remote_errors(self.path):
+            pieces: list[bytes] = self._system.cat_ranges(
+                [self._name] * len(spans), starts, ends, on_error="raise"
+            )
+        for (start, end), piece in zip(spans, pieces, strict=True):
+            self._check(piece, start, end)
+        return pieces
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`."""
+        if not out:
+            return
+        end = offset + len(out)
+        with remote_errors(self.path):
+            # By keyword: not every file system takes the arguments in this order.
+            piece = self._system.cat_file(self._name, start=offset, end=end)
+        self._check(piece, offset, end)
+        out[:] = piece
+
+    def _check(self, piece: bytes, start: int, end: int) -> None:
+        if len(piece) > end - start:
+            raise CkptAvgError(
+                "is sent whole when a piece of it is asked for",
+                path=self.path,
+                remedy="download it, or serve it with a server that supports ranges",
+            )
+        if len(piece) < end - start:
+            raise self._truncated(start + len(piece), end - start - len(piece))
+
+    def check_unchanged(self) -> None:
+        """Raise a CkptAvgError if there is other content at the address by now."""
+        self._system.invalidate_cache()
+        if self._look_up() != (self.size, self.identity):
+            raise self._changed()
+
+
+class SourceStream(io.RawIOBase):
+    """Reads a file from its start, and no more than `limit` bytes of it: files claim anything.
+
+    `content` says what these bytes are, for the message.
+    """
+
+    def __init__(self, file: ByteSource, limit: int, content: str) -> None:
+        super().__init__()
+        self._file, self._position = file, 0
+        self._limit, self._left, self._content = limit, limit, content
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to another offset; OSError if it is before the start of the file."""
+        position = (0, self._position, self._file.size)[whence] + offset
+        if position < 0:
+            raise OSError("before the start of the file")
+        self._position = position
+        return position
+
+    def readinto(self, out: WriteableBuffer) -> int:
+        """Read as many bytes as there are; FormatError if they are more than may be read."""
+        view = memoryview(out).cast("B")
+        count = min(len(view), max(0, self._file.size - self._position))
+        self._left -= count
+        if self._left < 0:
+            raise FormatError(
+                f"its {self._content} has more than {self._limit} bytes", path=self._file.path
+            )
+        self._file.read_into(self._position, view[:count])
+        self._position += count
+        return count

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats import unpickler
+from ckptavg.formats.parts import SourceStream
 from ckptavg.formats.pickled import Placeholder, Storage
-from ckptavg.formats.streams import SourceStream
 from ckptavg.formats.tensors import DType
 from ckptavg.formats.torchpickle import big_endian, describe
 from ckptavg.formats.unpickler import InertUnpickler, PickleError, refuse

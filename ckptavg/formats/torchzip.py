@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
-from ckptavg.formats.streams import SourceStream
+from ckptavg.formats.parts import SourceStream
 from ckptavg.formats.torchpickle import big_endian, describe
 
 if TYPE_CHECKING:

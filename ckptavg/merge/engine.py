@@ -21,9 +21,15 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
 from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import Allocate, AnyArray, Tensor, bytes_of, new_arrays
-from ckptavg.merge.arithmetic import Sum, accumulator_dtype, all_finite, nonfinite, rounded
+from ckptavg.merge.arithmetic import (
+    Sum,
+    accumulator_dtype,
+    all_finite,
+    format_of,
+    nonfinite,
+    rounded,
+)
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
-from ckptavg.merge.narrow import format_of
 from ckptavg.merge.signals import signals_waiting
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
 from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statistic
 from ckptavg.formats.tensors import BY_NAME
-from ckptavg.merge.jobs import Input, Job, Mean
-from ckptavg.merge.layout import OutputTensor
+from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
 from ckptavg.select.compare import differing_tensors
 
 if TYPE_CHECKING:
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import DType, Tensor
-    from ckptavg.merge.jobs import BadValueError
-    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.jobs import BadValueError, Layout
     from ckptavg.merge.options import AverageOptions
     from ckptavg.merge.weights import Weights
 

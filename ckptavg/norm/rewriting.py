@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import os
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan, Role
     from ckptavg.norm.report import RefreshReport
     from ckptavg.write.layouts import Destination

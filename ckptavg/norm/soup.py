@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.report import RefreshReport
     from ckptavg.select.metrics import Mode
     from ckptavg.select.run import Run
-    from ckptavg.write.summary import Summary
+    from ckptavg.write.provenance import Summary
 
 SCHEME = "greedy soup"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ckptavg.distributed import Ranks
     from ckptavg.norm.options import RefreshOptions
     from ckptavg.norm.report import RefreshReport
-    from ckptavg.write.summary import Summary
+    from ckptavg.write.provenance import Summary
 
 
 def average_and_refresh(

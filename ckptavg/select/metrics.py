@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, SelectionError, printable
 from ckptavg.formats.jsontext import from_text
-from ckptavg.formats.remote import open_source
+from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

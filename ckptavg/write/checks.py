@@ -18,7 +18,7 @@ from ckptavg.write.replacement import put_back
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.jobs import Layout
 
 _SHOWN = 3
 """Names that a message lists of many."""

@@ -18,7 +18,7 @@ from ckptavg.formats import open_checkpoint, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements, without_wrappers
 from ckptavg.formats.parts import ByteSource
 from ckptavg.formats.torchzip import Archive
-from ckptavg.merge.layout import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
+from ckptavg.merge.jobs import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
 from ckptavg.write.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from threading import Event, Lock
 from typing import TYPE_CHECKING
 
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.formats.remote import open_source
+from ckptavg.formats.parts import open_source
 from ckptavg.merge.signals import signals_waiting
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.jsontext import read_json
-from ckptavg.formats.remote import open_source
-from ckptavg.merge.layout import Copy, FileLayout, Layout
+from ckptavg.formats.parts import open_source
+from ckptavg.merge.jobs import Copy, FileLayout, Layout
 from ckptavg.select.candidates import is_no_checkpoint
 from ckptavg.write.safetensors import lay_out_safetensors
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.layout import OutputTensor
+    from ckptavg.merge.jobs import OutputTensor
 
 log = logging.getLogger("ckptavg")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.layout import Layout, OutputTensor
+    from ckptavg.merge.jobs import Layout, OutputTensor
 
 Kind = Literal["safetensors", "torch", "container", "directory"]
 _SAFETENSORS = ".safetensors"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from ckptavg.merge.layout import Checksum, Layout
+    from ckptavg.merge.jobs import Checksum, Layout
 
 _SYNC_EVERY = 128 << 20
 _PIECE = 1 << 20

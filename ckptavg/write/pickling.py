@@ -14,7 +14,7 @@ from ckptavg.formats.tensors import DType, contiguous_strides
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from ckptavg.merge.layout import OutputTensor
+    from ckptavg.merge.jobs import OutputTensor
 
 _STORAGES = {name: storage for storage, name in STORAGES.items()}
 _PACKED = ("float4_e2m1fn_x2",)

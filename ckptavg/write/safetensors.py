@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError
-from ckptavg.merge.layout import FileLayout, Layout, OutputTensor
+from ckptavg.merge.jobs import FileLayout, Layout, OutputTensor
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence

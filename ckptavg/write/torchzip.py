@@ -14,7 +14,7 @@ import numpy as np
 from ckptavg.errors import printable
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory
-from ckptavg.merge.layout import Copy, FileLayout, Layout, OutputTensor
+from ckptavg.merge.jobs import Copy, FileLayout, Layout, OutputTensor
 from ckptavg.write.pickling import pickle_entries, pickle_state_dict, pickle_tensor
 from ckptavg.write.zipfile import Zip
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ckptavg.merge.layout import Layout
+    from ckptavg.merge.jobs import Layout
     from ckptavg.merge.options import Progress
     from ckptavg.merge.plan import Plan
 

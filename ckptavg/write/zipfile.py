@@ -9,7 +9,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING
 
-from ckptavg.merge.layout import Checksum
+from ckptavg.merge.jobs import Checksum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint, torchlegacy
-from ckptavg.formats.parts import File
-from ckptavg.formats.remote import open_source
+from ckptavg.formats.parts import File, open_source
 from ckptavg.formats.unpickler import PickleError
 from tests.helpers import (
     DTYPES,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckptavg.errors import OutputError
-from ckptavg.merge.layout import Checksum, FileLayout, Layout
+from ckptavg.merge.jobs import Checksum, FileLayout, Layout
 from ckptavg.write.checks import check_file
 from ckptavg.write.output import Output
 from ckptavg.write.temporary import temporary_beside

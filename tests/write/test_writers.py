@@ -31,7 +31,7 @@ from ckptavg.errors import OutputError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.tensors import BY_NAME, DTYPES
-from ckptavg.merge.layout import OutputTensor
+from ckptavg.merge.jobs import OutputTensor
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.output import Output
 from ckptavg.write.safetensors import lay_out_safetensors
@@ -385,7 +385,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, ending):
 import sys
 from pathlib import Path
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.merge.layout import OutputTensor
+from ckptavg.merge.jobs import OutputTensor
 from ckptavg.write.output import Output
 from ckptavg.formats.tensors import DTYPES
 from ckptavg.write.layouts import destination, lay_out

@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 
 import ckptavg
 from ckptavg.formats.tensors import BY_NAME, new_arrays
-from ckptavg.merge.arithmetic import Sum, all_finite, rounded
-from ckptavg.merge.narrow import FORMATS
+from ckptavg.merge.arithmetic import FORMATS, Sum, all_finite, rounded
 from tests.oracle import save_run
 
 pytestmark = pytest.mark.parametrize("name", FORMATS)

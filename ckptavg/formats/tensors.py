@@ -124,6 +124,14 @@ class Tensor:
         """Its strides in elements, also where it is contiguous."""
         return contiguous_strides(self.shape) if self.strides is None else self.strides
 
+    def slab(self, axis: int, first: int, last: int) -> Tensor:
+        """The part of it from index `first` to `last` along an axis."""
+        strides = self.element_strides
+        size = min(last, self.shape[axis]) - first
+        shape = (*self.shape[:axis], size, *self.shape[axis + 1 :])
+        offset = self.offset + first * strides[axis] * self.dtype.itemsize
+        return Tensor(self.dtype, shape, self.part, offset, strides)
+
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor in C order, in elements."""

@@ -266,7 +266,7 @@ class _Worker:
             place = (slice(None),) * axis + (slice(first, first + rows),)
 
             def read(entry: Input, first: int = first) -> AnyArray:
-                return read_view(entry.part, _slab(entry.tensor, axis, first, first + rows))
+                return read_view(entry.part, entry.tensor.slab(axis, first, first + rows))
 
             allocate = new_arrays(results[0][place].shape)
             chunk = _Chunk(job, read, allocate, None, self._allow_nonfinite)
@@ -391,12 +391,3 @@ def _widest_axis(tensor: Tensor) -> int:
     """The axis along which neighbours are farthest apart in the file."""
     strides = tensor.element_strides
     return max(range(len(strides)), key=lambda axis: (tensor.shape[axis] > 1, strides[axis]))
-
-
-def _slab(tensor: Tensor, axis: int, first: int, last: int) -> Tensor:
-    """The part of a tensor from index `first` to `last` along an axis."""
-    strides = tensor.element_strides
-    size = min(last, tensor.shape[axis]) - first
-    shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
-    offset = tensor.offset + first * strides[axis] * tensor.dtype.itemsize
-    return Tensor(tensor.dtype, shape, tensor.part, offset, strides)

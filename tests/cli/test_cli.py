@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -150,13 +149,13 @@ class TestExitCodes:
         """The run is held at its threads' first write until the signal has come."""
         save_run(tmp_path / "ckpts", [{"w": torch.randn(1000)} for _ in range(2)])
         script = (
-            "import sys, time\n"
+            "import os, sys\n"
             "from ckptavg.write.output import Output\n"
             "import threading\n"
             "def hold(self, offset, data):\n"
             "    if threading.current_thread() is not threading.main_thread():\n"
             "        print('writing', flush=True)\n"
-            "        time.sleep(0.5)\n"
+            "        os.read(0, 1)\n"
             "Output.write = hold\n"
             "sys.argv = ['ckptavg', 'average', 'ckpts', '-o', 'o.safetensors']\n"
             "from ckptavg.cli import main\n"
@@ -165,13 +164,13 @@ class TestExitCodes:
         child = subprocess.Popen(
             [sys.executable, "-c", script],
             cwd=tmp_path,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         assert child.stdout is not None
         assert child.stdout.readline() == "writing\n"
-        time.sleep(0.05)
         child.send_signal(number)
         _, errors = child.communicate(timeout=20)
         assert child.returncode == code

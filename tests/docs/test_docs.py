@@ -39,27 +39,15 @@ def test_every_option_of_a_layout_is_in_the_page_on_formats():
         assert option in page
 
 
-def test_the_readme_names_the_extras():
+def test_the_extras_are_named():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    readme = (ROOT / "README.md").read_text()
-    extras = set(project["optional-dependencies"])
-    assert extras == {
-        *(
-            "demo",
-            "plots",
-            "s3",
-            "gcs",
-            "timm",
-            "torchvision",
-            "test",
-            "layouts",
-            "fuzz",
-            "study",
-            "dev",
-        ),
-    }
-    for extra in ("demo", "plots", "test", "s3", "gcs", "layouts", "timm", "torchvision"):
-        assert f"[{extra}]" in readme
+    readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    users = {"demo", "plots", "s3", "gcs", "timm", "torchvision", "test"}
+    developers = {"layouts", "dev"}
+    others = {"fuzz", "study"}  # docs/reliability.md, docs/study/README.md
+    assert set(project["optional-dependencies"]) == users | developers | others
+    assert all(f"[{extra}]" in readme for extra in users)
+    assert all(f"[{extra}]" in contributing for extra in developers)
 
 
 @pytest.fixture
@@ -103,3 +91,15 @@ def test_and_refuses_what_it_cannot_read(tmp_path, npz):
     np.savez_compressed(tmp_path / "x.npz", w=np.ones(3))
     with pytest.raises(FormatError, match=r"x\.npz: w: is compressed"):
         formats.open_checkpoint(tmp_path / "x.npz")
+
+
+def test_the_page_on_the_architecture_names_what_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in re.findall(r"`([\w/]+(?:\.py|/))`", page):
+        assert any((folder / path).exists() for folder in (ROOT, ROOT / "ckptavg")), path
+    functions = re.findall(r"`([\w/]+\.py)`\*{0,2}: `(?:\w+\.)?(\w+)`", page)
+    classes = re.findall(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", page, re.MULTILINE)
+    for path, name in [*functions, *(reversed(each) for each in classes)]:
+        code = (ROOT / "ckptavg" / path).read_text()
+        assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE), f"{path}: {name}"
+    assert min(len(functions), len(classes)) > 10

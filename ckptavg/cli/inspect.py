@@ -196,7 +196,6 @@ def _provenance(made: dict[str, Any] | None) -> str:
     sources, statistics = made.get("sources"), made.get("norm_stats")
     count = len(sources) if isinstance(sources, list) else 0
     state = statistics.get("state") if isinstance(statistics, dict) else "unknown"
-    return (
-        f"ckptavg {made.get('version')}: {made.get('scheme')} average of "
-        f"{plural(count, 'checkpoint')}, norm statistics {state}"
-    )
+    scheme = made.get("scheme")
+    average = f"{scheme} average of {plural(count, 'checkpoint')}, " if scheme != "none" else ""
+    return printable(f"ckptavg {made.get('version')}: {average}norm statistics {state}")

@@ -115,7 +115,7 @@ def _mention_other(last: Checkpoint, key: str) -> None:
         weights = sorted({_span(tensor) for tensor in last.tensors.values() if tensor.count})
         if any(_overlaps(weights, _span(tensor)) for tensor in others if tensor.count):
             log.warning(
-                "%s in the container shares tensors with the weights, so it has their average too",
+                "%s in the container shares tensors with the weights, and changes with them",
                 printable(key),
             )
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg import cli
@@ -220,6 +220,26 @@ class TestInspect:
         assert "bn-refresh" not in run("average", ckpts / "step_1.safetensors", "-o", output).stdout
         made = f"ckptavg {ckptavg.__version__}: uniform average of 1 checkpoint"
         assert f"{made}, norm statistics kept" in run("inspect", output).stdout
+
+    @pytest.mark.parametrize(
+        ("entry", "text"),
+        [
+            (
+                {"scheme": "none", "norm_stats": {"state": "refreshed"}},
+                "ckptavg 1: norm statistics refreshed",
+            ),
+            (
+                {"scheme": "\x1b[2J", "norm_stats": {"state": "a\nb"}},
+                r"ckptavg 1: \x1b[2J average of 0 checkpoints, norm statistics a\nb",
+            ),
+        ],
+        ids=["refreshed alone", "control characters"],
+    )
+    def test_a_provenance_is_one_safe_line(self, entry, text, tmp_path):
+        metadata = {"ckptavg": json.dumps({"version": "1", **entry})}
+        save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=metadata)
+        lines = run("inspect", tmp_path / "a.safetensors").stdout.splitlines()
+        assert lines[-1] == f"  made by      {text}"
 
     def test_a_directory_is_an_aligned_table(self, ckpts):
         lines = run("inspect", ckpts).stdout.splitlines()

@@ -113,7 +113,7 @@ def _tree(metadata: Metadata) -> dict[Any, Any]:
         for folder in folders:
             node = node.setdefault(folder, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last in node:
-            message = "is in the place of another entry"
+            message = "has the place of another entry in the state dict"
             raise FormatError(message, path=metadata.file.path, tensor=name)
         node[last] = metadata.leaf(name)
     return tree

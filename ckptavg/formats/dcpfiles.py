@@ -72,7 +72,7 @@ class Metadata:
         if not isinstance(entries, Mapping) or not isinstance(items, Mapping):
             raise self._fault("has no state_dict_metadata, or no storage_data")
         if not all(isinstance(name, str) for name in entries):
-            raise self._fault("has an entry without a name")
+            raise self._fault("has an entry whose name is not a string")
         self._entries, self._items = entries, items
         places = fields.get("planner_data")
         self.places: Mapping[Any, object] = places if isinstance(places, Mapping) else {}
@@ -140,8 +140,8 @@ class Metadata:
             raise self._fault(f"is stored {what}, which is not supported", name, remedy)
         file, offset, length = map(fields.get, ("relative_path", "offset", "length"))
         if not isinstance(file, str) or not _is_below(file):
-            where = f"in {file!r}" if isinstance(file, str) else "nowhere"
-            raise self._fault(f"is said to be {where}, outside the checkpoint", name)
+            which = repr(file) if isinstance(file, str) else "without a name"
+            raise self._fault(f"is in a file {which}, outside the checkpoint", name)
         if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
             raise self._fault("has no valid place in its file", name)
         return Item(file, offset, length)

@@ -147,10 +147,10 @@ class ModuleReader:
         """Full names and values of entries; those that are None are left out, as torch does."""
         for name, value in entries.items():
             if not isinstance(name, str):
-                raise self._fault("holds a module with a name that is no text")
+                raise self._fault("holds a module with a name that is not a string")
             self._characters_left -= len(prefix) + len(name) + _EACH_NAME
             if self._characters_left < 0:
-                raise self._fault("holds modules within each other without end")
+                raise self._fault("holds modules that contain each other without end")
             if value is not None:
                 yield prefix + name, value
 

@@ -157,12 +157,12 @@ def _locate(
     contiguous = is_contiguous(shape, strides)
     nbytes = math.prod(shape) * dtype.itemsize
     if not contiguous and nbytes > max(_LARGEST_REPEATED, _MOST_REPEATED * size):
-        raise fault(f"repeats {size} bytes to {nbytes}")
+        raise fault(f"repeats the {size} bytes of its storage to {nbytes}")
     # The stride of an axis with one index has no meaning, and any number may stand there.
     steps = tuple(step if extent > 1 else 1 for extent, step in zip(shape, strides, strict=True))
     if dtype.kind == "packed":
         if not (contiguous and shape):
-            raise fault("is packed and not contiguous")
+            raise fault("has a packed dtype and is not contiguous")
         # torch counts bytes, safetensors (and so we) the elements in them.
         shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)
     offset = start + value.offset * dtype.itemsize

@@ -68,10 +68,10 @@ class Archive:
             raise FormatError(message, path=file.path) from error
         self.file, self.records = file, {entry.filename: entry for entry in entries}
         if len(self.records) != len(entries):
-            raise FormatError("has two records of one name", path=file.path)
+            raise FormatError("has two records of the same name", path=file.path)
         for name in self.records:
             if name.startswith("/") or ".." in name.split("/"):
-                raise FormatError(f"has a record outside: {printable(name)}", path=file.path)
+                raise FormatError(f"has a record with the path {printable(name)}", path=file.path)
         _refuse_programs(file.path, self.records)
         at_top = (name for name in self.records if name.count("/") == 1)
         folders = [name.removesuffix("data.pkl") for name in at_top if name.endswith("/data.pkl")]

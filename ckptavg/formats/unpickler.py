@@ -48,8 +48,7 @@ class PickleError(FormatError):
 def load(data: bytes, path: Path | None = None) -> object:
     """Build what the pickle of a file describes, out of inert parts; PickleError if it cannot."""
     if len(data) > LARGEST_PICKLE:
-        message = f"its pickle is {len(data)} bytes long, more than {LARGEST_PICKLE}"
-        raise PickleError(message, path=path)
+        raise PickleError(f"its pickle of {len(data)} bytes exceeds {LARGEST_PICKLE}", path=path)
     return run(InertUnpickler(io.BytesIO(data)), path)
 
 
@@ -251,8 +250,8 @@ def _tensor(
         return UnreadableTensor(f"a lazily transformed tensor ({kind})")
     dtype = storage.dtype if dtype is None else dtype
     if not isinstance(dtype, DType):
-        kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "unknown"
-        return UnreadableTensor(f"a tensor of a dtype that is not supported ({kind})")
+        kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "an unknown dtype"
+        return UnreadableTensor(f"a tensor of {kind}, which is not supported")
     return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 

@@ -568,7 +568,7 @@ def complaint(
         (in_metadata(other_dtype), "__0_0.distcp", "model.w: has a piece of float32 [4, 3]"),
         (in_metadata(other_shape), "__0_0.distcp", "the metadata says float32 [3, 4]"),
         (in_metadata(huge_shape), ".metadata", "model.w: has no valid shape"),
-        (in_metadata(one_place), ".metadata", "is in the place of another entry"),
+        (in_metadata(one_place), ".metadata", "has the place of another entry"),
         (in_metadata(no_place), ".metadata", "no valid place in the state dict"),
         (in_metadata(endless_place), ".metadata", "no valid place in the state dict"),
         (in_metadata(huge_place), ".metadata", "no valid place in the state dict"),

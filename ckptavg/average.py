@@ -338,7 +338,7 @@ def _layout(
         raise OutputError(
             "a torch file in the format from before 1.6 has no place for digests",
             path=target.path,
-            remedy="leave hash out, or container",
+            remedy="leave `hash` out, or `container`",
         )
     return layout
 

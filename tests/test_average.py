@@ -684,7 +684,7 @@ class TestOutput:
         save_run(tmp_path / "run", random_state_dicts(2))
         out = tmp_path / "out.safetensors"
         out.write_bytes(b"precious")
-        with pytest.raises(OutputError, match="exists already; replace it with force"):
+        with pytest.raises(OutputError, match="exists already; `force` replaces it"):
             ckptavg.average(tmp_path / "run", out)
         assert out.read_bytes() == b"precious"
         ckptavg.average(tmp_path / "run", out, force=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -142,7 +143,7 @@ class _Notices(logging.Handler):
         self._notices, self._quiet = notices, quiet
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = with_options(record.getMessage())
         self._notices.append(text)
         if record.levelno >= logging.WARNING:
             say_on_stderr(f"warning: {text}")
@@ -150,9 +151,21 @@ class _Notices(logging.Handler):
             say_on_stderr(text)
 
 
+def with_options(text: str) -> str:
+    """A message of the library with its arguments (`dry_run`, `lora=exact`) spelled as options."""
+    return re.sub(r"`([a-z_]+)(?:=(\w+))?`", _option, text)
+
+
+def _option(argument: re.Match[str]) -> str:
+    name, value = argument[1].replace("_", "-"), argument[2]
+    if value == "False":
+        return f"--no-{name}"
+    return f"--{name}" if value in (None, "True") else f"--{name} {value}"
+
+
 def say_on_stderr(text: str) -> None:
     """Print a message on stderr, above the progress bar if there is one."""
-    line = f"ckptavg: {text}"
+    line = f"ckptavg: {with_options(text)}"
     if "tqdm" in sys.modules and sys.stderr.isatty():
         sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
     else:

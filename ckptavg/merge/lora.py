@@ -69,7 +69,7 @@ class _Factor:
                     "has values that are NaN or Inf",
                     path=part.path,
                     tensor=self.name,
-                    remedy="allow_nonfinite lets it pass",
+                    remedy="`allow_nonfinite` lets it pass",
                 )
 
     def values(self) -> AnyArray:
@@ -149,12 +149,12 @@ def check_scales(members: Sequence[Checkpoint]) -> None:
     if differences:
         raise MismatchError(
             "LoRA adapters of unlike rank or alpha, whose factors do not average apart "
-            "(lora=exact averages their products):",
+            "(`lora=exact` averages their products):",
             differences,
         )
     log.warning(
         "averaging the factors A and B of LoRA adapters apart is not averaging their products; "
-        "lora=exact does"
+        "`lora=exact` does"
     )
 
 

@@ -103,7 +103,7 @@ class AverageOptions:
                 raise SelectionError(f"{name} is {choices[0]!r} or {choices[1]!r}, not {value!r}")
         for name in ("threads", "max_shard_size"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise SelectionError(f"{name} is at least 1, not {value}")
+                raise SelectionError(f"`{name}` is at least 1, not {value}")
         if self.update and (self.lora == "exact" or not self.normalize):
             raise SelectionError("only a mean of the weights themselves can be updated")
         if self.container == "last" and self.dtype is not None:

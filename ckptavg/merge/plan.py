@@ -198,7 +198,7 @@ class Plan:
             where + error.message,
             path=error.path,
             tensor=self.tensors[position].output.names[0],
-            remedy="allow_nonfinite lets it pass" if error.path is not None else None,
+            remedy="`allow_nonfinite` lets it pass" if error.path is not None else None,
         )
 
 
@@ -296,7 +296,7 @@ def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict
     if problems:
         raise MismatchError(
             "integer tensors differ, and integers are not averaged "
-            "(ints=last takes them from the last checkpoint):",
+            "(`ints=last` takes them from the last checkpoint):",
             list(problems.values()),
         )
     return roles

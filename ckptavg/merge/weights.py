@@ -284,7 +284,7 @@ def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Wei
     if abs(total) <= len(numbers) * sys.float_info.epsilon * size:
         raise SelectionError(
             "weights sum to zero, so there is nothing to divide by",
-            remedy="normalize=False takes them as they are",
+            remedy="`normalize=False` takes them as they are",
         )
     return Weights(scheme, numbers, total)
 

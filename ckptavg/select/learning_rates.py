@@ -183,7 +183,7 @@ def rates_and_minima(
         if _chosen(used) != _chosen(following):
             raise SelectionError(
                 f"{_UNSURE % _listed(unsure)}, and the choice depends on it",
-                remedy="set lr_recorded to 'used' if the trainer saves before scheduler.step(), "
+                remedy="set `lr_recorded` to 'used' if the trainer saves before scheduler.step(), "
                 "or to 'next' if after it",
             )
     values = [rate.value for rate in rates]

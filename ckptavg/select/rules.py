@@ -82,14 +82,14 @@ class Selection:
             names = " and ".join(exclusive)
             raise SelectionError(f"{names} are different ways of choosing: give one of them")
         if self.best is not None and self.metric is None:
-            raise SelectionError("best needs a metric", remedy="name it with metric")
+            raise SelectionError("best needs a metric", remedy="name it with `metric`")
         if self.metric is None and (self.metrics is not None or self.mode is not None):
             raise SelectionError("metrics and mode need a metric")
         numbers = [("cycle", self.cycle), ("best", self.best), ("every", self.every)]
         numbers += [("last", count) for count in self.counts]
         for name, number in numbers:
             if number is not None and number < 1:
-                raise SelectionError(f"{name} is at least 1, not {number}")
+                raise SelectionError(f"`{name}` is at least 1, not {number}")
         if self.mode not in (None, "min", "max"):
             raise SelectionError(f"mode is 'min' or 'max', not {self.mode!r}")
 
@@ -214,7 +214,7 @@ def _remaining(verdicts: Sequence[Verdict]) -> list[Verdict]:
 def _require_order(run: Run, rule: str) -> None:
     if not run.order_is_known:
         raise SelectionError(
-            f"{rule} needs to know the order of the checkpoints, and only some have a step",
+            f"`{rule}` needs to know the order of the checkpoints, and only some have a step",
             remedy="put the step into every name",
         )
 
@@ -222,7 +222,7 @@ def _require_order(run: Run, rule: str) -> None:
 def _require_steps(times: Timeline, rule: str) -> None:
     if not times.steps:
         raise SelectionError(
-            f"{rule} needs to know the step of each checkpoint: not all record one, and their "
+            f"`{rule}` needs to know the step of each checkpoint: not all record one, and their "
             "names do not tell",
             remedy="put the step into every name",
         )
@@ -275,7 +275,7 @@ def _apply_cycle(
     if not is_unit_given and "epoch" in times.other_units:
         raise SelectionError(
             f"cycle may be counted in {times.unit} or in epochs: the checkpoints record both",
-            remedy=f"set unit to {times.unit} or to epoch",
+            remedy=f"set `unit` to {times.unit} or to epoch",
         )
     for verdict, done in zip(verdicts, times.done, strict=True):
         if (done - start) % cycle:
@@ -306,7 +306,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     if mode is None:
         raise SelectionError(
             f"whether {printable(metric)} should be low or high is not certain from its name",
-            remedy="set mode to min or to max",
+            remedy="set `mode` to min or to max",
         )
     left = _remaining(verdicts)
     values = [verdict.metric for verdict in left]
@@ -315,7 +315,8 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
         known = ", ".join(map(printable, sorted(names)[:_MOST_NAMED]))
         raise SelectionError(
             f"none of the checkpoints has the metric {printable(metric)}",
-            remedy=(f"recorded are: {known}; " if known else "") + "name a file of it with metrics",
+            remedy=(f"recorded are: {known}; " if known else "")
+            + "name a file of it with `metrics`",
         )
     winners = indices_of_best(values, rules.best, mode)
     for place, verdict in enumerate(left):

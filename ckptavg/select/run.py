@@ -138,7 +138,7 @@ def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:
     if checkpoint.is_average:
         log.info("%s is an average made earlier: taken, since it was named", name)
     if not checkpoint.tensors:
-        raise FormatError("has no tensors", path=path, remedy="leave it out with exclude")
+        raise FormatError("has no tensors", path=path, remedy="leave it out with `exclude`")
     return checkpoint
 
 
@@ -147,7 +147,7 @@ def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
-            "took %s; there is also %s, which key chooses",
+            "took %s; there is also %s, which `key` chooses",
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
             ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
         )

@@ -107,7 +107,7 @@ def check_vacant(path: Path, *, force: bool) -> None:
     """
     is_empty_directory = path.is_dir() and not _entries(path)
     if os.path.lexists(path) and not force and not is_empty_directory:
-        raise OutputError("exists already", path=path, remedy="replace it with force")
+        raise OutputError("exists already", path=path, remedy="`force` replaces it")
     check_parent(followed(path))
 
 

@@ -101,7 +101,7 @@ def _add_twins(
                 "is not in its state_dict as it is among its weights",
                 path=path,
                 tensor=tensor.names[0],
-                remedy="write the weights alone, without container",
+                remedy="write the weights alone, without `container`",
             )
         places += [place for place in others if place != places[0]]
 
@@ -152,7 +152,7 @@ def _spans(
                 "container cannot hold their averages apart",
                 path=path,
                 tensor=name,
-                remedy="write the weights alone, without container",
+                remedy="write the weights alone, without `container`",
             )
     return [(start, end) for start, end, _ in spans]
 

@@ -77,7 +77,7 @@ def destination(
         raise OutputError(
             "a torch file keeps tied tensors tied: there are no aliases to drop",
             path=path,
-            remedy="leave drop_aliases out",
+            remedy="leave `drop_aliases` out",
         )
     return Destination(path, kind, max_shard_size, drop_aliases)
 
@@ -120,7 +120,7 @@ def _check_container(path: Path, last: Checkpoint) -> None:
             f"the last checkpoint, {printable(last.path)}, is no torch file whose weights could "
             "be replaced",
             path=path,
-            remedy="leave container out; a directory's configuration comes along anyway",
+            remedy="leave `container` out; a directory's configuration comes along anyway",
         )
     if path.suffix not in _TORCH or path.is_dir():
         raise OutputError(

@@ -195,12 +195,12 @@ class Output:
             message, remedy = f"cannot write it: {error.strerror}", None
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 message = "exists already: somebody else wrote it meanwhile"
-                remedy = "replace it with force"
+                remedy = "`force` replaces it"
             elif error.errno == errno.ENOSPC:
                 size = self._layout.files.get(name, self._layout).size
                 message += f" ({size} bytes are needed)"
             elif error.errno == errno.EMFILE and self._layout.is_directory:
-                remedy = "a larger max_shard_size makes fewer files"
+                remedy = "a larger `max_shard_size` makes fewer files"
             raise OutputError(message, path=self.path / name, remedy=remedy) from error
 
 

@@ -96,6 +96,15 @@ class TestAverage:
         assert all(BY_NAME[name].kind == "float" for name in DTYPES)
 
 
+def test_messages_of_the_library_speak_of_options_here(tmp_path):
+    save_run(tmp_path / "ckpts", random_state_dicts(2))
+    words = ["average", str(tmp_path / "ckpts"), "-o", str(tmp_path / "o.safetensors")]
+    assert process(*words).returncode == 0
+    result = process(*words)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("o.safetensors: exists already; --force replaces it")
+
+
 class TestExitCodes:
     def test_a_fault_of_the_data_is_one_line_and_1(self, ckpts, tmp_path):
         (ckpts / "step_3.safetensors").write_bytes(b"\xff" * 100)

@@ -310,7 +310,7 @@ class TestNames:
             open_checkpoint(folder)
         assert str(caught.value) == (
             f"{folder}: several state dicts in it: the tensors at the top, dataloader; take one "
-            "with --key ('' is the top)"
+            "with `key` ('' is the top)"
         )
         assert_holds(open_checkpoint(folder, key=""), weights)
         assert_holds(open_checkpoint(folder, key="dataloader"), others)

@@ -757,7 +757,7 @@ class TestWhereItGoes:
         path = save(net.state_dict(), tmp_path / "a.pt")
         out = tmp_path / "o.pt"
         out.write_text("precious")
-        with pytest.raises(OutputError, match="exists already; replace it with force"):
+        with pytest.raises(OutputError, match="exists already; `force` replaces it"):
             refresh_checkpoint(path, out, options("train.py:raising"))
         assert out.read_text() == "precious"
         refresh_checkpoint(path, out, options(), force=True)

@@ -246,7 +246,7 @@ class TestReport:
             ("a.pt", "is the checkpoint or the output"),
             ("o.pt", "is the checkpoint or the output"),
             ("./link.pt", "is the checkpoint or the output"),
-            ("there.json", "exists already; replace it with force"),
+            ("there.json", "exists already; `force` replaces it"),
             ("none/r.json", "there is no directory none"),
             (".", "is a directory"),
         ],

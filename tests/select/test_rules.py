@@ -98,7 +98,7 @@ def test_each_that_is_left_out_says_why(run):
 
 
 def test_cycles_of_what_is_said_where_steps_and_epochs_are_recorded(run):
-    with pytest.raises(SelectionError, match="set unit to global_step or to epoch"):
+    with pytest.raises(SelectionError, match="set `unit` to global_step or to epoch"):
         taken(run, cycle=300)
 
 
@@ -210,8 +210,8 @@ def test_what_cannot_be_chosen_is_said(run, rules, message):
         ({"cycle": 3, "lr_minima": True}, "cycle and lr_minima"),
         ({"best": 3}, "metric"),
         ({"mode": "max"}, "need a metric"),
-        ({"last": 0}, "last is at least 1"),
-        ({"every": -1}, "every is at least 1"),
+        ({"last": 0}, "`last` is at least 1"),
+        ({"every": -1}, "`every` is at least 1"),
     ],
     ids=str,
 )
@@ -223,7 +223,7 @@ def test_rules_that_make_no_sense_are_refused(rules, message):
 def test_a_metric_whose_sense_is_not_certain_needs_a_mode(tmp_path):
     for number in range(3):
         save(tmp_path / "run" / f"{number}.pt", number, epoch=number, metric=float(number))
-    with pytest.raises(SelectionError, match="set mode to min or to max"):
+    with pytest.raises(SelectionError, match="set `mode` to min or to max"):
         taken(tmp_path / "run", best=1, metric="metric")
     assert taken(tmp_path / "run", best=1, metric="metric", mode="max") == [2]
 

@@ -303,7 +303,7 @@ class TestDiscovery:
             torch.save(content, tmp_path / f"{step}.pth.tar")
         with caplog.at_level("INFO", "ckptavg"):
             ckptavg.average(tmp_path, tmp_path / "out.safetensors")
-        assert "there is also state_dict_ema, which key chooses" in caplog.text
+        assert "there is also state_dict_ema, which `key` chooses" in caplog.text
         assert load_file(tmp_path / "out.safetensors")["w"][0] == 0.5
         ckptavg.average(tmp_path, tmp_path / "ema.safetensors", key="state_dict_ema")
         assert load_file(tmp_path / "ema.safetensors")["w"][0] == 10.5

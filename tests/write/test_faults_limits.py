@@ -105,6 +105,6 @@ def test_more_shards_than_files_may_be_open_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ckptavg: error: out/model-00")
     assert done.stderr.endswith(
-        "cannot write it: Too many open files; a larger max_shard_size makes fewer files\n"
+        "cannot write it: Too many open files; a larger --max-shard-size makes fewer files\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

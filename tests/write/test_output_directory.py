@@ -80,7 +80,7 @@ class TestDestination:
     def test_that_is_not_empty_needs_force(self, ckpts, tmp_path, content):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / content).write_text("precious")
-        with pytest.raises(OutputError, match="out: exists already; replace it with force"):
+        with pytest.raises(OutputError, match="out: exists already; `force` replaces it"):
             ckptavg.average(ckpts, tmp_path / "out")
         assert tree(tmp_path / "out") == {content: b"precious"}
 

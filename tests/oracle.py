@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 StateDict = dict[str, torch.Tensor]
 
 
-def naive_mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def naive_mean(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
     """Sum in float64 one after the other, divide once, cast as `Tensor.to` does."""
     wide = torch.complex128 if tensors[0].is_complex() else torch.float64
     total = tensors[0].to(wide).clone()
     for tensor in tensors[1:]:
         total += tensor.to(wide)
-    return (total / len(tensors)).to(tensors[0].dtype)
+    return (total / len(tensors)).to(dtype or tensors[0].dtype)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -30,6 +30,20 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
             other.contiguous().reshape(-1).view(torch.uint8),
         )
     )
+
+
+def assert_mean(
+    found: Mapping[str, torch.Tensor],
+    states: Sequence[Mapping[str, torch.Tensor]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A state dict is the naive mean of others, in a dtype; what is no float is the last one's."""
+    assert found.keys() == states[-1].keys()
+    for name, last in states[-1].items():
+        wanted = last
+        if last.is_floating_point() or last.is_complex():
+            wanted = naive_mean([state[name] for state in states], dtype)
+        assert same_bits(found[name], wanted), name
 
 
 def save_run(

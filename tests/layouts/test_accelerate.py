@@ -15,8 +15,8 @@ from accelerate.utils import ProjectConfiguration
 from torch import nn
 
 import ckptavg
-from tests.layouts.libraries import assert_mean, differ
-from tests.oracle import StateDict
+from tests.layouts.libraries import differ
+from tests.oracle import StateDict, assert_mean
 
 
 @pytest.fixture(autouse=True)

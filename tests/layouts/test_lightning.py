@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import ckptavg
 from ckptavg.formats import open_checkpoint
 from tests.helpers import run
-from tests.layouts.libraries import assert_mean, differ
+from tests.layouts.libraries import differ
 from tests.layouts.lightning_runs import Net, Schedule, batches, trainer
+from tests.oracle import assert_mean
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import ckptavg
-from tests.layouts.libraries import assert_mean, differ, llama, trainer
-from tests.oracle import StateDict
+from tests.layouts.libraries import differ, llama, trainer
+from tests.oracle import StateDict, assert_mean
 
 pytestmark = [
     # PEFT asks transformers 5 as it asked version 4.

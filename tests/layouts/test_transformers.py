@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from tests.helpers import process, run
-from tests.layouts.libraries import assert_mean, differ, llama, tokenizer, trainer
-from tests.oracle import StateDict
+from tests.layouts.libraries import differ, llama, tokenizer, trainer
+from tests.oracle import StateDict, assert_mean
 
 INDEX = "model.safetensors.index.json"
 

@@ -20,8 +20,9 @@ from ckptavg.errors import SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.select.rules import chosen, select
 from ckptavg.select.run import find_run
+from tests import oracle
 from tests.helpers import run
-from tests.oracle import StateDict, naive_mean, same_bits
+from tests.oracle import StateDict, same_bits
 
 MODEL = "test_resnet"
 NORM = ("running_mean", "running_var", "num_batches_tracked")
@@ -66,11 +67,7 @@ def states(folder: Path, key: str = "state_dict") -> list[StateDict]:
 
 
 def assert_mean(result: dict[str, torch.Tensor], saved: list[StateDict]) -> None:
-    assert result.keys() == saved[0].keys()
-    for name, last in saved[-1].items():
-        column = [state[name] for state in saved]
-        wanted = naive_mean(column) if last.is_floating_point() else last
-        assert same_bits(result[name], wanted), name
+    oracle.assert_mean(result, saved)
     assert any(not torch.equal(result[name], saved[-1][name]) for name in result)
 
 

@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import load_file
 
 import ckptavg
-from tests.oracle import StateDict, naive_mean, same_bits
+from tests.oracle import assert_mean, same_bits
 
 NORM = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -22,13 +22,6 @@ def make(seed: int) -> Any:
     model = torchvision.models.resnet18(num_classes=3)
     model(torch.randn(2, 3, 32, 32))  # in training mode: statistics that differ
     return model
-
-
-def assert_mean(result: dict[str, torch.Tensor], states: list[StateDict]) -> None:
-    assert result.keys() == states[0].keys()
-    for name, last in states[-1].items():
-        wanted = naive_mean([s[name] for s in states]) if last.is_floating_point() else last
-        assert same_bits(result[name], wanted), name
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["state dict", "whole model"])

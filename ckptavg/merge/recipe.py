@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.options import AverageOptions
     from ckptavg.merge.schemes import Scheme
-    from ckptavg.select.rules import Selection
+    from ckptavg.select.rules import Selection, Verdict
     from ckptavg.select.run import Run
 
 log = logging.getLogger("ckptavg")
@@ -68,17 +68,19 @@ def recipes_of(
         SelectionError: no checkpoint is chosen, their number is not the expected one, or a scheme
             cannot weight them.
     """
-    return [
-        _recipe(run, scheme, replace(rules, last=count), options)
-        for count in rules.counts
-        for scheme in schemes
-    ]
+    recipes = []
+    for count in rules.counts:
+        narrowed = replace(rules, last=count)
+        verdicts = chosen(select(run, narrowed))
+        if count is not None and len(verdicts) < count and rules.every is None:
+            log.info("of the last %d there are only %d", count, len(verdicts))
+        recipes += [_recipe(verdicts, scheme, narrowed, options) for scheme in schemes]
+    return recipes
 
 
-def _recipe(run: Run, scheme: Scheme, rules: Selection, options: AverageOptions) -> Recipe:
-    verdicts = chosen(select(run, rules))
-    if isinstance(rules.last, int) and len(verdicts) < rules.last and rules.every is None:
-        log.info("of the last %d there are only %d", rules.last, len(verdicts))
+def _recipe(
+    verdicts: Sequence[Verdict], scheme: Scheme, rules: Selection, options: AverageOptions
+) -> Recipe:
     steps = [verdict.done for verdict in verdicts if verdict.done is not None]
     paths = [verdict.checkpoint.path for verdict in verdicts]
     weights = scheme.weights(

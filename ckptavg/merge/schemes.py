@@ -69,14 +69,12 @@ def schemes_of(weights: str | Sequence[float] | Sequence[Scheme]) -> tuple[Schem
         weights: a text as in `parse`, schemes, or one number for each checkpoint.
 
     Raises:
-        SelectionError: the text names no scheme, or a number is not finite.
+        SelectionError: the text names no scheme, or a weight is not a finite number.
     """
     if isinstance(weights, str):
         return parse(weights)
     schemes = tuple(each for each in weights if isinstance(each, Scheme))
-    return schemes or (
-        _explicit([float(each) for each in weights if not isinstance(each, Scheme)]),
-    )
+    return schemes or (_explicit([each for each in weights if not isinstance(each, Scheme)]),)
 
 
 def parse(text: str) -> tuple[Scheme, ...]:
@@ -127,12 +125,13 @@ def _pair(text: str) -> tuple[str, float]:
 
 
 def _explicit(numbers: Sequence[float]) -> Scheme:
-    formulas.explicit(numbers, len(numbers), normalize=False)  # refuses what is not finite
+    # Refuses what is not a finite number, before a checkpoint is opened.
+    values = formulas.explicit(numbers, len(numbers), normalize=False).values
     return Scheme(
         "explicit",
         "explicit",
-        lambda _, paths, normalize: formulas.explicit(numbers, len(paths), normalize=normalize),
-        needs_order=len(set(numbers)) > 1,
+        lambda _, paths, normalize: formulas.explicit(values, len(paths), normalize=normalize),
+        needs_order=len(set(values)) > 1,
     )
 
 

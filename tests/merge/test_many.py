@@ -352,6 +352,18 @@ def test_fewer_than_asked_for_is_said(tmp_path, caplog):
     assert "of the last 9 there are only 2" in caplog.text
 
 
+def test_notices_of_the_selection_come_once_for_several_schemes(tmp_path, caplog):
+    save_run(tmp_path / "run", random_state_dicts(2))
+    with caplog.at_level("INFO", "ckptavg"):
+        ckptavg.average_many(
+            tmp_path / "run",
+            tmp_path / "out",
+            weights="uniform,linear,ema:0.9",
+            select=Selection(last=[1, 9]),
+        )
+    assert caplog.text.count("of the last 9 there are only 2") == 1
+
+
 def test_names_taken_meanwhile_leave_none(tmp_path, monkeypatch):
     save_run(tmp_path / "run", random_state_dicts(3))
     out = tmp_path / "out"

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckptavg.errors import SelectionError
 from ckptavg.merge import weights as schemes
-from ckptavg.merge.schemes import Scheme, parse
+from ckptavg.merge.schemes import Scheme, parse, schemes_of
 from ckptavg.merge.weights import Weights, by_path, decay, ema, explicit, linear, power, uniform
 
 PAGE = Path(__file__).parents[2] / "docs" / "schemes.md"
@@ -425,6 +425,11 @@ class TestParse:
     def test_a_list_of_another_length_is_refused_once_the_checkpoints_are_known(self):
         with pytest.raises(SelectionError, match="2 weights for 3 checkpoints"):
             only("1,2").weights(None, NAMES)
+
+    @pytest.mark.parametrize("values", [[1, "x"], [1, None], [1, 10**400]])
+    def test_a_list_of_what_are_no_numbers_is_refused(self, values):
+        with pytest.raises(SelectionError, match="weights must be numbers"):
+            schemes_of(values)
 
 
 class TestProperties:

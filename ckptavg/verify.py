@@ -16,6 +16,7 @@ from ckptavg.average import write_averages
 from ckptavg.errors import (
     CkptAvgError,
     MismatchError,
+    OutputError,
     VerificationError,
     printable,
     without_notices,
@@ -243,8 +244,12 @@ def _averaged_again(
         output = os.path.join(folder, "average.pt")  # noqa: PTH118 - the other one has a slash
         if options.lora == "exact":
             output = os.path.join(folder, "average", "")  # noqa: PTH118
-        with without_notices():
-            write_averages(run, [recipe], [output], again)
+        try:
+            with without_notices():
+                write_averages(run, [recipe], [output], again)
+        except OutputError as error:
+            message = f"the copy to compare it with: {error.message}"
+            raise OutputError(message, path=record.path) from error
         if options.lora == "exact" and record.path.is_dir():
             path, wanted = record.path / CONFIG, Path(output, CONFIG).read_bytes()
             if not path.is_file() or path.read_bytes() != wanted:

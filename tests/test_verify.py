@@ -19,7 +19,13 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.cli import cli
-from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, VerificationError
+from ckptavg.errors import (
+    CkptAvgError,
+    MismatchError,
+    OutputError,
+    SelectionError,
+    VerificationError,
+)
 from ckptavg.formats import open_checkpoint
 from tests.helpers import run
 from tests.oracle import random_state_dicts, save_run
@@ -318,6 +324,19 @@ class TestVerify:
         assert ckptavg.verify(out, [tmp_path / "run"]).sources_hashed == 3
         with pytest.raises(SelectionError):
             ckptavg.verify(out, [tmp_path / "run"], key="nothing")
+
+
+def test_a_disk_without_room_for_the_copy_is_an_error_that_names_the_average(
+    tmp_path, run, monkeypatch
+):
+    output = tmp_path / "o.safetensors"
+    ckptavg.average(run, output)
+    room = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((1, 1, 9, 1, 1, *room[5:])))
+    with pytest.raises(OutputError, match=r"copy to compare it with: .*No space left") as raised:
+        ckptavg.verify(output, run)
+    assert raised.value.path == output
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["o.safetensors", "run"]
 
 
 class TestCommand:

@@ -111,10 +111,12 @@ def verify(
             path=record.path,
         )
     if record.is_copy:
-        compared, skipped = _compare(average, members[0], record)
+        compared, skipped = _compare(average, members[0], tied_names(members), record)
     else:
-        with _averaged_again(members, record, threads, progress) as again:
-            compared, skipped = _compare(average, again, record)
+        with _averaged_again(
+            members, record, threads, progress, is_torch=average.container == "torch"
+        ) as again:
+            compared, skipped = _compare(average, again, tied_names(members), record)
     return Verification(str(output), record.scheme, len(record.members), hashed, compared, skipped)
 
 
@@ -225,6 +227,8 @@ def _averaged_again(
     record: Record,
     threads: int | None,
     progress: Progress | None,
+    *,
+    is_torch: bool,
 ) -> Iterator[Checkpoint]:
     """The average of the members, made again in a temporary file.
 
@@ -241,7 +245,9 @@ def _averaged_again(
         allow_nonfinite=True, fsync=False, threads=threads, progress=progress,
     )  # fmt: skip
     with _temporary_folder(record.path) as folder:
-        output = os.path.join(folder, "average.pt")  # noqa: PTH118 - the other one has a slash
+        # Names and dtypes of a torch file may have no place in safetensors, which is faster.
+        suffix = ".pt" if is_torch else ".safetensors"
+        output = os.path.join(folder, f"average{suffix}")  # noqa: PTH118 - the other one has a slash
         if options.lora == "exact":
             output = os.path.join(folder, "average", "")  # noqa: PTH118
         try:
@@ -268,8 +274,16 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
             yield folder
 
 
-def _compare(average: Checkpoint, again: Checkpoint, record: Record) -> tuple[int, int]:
-    """Compare an average with the one that was made again. Tied tensors count once.
+def _compare(
+    average: Checkpoint, again: Checkpoint, groups: Sequence[Sequence[str]], record: Record
+) -> tuple[int, int]:
+    """Compare an average with the one that was made again.
+
+    Args:
+        average: the average.
+        again: the one that was made again.
+        groups: the names of all tensors, tied ones together: they count once.
+        record: the provenance of the average.
 
     Returns:
         The number of tensors that are equal in every bit, and of those that were not compared.
@@ -278,7 +292,7 @@ def _compare(average: Checkpoint, again: Checkpoint, record: Record) -> tuple[in
         VerificationError: a tensor is missing, superfluous or different; it names the first one.
     """
     compared = skipped = 0
-    for names in tied_names([again]):
+    for names in groups:
         tensor = again.tensors[names[0]]
         for name in names:
             recorded = average.tensors.get(name)

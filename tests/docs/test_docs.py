@@ -93,10 +93,18 @@ def test_and_refuses_what_it_cannot_read(tmp_path, npz):
         formats.open_checkpoint(tmp_path / "x.npz")
 
 
+def test_every_file_that_a_page_names_is_there():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/**/*.md")]
+    files = [str(path) for folder in ("ckptavg", "tests") for path in (ROOT / folder).rglob("*.py")]
+    for page in pages:
+        for path in re.findall(r"`((?:[\w/]+/|test_)\w+\.py)`", page.read_text()):
+            assert any(file.endswith(f"/{path}") for file in files), f"{page.name}: {path}"
+
+
 def test_the_page_on_the_architecture_names_what_is_there():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    for path in re.findall(r"`([\w/]+(?:\.py|/))`", page):
-        assert any((folder / path).exists() for folder in (ROOT, ROOT / "ckptavg")), path
+    for folder in re.findall(r"`(\w+/)`", page):
+        assert (ROOT / "ckptavg" / folder).is_dir(), folder
     functions = re.findall(r"`([\w/]+\.py)`\*{0,2}: `(?:\w+\.)?(\w+)`", page)
     classes = re.findall(r"^\| `(\w+)` \| `([\w/]+\.py)` \|", page, re.MULTILINE)
     for path, name in [*functions, *(reversed(each) for each in classes)]:

@@ -197,7 +197,7 @@ def test_the_weights_themselves_are_taken(names, expected):
     [["generator", "discriminator"], ["a", "b", "c"], ["state_dict", "model"], ["ema", "swa"]],
 )
 def test_an_unclear_choice_is_left_to_the_user(names):
-    with pytest.raises(SelectionError, match="--key") as caught:
+    with pytest.raises(SelectionError, match="`key`") as caught:
         chosen(dict.fromkeys(names, STATE))
     assert caught.value.choices == tuple(names)
     for name in names:

@@ -757,7 +757,7 @@ def test_two_models_are_an_error_that_lists_them_and_tells_of_key(tmp_path):
     message = refusal(path, SelectionError)
     assert "generator" in message
     assert "discriminator" in message
-    assert "--key" in message
+    assert "`key`" in message
     with pytest.raises(SelectionError) as caught:
         open_checkpoint(path)
     assert set(caught.value.choices) == {"generator", "discriminator"}

@@ -282,7 +282,7 @@ def test_a_tensor_beside_a_model_does_not_make_the_file_a_state_dict(tmp_path):
 
 def test_two_models_are_left_to_the_user(tmp_path):
     save_and_forget(lambda module: {"g": bare(module), "d": bare(module)}, tmp_path / "x.pt")
-    assert "--key" in refusal(tmp_path / "x.pt", SelectionError)
+    assert "`key`" in refusal(tmp_path / "x.pt", SelectionError)
 
 
 @pytest.mark.parametrize(

@@ -189,5 +189,5 @@ def test_the_rules_of_selection(trained):
     assert taken(trained, best=2, metric="metric", mode="max") == numbered(3, 4)
     assert taken(trained, best=1, metric="metric", mode="min") == numbered(1)
     assert taken(trained, lr_minima=True) == numbered(1, 3, 4)  # the rate was constant
-    with pytest.raises(SelectionError, match="--mode"):
+    with pytest.raises(SelectionError, match="`mode`"):
         taken(trained, best=1, metric="metric")

@@ -389,3 +389,13 @@ def test_a_torch_file_has_the_names_in_the_order_of_the_last_checkpoint(tmp_path
     assert list(result) == list(state(2))
     assert result["a"].data_ptr() == result["z"].data_ptr()
     assert result["_extra_state"] == {"step": 2}
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_a_dtype_does_not_round_it(tmp_path, name):
+    states = [{"w": torch.randn(4), "m._extra_state": torch.randn(5)} for _ in range(2)]
+    save_run(tmp_path / "run", states)
+    ckptavg.average(tmp_path / "run", tmp_path / name, dtype="bfloat16")
+    result = torch.load(tmp_path / name) if name.endswith(".pt") else load_file(tmp_path / name)
+    assert result["w"].dtype == torch.bfloat16
+    assert same_bits(result["m._extra_state"], states[-1]["m._extra_state"])

@@ -113,10 +113,11 @@ def _have_equal_tensors(first: Checkpoint, other: Checkpoint) -> bool:
     """Whether names, shapes, dtypes and bytes of all tensors are equal."""
     if next(differences(first, other), None) is not None:
         return False
-    names = list(first.tensors)
+    # A job for each tensor: a difference, or a signal, waits only for those under way.
     with ThreadPoolExecutor(_THREADS) as pool:
-        shares = [names[number::_THREADS] for number in range(_THREADS)]
-        return all(pool.map(lambda share: not any(differing_tensors(share, first, other)), shares))
+        return not any(
+            pool.map(lambda name: any(differing_tensors((name,), first, other)), first.tensors)
+        )
 
 
 def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:

@@ -134,7 +134,7 @@ class Checkpoint:
         )
 
     def pieces(self, name: str, end: int | None = None) -> Iterator[memoryview]:
-        """The bytes of a tensor in C order, in pieces of 1 MiB.
+        """The bytes of a tensor in C order, in pieces of 1 MiB. Each is valid until the next one.
 
         Args:
             name: name of the tensor.
@@ -146,8 +146,9 @@ class Checkpoint:
             data = bytes_of(self.read(name))
             yield from (data[start : min(start + _PIECE, end)] for start in range(0, end, _PIECE))
             return
+        room = memoryview(bytearray(min(_PIECE, end)))
         for start in range(0, end, _PIECE):
-            piece = memoryview(bytearray(min(_PIECE, end - start)))
+            piece = room[: end - start]
             self.parts[tensor.part].read_into(tensor.offset + start, piece)
             yield piece
 

@@ -72,6 +72,24 @@ def random_tensor(shape, dtype=torch.float32, seed=0):
     return torch.from_numpy(raw).view(dtype).reshape(shape)
 
 
+def tensors_and_views(dtype):
+    """State dict of random tensors of `dtype`: whole ones of several shapes, and views of one."""
+    whole = random_tensor((4, 6), dtype)
+    return {
+        "matrix": random_tensor((2, 3, 4), dtype, 1),
+        "scalar": random_tensor((), dtype, 2),
+        "empty": random_tensor((0, 3), dtype),
+        "one": random_tensor((1, 1), dtype, 3),
+        "whole": whole,
+        "rows": whole[1:3],
+        "column": whole[:, 2],
+        "block": whole[1:, ::2],
+        "transposed": whole.t(),
+        "element": whole[2, 3],
+        "expanded": whole[1:2].expand(3, 6),
+    }
+
+
 def bits(tensor):
     """Bytes of the elements in C order."""
     copied = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

@@ -33,6 +33,7 @@ from tests.helpers import (
     refusal,
     save_torch,
     small_model,
+    tensors_and_views,
 )
 from tests.oracle import naive_mean, random_state_dicts, same_bits
 from tests.pickle_bombs import BOMBS, assert_bounded, in_a_fork, named, stop, text
@@ -70,19 +71,7 @@ def network():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_read_bit_for_bit(tmp_path, dtype):
-    whole = random_tensor((4, 6), dtype)
-    state = {
-        "matrix": random_tensor((2, 3, 4), dtype, 1),
-        "scalar": random_tensor((), dtype, 2),
-        "empty": random_tensor((0, 3), dtype),
-        "one": random_tensor((1, 1), dtype, 3),
-        "whole": whole,
-        "rows": whole[1:3],
-        "column": whole[:, 2],
-        "transposed": whole.t(),
-        "element": whole[2, 3],
-        "expanded": whole[1:2].expand(3, 6),
-    }
+    state = tensors_and_views(dtype)
     assert_same(open_checkpoint(save_legacy(state, tmp_path / "x.pt")), state)
 
 

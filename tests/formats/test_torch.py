@@ -35,6 +35,7 @@ from tests.helpers import (
     refusal,
     save_torch,
     small_model,
+    tensors_and_views,
 )
 from tests.pickle_bombs import get, named, put, stop, text
 
@@ -43,19 +44,7 @@ from tests.pickle_bombs import get, named, put, stop, text
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_read_bit_for_bit(tmp_path, dtype):
-    whole = random_tensor((4, 6), dtype)
-    state = {
-        "matrix": random_tensor((2, 3, 4), dtype, 1),
-        "scalar": random_tensor((), dtype, 2),
-        "empty": random_tensor((0, 3), dtype),
-        "one": random_tensor((1, 1), dtype, 3),
-        "whole": whole,
-        "rows": whole[1:3],
-        "column": whole[:, 2],
-        "block": whole[1:, ::2],
-        "transposed": whole.t(),
-        "element": whole[2, 3],
-    }
+    state = tensors_and_views(dtype)
     assert_same(open_checkpoint(save_torch(state, tmp_path / "x.pt")), state)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -120,11 +121,7 @@ class Ranks:
                 raise PeerError(value.message) from error
 
     def close(self) -> None:
-        """Drop the references to the process group and the store.
-
-        An error's traceback may keep this object alive until the interpreter exits. Torch's threads
-        that end only then sometimes abort the process.
-        """
+        """Drop the references to the process group and the store: see `_clear_frames`."""
         self._group = self._store = None
 
 
@@ -162,9 +159,23 @@ def launched_ranks(*, only_torchrun: bool = False) -> Iterator[Ranks]:
     try:
         with ranks.together():
             yield ranks
+    except BaseException as error:
+        _clear_frames(error)
+        raise
     finally:
         ranks.close()
         dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the frames in the tracebacks of an error and of its causes.
+
+    Torch's frames hold the process group. If it lives until the interpreter exits, its threads
+    sometimes abort the process then.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _join_group() -> Ranks:

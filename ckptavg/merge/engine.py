@@ -30,7 +30,6 @@ from ckptavg.merge.arithmetic import (
     rounded,
 )
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
-from ckptavg.merge.signals import signals_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -108,23 +107,28 @@ class _Pool:
         allow_nonfinite: bool,  # noqa: FBT001
     ) -> None:
         self._chunks, self._sinks, self._allow_nonfinite = chunks, sinks, allow_nonfinite
-        self._turn, self._stopping = threading.Lock(), threading.Event()
+        self._turn, self._beginning = threading.Lock(), threading.Event()
+        self._stopping = threading.Event()
         self._large_tensor = threading.Lock()
         self._reports: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def start(self, threads: int) -> None:
-        """Start the threads, or as many as the system allows."""
+        """Start the threads, or as many as the system allows.
+
+        They begin to work when all of them are known. If the handler of a signal raises in
+        `Thread.start`, nobody would wait for that thread: `stop` ends it before it has begun.
+        """
         for _ in range(threads):
             thread = threading.Thread(target=self._work, daemon=True)
-            with signals_waiting():
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    if not self._threads:
-                        raise CkptAvgError(f"cannot start a thread: {error}") from error
-                    break
-                self._threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not self._threads:
+                    raise CkptAvgError(f"cannot start a thread: {error}") from error
+                break
+            self._threads.append(thread)
+        self._beginning.set()
 
     def reports(self) -> Iterator[int]:
         """The bytes written by each report. The first failure is raised when all threads end."""
@@ -147,6 +151,7 @@ class _Pool:
         has the same descriptor by then.
         """
         self._stopping.set()
+        self._beginning.set()
         interruption: BaseException | None = None
         for thread in self._threads:
             while thread.is_alive():
@@ -158,6 +163,7 @@ class _Pool:
             raise interruption
 
     def _work(self) -> None:
+        self._beginning.wait()
         try:
             worker = _Worker(self._sinks, self._large_tensor, self._allow_nonfinite)
             with np.errstate(all="ignore"):

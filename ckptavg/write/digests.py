@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.formats.parts import open_source
-from ckptavg.merge.signals import signals_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,9 +57,7 @@ def hash_files(
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            with signals_waiting():
-                digests = pool.map(digest, files)
-            return dict(zip(paths, digests, strict=True))
+            return dict(zip(paths, pool.map(digest, files), strict=True))
         except BaseException:
             stopping.set()  # else the other threads would be waited for
             raise

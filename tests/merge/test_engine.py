@@ -82,6 +82,27 @@ def test_no_thread_outlives_an_interruption():
     assert threading.active_count() == before
 
 
+def test_a_signal_between_two_threads_leaves_no_thread_that_writes(monkeypatch):
+    original = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start(self: threading.Thread) -> None:
+        started.append(self)
+        original(self)
+        if len(started) == 2:
+            time.sleep(0.05)  # a thread that did not wait would write meanwhile
+            raise KeyboardInterrupt  # as the handler of SIGINT does
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    store = Store(4 * CHUNK)
+    with pytest.raises(KeyboardInterrupt):
+        list(execute(iter([job(np.ones(CHUNK, np.float32))]), [store], 3))
+    for thread in started:
+        thread.join()
+    assert len(started) == 2
+    assert not any(store.data)
+
+
 def test_fewer_threads_than_asked_for_do_the_work(monkeypatch):
     original = threading.Thread.start
     started: list[threading.Thread] = []

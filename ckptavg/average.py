@@ -22,8 +22,8 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.select.compare import check_one_model, fingerprint
-from ckptavg.select.order import relative_names
-from ckptavg.select.run import find_run, log_other_state_dicts, ordered_run
+from ckptavg.select.order import relative_names, sort_checkpoints
+from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.checks import (
     check_output,
     check_parent,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.recipe import Recipe
-    from ckptavg.select.run import Run
     from ckptavg.write.layouts import Destination
     from ckptavg.write.provenance import Digests
 
@@ -156,11 +155,17 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     # include and exclude do not apply to the average that is updated: the user named it.
     run = find_run(paths, key=options.key, keep_prefix=options.keep_prefix)
     base = find_base(run.checkpoints)
-    named = zip(run.checkpoints, run.names, strict=True)
-    others = [each for each, name in named if each is not base and not excludes(name)]
+    others = {
+        each.path: each for each in run.checkpoints if each is not base and not excludes(each.name)
+    }
     if not others:
         raise SelectionError("there is nothing to fold into it", path=base.path)
-    return replace(ordered_run(others, run.left_out, run.files), base=base)
+    # Their names in the provenance do not depend on where the earlier average is.
+    names = relative_names(others)
+    ordered, order_is_known = sort_checkpoints(
+        replace(other, name=names[path]) for path, other in others.items()
+    )
+    return replace(run, checkpoints=tuple(ordered), order_is_known=order_is_known, base=base)
 
 
 def _file_name(recipe: Recipe, options: AverageOptions) -> str:
@@ -195,7 +200,7 @@ def write_averages(
     check_one_model(members, any_rank=options.lora == "exact")
     log_other_state_dicts(members)
     if len(members) == 1:
-        name = printable(recipes[0].names[0])
+        name = printable(members[0].name)
         log.warning("only one checkpoint: the output is a copy of %s", name)
     averages = [
         (recipe, destination(
@@ -297,7 +302,7 @@ def _check_order(run: Run, plan: Plan, averages: Sequence[tuple[Recipe, Destinat
     ):
         what = "the output contains other entries of the last one"
     if what is not None:
-        names = ", ".join(map(printable, relative_names([member.path for member in plan.members])))
+        names = ", ".join(printable(member.name) for member in plan.members)
         raise SelectionError(
             f"only some of the checkpoints have a step, and {what}: {names}",
             remedy="put the step into every name",

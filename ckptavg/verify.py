@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +184,7 @@ def _open_member(
         return None, error.message
     if not record.is_copy:
         member, _ = without_wrappers(member, keep_prefix=record.options.keep_prefix)
+    member = replace(member, name=entry["name"])
     difference = ""
     if member.size != entry["bytes"]:
         difference = f"has {member.size} bytes, and had {entry['bytes']}"
@@ -236,9 +237,7 @@ def _averaged_again(
         VerificationError: the configuration beside joined LoRA factors differs.
         CkptAvgError: the members cannot be averaged.
     """
-    names = tuple(entry["name"] for entry in record.members)
-    run = Run(members, names, order_is_known=True)
-    recipe = Recipe("", members, names, record.weights)
+    recipe = Recipe("", members, record.weights)
     options = record.options
     again = AverageOptions(
         dtype=options.dtype, ints=options.ints, norm_stats=options.norm_stats, lora=options.lora,
@@ -252,7 +251,7 @@ def _averaged_again(
             output = os.path.join(folder, "average", "")  # noqa: PTH118
         try:
             with without_notices():
-                write_averages(run, [recipe], [output], again)
+                write_averages(Run(members), [recipe], [output], again)
         except OutputError as error:
             message = f"the copy to compare it with: {error.message}"
             raise OutputError(message, path=record.path) from error

@@ -70,6 +70,8 @@ class Checkpoint:
             the pickle describes them.
         inner_tensors: the pickled tensors in such entries, and their places.
         module_versions: the `_metadata` that torch gives to a state dict; None where there is none.
+        name: its path below the folder that all candidates of its run have in common; the last part
+            of the path where there is no run.
     """
 
     path: Path
@@ -87,6 +89,11 @@ class Checkpoint:
     other_entries: Mapping[str, object] = field(default_factory=dict)
     inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        """Set the default of the name."""
+        object.__setattr__(self, "name", self.name or self.path.name)
 
     @property
     def size(self) -> int:

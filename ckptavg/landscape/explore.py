@@ -82,7 +82,8 @@ class Explorer:
     ) -> None:
         self._options, self._folder, self._ranks = options, folder, ranks
         self._evaluator = Evaluator(options.evaluation)
-        self.names = tuple(map(printable, relative_names(list(paths))))
+        names = relative_names(paths)
+        self.names = tuple(printable(names[path]) for path in paths)
         self._checkpoints = [self._opened(path) for path in paths]
         first = self._checkpoints[0]
         for one in self._checkpoints[1:]:

@@ -10,7 +10,6 @@ from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.names import is_extra_state
 from ckptavg.merge.weights import Weights
 from ckptavg.select.compare import fingerprint
-from ckptavg.select.order import relative_names
 from ckptavg.select.rules import chosen, select
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ class Recipe:
     Attributes:
         label: the name of this average among several of one command, such as `last5-ema0.9`.
         members: the checkpoints with a weight other than 0, in the order of training.
-        names: the members' paths relative to the folder that they have in common.
         weights: one weight for each member.
         needs_order: whether the weights depend on the order of the members.
         rules: the rules that chose the members, for the provenance.
@@ -41,7 +39,6 @@ class Recipe:
 
     label: str
     members: tuple[Checkpoint, ...]
-    names: tuple[str, ...]
     weights: Weights
     needs_order: bool = False
     rules: Mapping[str, Any] = field(default_factory=dict)
@@ -82,20 +79,20 @@ def _recipe(
     verdicts: Sequence[Verdict], scheme: Scheme, rules: Selection, options: AverageOptions
 ) -> Recipe:
     steps = [verdict.done for verdict in verdicts if verdict.done is not None]
-    paths = [verdict.checkpoint.path for verdict in verdicts]
     weights = scheme.weights(
         steps if len(steps) == len(verdicts) else None,
-        list(map(str, paths)),
+        [str(verdict.checkpoint.path) for verdict in verdicts],
         normalize=options.normalize,
     )
     used = [place for place, value in enumerate(weights.values) if value != 0]
     if not used:
         raise SelectionError("all weights are zero, so there is nothing to average")
     members = tuple(verdicts[place].checkpoint for place in used)
-    names = relative_names([paths[place] for place in used])
-    if options.expect is not None and len(names) != options.expect:
-        listed = ", ".join(map(printable, names))
-        raise SelectionError(f"expected {options.expect} checkpoints, found {len(names)}: {listed}")
+    if options.expect is not None and len(members) != options.expect:
+        listed = ", ".join(printable(member.name) for member in members)
+        raise SelectionError(
+            f"expected {options.expect} checkpoints, found {len(members)}: {listed}"
+        )
     recorded_rules = rules.as_dict()
     if recorded_rules.keys() & {"start", "steps", "cycle"}:
         recorded_rules["unit"] = verdicts[0].unit
@@ -103,7 +100,7 @@ def _recipe(
         recorded_rules["normalized"] = False
     label = scheme.label if rules.last is None else f"last{rules.last}-{scheme.label}"
     weights = replace(weights, values=tuple(weights.values[place] for place in used))
-    return Recipe(label, members, names, weights, scheme.needs_order, recorded_rules)
+    return Recipe(label, members, weights, scheme.needs_order, recorded_rules)
 
 
 _FEWEST_BITS = 32
@@ -185,15 +182,11 @@ def fold(base: Checkpoint, new: Recipe) -> Recipe:
                 remedy="leave it out",
             )
     count, place = len(recorded), sum(_is_newer(recorded, each) for each in new.members)
-    members, names, values = [*new.members], [*new.names], [1.0] * len(new.members)
+    members, values = [*new.members], [1.0] * len(new.members)
     members.insert(place, base)
-    names.insert(place, base.path.name)
     values.insert(place, float(count))
     weights = Weights("uniform", tuple(values), float(count + len(new.members)))
-    return replace(
-        new, members=tuple(members), names=tuple(names), weights=weights, needs_order=False,
-        base=base,
-    )  # fmt: skip
+    return replace(new, members=tuple(members), weights=weights, needs_order=False, base=base)
 
 
 def _is_newer(recorded: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> bool:

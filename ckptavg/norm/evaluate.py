@@ -136,7 +136,7 @@ def evaluate(
         for verdict in taken:
             path = verdict.checkpoint.path
             metrics = evaluator(open_checkpoint(path, key=key))
-            found.append(Evaluation(verdict.name, str(path), verdict.step, metrics))
+            found.append(Evaluation(verdict.checkpoint.name, str(path), verdict.step, metrics))
             if progress is not None:
                 progress(1, len(taken))
     return found

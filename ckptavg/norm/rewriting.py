@@ -124,7 +124,7 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
     """
     entry = checkpoint.provenance or {
         "scheme": "none",
-        "sources": source_entries(Recipe("", (checkpoint,), (checkpoint.path.name,), uniform(1))),
+        "sources": source_entries(Recipe("", (checkpoint,), uniform(1))),
         "divisor": 1.0,
     }
     state: dict[str, Any] = {"state": "none"}

@@ -202,11 +202,9 @@ class _Averager:
             make_folder: as in `write_averages`.
         """
         wanted = set(paths)
-        pairs = zip(self._all.members, self._all.names, strict=True)
-        kept = [pair for pair in pairs if str(pair[0].path) in wanted]
-        members, names = zip(*kept, strict=True)
+        members = tuple(each for each in self._all.members if str(each.path) in wanted)
         weights = Weights(SCHEME, (1.0,) * len(members), float(len(members)))
-        recipe = Recipe("", members, names, weights)
+        recipe = Recipe("", members, weights)
         [summary] = write_averages(
             self._run, [recipe], [output], self._options, make_folder=make_folder
         )
@@ -265,7 +263,7 @@ class _Trials:
             if kept:
                 members.append(path)
                 self.value = value
-            steps.append(SoupStep(verdict.name, path, alone[index], value, kept))
+            steps.append(SoupStep(verdict.checkpoint.name, path, alone[index], value, kept))
         if not members:
             raise SelectionError(
                 f"{printable(self._options.metric_name)} is no finite number for any of "
@@ -274,7 +272,7 @@ class _Trials:
         unable = [index for index in range(len(alone)) if index not in able]
         for verdict, value in ((self._taken[index], alone[index]) for index in unable):
             path = str(verdict.checkpoint.path)
-            steps.append(SoupStep(verdict.name, path, value, math.nan, kept=False))
+            steps.append(SoupStep(verdict.checkpoint.name, path, value, math.nan, kept=False))
         return steps
 
     def uniform(self, kept: int) -> float:

@@ -163,23 +163,23 @@ class _Rate(NamedTuple):
 
 
 def rates_and_minima(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None = None
+    checkpoints: Sequence[Checkpoint], recorded: Reading | None = None
 ) -> tuple[list[float], list[bool]]:
     """The rate of each checkpoint's last update, and whether it is a local minimum.
 
     Args:
         checkpoints: the checkpoints in the order of training.
-        names: the checkpoints' names, for messages.
         recorded: the rate that the checkpoints record; None to find out.
 
     Raises:
         SelectionError: a checkpoint records no rate; only another parameter group's rate changes;
             or which rate was recorded is unknown, and the choice depends on it.
     """
-    rates = _last_rates(checkpoints, names, recorded)
+    names = [checkpoint.name for checkpoint in checkpoints]
+    rates = _last_rates(checkpoints, recorded)
     unsure = [name for name, rate in zip(names, rates, strict=True) if rate.doubt == _UNSURE]
     if unsure:
-        used, following = (_last_rates(checkpoints, names, which) for which in get_args(Reading))
+        used, following = (_last_rates(checkpoints, which) for which in get_args(Reading))
         if _chosen(used) != _chosen(following):
             raise SelectionError(
                 f"{_UNSURE % _listed(unsure)}, and the choice depends on it",
@@ -247,15 +247,13 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else shown
 
 
-def _last_rates(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], recorded: Reading | None
-) -> list[_Rate]:
+def _last_rates(checkpoints: Sequence[Checkpoint], recorded: Reading | None) -> list[_Rate]:
     """The rate of each checkpoint's last update.
 
     Raises:
         SelectionError: a checkpoint records no rate.
     """
-    readings = [recorded] * len(names) if recorded else _readings(checkpoints)
+    readings = [recorded] * len(checkpoints) if recorded else _readings(checkpoints)
     # Until 2025, transformers logged the next rate, the one that it records (its issue 35942).
     logs = {
         (training.logged_rate, training.learning_rate)
@@ -265,7 +263,7 @@ def _last_rates(
     logs_next = len(logs) > 1 and all(logged == rate for logged, rate in logs)
     rates, missing = [], []
     earlier: dict[int, float] = {}  # recorded so far, by the steps that the scheduler had taken
-    for checkpoint, name, reading in zip(checkpoints, names, readings, strict=True):
+    for checkpoint, reading in zip(checkpoints, readings, strict=True):
         training, steps = checkpoint.training, steps_taken(checkpoint.training.scheduler)
         logged = training.logged_before if logs_next else training.logged_rate
         if logged is not None:
@@ -273,7 +271,7 @@ def _last_rates(
         elif training.learning_rate is not None:
             rates.append(_last_rate(training.learning_rate, training.scheduler, reading, earlier))
         else:
-            missing.append(name)
+            missing.append(checkpoint.name)
         if steps is not None and training.learning_rate is not None:
             earlier[steps] = training.learning_rate
     if missing:

@@ -14,7 +14,7 @@ from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.formats.paths import absolute, is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -51,19 +51,17 @@ class Timeline:
         return tuple(step + self.from_zero for step in self.steps)
 
 
-def timeline(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str], unit: str | None = None
-) -> Timeline:
+def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Timeline:
     """The place of each checkpoint in the training, as recorded, else by the numbers in the names.
 
     Args:
         checkpoints: the checkpoints.
-        names: their names, from which steps are read if none are recorded.
         unit: the unit to count in; None for the first one that all checkpoints record.
 
     Raises:
         SelectionError: not all checkpoints have that unit.
     """
+    names = [checkpoint.name for checkpoint in checkpoints]
     restarts = _steps_restart(checkpoints)
     recorded = {
         fact: tuple(int(checkpoint.facts[fact]) for checkpoint in checkpoints)
@@ -80,7 +78,7 @@ def timeline(
     else:
         named = steps_in_names(names, "epoch" if unit == "epoch" else "step")
         if named is None or (unit == "step" and restarts):
-            lacking = [n for n, c in zip(names, checkpoints, strict=True) if unit not in c.facts]
+            lacking = [each.name for each in checkpoints if unit not in each.facts]
             why = f"{printable(lacking[0])} does not" if lacking else "it begins anew in each epoch"
             raise SelectionError(f"not all checkpoints record the {unit}: {why}")
         steps, recorded = named, {}
@@ -90,39 +88,28 @@ def timeline(
     return Timeline(unit, steps, from_zero, tuple(recorded))
 
 
-def sort_checkpoints(
-    checkpoints: Sequence[Checkpoint], names: Sequence[str]
-) -> tuple[list[tuple[Checkpoint, str]], bool]:
+def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint], bool]:
     """Sort by training step: as recorded, else by the numbers in the names.
 
     Returns:
-        The checkpoints with their names, and whether the order is known. It is unknown if only some
-        of them have a step. If none has one, any order will do.
+        The checkpoints, and whether the order is known. It is unknown if only some of them have a
+        step. If none has one, any order will do.
     """
-    named = sorted(zip(checkpoints, names, strict=True), key=lambda pair: natural_key(pair[1]))
-    names = [name for _, name in named]
-    steps = _recorded_steps([checkpoint for checkpoint, _ in named])
-    if steps is None:
-        steps = [(number,) for number in steps_in_names(names) or ()]
-    if steps:
-        places = sorted(range(len(named)), key=steps.__getitem__)
-        known = len(set(steps)) == len(steps)
-        named = [named[place] for place in places]
+    ordered = sorted(checkpoints, key=lambda checkpoint: natural_key(checkpoint.name))
+    names = [checkpoint.name for checkpoint in ordered]
+    times = timeline(ordered)
+    if times.steps:
+        # Recorded steps may be fractions of epochs, or begin anew in each epoch.
+        places = {
+            checkpoint: (step, checkpoint.facts.get(times.unit, 0), checkpoint.facts.get("step", 0))
+            for checkpoint, step in zip(ordered, times.steps, strict=True)
+        }
+        ordered.sort(key=places.__getitem__)
+        known = len(set(places.values())) == len(ordered)
     else:
-        recorded = any(checkpoint.step is not None for checkpoint in checkpoints)
+        recorded = any(checkpoint.step is not None for checkpoint in ordered)
         known = not recorded and not _have_numbers_apart(names)
-    return named, known or _differ_in_numbers_only(names)
-
-
-def _recorded_steps(checkpoints: Sequence[Checkpoint]) -> list[tuple[float, ...]] | None:
-    """A sort key of recorded steps for each checkpoint; None if not all record the same ones."""
-    orders: list[tuple[str, ...]] = [(fact,) for fact in STEP_FACTS]
-    if _steps_restart(checkpoints):
-        orders = [("global_step",), ("epoch", "step")]
-    for facts in orders:
-        if all(set(facts) <= checkpoint.facts.keys() for checkpoint in checkpoints):
-            return [tuple(each.facts[fact] for fact in facts) for each in checkpoints]
-    return None
+    return ordered, known or _differ_in_numbers_only(names)
 
 
 def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -182,8 +169,8 @@ def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     )
 
 
-def relative_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The paths relative to the deepest folder that all have in common.
+def relative_names(paths: Collection[Path]) -> dict[Path, str]:
+    """For each path the one relative to the deepest folder that all have in common.
 
     URLs have a common folder of their own, apart from that of the paths on this machine.
     """
@@ -193,4 +180,4 @@ def relative_names(paths: Sequence[Path]) -> tuple[str, ...]:
         parents = [path.parent for path in group.values()]
         folder = os.path.commonpath(parents) if parents else ""
         names |= {path: full.relative_to(folder).as_posix() for path, full in group.items()}
-    return tuple(names[path] for path in paths)
+    return names

@@ -130,7 +130,6 @@ class Verdict:
 
     Attributes:
         checkpoint: the checkpoint.
-        name: its path relative to the folder that all have in common.
         unit: the unit of its step: `global_step`, `step`, `epoch`, or the `number` in its name.
         step: its step; None if unknown.
         done: the number of units that were done; None if unknown.
@@ -140,7 +139,6 @@ class Verdict:
     """
 
     checkpoint: Checkpoint
-    name: str
     unit: str
     step: int | None = None
     done: int | None = None
@@ -164,11 +162,8 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
     Raises:
         SelectionError: the rules need what the checkpoints do not record.
     """
-    times = timeline(run.checkpoints, run.names, rules.unit)
-    verdicts = [
-        Verdict(checkpoint, name, times.unit)
-        for checkpoint, name in zip(run.checkpoints, run.names, strict=True)
-    ]
+    times = timeline(run.checkpoints, rules.unit)
+    verdicts = [Verdict(checkpoint, times.unit) for checkpoint in run.checkpoints]
     # The timeline has no steps if a checkpoint lacks one.
     for verdict, step, done in zip(verdicts, times.steps, times.done, strict=False):
         verdict.step, verdict.done = step, done
@@ -201,7 +196,7 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
         last = verdicts[-1]
         raise SelectionError(
             f"none of {len(verdicts)} checkpoints is left; of the last one, "
-            f"{printable(last.name)}: {last.reason}",
+            f"{printable(last.checkpoint.name)}: {last.reason}",
             remedy="`ckptavg inspect` with the same rules says why for each",
         )
     return left
@@ -285,7 +280,7 @@ def _apply_cycle(
 def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | None) -> None:
     """Reject checkpoints that are not at a local minimum of the learning rate."""
     _require_order(run, "lr_minima")
-    rates, minima = rates_and_minima(run.checkpoints, run.names, recorded)
+    rates, minima = rates_and_minima(run.checkpoints, recorded)
     for verdict, rate, is_minimum in zip(verdicts, rates, minima, strict=True):
         verdict.rate = rate
         if not is_minimum:
@@ -298,8 +293,10 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
         _set_metrics(verdicts, read_metrics(rules.metrics, metric))
     else:
         for verdict in verdicts:
-            recorded = verdict.checkpoint.training.metrics.get(metric)
-            verdict.metric = metric_in_name(verdict.name, metric) if recorded is None else recorded
+            checkpoint = verdict.checkpoint
+            recorded = checkpoint.training.metrics.get(metric)
+            in_name = metric_in_name(checkpoint.name, metric)
+            verdict.metric = in_name if recorded is None else recorded
     if rules.best is None:
         return
     mode = rules.mode or mode_of(metric)
@@ -331,7 +328,7 @@ def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> Non
     names = Counter(path.name for path in paths)
     stems = Counter(path.stem for path in paths)
     for verdict, path in zip(verdicts, paths, strict=True):
-        keys = [str(path), str(absolute(path)), verdict.name]
+        keys = [str(path), str(absolute(path)), verdict.checkpoint.name]
         keys += [path.name] if names[path.name] == 1 else []
         keys += [path.stem] if stems[path.stem] == 1 else []
         verdict.metric = next((table[key] for key in keys if key in table), None)

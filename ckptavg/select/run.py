@@ -15,7 +15,7 @@ from ckptavg.select.compare import find_copies
 from ckptavg.select.order import relative_names, sort_checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -29,7 +29,6 @@ class Run:
 
     Attributes:
         checkpoints: in the order of training.
-        names: the paths of the checkpoints below the folder that they have in common.
         order_is_known: whether steps tell the order; otherwise it is that of the names.
         left_out: for each candidate that is not among `checkpoints` the reason, by path.
         files: all files that were opened, those of copies included.
@@ -37,8 +36,7 @@ class Run:
     """
 
     checkpoints: tuple[Checkpoint, ...]
-    names: tuple[str, ...]
-    order_is_known: bool
+    order_is_known: bool = True
     left_out: Mapping[Path, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     base: Checkpoint | None = None
@@ -67,20 +65,18 @@ def find_run(
     opened: list[Checkpoint] = []
     prefixes: Counter[str] = Counter()
     candidates = find_candidates(inputs)
-    for (path, is_named), name in zip(
-        candidates.items(), relative_names(list(candidates)), strict=True
-    ):
+    for path, name in relative_names(candidates).items():
         reason = exclusion_reason(name)
-        checkpoint = None if reason else _open(path, key, is_named=is_named)
+        checkpoint = None if reason else _open(path, key, is_named=candidates[path])
         if checkpoint is None:
             left_out[path] = reason or "an average made earlier"
             continue
         checkpoint, prefix = without_wrappers(checkpoint, keep_prefix=keep_prefix)
         prefixes[prefix] += 1
         # Most checkpoints of a run have the same tensors at the same places: they share a mapping.
-        if opened and checkpoint.tensors == opened[0].tensors:
-            checkpoint = replace(checkpoint, tensors=opened[0].tensors)
-        opened.append(checkpoint)
+        is_alike = opened and checkpoint.tensors == opened[0].tensors
+        tensors = opened[0].tensors if is_alike else checkpoint.tensors
+        opened.append(replace(checkpoint, name=name, tensors=tensors))
     if not opened:
         where = ", ".join(map(printable, inputs)) or "no input"
         reasons = [f"; {printable(path.name)}: {reason}" for path, reason in left_out.items()]
@@ -89,20 +85,9 @@ def find_run(
         if prefix:
             log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
     members, others = members_among(opened)
-    files = [part.path for checkpoint in opened for part in checkpoint.parts]
-    return ordered_run(members, left_out | others, files)
-
-
-def ordered_run(
-    checkpoints: Sequence[Checkpoint],
-    left_out: Mapping[Path, str] | None = None,
-    files: Iterable[Path] = (),
-) -> Run:
-    """The run of these checkpoints, sorted in the order of training."""
-    names = relative_names([checkpoint.path for checkpoint in checkpoints])
-    named, order_is_known = sort_checkpoints(checkpoints, names)
-    checkpoints, names = zip(*named, strict=True)
-    return Run(checkpoints, names, order_is_known, left_out or {}, tuple(files))
+    ordered, order_is_known = sort_checkpoints(members)
+    files = tuple(part.path for checkpoint in opened for part in checkpoint.parts)
+    return Run(tuple(ordered), order_is_known, left_out | others, files)
 
 
 def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], dict[Path, str]]:
@@ -112,13 +97,10 @@ def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], d
     pointer such as `last`.
     """
     copies = find_copies(candidates)
-    if not copies:
-        return list(candidates), {}
-    names = dict(zip(candidates, relative_names([each.path for each in candidates]), strict=True))
     left_out = {}
     for copy, original in copies.items():
-        name = printable(names[original])
-        log.info("%s is the same checkpoint as %s: counted once", printable(names[copy]), name)
+        name = printable(original.name)
+        log.info("%s is the same checkpoint as %s: counted once", printable(copy.name), name)
         left_out[copy.path] = f"the same checkpoint as {name}"
     return [candidate for candidate in candidates if candidate not in copies], left_out
 

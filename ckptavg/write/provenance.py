@@ -75,13 +75,11 @@ def source_entries(
     """What is said of each member. An earlier average is replaced by its own members."""
     fingerprints, hashes = fingerprints or {}, hashes or {}
     entries: list[dict[str, Any]] = []
-    for name, member, weight in zip(
-        recipe.names, recipe.members, recipe.weights.values, strict=True
-    ):
+    for member, weight in zip(recipe.members, recipe.weights.values, strict=True):
         if member is recipe.base:
             continue
         entry = {
-            "name": name,
+            "name": member.name,
             "bytes": member.size,
             "header_sha256": member.digest,
             "key": member.key,
@@ -291,10 +289,10 @@ def summarise(
     weights = recipe.weights
     sources = tuple(
         SourceSummary(
-            name, shown(member.path), member.size, member.digest, value / weights.divisor,
+            member.name, shown(member.path), member.size, member.digest, value / weights.divisor,
             member.step, hashes.get(member),
         )
-        for name, member, value in zip(recipe.names, recipe.members, weights.values, strict=True)
+        for member, value in zip(recipe.members, weights.values, strict=True)
     )  # fmt: skip
     return Summary(
         output=str(output),

@@ -99,11 +99,11 @@ class TestAbsolute:
 class TestLabels:
     def test_are_below_the_common_folder(self, tmp_path):
         paths = [tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]
-        assert relative_names(paths) == ("a/x.pt", "b/x.pt")
+        assert [*relative_names(paths).values()] == ["a/x.pt", "b/x.pt"]
 
     def test_here_and_behind_urls_have_no_folder_in_common(self, tmp_path):
         paths = [tmp_path / "a.pt", as_path(ADDRESS), as_path("memory://bucket/run/step_2.pt")]
-        assert relative_names(paths) == ("a.pt", "step_1.pt", "step_2.pt")
+        assert [*relative_names(paths).values()] == ["a.pt", "step_1.pt", "step_2.pt"]
 
 
 class TestRemoteErrors:

@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def minima_of(checkpoints: Sequence[Checkpoint]) -> tuple[list[float], list[bool]]:
-    return rates_and_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
+    return rates_and_minima(checkpoints)
 
 
 def rates_of(checkpoints: Sequence[Checkpoint]) -> list[float]:

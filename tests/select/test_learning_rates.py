@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,10 +91,6 @@ class Run(NamedTuple):
             [self.lowest[index] for index in indices],
         )
 
-    @property
-    def names(self) -> list[str]:
-        return [checkpoint.path.name for checkpoint in self.checkpoints]
-
 
 def train(
     folder: Path,
@@ -156,7 +153,7 @@ def train(
 
 
 def used_rates(run: Run) -> list[float]:
-    return rates_and_minima(run.checkpoints, run.names)[0]
+    return rates_and_minima(run.checkpoints)[0]
 
 
 def doubts(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -165,7 +162,7 @@ def doubts(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def chosen(run: Run) -> list[bool]:
-    return rates_and_minima(run.checkpoints, run.names)[1]
+    return rates_and_minima(run.checkpoints)[1]
 
 
 def expected(run: Run) -> list[bool]:
@@ -200,7 +197,7 @@ def test_the_weights_before_the_training_are_no_sign_of_epochs_from_0(tmp_path):
     root["optimizer"]["param_groups"][0]["lr"] = 0.1
     torch.save(root | {"epoch": 0, "global_step": 0}, tmp_path / "epoch_0.pt")
     records = [open_checkpoint(tmp_path / "epoch_0.pt"), *run.checkpoints]
-    rates = rates_and_minima(records, ["epoch_0.pt", *run.names])[0]
+    rates = rates_and_minima(records)[0]
     assert rates == pytest.approx([0.1, *run.used])
 
 
@@ -228,7 +225,7 @@ def test_where_nothing_tells_it_the_recorded_rate_is_taken_with_a_warning(
     assert (recorded == pytest.approx(run.used)) == (not after)
     [message] = caplog.messages
     assert "cannot be told" in message
-    assert run.names[0] in message
+    assert run.checkpoints[0].name in message
     assert "and 3 more" in message
 
 
@@ -237,9 +234,9 @@ def test_it_is_an_error_if_the_choice_depends_on_it(tmp_path, after, first):
     run = train(tmp_path, warm_restarts, after=after, first=first, steps=False).only(range(4, 12))
     with pytest.raises(SelectionError, match=r"and 3 more is the one used or the next") as caught:
         used_rates(run)
-    assert run.names[0] in str(caught.value)
+    assert run.checkpoints[0].name in str(caught.value)
     assert "lr_recorded" in str(caught.value)
-    rates, low = rates_and_minima(run.checkpoints, run.names, "next" if after else "used")
+    rates, low = rates_and_minima(run.checkpoints, "next" if after else "used")
     assert rates == pytest.approx(run.used)
     assert low == expected(run)
 
@@ -259,7 +256,7 @@ def test_lightning_and_timm_are_known_to_count_from_0(tmp_path, caplog, known, f
         records.append(open_checkpoint(checkpoint.path))
     caplog.set_level(logging.WARNING)
     recorded = [checkpoint.facts["learning_rate"] for checkpoint in records]
-    assert rates_and_minima(records, run.names)[0] == recorded
+    assert rates_and_minima(records)[0] == recorded
     assert bool(caplog.messages) == (not known)
 
 
@@ -339,7 +336,7 @@ def test_fractional_steps_within_epochs_count_as_saved_before(tmp_path):
         }
         torch.save(root, tmp_path / f"{epoch}.pt")
         checkpoints.append(open_checkpoint(tmp_path / f"{epoch}.pt"))
-    _, chosen = rates_and_minima(checkpoints, [checkpoint.path.name for checkpoint in checkpoints])
+    _, chosen = rates_and_minima(checkpoints)
     assert [index for index, low in enumerate(chosen) if low] == [2, 5, 8]
 
 
@@ -354,7 +351,7 @@ def saved(
 
 
 def rates_of(records: Sequence[Checkpoint]) -> list[float]:
-    return rates_and_minima(records, [f"c{index}" for index in range(len(records))])[0]
+    return rates_and_minima(records)[0]
 
 
 def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
@@ -417,7 +414,8 @@ def test_a_run_without_any_rate_is_an_error_that_names_the_alternatives():
 
 
 def test_checkpoints_without_a_rate_are_named():
-    records = [saved(0.1), saved(None), saved(0.2), *[saved(None)] * 7]
+    rates = (0.1, None, 0.2, *[None] * 7)
+    records = [replace(saved(rate), name=f"c{index}") for index, rate in enumerate(rates)]
     with pytest.raises(SelectionError, match=r"c1, c3, c4, c5, c6 and 3 more record no learning"):
         rates_of(records)
 
@@ -477,7 +475,7 @@ def test_a_slow_descent_is_not_flat():
 
 def test_a_last_one_on_its_way_down_is_said(caplog):
     caplog.set_level(logging.INFO)
-    assert rates_and_minima([saved(3), saved(2), saved(1)], "abc")[1] == [False, False, True]
+    assert rates_and_minima([saved(3), saved(2), saved(1)])[1] == [False, False, True]
     assert "still falling" in caplog.messages[0]
 
 
@@ -496,7 +494,7 @@ def test_nothing_is_said_where_it_is_none(caplog, rates, scheduler):
     *records, _ = map(saved, rates)
     state = scheduler and RESTARTS | scheduler | {"_last_lr": [rates[-1]]}
     records.append(saved(rates[-1], state, global_step=3))
-    assert rates_and_minima(records, "abc"[: len(rates)])[1][-1] == (rates[-1] == min(rates))
+    assert rates_and_minima(records)[1][-1] == (rates[-1] == min(rates))
     assert not caplog.messages
 
 
@@ -525,7 +523,7 @@ def test_strange_states_of_schedulers_do_no_harm(state):
         records = [saved(0.1, state | {key: value}, epoch=n, global_step=n) for n in (2, 3, 4)]
         for recorded in (None, "used", "next"):
             with contextlib.suppress(SelectionError):
-                rates, _ = rates_and_minima(records, "abc", recorded)
+                rates, _ = rates_and_minima(records, recorded)
                 assert all(math.isfinite(rate) for rate in rates)
     assert time.process_time() - started < 5
 

@@ -47,7 +47,7 @@ def taken(folder, **rules):
 
 def reasons(folder, **rules):
     verdicts = select(find_run([folder]), Selection(**rules))
-    return {verdict.name: verdict.reason for verdict in verdicts}
+    return {verdict.checkpoint.name: verdict.reason for verdict in verdicts}
 
 
 ALL = list(range(1, 11))
@@ -166,8 +166,8 @@ def test_metrics_of_another_run_are_not_taken(tmp_path):
     table.write_text(json.dumps({"evaluations": entries}))
     found = find_run([tmp_path / "A", tmp_path / "B"])
     verdicts = select(found, Selection(best=1, metric="loss", metrics=table))
-    assert [verdict.name for verdict in chosen(verdicts)] == ["A/step_1.pt"]
-    assert {verdict.name: verdict.metric for verdict in verdicts} == {
+    assert [verdict.checkpoint.name for verdict in chosen(verdicts)] == ["A/step_1.pt"]
+    assert {verdict.checkpoint.name: verdict.metric for verdict in verdicts} == {
         "A/step_0.pt": 0.1,
         "A/step_1.pt": 0.05,
         "B/step_0.pt": None,
@@ -256,7 +256,7 @@ def test_names_tell_the_step_where_the_files_do_not(tmp_path):
         save_file({"w": torch.full((3,), float(number))}, folder / f"step_{number}.safetensors")
     selection = Selection(steps="100,1000")
     verdicts = select(find_run([folder]), selection)
-    names = [verdict.name for verdict in verdicts if verdict.is_chosen]
+    names = [verdict.checkpoint.name for verdict in verdicts if verdict.is_chosen]
     assert names == ["step_100.safetensors", "step_1000.safetensors"]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
 from ckptavg.select.compare import check_one_model
-from ckptavg.select.order import natural_key, relative_names
+from ckptavg.select.order import natural_key
 from ckptavg.select.run import find_run, log_other_state_dicts
 from tests.oracle import save_run
 
@@ -95,7 +95,11 @@ class TestOrder:
             torch.save(state(epoch), folder / "model.pt")
             paths.append(folder / "model.pt")
         found = collect(paths)
-        assert found.names == ("epoch_9/model.pt", "epoch_10/model.pt", "epoch_11/model.pt")
+        assert [each.name for each in found.checkpoints] == [
+            "epoch_9/model.pt",
+            "epoch_10/model.pt",
+            "epoch_11/model.pt",
+        ]
         assert found.order_is_known
 
     def test_names_are_ordered_wherever_they_are(self, tmp_path, monkeypatch):
@@ -318,14 +322,6 @@ class TestDiscovery:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [64.5, 64.5]
-
-
-def test_labels_are_below_the_common_folder(tmp_path):
-    assert relative_names([tmp_path / "a" / "x.pt", tmp_path / "b" / "x.pt"]) == (
-        "a/x.pt",
-        "b/x.pt",
-    )
-    assert relative_names([tmp_path / "x.pt"]) == ("x.pt",)
 
 
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "removed", "truncated"])

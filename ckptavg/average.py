@@ -13,8 +13,8 @@ from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.lora_config import CONFIG
-from ckptavg.formats.names import has_lora_factors
 from ckptavg.formats.paths import as_path, is_remote
+from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.options import AverageOptions, options_as_keywords
@@ -24,18 +24,18 @@ from ckptavg.merge.schemes import schemes_of
 from ckptavg.select.compare import check_one_model, fingerprint
 from ckptavg.select.order import relative_names, sort_checkpoints
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
-from ckptavg.write.checks import (
+from ckptavg.write.digests import digests_by_checkpoint, hash_files
+from ckptavg.write.directory import with_dtype
+from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.provenance import Summary, encode_provenance, provenance, summarise
+from ckptavg.write.writing import (
     check_output,
     check_parent,
     check_room,
     check_vacant,
     refuse_own_input,
+    write,
 )
-from ckptavg.write.digests import digests_by_checkpoint, hash_files
-from ckptavg.write.directory import with_dtype
-from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.provenance import Summary, encode_provenance, provenance, summarise
-from ckptavg.write.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -91,7 +91,7 @@ def _show_choice(
 
 def _show_content(console: Console, paths: Sequence[Path], key: str | None) -> None:
     """Show what each checkpoint holds; one that cannot be read does not hide the others."""
-    from ckptavg.select.candidates import find_candidates
+    from ckptavg.select.run import find_candidates
 
     files = list(find_candidates(paths))
     contents: list[dict[str, Any]] = []
@@ -130,8 +130,8 @@ def _state_dicts(path: Path, key: str | None) -> list[Checkpoint]:
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is shown of a state dict, and printed as JSON."""
-    from ckptavg.formats.names import is_norm_statistic
     from ckptavg.formats.paths import shown
+    from ckptavg.formats.tensors import is_norm_statistic
 
     names, tensors = checkpoint.tensors.keys(), checkpoint.tensors.values()
     return {

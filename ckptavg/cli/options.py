@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import types
-from ckptavg.cli.command import fields_of, without
-from ckptavg.cli.config import load_defaults
+from ckptavg.cli.command import fields_of, load_defaults, without
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

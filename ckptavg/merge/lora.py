@@ -22,9 +22,8 @@ import numpy as np
 from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.lora_config import Config, joined_config, scales_beside
-from ckptavg.formats.names import is_of_lora, lora_factor
 from ckptavg.formats.parts import Part
-from ckptavg.formats.tensors import bytes_of, new_arrays
+from ckptavg.formats.tensors import bytes_of, is_of_lora, lora_factor, new_arrays
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.names import Factor
-    from ckptavg.formats.tensors import AnyArray, Tensor
+    from ckptavg.formats.tensors import AnyArray, Factor, Tensor
     from ckptavg.merge.weights import Weights
 
 log = logging.getLogger("ckptavg")

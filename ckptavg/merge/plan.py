@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
-from ckptavg.formats.names import is_extra_state, is_lora_factor, is_norm_statistic
-from ckptavg.formats.tensors import BY_NAME
+from ckptavg.formats.tensors import BY_NAME, is_extra_state, is_lora_factor, is_norm_statistic
 from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
 from ckptavg.select.compare import differing_tensors
 

@@ -21,8 +21,8 @@ except ModuleNotFoundError as error:
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.names import is_norm_statistic
 from ckptavg.formats.paths import is_remote
+from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.norm.factories import load_object
 from ckptavg.norm.layers import norm_layers, unwrapped
 from ckptavg.norm.loading import load_weights
@@ -30,7 +30,7 @@ from ckptavg.norm.making import RandomState, import_all, make_batches, make_mode
 from ckptavg.norm.refresh import refresh_norm
 from ckptavg.norm.report import RefreshReport
 from ckptavg.norm.rewriting import Rewriting, provenance
-from ckptavg.write.checks import followed
+from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
-from ckptavg.write.checks import check_file
 from ckptavg.write.temporary import temporary_beside
+from ckptavg.write.writing import check_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,17 +10,16 @@ from ckptavg import __version__
 from ckptavg.errors import OutputError, without_notices
 from ckptavg.formats import huggingface
 from ckptavg.formats.checkpoint import PROVENANCE
-from ckptavg.formats.names import is_norm_statistic
 from ckptavg.formats.paths import is_remote
+from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import Recipe
 from ckptavg.merge.weights import uniform
-from ckptavg.write.checks import check_output, check_vacant, refuse_own_input
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import encode_provenance, source_entries
-from ckptavg.write.writing import write
+from ckptavg.write.writing import check_output, check_vacant, refuse_own_input, write
 
 if TYPE_CHECKING:
     import os

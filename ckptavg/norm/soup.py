@@ -27,8 +27,8 @@ from ckptavg.select.metrics import mode_of
 from ckptavg.select.rules import Selection, Verdict, chosen
 from ckptavg.select.rules import select as choose
 from ckptavg.select.run import find_run
-from ckptavg.write.checks import check_vacant, refuse_own_input
 from ckptavg.write.temporary import temporary_beside
+from ckptavg.write.writing import check_vacant, refuse_own_input
 
 if TYPE_CHECKING:
     import os

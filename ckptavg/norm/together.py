@@ -13,8 +13,8 @@ from ckptavg.errors import OutputError
 from ckptavg.merge.options import AverageOptions
 from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.norm.making import import_all
-from ckptavg.write.checks import check_vacant
 from ckptavg.write.temporary import temporary_beside
+from ckptavg.write.writing import check_vacant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptavg.errors import MismatchError, printable
 from ckptavg.formats.lora_config import scales_beside
-from ckptavg.formats.names import has_lora_factors, has_rank
+from ckptavg.formats.tensors import has_lora_factors, has_rank
 from ckptavg.select.order import DIGITS, natural_key
 
 if TYPE_CHECKING:

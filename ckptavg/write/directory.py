@@ -16,7 +16,7 @@ from ckptavg.formats import huggingface
 from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.parts import open_source
 from ckptavg.merge.jobs import Copy, FileLayout, Layout
-from ckptavg.select.candidates import is_no_checkpoint
+from ckptavg.select.run import is_no_checkpoint
 from ckptavg.write.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:

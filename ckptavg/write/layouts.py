@@ -156,7 +156,8 @@ def lay_out(
         return lay_out_container(target.path, tensors, metadata, last, mirrored=mirrored)
     if target.kind == "torch":
         return lay_out_torch(tensors, metadata, last)
-    mention_left_out(last.other_entries)
+    if last.other_entries:
+        mention_left_out(last.other_entries)
     if target.drop_aliases:
         aliases = {alias: each.names[0] for each in tensors for alias in each.names[1:]}
         metadata = {**metadata, **aliases}

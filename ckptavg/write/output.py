@@ -13,17 +13,16 @@ import stat
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ckptavg.errors import OutputError
-from ckptavg.write.checks import followed, identify, refuse_another
 from ckptavg.write.replacement import replace_directory
 from ckptavg.write.temporary import locked, temporary_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
-    from pathlib import Path
 
     from ckptavg.merge.jobs import Checksum, Layout
 
@@ -62,7 +61,7 @@ class Output:
     ) -> None:
         self.path, self._layout, self._force, self._fsync = followed(path), layout, force, fsync
         self._begun = temporary
-        self._replaced = identify(self.path)
+        self._replaced = _identify(self.path)
         self._names, self._bases = list(layout.files), layout.bases
         self._fds: dict[str, int] = {}
         self._syncer = _Syncer()
@@ -173,7 +172,7 @@ class Output:
         else:
             self._keep_modes()
             with locked(self.path.parent):
-                refuse_another(self.path, self._replaced)
+                _refuse_another(self.path, self._replaced)
                 if self._layout.is_directory and self.path.exists():
                     replace_directory(self.path, self.temporary)
                 else:
@@ -251,6 +250,34 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def followed(path: Path) -> Path:
+    """Where writing to a path goes: if it is a link, the file or directory that it leads to."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _identify(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or a directory replaced; None if there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _refuse_another(path: Path, identity: tuple[int, ...] | None) -> None:
+    """Refuse to replace what was not there when the work started.
+
+    Raises:
+        OutputError: another run has written it.
+    """
+    if _identify(path) not in (None, identity):
+        raise OutputError(
+            "somebody else wrote it meanwhile", path=path, remedy="start again, or name another"
+        )
 
 
 class _Syncer:

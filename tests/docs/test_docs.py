@@ -18,7 +18,7 @@ from ckptavg import formats
 from ckptavg.cli import cli
 from ckptavg.errors import FormatError
 from ckptavg.formats import files, safetensors, torchlegacy, torchzip
-from ckptavg.select import candidates
+from ckptavg.select import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +65,7 @@ def npz(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "npz", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(files, "FILES", (safetensors, module, torchzip, torchlegacy))
-    monkeypatch.setattr(candidates, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
+    monkeypatch.setattr(run, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
     return module
 
 

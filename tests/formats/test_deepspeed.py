@@ -13,7 +13,7 @@ import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.statedict import check_kind
-from ckptavg.select.candidates import find_candidates
+from ckptavg.select.run import find_candidates
 from tests.helpers import save_engine
 from tests.oracle import naive_mean, same_bits
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.select.candidates import find_candidates, is_no_checkpoint
+from ckptavg.select.run import find_candidates, is_no_checkpoint
 from tests.helpers import run, save_dcp, save_engine
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from ckptavg.errors import OutputError
 from ckptavg.merge.jobs import Checksum, FileLayout, Layout
-from ckptavg.write.checks import check_file
 from ckptavg.write.output import Output
 from ckptavg.write.temporary import temporary_beside
+from ckptavg.write.writing import check_file
 
 LAYOUT = FileLayout(size=20, blobs=((0, b"head"),))
 

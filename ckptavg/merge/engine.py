@@ -22,12 +22,11 @@ from ckptavg.formats.checkpoint import read_span, read_view
 from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import Allocate, AnyArray, Tensor, bytes_of, new_arrays
 from ckptavg.merge.arithmetic import (
-    Sum,
     accumulator_dtype,
     all_finite,
-    format_of,
     nonfinite,
     rounded,
+    widened,
 )
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
 
@@ -41,7 +40,6 @@ _REPORT_EVERY = 16 << 20
 """Bytes between two reports of a thread. Each report wakes the caller, who takes the lock."""
 _LARGE = 8 << 20
 """Bytes of a large strided tensor. Only one of these is held in memory at a time."""
-_FLOAT32 = np.dtype(np.float32)
 _WIDEST = 16
 """Bytes of an element of complex128."""
 _MOST_THREADS = 4  # their buffers take less than 64 MB
@@ -302,46 +300,47 @@ class _Chunk:
     start: int | None
     allow_nonfinite: bool
 
-    def sums(self) -> list[Sum]:
-        """The weighted sum for each mean. Each input is read once."""
+    def sums(self) -> list[AnyArray]:
+        """The weighted sum for each mean, in float64 or complex128. Each input is read once."""
         job, dtype = self.job, accumulator_dtype(self.job.dtype)
-        narrow = format_of(job.inputs[0].tensor.dtype)
-        sums = [
-            Sum(self.allocate(f"sum {number}", dtype), narrow) for number in range(len(job.means))
-        ]
+        sums: dict[int, AnyArray] = {}
         for number, entry in enumerate(job.inputs):
             # Averages of the last 5 and the last 10 checkpoints share weights: multiply once.
-            sums_by_weight: defaultdict[float, list[Sum]] = defaultdict(list)
-            for mean, total in zip(job.means, sums, strict=True):
+            means_by_weight: defaultdict[float, list[int]] = defaultdict(list)
+            for place, mean in enumerate(job.means):
                 if mean.weights[number] != 0:
-                    sums_by_weight[mean.weights[number]].append(total)
-            if not sums_by_weight:
+                    means_by_weight[mean.weights[number]].append(place)
+            if not means_by_weight:
                 continue
-            values, largest = self.read(entry), np.inf
-            if narrow is not None:
-                values, largest = narrow.widen(values, self.allocate("single", _FLOAT32))
-            elif sum(map(len, sums_by_weight.values())) > 1:
+            values = widened(self.read(entry), entry.tensor.dtype, self.allocate)
+            if sum(map(len, means_by_weight.values())) > 1:
                 wide = self.allocate("wide", dtype)
                 np.copyto(wide, values, casting="same_kind")
                 values = wide
-            for weight, totals in sums_by_weight.items():
+            for weight, places in means_by_weight.items():
                 term = values
                 if weight != 1:
                     term = np.multiply(
                         values, weight, out=self.allocate("product", dtype), dtype=dtype
                     )
-                for total in totals:
-                    total.add(term, largest if weight == 1 else np.inf)
-        return sums
+                for place in places:
+                    if place in sums:
+                        np.add(sums[place], term, out=sums[place])
+                    else:  # copied: adding it to 0 would lose -0.0
+                        sums[place] = self.allocate(f"sum {place}", dtype)
+                        np.copyto(sums[place], term, casting="same_kind")
+        return [sums[place] for place in range(len(job.means))]
 
-    def result(self, mean: Mean, total: Sum) -> AnyArray:
-        """The values of a mean: the sum divided, rounded and checked.
+    def result(self, mean: Mean, total: AnyArray) -> AnyArray:
+        """The values of a mean: the sum divided (in place), rounded and checked.
 
         Raises:
             BadValueError: a value is NaN, Inf or negative where that is an error.
         """
         dtype = self.job.dtype
-        values = total.mean(mean.divisor, dtype, self.allocate)
+        if mean.divisor != 1:
+            np.divide(total, mean.divisor, out=total)
+        values = rounded(total, dtype, self.allocate)
         if not all_finite(values, dtype, self.allocate):
             odd = nonfinite(values, dtype)
             values = np.array(values)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.formats import SUFFIXES
-from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.checkpoint import PROVENANCE, check_one_model, fingerprint
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.formats.tensors import has_lora_factors
@@ -21,7 +21,6 @@ from ckptavg.merge.options import AverageOptions, options_as_keywords
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
-from ckptavg.select.compare import check_one_model, fingerprint
 from ckptavg.select.order import relative_names, sort_checkpoints
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import digests_by_checkpoint, hash_files

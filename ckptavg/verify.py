@@ -22,7 +22,7 @@ from ckptavg.errors import (
     without_notices,
 )
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.paths import absolute, as_path, is_remote
 from ckptavg.formats.tensors import is_batch_counter, is_norm_statistic
@@ -30,7 +30,6 @@ from ckptavg.merge.engine import default_threads
 from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
-from ckptavg.select.compare import fingerprint
 from ckptavg.select.run import Run, find_candidates
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.provenance import Record

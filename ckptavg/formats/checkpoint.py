@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ckptavg.errors import MismatchError, printable
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import Memory, Part
-from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of
+from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of, has_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 PROVENANCE = "ckptavg"
@@ -20,6 +22,8 @@ _PIECE = 1 << 20
 # Prefixes that torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("_orig_mod.", "_forward_module.")
 STEP_FACTS = ("global_step", "step", "epoch")
+SAMPLE_BYTES = 512
+_SAMPLES_OF_FINGERPRINT = 32
 
 
 @dataclass(frozen=True)
@@ -258,3 +262,73 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         other_entries=entries,
     )
     return unwrapped, prefix
+
+
+def differences(first: Checkpoint, other: Checkpoint, *, any_rank: bool = False) -> Iterator[str]:
+    """Every difference in names, shapes and dtypes of tensors, as a line of text.
+
+    Args:
+        first: a checkpoint.
+        other: another checkpoint.
+        any_rank: let the ranks of LoRA factors differ.
+    """
+    if other.tensors is first.tensors:
+        return
+    here, there = printable(first.path), printable(other.path)
+    for name, tensor in first.tensors.items():
+        label, twin = printable(name), other.tensors.get(name)
+        if twin is None:
+            yield f"{label}: in {here}, missing in {there}"
+            continue
+        if twin.shape != tensor.shape and not (any_rank and has_rank(name)):
+            yield f"{label}: shape {tensor.shape} in {here}, {twin.shape} in {there}"
+        if twin.dtype is not tensor.dtype:
+            yield f"{label}: {tensor.dtype.name} in {here}, {twin.dtype.name} in {there}"
+    for name in sorted(other.tensors.keys() - first.tensors.keys()):
+        yield f"{printable(name)}: in {there}, missing in {here}"
+
+
+def check_one_model(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False) -> None:
+    """Refuse checkpoints that are not of one model.
+
+    Args:
+        checkpoints: at least one.
+        any_rank: let the ranks of LoRA factors differ.
+
+    Raises:
+        MismatchError: names, shapes or dtypes of tensors differ; it lists all differences.
+    """
+    first, *others = checkpoints
+    lines = [line for other in others for line in differences(first, other, any_rank=any_rank)]
+    if lines:
+        raise MismatchError("the checkpoints are not of one model:", lines)
+
+
+def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """Those of the names whose tensors differ in their bytes between two checkpoints."""
+    for name in names:
+        for one, another in zip(first.pieces(name), other.pieces(name), strict=True):
+            # Comparing memoryviews takes thirty times as long.
+            if not np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(another, np.uint8)):
+                yield name
+                break
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of samples of a checkpoint's tensors, 32 hex digits.
+
+    It depends neither on the container nor on the order of the tensors.
+    """
+    names = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.count)
+    digest = hashlib.sha256()
+    for name in spread(names, _SAMPLES_OF_FINGERPRINT):
+        digest.update(name.encode("utf-8", "surrogatepass"))
+        [sample] = checkpoint.pieces(name, SAMPLE_BYTES)
+        digest.update(sample)
+    return digest.hexdigest()[:32]
+
+
+def spread(names: Sequence[str], most: int) -> list[str]:
+    """At most this many of the names, evenly spaced."""
+    places = np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)
+    return [names[place] for place in places.tolist()]

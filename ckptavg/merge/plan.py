@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
+from ckptavg.formats.checkpoint import differing_tensors
 from ckptavg.formats.tensors import BY_NAME, is_extra_state, is_lora_factor, is_norm_statistic
 from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
-from ckptavg.select.compare import differing_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

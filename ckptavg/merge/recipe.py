@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
+from ckptavg.formats.checkpoint import fingerprint
 from ckptavg.formats.tensors import is_extra_state
 from ckptavg.merge.weights import Weights
-from ckptavg.select.compare import fingerprint
 from ckptavg.select.rules import chosen, select
 
 if TYPE_CHECKING:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, SelectionError, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, open_checkpoint
-from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.formats.checkpoint import (
+    SAMPLE_BYTES,
+    differences,
+    differing_tensors,
+    spread,
+    without_wrappers,
+)
+from ckptavg.formats.lora_config import scales_beside
 from ckptavg.formats.paths import is_remote, remote_errors
-from ckptavg.select.compare import find_copies
-from ckptavg.select.order import natural_key, relative_names, sort_checkpoints
+from ckptavg.formats.tensors import has_lora_factors
+from ckptavg.select.order import DIGITS, natural_key, relative_names, sort_checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +42,7 @@ _NUMBERED = re.compile(
     r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
 )
 _DEPTH_OF_HINT = 3
+_SAMPLES, _THREADS = 64, 4  # for finding copies
 
 
 def find_candidates(inputs: Iterable[Path]) -> dict[Path, bool]:
@@ -212,13 +222,67 @@ def members_among(candidates: Sequence[Checkpoint]) -> tuple[list[Checkpoint], d
     Further reasons to leave out a candidate belong here: another series, another tool's average, a
     pointer such as `last`.
     """
-    copies = find_copies(candidates)
+    copies = _find_copies(candidates)
     left_out = {}
     for copy, original in copies.items():
         name = printable(original.name)
         log.info("%s is the same checkpoint as %s: counted once", printable(copy.name), name)
         left_out[copy.path] = f"the same checkpoint as {name}"
     return [candidate for candidate in candidates if candidate not in copies], left_out
+
+
+def _find_copies(checkpoints: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoint]:
+    """The checkpoints that are copies, each with its original.
+
+    Hard links and symlinks are copies, for which no tensor is read. Checkpoints that record the
+    same step are copies if all their tensors are equal. They are compared in full only if samples
+    are equal. The original is the one with a number in its name: `checkpoint-12`, not `last`.
+    """
+    samples = functools.cache(_samples)
+    copies: dict[Checkpoint, Checkpoint] = {}
+    by_files: dict[object, Checkpoint] = {}
+    by_step: defaultdict[object, list[Checkpoint]] = defaultdict(list)
+    for checkpoint in sorted(checkpoints, key=_preference):
+        files = tuple(part.identity for part in checkpoint.parts)
+        # With another alpha, equal LoRA factors make another adapter.
+        is_lora = has_lora_factors(checkpoint.tensors)
+        rivals = by_step[checkpoint.step, scales_beside(checkpoint.path) if is_lora else ()]
+        original = by_files.get(files)
+        for rival in rivals if original is None else ():
+            if samples(rival) == samples(checkpoint) and _have_equal_tensors(rival, checkpoint):
+                original = rival
+                break
+        if original is not None:
+            copies[checkpoint] = original
+        else:
+            by_files[files] = checkpoint
+            rivals.append(checkpoint)
+    return copies
+
+
+def _preference(checkpoint: Checkpoint) -> tuple[object, ...]:
+    """A sort key that puts originals before their copies."""
+    path = checkpoint.path
+    return not DIGITS.search(path.name), path.is_symlink(), natural_key(str(path))
+
+
+def _samples(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The first bytes of some of the tensors, by name."""
+    return {
+        name: b"".join(checkpoint.pieces(name, SAMPLE_BYTES))
+        for name in spread(sorted(checkpoint.tensors), _SAMPLES)
+    }
+
+
+def _have_equal_tensors(first: Checkpoint, other: Checkpoint) -> bool:
+    """Whether names, shapes, dtypes and bytes of all tensors are equal."""
+    if next(differences(first, other), None) is not None:
+        return False
+    # A job for each tensor: a difference, or a signal, waits only for those under way.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return not any(
+            pool.map(lambda name: any(differing_tensors((name,), first, other)), first.tensors)
+        )
 
 
 def _open(path: Path, key: str | None, *, is_named: bool) -> Checkpoint | None:

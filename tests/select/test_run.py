@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
-from ckptavg.select.compare import check_one_model
+from ckptavg.formats.checkpoint import check_one_model
 from ckptavg.select.order import natural_key
 from ckptavg.select.run import find_run, log_other_state_dicts
 from tests.oracle import save_run

@@ -312,7 +312,7 @@ class _Chunk:
                     means_by_weight[mean.weights[number]].append(place)
             if not means_by_weight:
                 continue
-            values = widened(self.read(entry), entry.tensor.dtype, self.allocate)
+            values = widened(self.read(entry), self.allocate)
             if sum(map(len, means_by_weight.values())) > 1:
                 wide = self.allocate("wide", dtype)
                 np.copyto(wide, values, casting="same_kind")

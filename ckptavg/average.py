@@ -13,13 +13,12 @@ from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE, check_one_model, fingerprint
 from ckptavg.formats.lora_config import CONFIG
-from ckptavg.formats.paths import as_path, is_remote
+from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
-from ckptavg.merge.options import AverageOptions, options_as_keywords
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.recipe import find_base, fold, recipes_of
+from ckptavg.merge.recipe import AverageOptions, find_base, fold, options_as_keywords, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.select.order import relative_names, sort_checkpoints
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.paths import PathLike
+    from ckptavg.formats.parts import PathLike
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.recipe import Recipe

@@ -24,12 +24,11 @@ from ckptavg.errors import (
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG
-from ckptavg.formats.paths import absolute, as_path, is_remote
+from ckptavg.formats.parts import absolute, as_path, is_remote
 from ckptavg.formats.tensors import is_batch_counter, is_norm_statistic
 from ckptavg.merge.engine import default_threads
-from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import tied_names
-from ckptavg.merge.recipe import Recipe
+from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.select.run import Run, find_candidates
 from ckptavg.write.digests import digests_by_checkpoint, hash_files
 from ckptavg.write.provenance import Record
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.paths import PathLike
-    from ckptavg.merge.options import Progress
+    from ckptavg.formats.parts import PathLike
+    from ckptavg.merge.recipe import Progress
 
 _PIECE = 1 << 20
 

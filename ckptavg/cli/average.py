@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options, types
-from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
+from ckptavg.cli import options
+from ckptavg.cli.command import (
+    RUNNING,
+    Command,
+    NoEffect,
+    fields_of,
+    parse,
+    path_or_url,
+    path_text,
+    without,
+)
 from ckptavg.cli.console import Console, plural, size
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
@@ -29,7 +38,7 @@ _ROLES = {
 }
 _SUM_TO_1 = ("ema:", "power:", "decay:")
 
-_AVERAGING = options.parse("""
+_AVERAGING = parse("""
 --weights SCHEME           uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt;
                            or a number for each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,...
                            Several schemes, or several --last, write every combination into the
@@ -44,7 +53,7 @@ _AVERAGING = options.parse("""
                            products exactly (the ranks add up).  [default: separate]
 --allow-nonfinite          Accept NaN and Inf in the inputs.
 """)
-_OUTPUT, *_TENSORS = options.parse(f"""
+_OUTPUT, *_TENSORS = parse(f"""
 -o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for
                            a torch file; or a directory (DIR/) for from_pretrained. [required]
 --dtype {"|".join(DTYPES)}
@@ -54,7 +63,7 @@ _OUTPUT, *_TENSORS = options.parse(f"""
 --hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
                            once more.
 """)
-_EXPECT, _DRY_RUN = options.parse("""
+_EXPECT, _DRY_RUN = parse("""
 --expect N    Fail unless N checkpoints are taken.
 -n --dry-run  Show what would be read and written, and write nothing.
 """)
@@ -113,7 +122,7 @@ _NO_EFFECT = (
     },
     no_effect=_NO_EFFECT,
 )
-@click.argument("inputs", nargs=-1, required=True, type=types.path_text, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, required=True, type=path_text, metavar="INPUT...")
 def average(
     console: Console,
     inputs: tuple[str, ...],
@@ -133,7 +142,7 @@ def average(
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ckptavg.average import average as run
     from ckptavg.average import average_many
-    from ckptavg.merge.options import AverageOptions
+    from ckptavg.merge.recipe import AverageOptions
     from ckptavg.select.rules import Selection
 
     fields = fields_of(AverageOptions, params)
@@ -163,7 +172,7 @@ def average(
 
             with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
                 summary, report = average_and_refresh(
-                    [*map(types.path, inputs)], output, options.refresh_options(params),
+                    [*map(path_or_url, inputs)], output, options.refresh_options(params),
                     refresh_progress=progress, **fields,
                 )  # fmt: skip
             _say(console, summary, output)

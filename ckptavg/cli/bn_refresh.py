@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options, types
-from ckptavg.cli.command import RUNNING, Command, fields_of, without
+from ckptavg.cli import options
+from ckptavg.cli.command import (
+    RUNNING,
+    Command,
+    fields_of,
+    names_of,
+    parse,
+    path_or_url,
+    variant,
+    without,
+)
 from ckptavg.cli.console import Console, cell
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
@@ -19,13 +28,13 @@ if TYPE_CHECKING:
     from ckptavg.norm.judging import Judge
     from ckptavg.norm.report import Verdict
 
-_EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = options.parse("""
+_EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = parse("""
 --eval-loader SPEC           Held-out batches, to evaluate with before and after the refresh.
 --eval-loader-arg KEY=VALUE  Keyword argument for the held-out loader; repeatable.
 --keep-better                Keep the old statistics if they are better.
 """)
 _EVALUATION = (_EVAL_LOADER_ARG, options.METRIC, _KEEP_BETTER, options.MODE)
-_OUTPUT, _IN_PLACE, _REPORT = options.parse("""
+_OUTPUT, _IN_PLACE, _REPORT = parse("""
 -o --output PATH  Where the result goes.  [default: the checkpoint itself, if ckptavg made it]
 --in-place        Replace a checkpoint that ckptavg did not make; all else in it stays.
 --report PATH     JSON file for the old and the new statistics of each layer.
@@ -37,8 +46,7 @@ _OUTPUT, _IN_PLACE, _REPORT = options.parse("""
     cls=Command,
     groups={
         "Refresh of the norm statistics": [
-            options.variant(each, required=each.name in ("model", "loader"))
-            for each in options.REFRESH
+            variant(each, required=each.name in ("model", "loader")) for each in options.REFRESH
         ],
         "Evaluation before and after": (_EVAL_LOADER, *_EVALUATION),
         "What is written": (
@@ -48,11 +56,11 @@ _OUTPUT, _IN_PLACE, _REPORT = options.parse("""
         RUNNING: options.COMMON,
     },
     no_effect=[
-        without("eval_loader", *options.names_of(_EVALUATION)),
+        without("eval_loader", *names_of(_EVALUATION)),
         without("keep_better", "mode"),
     ],
 )
-@click.argument("checkpoint", type=types.path)
+@click.argument("checkpoint", type=path_or_url)
 def bn_refresh(
     console: Console,
     checkpoint: Path,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli import options, types
-from ckptavg.cli.command import RUNNING, Command
+from ckptavg.cli import options
+from ckptavg.cli.command import RUNNING, Command, path_or_url, variant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ckptavg.demo.run import DemoReport
 
 
-_SEED = options.variant(options.SEED, type=click.IntRange(0, 2**32 - 1))
+_SEED = variant(options.SEED, type=click.IntRange(0, 2**32 - 1))
 
 
 @click.command(cls=Command, groups={RUNNING: (_SEED, *options.COMMON)})
-@click.argument("directory", type=types.path, default="ckptavg-demo", metavar="[DIR]")
+@click.argument("directory", type=path_or_url, default="ckptavg-demo", metavar="[DIR]")
 def demo(console: Console, directory: Path, seed: int) -> None:
     """Train a small network, average its checkpoints, and show what that is worth.
 

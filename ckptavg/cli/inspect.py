@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.cli import options, types
-from ckptavg.cli.command import RUNNING, Command, fields_of
+from ckptavg.cli import options
+from ckptavg.cli.command import RUNNING, Command, fields_of, path_or_url
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size
 from ckptavg.errors import CkptAvgError, SelectionError, printable
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     },
     no_effect=options.SELECTION_NO_EFFECT,
 )
-@click.argument("paths", nargs=-1, required=True, type=types.path, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=path_or_url, metavar="PATH...")
 def inspect(
     console: Console,
     paths: tuple[Path, ...],
@@ -49,7 +49,7 @@ def _show_choice(
     console: Console, paths: Sequence[Path], key: str | None, params: dict[str, Any]
 ) -> None:
     """Show which checkpoints the rules take, and why not the others."""
-    from ckptavg.formats.paths import shown
+    from ckptavg.formats.parts import shown
     from ckptavg.select.rules import Selection, select
     from ckptavg.select.run import find_run
 
@@ -130,7 +130,7 @@ def _state_dicts(path: Path, key: str | None) -> list[Checkpoint]:
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is shown of a state dict, and printed as JSON."""
-    from ckptavg.formats.paths import shown
+    from ckptavg.formats.parts import shown
     from ckptavg.formats.tensors import is_norm_statistic
 
     names, tensors = checkpoint.tensors.keys(), checkpoint.tensors.values()

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
+from ckptavg.cli.command import (
+    RUNNING,
+    Command,
+    NoEffect,
+    fields_of,
+    names_of,
+    parse,
+    variant,
+    without,
+)
 from ckptavg.cli.console import Console, plural
 from ckptavg.errors import printable
 
@@ -30,7 +39,7 @@ def landscape() -> None:
     """
 
 
-_LOADER, _TEST_LOADER, _TEST_LOADER_ARG, _OUTPUT, _FORCE, _NO_REFRESH, _NO_PLOTS = options.parse("""
+_LOADER, _TEST_LOADER, _TEST_LOADER_ARG, _OUTPUT, _FORCE, _NO_REFRESH, _NO_PLOTS = parse("""
 --loader SPEC                Training batches, for the refresh and for the metric on training data:
                              an iterable, or a callable that returns it. [required]
 --test-loader SPEC           Held-out batches, for the metric on test data.
@@ -43,7 +52,7 @@ _LOADER, _TEST_LOADER, _TEST_LOADER_ARG, _OUTPUT, _FORCE, _NO_REFRESH, _NO_PLOTS
 """)
 _COMMON = {
     "Model, data and metric": (
-        *(options.variant(options.MODEL, required=True), _LOADER, _TEST_LOADER),
+        *(variant(options.MODEL, required=True), _LOADER, _TEST_LOADER),
         *(options.MODEL_ARG, options.LOADER_ARG, _TEST_LOADER_ARG, options.METRIC),
         *(options.FORWARD, *options.LIMITS, options.DEVICE, options.SEED, options.KEY),
     ),
@@ -56,22 +65,22 @@ _NO_EFFECT = (
     NoEffect(
         "with --no-refresh",
         lambda params: not params["refresh"],
-        options.names_of(options.HOW_TO_REFRESH),
+        names_of(options.HOW_TO_REFRESH),
     ),
 )
-_RAYS = options.parse("""
+_RAYS = parse("""
 --directions N       Number of random directions, the same from each checkpoint.  [default: 10]
 --distances NUMBERS  Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.
                      [default: 11 up to twice the distance of the first two checkpoints]
 --filter-normalize   Scale each filter of a direction to the norm of the checkpoint's filter
                      (Li et al. 2018).
 """)
-_SEGMENT = options.parse("""
+_SEGMENT = parse("""
 --positions NUMBERS  Points on the line, 0 for the first checkpoint and 1 for the second: 0,0.5,1 or
                      FIRST:LAST:COUNT.
                      [default: -0.5:1.5:21]
 """)
-_PLANE = options.parse("""
+_PLANE = parse("""
 --size POINTS          Points along each axis.  [default: 21]
 --margin SHARE         How far the grid reaches beyond the three checkpoints, relative to their
                        extent.  [default: 0.2]
@@ -136,12 +145,12 @@ def _run(
     """Make a landscape, write it, and print what it shows."""
     if params["plots"]:
         import ckptavg.landscape.plots  # noqa: F401 - fails now, and not after all evaluations
-    from ckptavg.formats.paths import as_path
+    from ckptavg.formats.parts import as_path
     from ckptavg.landscape.saving import refuse_others, save
 
     console, kind = params["console"], function.__name__
     folder, explore = as_path(params["output"]), _explore_options(params)
-    which = {name: params[name] for name in options.names_of(points)}
+    which = {name: params[name] for name in names_of(points)}
     files = []
     with console.ranks() as ranks:
         refuse_others(folder, kind, force=explore.force)

@@ -1,99 +1,37 @@
-"""Options, declared as the help shows them; those that several commands share, once.
+"""The options that several commands share, as the help shows them.
 
 An option is named after the field of the dataclass that it fills.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli import types
-from ckptavg.cli.command import fields_of, load_defaults, without
+from ckptavg.cli.command import (
+    fields_of,
+    load_defaults,
+    names_of,
+    parse,
+    path_or_url,
+    variant,
+    without,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
+    from typing import Any
 
     from ckptavg.norm.evaluate import EvaluationOptions
     from ckptavg.norm.options import RefreshOptions
     from ckptavg.select.rules import Selection
 
-# What `click.Option` is told of a value, by its placeholder.
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "N": {"type": click.IntRange(1)},
-    "N,...": {"type": types.counts},
-    "NUMBERS": {"type": types.numbers},
-    "POINTS": {"type": click.IntRange(2)},
-    "SEED": {"type": click.IntRange(0)},
-    "SHARE": {"type": click.FloatRange(0)},
-    "TOL": {"type": click.FloatRange(0, min_open=True)},
-    "SIZE": {"type": types.size},
-    "SCHEME": {"type": types.weights},
-    "FILE": {"type": click.Path(dir_okay=False, exists=True, path_type=Path)},
-    "PATH": {"type": types.path_text},
-    "CHECKPOINTS": {"type": types.path, "multiple": True},
-    "GLOB": {"multiple": True},
-    "REGEX": {"multiple": True},
-    "SPEC": {"type": types.spec},
-    "loss|accuracy|SPEC": {"type": types.metric},
-    "KEY=VALUE": {"type": types.key_value, "multiple": True, "callback": types.as_dict},
-}
-# The fields that are not named like their options.
-_FIELDS = {"--json": "as_json", "--verify-batches": "held_back"}
 _HELD_BACK = 8  # batches
 
-
-def parse(text: str) -> tuple[click.Option, ...]:
-    """Options written as the help shows them: names, value, two spaces, and what it is.
-
-    A value in small letters lists the choices; the table above has the others. An option without a
-    value is a flag, and `--no-plots` sets `plots` to False. A default in one word is a value.
-    """
-    entries = re.split(r"\n(?=-)", text.strip())
-    return tuple(_option(*re.split(r"\s{2,}", entry, maxsplit=1)) for entry in entries)
-
-
-def _option(spelled: str, text: str) -> click.Option:
-    names = re.findall(r"(?<!\S)-\S+", spelled)
-    value = spelled.removeprefix(" ".join(names)).strip()
-    text, is_required = re.subn(r" \[required\]$", "", " ".join(text.split()))
-    settings: dict[str, Any] = {"required": bool(is_required)}
-    if value.islower():
-        settings |= {"type": click.Choice(value.split("|"))}
-    elif value:
-        settings |= {"metavar": value, **_SETTINGS.get(value, {})}
-    else:
-        settings |= {"is_flag": True}
-    field = _FIELDS.get(names[-1], names[-1].strip("-").replace("-", "_"))
-    if not value and field.startswith("no_"):
-        field = field.removeprefix("no_")
-        settings = {"flag_value": False, "default": True}
-    elif value == "KEY=VALUE":
-        field += "s"
-    elif default := re.search(r" \[default: (\S+)\]$", text):
-        text = text.removesuffix(default[0])
-        settings |= {"default": default[1], "show_default": True}
-    return click.Option([*names, field], help=text.replace(" [default:", "  [default:"), **settings)
-
-
-def variant(other: click.Option, **changes: Any) -> click.Option:  # noqa: ANN401
-    """An option with other attributes."""
-    changed = copy.copy(other)
-    vars(changed).update(changes)
-    return changed
-
-
-def names_of(options: Iterable[click.Option]) -> list[str]:
-    """The names of the options' parameters."""
-    return [str(option.name) for option in options]
-
-
 CHECKPOINTS = click.argument(
-    "checkpoints", nargs=-1, required=True, type=types.path, metavar="CHECKPOINT..."
+    "checkpoints", nargs=-1, required=True, type=path_or_url, metavar="CHECKPOINT..."
 )
 
 # Which checkpoints: the fields of `Selection`, in the order in which they apply.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command
+from ckptavg.cli.command import RUNNING, Command, parse
 from ckptavg.cli.console import Console, plural, size
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckptavg.norm.soup import Soup, SoupStep
 
 
-_METRIC, _METRICS, _OUTPUT = options.parse("""
+_METRIC, _METRICS, _OUTPUT = parse("""
 --metric loss|accuracy|SPEC
                   Mean cross-entropy, share of correct predictions, or a function of the model and
                   the batches that returns a number. [required]

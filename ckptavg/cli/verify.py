@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli import options, types
-from ckptavg.cli.command import RUNNING, Command
+from ckptavg.cli import options
+from ckptavg.cli.command import RUNNING, Command, parse, path_text
 from ckptavg.cli.console import Console, plural
 from ckptavg.errors import printable
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from ckptavg.verify import Verification
 
 
-[_KEY] = options.parse("""
+[_KEY] = parse("""
 --key NAME  State dict of OUTPUT that is the average, where it holds several.
 """)
 
 
 @click.command(cls=Command, groups={RUNNING: (_KEY, options.THREADS, *options.COMMON)})
-@click.argument("output", type=types.path_text)
-@click.argument("inputs", nargs=-1, required=True, type=types.path_text, metavar="INPUT...")
+@click.argument("output", type=path_text)
+@click.argument("inputs", nargs=-1, required=True, type=path_text, metavar="INPUT...")
 def verify(
     console: Console, output: str, inputs: tuple[str, ...], key: str | None, threads: int | None
 ) -> None:

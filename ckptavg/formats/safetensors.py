@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
 from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
-from ckptavg.formats.paths import is_remote
+from ckptavg.formats.parts import is_remote
 from ckptavg.formats.tensors import BY_CODE, Tensor, is_possible
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.merge.jobs import BadValueError, Layout
-    from ckptavg.merge.options import AverageOptions
+    from ckptavg.merge.recipe import AverageOptions
     from ckptavg.merge.weights import Weights
 
 

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.paths import is_remote
+from ckptavg.formats.parts import is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.norm.factories import load_object
 from ckptavg.norm.layers import norm_layers, unwrapped

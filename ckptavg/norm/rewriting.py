@@ -10,12 +10,11 @@ from ckptavg import __version__
 from ckptavg.errors import OutputError, without_notices
 from ckptavg.formats import huggingface
 from ckptavg.formats.checkpoint import PROVENANCE
-from ckptavg.formats.paths import is_remote
+from ckptavg.formats.parts import is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.merge.engine import default_threads
-from ckptavg.merge.options import AverageOptions
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.recipe import Recipe
+from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import encode_provenance, source_entries

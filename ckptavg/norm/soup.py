@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.average import average, open_run, write_averages
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.merge.options import AverageOptions
-from ckptavg.merge.recipe import Recipe, recipes_of
+from ckptavg.merge.recipe import AverageOptions, Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
 from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once

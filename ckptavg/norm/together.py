@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.average import find_recipe, write_averages
 from ckptavg.errors import OutputError
-from ckptavg.merge.options import AverageOptions
+from ckptavg.merge.recipe import AverageOptions
 from ckptavg.norm.files import refresh_checkpoint
 from ckptavg.norm.making import import_all
 from ckptavg.write.temporary import temporary_beside

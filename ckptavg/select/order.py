@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import STEP_FACTS
-from ckptavg.formats.paths import absolute, is_remote
+from ckptavg.formats.parts import absolute, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, printable
-from ckptavg.formats.paths import absolute
+from ckptavg.formats.parts import absolute
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, indices_of_best, metric_in_name, mode_of, read_metrics
 from ckptavg.select.order import timeline

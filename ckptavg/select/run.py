@@ -20,7 +20,7 @@ from ckptavg.formats.checkpoint import (
     without_wrappers,
 )
 from ckptavg.formats.lora_config import scales_beside
-from ckptavg.formats.paths import is_remote, remote_errors
+from ckptavg.formats.parts import is_remote, remote_errors
 from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.select.order import DIGITS, natural_key, relative_names, sort_checkpoints
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats import SUFFIXES
-from ckptavg.formats.parts import ByteSource
-from ckptavg.formats.paths import as_path, is_remote
+from ckptavg.formats.parts import ByteSource, as_path, is_remote
 from ckptavg.write.container import lay_out_container
 from ckptavg.write.directory import lay_out_directory
 from ckptavg.write.safetensors import lay_out_safetensors

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg import __version__
 from ckptavg.errors import SelectionError, VerificationError, printable
-from ckptavg.formats.paths import shown
-from ckptavg.merge.options import AverageOptions
-from ckptavg.merge.recipe import recorded_members
+from ckptavg.formats.parts import shown
+from ckptavg.merge.recipe import AverageOptions, recorded_members
 from ckptavg.merge.weights import Weights
 
 if TYPE_CHECKING:

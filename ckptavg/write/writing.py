@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import CkptAvgError, OutputError, printable
 from ckptavg.formats import huggingface
-from ckptavg.formats.paths import is_remote
+from ckptavg.formats.parts import is_remote
 from ckptavg.merge.engine import execute
 from ckptavg.merge.jobs import BadValueError
 from ckptavg.write.output import Output, followed
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.merge.jobs import Layout
-    from ckptavg.merge.options import Progress
     from ckptavg.merge.plan import Plan
+    from ckptavg.merge.recipe import Progress
 
 
 def write(

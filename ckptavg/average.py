@@ -230,7 +230,7 @@ def write_averages(
     if make_folder is not None:
         folder = make_folder()
         elsewhere = [(folder / path.name, layout) for path, layout in layouts]
-        check_room([(path, layout.size) for path, layout in (*layouts, *elsewhere)])
+        check_room([*layouts, *elsewhere])
         layouts = elsewhere
     if not options.dry_run:
         write(
@@ -334,7 +334,7 @@ def _layout(
     if options.dtype is not None and target.kind == "directory":
         files = with_dtype(last.path, options.dtype) | dict(files)
     layout = lay_out(
-        target, plan.outputs, metadata, last,
+        target, plan.tensors, metadata, last,
         replaced=files, mirrored=plan.weights[number].count > 1,
     )  # fmt: skip
     if options.hash and not any(file.blobs for file in layout.files.values()):
@@ -363,7 +363,7 @@ def _check_outputs(
                 check_parent(path.parent)  # the folder would be made
             else:
                 check_output(path, layout, force=options.force)
-        check_room([(path, layout.size) for path, layout in layouts])
+        check_room(layouts)
     except OutputError as error:
         if not options.dry_run:
             raise

@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 _START_TIMEOUT = timedelta(minutes=5)  # until all processes have arrived
 _WORK_TIMEOUT = timedelta(days=7)  # until the slowest process has done its share
 _FAILED = "ckptavg/failed"  # key in the store that a failing process sets
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
@@ -232,7 +232,7 @@ def is_launched() -> bool:
 
     A process that a training script starts inherits the script's variables, but works alone.
     """
-    if not all(name in os.environ for name in _VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+    if not os.environ.keys() >= _VARIABLES or os.environ["WORLD_SIZE"] == "1":
         return False
     return not _descends_from_rank()
 

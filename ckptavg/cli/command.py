@@ -109,9 +109,12 @@ def fields_of(kind: type, params: Mapping[str, Any], prefix: str = "") -> dict[s
         params: the command's parameters.
         prefix: the field `loader` is the parameter `PREFIXloader`, if there is one.
     """
-    names = [field.name for field in dataclasses.fields(kind)]
-    plain = {name: params[name] for name in names if name in params}
-    return plain | {name: params[prefix + name] for name in names if prefix + name in params}
+    fields = {}
+    for field in dataclasses.fields(kind):
+        for name in (field.name, prefix + field.name):
+            if name in params:
+                fields[field.name] = params[name]
+    return fields
 
 
 # Options that mean something else in these commands than in the table for all commands: with a

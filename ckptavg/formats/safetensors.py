@@ -58,7 +58,6 @@ def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
         raise CkptAvgError(f"cannot read it: {error.strerror or error}", path=path) from error
     tensors = _list_tensors(path, library, _LENGTH + len(header))
     metadata: dict[str, str] = library.metadata() or {}
-    steps = {name: metadata[name] for name in STEP_FACTS if _is_count(metadata.get(name, ""))}
     return Checkpoint(
         path=path,
         container="safetensors",
@@ -66,7 +65,9 @@ def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
         tensors=tensors,
         metadata=metadata,
         digest=hashlib.sha256(header).hexdigest(),
-        facts={name: int(step) for name, step in steps.items()},
+        facts={
+            name: int(metadata[name]) for name in STEP_FACTS if _is_count(metadata.get(name, ""))
+        },
     )
 
 
@@ -116,10 +117,10 @@ def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  
             )
         tensor = Tensor(dtype, shape, 0, offset)
         nbytes = tensor.nbytes
-        tensors.append((offset, nbytes, name, tensor))
+        tensors.append((offset, nbytes, name, tensor))  # no two have the same name
         offset += nbytes
     # The library gives empty tensors at the same place in random order.
-    return {name: tensor for *_, name, tensor in sorted(tensors, key=lambda entry: entry[:3])}
+    return {name: tensor for *_, name, tensor in sorted(tensors)}
 
 
 def _explain(error: SafetensorError, header: bytearray, file_size: int) -> str:

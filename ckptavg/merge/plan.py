@@ -37,20 +37,18 @@ _QUANTISED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the checkpoints, its role, and what is written for it.
+class PlannedTensor(OutputTensor):
+    """A tensor of the outputs, and how it comes from those of the checkpoints.
 
     Attributes:
         name: its name; of tied tensors the first name in the checkpoints.
         tensor: dtype, shape and place in the last checkpoint.
-        role: how the output's tensor comes from those of the checkpoints.
-        output: names, dtype and shape in the output.
+        role: how it comes from those of the checkpoints.
     """
 
     name: str
     tensor: Tensor
     role: Role
-    output: OutputTensor
 
     @property
     def is_copied(self) -> bool:
@@ -62,7 +60,7 @@ class PlannedTensor:
     @property
     def is_variance(self) -> bool:
         """Whether its values must not be negative."""
-        return self.output.names[0].rpartition(".")[2] == "running_var"
+        return self.names[0].rpartition(".")[2] == "running_var"
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,6 @@ class Plan:
     members: tuple[Checkpoint, ...]
     weights: tuple[Weights, ...]
     tensors: tuple[PlannedTensor, ...]
-
-    @property
-    def outputs(self) -> tuple[OutputTensor, ...]:
-        """The tensors that each output has, in order."""
-        return tuple(planned.output for planned in self.tensors)
 
     def last(self, output: int = 0) -> Checkpoint:
         """The last member of an output."""
@@ -124,7 +117,7 @@ class Plan:
         largest = 0
         for planned in self.tensors:
             if any(member.tensors[planned.name].strides is not None for member in self.members):
-                largest = max(largest, planned.output.nbytes)
+                largest = max(largest, planned.nbytes)
         return largest * len(self.weights)
 
     def jobs(self, layouts: Sequence[Layout]) -> Iterator[Job]:
@@ -167,7 +160,7 @@ class Plan:
                 inputs=tuple(_input(member, planned.name) for member in members),
                 count=planned.tensor.nbytes // planned.tensor.dtype.itemsize,
                 copy=planned.is_copied,
-                dtype=planned.output.dtype,
+                dtype=planned.dtype,
                 means=tuple(self._mean(position, output, layouts[output]) for output in outputs),
                 number=position,
             )
@@ -196,7 +189,7 @@ class Plan:
         return ValueRangeError(
             where + error.message,
             path=error.path,
-            tensor=self.tensors[position].output.names[0],
+            tensor=self.tensors[position].names[0],
             remedy="`allow_nonfinite` lets it pass" if error.path is not None else None,
         )
 
@@ -315,8 +308,9 @@ def _planned_tensors(
         is_cast = dtype is not None and tensor.dtype.kind == "float" and not is_extra_state(name)
         target = dtype if dtype is not None and is_cast else tensor.dtype
         nbytes = target.nbytes(tensor.count)
-        output = OutputTensor(tuple(sorted(names)), target, tensor.shape, nbytes)
-        yield PlannedTensor(name, tensor, roles[name], output)
+        yield PlannedTensor(
+            tuple(sorted(names)), target, tensor.shape, nbytes, name, tensor, roles[name]
+        )
 
 
 def tied_names(checkpoints: Sequence[Checkpoint]) -> list[list[str]]:

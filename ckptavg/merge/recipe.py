@@ -226,10 +226,14 @@ def _recipe(
         [str(verdict.checkpoint.path) for verdict in verdicts],
         normalize=options.normalize,
     )
-    used = [place for place, value in enumerate(weights.values) if value != 0]
+    used = [
+        (verdict.checkpoint, value)
+        for verdict, value in zip(verdicts, weights.values, strict=True)
+        if value != 0
+    ]
     if not used:
         raise SelectionError("all weights are zero, so there is nothing to average")
-    members = tuple(verdicts[place].checkpoint for place in used)
+    members, values = zip(*used, strict=True)
     if options.expect is not None and len(members) != options.expect:
         listed = ", ".join(printable(member.name) for member in members)
         raise SelectionError(
@@ -241,7 +245,7 @@ def _recipe(
     if not options.normalize:
         recorded_rules["normalized"] = False
     label = scheme.label if rules.last is None else f"last{rules.last}-{scheme.label}"
-    weights = replace(weights, values=tuple(weights.values[place] for place in used))
+    weights = replace(weights, values=values)
     return Recipe(label, members, weights, scheme.needs_order, recorded_rules)
 
 

@@ -108,7 +108,7 @@ class Rewriting:
         roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
         plan = make_plan([refreshed], [uniform(1)], AverageOptions(), roles=roles)
         mirrored = original.is_average
-        layout = lay_out(self._target, plan.outputs, metadata, original, mirrored=mirrored)
+        layout = lay_out(self._target, plan.tensors, metadata, original, mirrored=mirrored)
         return plan, layout
 
 

@@ -306,6 +306,6 @@ def summarise(
         bytes_written=layout.size,
         memory=_BASE_MEMORY
         + threads * (_THREAD_MEMORY + (len(plan.weights) - 1) * _OUTPUT_MEMORY)
-        + sum(len(planned.output.names) for planned in plan.tensors) * _TENSOR_MEMORY
+        + sum(len(planned.names) for planned in plan.tensors) * _TENSOR_MEMORY
         + plan.largest_strided,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import os
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -148,9 +147,9 @@ def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
 
 def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
     """Raise an error if a file that was read has changed since it was opened."""
-    used = (part for member in plan.members for part in member.parts)
-    copied = (copy.part for layout in layouts for copy in layout.copies)
-    for part in {id(part): part for part in itertools.chain(used, copied)}.values():
+    parts = [part for member in plan.members for part in member.parts]
+    parts += [copy.part for layout in layouts for copy in layout.copies]
+    for part in dict.fromkeys(parts):
         part.check_unchanged()
 
 
@@ -158,7 +157,7 @@ def _bytes_made(plan: Plan, layout: Layout) -> int:
     """Bytes of an output that the engine writes: tensors, and what is copied."""
     return sum(copied.size for copied in layout.copies) + sum(
         tensor.nbytes * (len(targets) + len(layout.scattered.get(position, ())))
-        for position, (tensor, targets) in enumerate(zip(plan.outputs, layout.targets, strict=True))
+        for position, (tensor, targets) in enumerate(zip(plan.tensors, layout.targets, strict=True))
     )
 
 
@@ -176,7 +175,7 @@ def check_output(path: Path, layout: Layout, *, force: bool) -> None:
         _check_directory(path, layout.files, force=force)
     else:
         check_file(path, force=force)
-    check_room([(path, layout.size)])
+    check_room([(path, layout)])
 
 
 def check_file(path: Path, *, force: bool) -> None:
@@ -260,16 +259,16 @@ def check_parent(path: Path) -> None:
         raise OutputError(f"{printable(path.parent)} is not to be written to", path=path)
 
 
-def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
-    """Check that each file system has room for all outputs on it, given by path and size in bytes.
+def check_room(outputs: Iterable[tuple[Path, Layout]]) -> None:
+    """Check that each file system has room for all outputs on it.
 
     Raises:
         OutputError: a file system has not.
     """
     by_device: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for path, size in outputs:
+    for path, layout in outputs:
         with contextlib.suppress(OSError):
-            by_device[followed(path).parent.stat().st_dev].append((path, size))
+            by_device[followed(path).parent.stat().st_dev].append((path, layout.size))
     for group in by_device.values():
         path, needed = group[0][0], sum(size for _, size in group)
         free = _free_bytes(followed(path).parent)

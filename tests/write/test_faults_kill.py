@@ -7,17 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptavg.merge.engine import execute
-from ckptavg.merge.jobs import Job
 from tests.faults import Fault, environment, tree, why_not
 from tests.faults_scenes import (
     EVERY_OR_SOME,
@@ -102,37 +98,6 @@ def test_interrupted_while_it_reads_it_leaves_what_was_there(stage):
         assert stage.left_in(root) == []
         assert stage.output(root) == stage.old
         stage.clear(root)
-
-
-class TerminatedError(Exception):
-    """What a signal's handler raises."""
-
-
-def test_a_signal_while_a_thread_starts_leaves_none_at_work(monkeypatch):
-    """Its descriptor is closed next, and the number may then be another file's."""
-    start: Callable[[threading.Thread], None] = threading.Thread.start
-    started = []
-
-    def start_and_be_told_to_end(thread: threading.Thread) -> None:
-        start(thread)
-        started.append(thread)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def raise_it(*_: object) -> None:
-        raise TerminatedError
-
-    def jobs() -> Iterator[Job]:
-        time.sleep(0.3)
-        yield from ()
-
-    before = signal.signal(signal.SIGTERM, raise_it)
-    monkeypatch.setattr(threading.Thread, "start", start_and_be_told_to_end)
-    try:
-        with pytest.raises(TerminatedError):
-            list(execute(jobs(), [], 2))
-        assert [thread.is_alive() for thread in started] == [False]
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def command(root: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -22,7 +22,7 @@ from ckptavg.merge.recipe import AverageOptions, find_base, fold, options_as_key
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.select.order import relative_names, sort_checkpoints
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
-from ckptavg.write.digests import digests_by_checkpoint, hash_files
+from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.directory import with_dtype
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import Summary, encode_provenance, provenance, summarise
@@ -216,8 +216,7 @@ def write_averages(
     if options.hash and not options.dry_run:
         for _, target in averages:  # before minutes of hashing
             check_vacant(target.path, force=options.force)
-        digests = hash_files(members, threads, options.hash_progress, options.ranks)
-        hashes = digests_by_checkpoint(members, digests)
+        hashes = hash_checkpoints(members, threads, options.hash_progress, options.ranks)
     layouts = []
     for number, (recipe, target) in enumerate(averages):
         entry = provenance(
@@ -354,8 +353,9 @@ def _check_outputs(
     Raises:
         OutputError: one of them cannot. A dry run logs a warning instead.
     """
-    replaceable = run.base.parts if run.base is not None and options.force else ()
-    inputs = set(run.files) - {part.path for part in replaceable}
+    inputs = set(run.files)
+    if run.base is not None and options.force:
+        inputs -= {part.path for part in run.base.parts}
     try:
         for path, layout in layouts:
             refuse_own_input(path, inputs)

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _USER = re.compile(r"(://)[^/\s]*@")
 # The query is optional here. If it were required, a name full of `://` would take quadratic time.
 _QUERY = re.compile(r"(://[^?\n]*)(?:\?\S*)?")
-_LONGEST_NAME = 300
+_LONGEST_NAME, _MOST_LISTED = 300, 5
 
 
 def printable(name: object) -> str:
@@ -24,6 +24,13 @@ def printable(name: object) -> str:
     text = _QUERY.sub(r"\1", _USER.sub(r"\1", str(name)))
     text = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first of several names for a message, and how many more there are."""
+    every = list(map(printable, names))
+    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
+    return ", ".join(every[:_MOST_LISTED]) + more
 
 
 @contextlib.contextmanager

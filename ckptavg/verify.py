@@ -30,7 +30,7 @@ from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.select.run import Run, find_candidates
-from ckptavg.write.digests import digests_by_checkpoint, hash_files
+from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.provenance import Record
 from ckptavg.write.temporary import temporary_beside
 
@@ -101,7 +101,7 @@ def verify(
         )
     members = _find_members(paths, record)
     hashed = _check_hashes(members, record, threads, hash_progress)
-    if record.is_update:
+    if record.options.update:
         raise VerificationError(
             "was made with update from an earlier average, whose rounding cannot be repeated "
             "(its members are those that it records)",
@@ -202,9 +202,9 @@ def _check_hashes(
     """
     pairs = zip(members, record.members, strict=True)
     wanted = {member: entry["sha256"] for member, entry in pairs if entry.get("sha256")}
-    hashes = hash_files(tuple(wanted), threads or default_threads(wanted), progress)
+    hashes = hash_checkpoints(tuple(wanted), threads or default_threads(wanted), progress)
     faults = []
-    for member, digests in digests_by_checkpoint(tuple(wanted), hashes).items():
+    for member, digests in hashes.items():
         recorded = wanted[member]
         if digests == recorded:
             continue

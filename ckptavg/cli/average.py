@@ -188,8 +188,9 @@ def _say(console: Console, summary: Summary, output: str) -> None:
         console.say_table([_row(*row) for row in rows])
     verb = "averaged" if summary.written else "would average"
     scheme = "" if summary.scheme == "uniform" else f" ({summary.scheme})"
-    names = [printable(member.name) for member in (members[0], members[-1])]
-    span = " to ".join(names if len(members) > 1 else names[:1])
+    span = printable(members[0].name)
+    if len(members) > 1:
+        span += f" to {printable(members[-1].name)}"
     console.say(f"{verb} {plural(len(members), 'checkpoint')}{scheme}: {span}")
     roles = ", ".join(f"{count:,} {_ROLES[role]}" for role, count in summary.roles.items())
     console.say(f"  {plural(summary.tensors, 'tensor')}: {roles}")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = "ckptavg"
 _PIECE = 1 << 20
-# Prefixes that torch.compile and Lightning's strategies give to all names.
-_WRAPPERS = ("_orig_mod.", "_forward_module.")
+# Prefixes that DistributedDataParallel, torch.compile and Lightning's strategies give to all names.
+_WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 STEP_FACTS = ("global_step", "step", "epoch")
 SAMPLE_BYTES = 512
 _SAMPLES_OF_FINGERPRINT = 32
@@ -223,19 +223,15 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         The checkpoint and the prefix that was removed; empty where there was none.
     """
     wrapper, names = "", list(checkpoint.tensors)
-    while names:
-        others = [name for name in names if name != f"{wrapper}n_averaged"]
-        if others and all(name.startswith(f"{wrapper}module.") for name in others):
-            names, wrapper = others, f"{wrapper}module."
-            continue
-        inner = [
-            prefix
-            for prefix in _WRAPPERS
-            if all(name.startswith(wrapper + prefix) for name in names)
-        ]
-        if not inner:
+    while True:
+        for prefix in _WRAPPERS:
+            counter = f"{wrapper}n_averaged" if prefix == "module." else None
+            inside = [name for name in names if name != counter]
+            if inside and all(name.startswith(wrapper + prefix) for name in inside):
+                wrapper, names = wrapper + prefix, inside
+                break
+        else:
             break
-        wrapper += inner[0]
     if not wrapper:
         return checkpoint, ""
     prefix = "" if keep_prefix else wrapper

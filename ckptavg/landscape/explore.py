@@ -17,6 +17,7 @@ from ckptavg.errors import (
     OutputError,
     RefreshError,
     SelectionError,
+    listed,
     printable,
 )
 from ckptavg.formats import open_checkpoint
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
-_MOST_SHOWN = 5
 
 Progress = Callable[[int, int | None], None]
 """Called with the points evaluated since the last call, and with how many there will be."""
@@ -151,7 +151,7 @@ class Explorer:
         if left:
             log.warning(
                 "not moved, since no floating tensor of the checkpoint is it: %s",
-                ", ".join(map(printable, left[:_MOST_SHOWN])),
+                listed(left),
             )
         return list(first_names.values()), aliases
 

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -215,8 +216,8 @@ class _Worker:
             return sum(self._write(job, mean, start, values) for mean in job.means)
         chunk = _Chunk(
             job,
-            lambda entry: self._read(entry, start, count),
-            lambda purpose, dtype: self._buffer(purpose, count, dtype),
+            partial(self._read, start=start, count=count),
+            partial(self._buffer, count=count),
             start,
             self._allow_nonfinite,
         )
@@ -225,7 +226,7 @@ class _Worker:
             for mean, total in zip(job.means, chunk.sums(), strict=True)
         )
 
-    def _buffer(self, purpose: str, count: int, dtype: np.dtype[Any]) -> AnyArray:
+    def _buffer(self, purpose: str, dtype: np.dtype[Any], count: int) -> AnyArray:
         """Uninitialised memory for `count` values: the same memory for the same purpose."""
         held, size = self._buffers.get(purpose), count * dtype.itemsize
         if held is None or held.nbytes < size:
@@ -236,7 +237,7 @@ class _Worker:
 
     def _read(self, entry: Input, start: int, count: int) -> AnyArray:
         dtype = entry.tensor.dtype
-        values = self._buffer("raw", count, dtype.numpy)
+        values = self._buffer("raw", dtype.numpy, count)
         entry.part.read_into(entry.tensor.offset + start * dtype.itemsize, bytes_of(values))
         return values
 

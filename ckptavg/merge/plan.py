@@ -174,7 +174,7 @@ class Plan:
             targets=layout.targets[position],
             output=output,
             scattered=layout.scattered.get(position, ()),
-            nonnegative=planned.is_variance and min(weights.values) < 0,
+            nonnegative=min(weights.values) < 0 and planned.is_variance,
             must_be_finite=not averaged and weights.count > 1,
         )
 
@@ -266,14 +266,17 @@ def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict
     """
     first, *others = members
     roles: dict[str, Role] = {}
+    integers: list[str] = []
     for name, tensor in first.tensors.items():
         if is_extra_state(name) or (options.norm_stats == "last" and is_norm_statistic(name)):
             roles[name] = "last"
         elif options.lora == "exact" and is_lora_factor(name):
             roles[name] = "joined"
+        elif tensor.dtype.averaged:
+            roles[name] = "averaged"
         else:
-            roles[name] = "averaged" if tensor.dtype.averaged else "kept"
-    integers = [name for name, role in roles.items() if role == "kept"]
+            roles[name] = "kept"
+            integers.append(name)
     problems: dict[str, str] = {}
     for other in others:
         for name in differing_tensors(integers, first, other):

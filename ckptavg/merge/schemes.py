@@ -27,19 +27,22 @@ class Scheme:
     Attributes:
         name: the text that names it, such as `ema:0.9`; `explicit` and `by-path` for numbers of the
             user.
-        label: its part in a file name: `ema0.9`, `decay-cosine`.
         formula: computes the weights from the steps, the paths and whether to normalise.
         needs_steps: whether the weights depend on the checkpoints' steps.
         needs_order: whether the weights depend on the order of the checkpoints.
     """
 
     name: str
-    label: str
     formula: Callable[[Sequence[float], Sequence[str], bool], Weights] = field(
         repr=False, compare=False
     )
     needs_steps: bool = False
     needs_order: bool = True
+
+    @property
+    def label(self) -> str:
+        """Its part in a file name: `ema0.9`, `decay-cosine`."""
+        return self.name.replace("decay:", "decay-").replace(":", "")
 
     def weights(
         self, steps: Sequence[float] | None, paths: Sequence[str], *, normalize: bool = True
@@ -97,7 +100,7 @@ def parse(text: str) -> tuple[Scheme, ...]:
         raise SelectionError(
             f"weights {text!r} mix schemes, numbers and paths", remedy=f"they are {KNOWN}"
         )
-    schemes = tuple(_named(part) for part in parts)
+    schemes = tuple(map(_named, parts))
     [(scheme, times)] = Counter(schemes).most_common(1)
     if times > 1:
         raise SelectionError(f"weights {text!r} have {scheme.name} twice")
@@ -129,7 +132,6 @@ def _explicit(numbers: Sequence[float]) -> Scheme:
     values = formulas.explicit(numbers, len(numbers), normalize=False).values
     return Scheme(
         "explicit",
-        "explicit",
         lambda _, paths, normalize: formulas.explicit(values, len(paths), normalize=normalize),
         needs_order=len(set(values)) > 1,
     )
@@ -137,7 +139,6 @@ def _explicit(numbers: Sequence[float]) -> Scheme:
 
 def _by_path(pairs: Sequence[tuple[str, float]]) -> Scheme:
     return Scheme(
-        "by-path",
         "by-path",
         lambda _, paths, normalize: formulas.by_path(pairs, paths, normalize=normalize),
         needs_order=False,
@@ -154,13 +155,11 @@ def _named(text: str) -> Scheme:
     if (name, colon) == ("uniform", ""):
         return Scheme(
             name,
-            name,
             lambda _, paths, normalize: formulas.uniform(len(paths), normalize=normalize),
             needs_order=False,
         )
     if (name, colon) == ("linear", ""):
         return Scheme(
-            name,
             name,
             lambda _, paths, normalize: formulas.linear(len(paths), normalize=normalize),
         )
@@ -169,7 +168,6 @@ def _named(text: str) -> Scheme:
         formulas.ema(1, rate)
         return Scheme(
             f"ema:{format_number(rate)}",
-            f"ema{format_number(rate)}",
             lambda _, paths, __: formulas.ema(len(paths), rate),
         )
     if name == "power" and argument:
@@ -177,7 +175,6 @@ def _named(text: str) -> Scheme:
         formulas.power_exponent(width)
         return Scheme(
             f"power:{format_number(width)}",
-            f"power{format_number(width)}",
             lambda steps, _, __: formulas.power(steps, width),
             needs_steps=True,
         )
@@ -185,7 +182,6 @@ def _named(text: str) -> Scheme:
         formulas.decay(1, argument)
         return Scheme(
             f"decay:{argument}",
-            f"decay-{argument}",
             lambda _, paths, __: formulas.decay(len(paths), argument),
             needs_order=argument != "linear",
         )

@@ -43,7 +43,7 @@ class Weights:
     @property
     def count(self) -> int:
         """The number of checkpoints with a weight other than 0."""
-        return sum(value != 0 for value in self.values)
+        return len(self.values) - self.values.count(0)
 
     @property
     def last(self) -> int:

@@ -7,15 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import RefreshError, printable
+from ckptavg.errors import RefreshError, listed, printable
 
 if TYPE_CHECKING:
     from ckptavg.norm.estimators import WeightedMoments
     from ckptavg.norm.feeding import Fingerprint
 
 log = logging.getLogger("ckptavg")
-
-_SHOWN = 5
 
 
 @dataclass
@@ -80,8 +78,7 @@ class Found:
                 "left out %d batches for NaN or Inf, first in layer %s: %s",
                 len(self.nonfinite),
                 printable(repr(self.culprit)),
-                ", ".join(f"number {number}" for number in self.nonfinite[:_SHOWN])
-                + (" and more" if len(self.nonfinite) > _SHOWN else ""),
+                listed(f"number {number}" for number in self.nonfinite),
             )
         if self.batches:
             return

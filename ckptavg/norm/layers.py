@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ckptavg.errors import RefreshError, printable
+from ckptavg.errors import RefreshError, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +20,6 @@ log = logging.getLogger("ckptavg")
 
 NormLayer = _BatchNorm | _InstanceNorm
 """A layer of torch's, or of a class derived from it, that may track statistics."""
-
-_SHOWN = 5
 
 
 def norm_layers(model: torch.nn.Module) -> dict[str, NormLayer]:
@@ -77,7 +75,7 @@ def chosen_layers(
     if len(taken) < len(found):
         left = [name for name in found if name not in taken]
         log.info(
-            "%d norm layers keep their statistics, as asked: %s", len(left), _some(map(repr, left))
+            "%d norm layers keep their statistics, as asked: %s", len(left), listed(map(repr, left))
         )
     _refuse_impossible(taken)
     return taken
@@ -111,7 +109,7 @@ def _matching(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
         matches = [name for name in names if pattern.search(name)]
         if not matches:
             raise RefreshError(
-                f"no norm layer matches {expression!r}; they are {_some(map(repr, names))}"
+                f"no norm layer matches {expression!r}; they are {listed(map(repr, names))}"
             )
         found.update(matches)
     return found
@@ -160,19 +158,12 @@ def _speak_of_others(model: torch.nn.Module, known: Mapping[str, NormLayer]) -> 
     ):
         if kinds:
             named = [f"{name!r} ({kind})" for name, kind in kinds.items()]
-            say("%d layers keep their running statistics, %s: %s", len(kinds), which, _some(named))
+            say("%d layers keep their running statistics, %s: %s", len(kinds), which, listed(named))
 
 
 def _holds_statistics(module: torch.nn.Module) -> bool:
     buffers = dict(module.named_buffers(recurse=False))
     return any(name in buffers for name in ("running_mean", "running_var"))
-
-
-def _some(texts: Iterable[str]) -> str:
-    """The first few, for one line."""
-    every = [printable(text) for text in texts]
-    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return ", ".join(every[:_SHOWN]) + more
 
 
 def is_aggregating(module: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from ckptavg.errors import SelectionError, printable
+from ckptavg.errors import SelectionError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -143,7 +143,6 @@ Reading = Literal["used", "next"]
 """The rate that a trainer records: the one used in the last update, or the next one."""
 
 _ALTERNATIVES = "choose by cycle, steps or every instead"
-_MOST_NAMED = 5
 _UNSURE = "it cannot be told whether the learning rate in %s is the one used or the next one"
 _NEXT = "the learning rate in %s is the next one, and the one used is not recorded"
 
@@ -182,7 +181,7 @@ def rates_and_minima(
         used, following = (_last_rates(checkpoints, which) for which in get_args(Reading))
         if _chosen(used) != _chosen(following):
             raise SelectionError(
-                f"{_UNSURE % _listed(unsure)}, and the choice depends on it",
+                f"{_UNSURE % listed(unsure)}, and the choice depends on it",
                 remedy="set `lr_recorded` to 'used' if the trainer saves before scheduler.step(), "
                 "or to 'next' if after it",
             )
@@ -239,12 +238,7 @@ def _report_doubts(names: Sequence[str], rates: Sequence[_Rate]) -> None:
     for doubt, level in ((_UNSURE, logging.WARNING), (_NEXT, logging.INFO)):
         doubtful = [name for name, rate in zip(names, rates, strict=True) if rate.doubt == doubt]
         if doubtful:
-            log.log(level, "%s: the recorded one counts", doubt % _listed(doubtful))
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(printable, names[:_MOST_NAMED]))
-    return f"{shown} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else shown
+            log.log(level, "%s: the recorded one counts", doubt % listed(doubtful))
 
 
 def _last_rates(checkpoints: Sequence[Checkpoint], recorded: Reading | None) -> list[_Rate]:
@@ -275,7 +269,7 @@ def _last_rates(checkpoints: Sequence[Checkpoint], recorded: Reading | None) -> 
         if steps is not None and training.learning_rate is not None:
             earlier[steps] = training.learning_rate
     if missing:
-        what = f"{_listed(missing)} record no" if rates else "none of the checkpoints records a"
+        what = f"{listed(missing)} record no" if rates else "none of the checkpoints records a"
         raise SelectionError(f"{what} learning rate", remedy=_ALTERNATIVES)
     return rates
 

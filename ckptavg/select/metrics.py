@@ -9,7 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Literal
 
-from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.errors import FormatError, SelectionError, listed, printable
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import open_source
 
@@ -39,7 +39,6 @@ _NUMBER = r"[-+]?(?>\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
 _ATTACHED_NUMBER = r"(?>\d+\.\d+(?:e[-+]?\d+)?|\d+(?![-_=]?\d))"
 _END_OF_WORD = re.compile(r"[a-z][\W_]", re.IGNORECASE)
 _LARGEST_FILE = 64 << 20
-_MOST_NAMED = 10
 
 
 def mode_of(name: str) -> Mode | None:
@@ -142,8 +141,9 @@ def _column(path: Path, rows: list[tuple[str, object]], metric: str) -> list[tup
         raise FormatError("has values beside objects with metrics", path=path)
     known = sorted({key for _, table in tables for key in table})
     if metric not in known:
-        listed = ", ".join(map(printable, known[:_MOST_NAMED]))
-        raise SelectionError(f"has no metric {printable(metric)}; there are: {listed}", path=path)
+        raise SelectionError(
+            f"has no metric {printable(metric)}; there are: {listed(known)}", path=path
+        )
     return [(name, table.get(metric)) for name, table in tables]
 
 

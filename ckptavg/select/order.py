@@ -14,7 +14,7 @@ from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.formats.parts import absolute, is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -62,17 +62,15 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         SelectionError: not all checkpoints have that unit.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    restarts = _steps_restart(checkpoints)
-    recorded = {
-        fact: tuple(int(checkpoint.facts[fact]) for checkpoint in checkpoints)
-        for fact in STEP_FACTS
-        if all(fact in checkpoint.facts for checkpoint in checkpoints)
-        and not (fact == "step" and restarts)
-    }
-    if unit is None:
-        unit = next(iter(recorded), "number")
-    if unit in recorded:
-        steps = recorded.pop(unit)
+    facts = [checkpoint.facts for checkpoint in checkpoints]
+    units = [fact for fact in STEP_FACTS if all(fact in each for each in facts)]
+    restarts = "step" in units and "epoch" in units and _steps_restart(facts)
+    if restarts:
+        units.remove("step")
+    unit = unit or next(iter(units), "number")
+    if unit in units:
+        steps = tuple(int(each[unit]) for each in facts)
+        units.remove(unit)
     elif unit == "number":
         return Timeline(unit, steps_in_names(names) or ())
     else:
@@ -81,11 +79,11 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
             lacking = [each.name for each in checkpoints if unit not in each.facts]
             why = f"{printable(lacking[0])} does not" if lacking else "it begins anew in each epoch"
             raise SelectionError(f"not all checkpoints record the {unit}: {why}")
-        steps, recorded = named, {}
+        steps, units = named, []
     from_zero = unit == "epoch" and (
         0 in steps or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
     )
-    return Timeline(unit, steps, from_zero, tuple(recorded))
+    return Timeline(unit, steps, from_zero, tuple(units))
 
 
 def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint], bool]:
@@ -112,11 +110,8 @@ def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint
     return ordered, known or _differ_in_numbers_only(names)
 
 
-def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
+def _steps_restart(facts: Sequence[Mapping[str, float]]) -> bool:
     """Whether the recorded `step` starts again in each epoch."""
-    facts = [checkpoint.facts for checkpoint in checkpoints]
-    if not all({"epoch", "step"} <= each.keys() for each in facts):
-        return False
     pairs = sorted((each["epoch"], each["step"]) for each in facts)
     return any(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(pairs))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import SelectionError, printable
+from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.parts import absolute
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, indices_of_best, metric_in_name, mode_of, read_metrics
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _PERCENT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*%", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})(?::(\d{1,18}))?", re.ASCII)
-_MOST_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +164,8 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
     times = timeline(run.checkpoints, rules.unit)
     verdicts = [Verdict(checkpoint, times.unit) for checkpoint in run.checkpoints]
     # The timeline has no steps if a checkpoint lacks one.
-    for verdict, step, done in zip(verdicts, times.steps, times.done, strict=False):
-        verdict.step, verdict.done = step, done
+    for verdict, step in zip(verdicts, times.steps, strict=False):
+        verdict.step, verdict.done = step, step + times.from_zero
     start = 0
     if rules.start is not None:
         start = _apply_start(verdicts, times, str(rules.start).strip())
@@ -309,7 +308,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     values = [verdict.metric for verdict in left]
     if all(value is None for value in values):
         names = {name for each in verdicts for name in each.checkpoint.training.metrics}
-        known = ", ".join(map(printable, sorted(names)[:_MOST_NAMED]))
+        known = listed(sorted(names))
         raise SelectionError(
             f"none of the checkpoints has the metric {printable(metric)}",
             remedy=(f"recorded are: {known}; " if known else "")

@@ -11,7 +11,7 @@ from ckptavg.distributed import ALONE, Ranks
 from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _PIECE = 1 << 20
 
 
-def hash_files(
+def hash_checkpoints(
     checkpoints: Sequence[Checkpoint],
     threads: int,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
-) -> dict[Path, str]:
-    """SHA-256 of each file that has tensors of the checkpoints, in hex, as `sha256sum` prints it.
+) -> dict[Checkpoint, Digests]:
+    """SHA-256 of each checkpoint's file with tensors, or of each of its files by name.
 
     Args:
         checkpoints: the checkpoints.
@@ -35,10 +35,23 @@ def hash_files(
         progress: called with the bytes read since the last call, and with those of all files.
         ranks: the processes that share the work; each returns the digests of all files.
     """
-    if ranks.size > 1:
-        share = hash_files(checkpoints[ranks.rank :: ranks.size], threads, progress)
-        return {path: digest for hashes in ranks.gather(share) for path, digest in hashes.items()}
-    paths = sorted({path for checkpoint in checkpoints for path in _files(checkpoint)}, key=str)
+    share = [path for each in checkpoints[ranks.rank :: ranks.size] for path in _files(each)]
+    hashes: dict[Path, str] = {}
+    for part in ranks.gather(_hash_files(sorted(set(share), key=str), threads, progress)):
+        hashes |= part
+    digests: dict[Checkpoint, Digests] = {}
+    for checkpoint in checkpoints:
+        path = checkpoint.path
+        names = {file.relative_to(path).as_posix(): file for file in _files(checkpoint)}
+        by_name = {name: hashes[file] for name, file in names.items()}
+        digests[checkpoint] = hashes.get(path, by_name)
+    return digests
+
+
+def _hash_files(
+    paths: Sequence[Path], threads: int, progress: Callable[[int, int], None] | None
+) -> dict[Path, str]:
+    """SHA-256 of files in hex, as `sha256sum` prints it."""
     files = [open_source(path) for path in paths]
     total, stopping, turn = sum(file.size for file in files), Event(), Lock()
 
@@ -61,25 +74,6 @@ def hash_files(
         except BaseException:
             stopping.set()  # else the other threads would be waited for
             raise
-
-
-def digests_by_checkpoint(
-    checkpoints: Sequence[Checkpoint], hashes: Mapping[Path, str]
-) -> dict[Checkpoint, Digests]:
-    """For each checkpoint the SHA-256 of its file, or that of each of its files by name.
-
-    Args:
-        checkpoints: the checkpoints.
-        hashes: SHA-256 of all their files.
-    """
-    digests: dict[Checkpoint, Digests] = {}
-    for checkpoint in checkpoints:
-        path = checkpoint.path
-        names = {file.relative_to(path).as_posix(): file for file in _files(checkpoint)}
-        digests[checkpoint] = (
-            hashes[path] if path in hashes else {name: hashes[file] for name, file in names.items()}
-        )
-    return digests
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:

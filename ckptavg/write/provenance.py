@@ -165,11 +165,6 @@ class Record:
         return self.scheme == "none"
 
     @property
-    def is_update(self) -> bool:
-        """Whether it was made from an earlier average."""
-        return self.options.update
-
-    @property
     def remedy(self) -> str | None:
         """What to say where a value differs."""
         if self.version == __version__:
@@ -201,8 +196,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 _BASE_MEMORY = 38 << 20
 _THREAD_MEMORY = 5 << 20
 _TENSOR_MEMORY = 1500
-# The sum of a chunk for each further output.
-_OUTPUT_MEMORY = 8 * 64 * 1024
+_OUTPUT_MEMORY = 8 * 64 * 1024  # the sum of a chunk for each further output
 
 
 @dataclass(frozen=True)
@@ -306,6 +300,6 @@ def summarise(
         bytes_written=layout.size,
         memory=_BASE_MEMORY
         + threads * (_THREAD_MEMORY + (len(plan.weights) - 1) * _OUTPUT_MEMORY)
-        + sum(len(planned.names) for planned in plan.tensors) * _TENSOR_MEMORY
+        + len(plan.tensors) * _TENSOR_MEMORY
         + plan.largest_strided,
     )

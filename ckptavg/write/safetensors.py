@@ -28,10 +28,8 @@ def lay_out_safetensors(
         OutputError: the format has no such dtype or name, or the header grows too long.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    starts: list[list[int]] = []
     size = 0
     for tensor in tensors:
-        starts.append([])
         for name in tensor.names:
             _check(path, name, tensor, header)
             header[name] = {
@@ -39,7 +37,6 @@ def lay_out_safetensors(
                 "shape": tensor.shape,
                 "data_offsets": (size, size + tensor.nbytes),
             }
-            starts[-1].append(size)
             size += tensor.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -47,7 +44,11 @@ def lay_out_safetensors(
         raise OutputError(f"its header would be {len(text)} bytes long", path=path)
     begin = _LENGTH + len(text)
     file = FileLayout(begin + size, ((0, len(text).to_bytes(_LENGTH, "little") + text),))
-    return Layout({"": file}, tuple(tuple(begin + start for start in each) for each in starts))
+    targets = []
+    for tensor in tensors:
+        targets.append(tuple(begin + number * tensor.nbytes for number in range(len(tensor.names))))
+        begin += tensor.nbytes * len(tensor.names)
+    return Layout({"": file}, tuple(targets))
 
 
 def _check(path: Path, name: str, tensor: OutputTensor, taken: Container[str]) -> None:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import CkptAvgError, OutputError, printable
+from ckptavg.errors import CkptAvgError, OutputError, listed, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.parts import is_remote
 from ckptavg.merge.engine import execute
@@ -56,8 +56,8 @@ def write(
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
         OutputError: an output cannot be written.
     """
-    layouts = [layout for _, layout in outputs]
-    total = sum(_bytes_made(plan, layout) for layout in layouts)
+    _, layouts = zip(*outputs, strict=True)
+    total = _bytes_made(plan, layouts)
     with contextlib.ExitStack() as stack:
         sinks = _open(stack, plan, outputs, force=force, fsync=fsync, ranks=ranks)
         written = 0
@@ -153,16 +153,15 @@ def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
         part.check_unchanged()
 
 
-def _bytes_made(plan: Plan, layout: Layout) -> int:
-    """Bytes of an output that the engine writes: tensors, and what is copied."""
-    return sum(copied.size for copied in layout.copies) + sum(
-        tensor.nbytes * (len(targets) + len(layout.scattered.get(position, ())))
-        for position, (tensor, targets) in enumerate(zip(plan.tensors, layout.targets, strict=True))
-    )
-
-
-_SHOWN = 3
-"""Names that a message lists of many."""
+def _bytes_made(plan: Plan, layouts: Sequence[Layout]) -> int:
+    """Bytes of the outputs that the engine writes: tensors, and what is copied."""
+    made = 0
+    for layout in layouts:
+        made += sum(copied.size for copied in layout.copies)
+        for position, tensor in enumerate(plan.tensors):
+            places = len(layout.targets[position]) + len(layout.scattered.get(position, ()))
+            made += tensor.nbytes * places
+    return made
 
 
 def check_output(path: Path, layout: Layout, *, force: bool) -> None:
@@ -200,10 +199,8 @@ def _check_directory(path: Path, names: Collection[str], *, force: bool) -> None
     check_vacant(path, force=force)
     present = _entries(folder)
     if strangers := _strangers(folder, names) if present else []:
-        shown = ", ".join(map(printable, strangers[:_SHOWN]))
-        more = f" and {len(strangers) - _SHOWN} more" if len(strangers) > _SHOWN else ""
         raise OutputError(
-            f"holds what the output would not bring ({shown}{more}), and would be replaced",
+            f"holds what the output would not bring ({listed(strangers)}), and would be replaced",
             path=path,
             remedy="choose another output",
         )

@@ -155,9 +155,9 @@ class TestForce:
     def test_names_some_of_many_and_counts_the_rest(self, ckpts, tmp_path):
         out = tmp_path / "out"
         out.mkdir()
-        for number in range(5):
+        for number in range(8):
             (out / f"mine_{number}\n").touch()
-        assert "(mine_0\\n, mine_1\\n, mine_2\\n and 2 more)" in refusal(ckpts, out)
+        assert "(mine_0\\n, mine_1\\n, mine_2\\n, mine_3\\n, mine_4\\n and 3 more)" in refusal(ckpts, out)
 
     def test_keeps_the_modes(self, ckpts, tmp_path):
         out = tmp_path / "out"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckptavg.average import average as average
     from ckptavg.average import average_many as average_many
+    from ckptavg.batchnorm.refresh import refresh_norm as refresh_norm
     from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
-    from ckptavg.norm.refresh import refresh_norm as refresh_norm
     from ckptavg.select.rules import Selection as Selection
     from ckptavg.verify import verify as verify
 
@@ -31,7 +31,7 @@ __all__ = [
 _MODULES = {
     "average": "ckptavg.average",
     "average_many": "ckptavg.average",
-    "refresh_norm": "ckptavg.norm.refresh",
+    "refresh_norm": "ckptavg.batchnorm.refresh",
     "verify": "ckptavg.verify",
     "Ranks": "ckptavg.distributed",
     "Selection": "ckptavg.select.rules",

@@ -168,7 +168,7 @@ def average(
             _say(console, summary, output)
             console.result(summary)
         else:
-            from ckptavg.norm.together import average_and_refresh
+            from ckptavg.batchnorm.together import average_and_refresh
 
             with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
                 summary, report = average_and_refresh(

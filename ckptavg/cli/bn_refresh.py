@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ckptavg.norm.judging import Judge
-    from ckptavg.norm.report import Verdict
+    from ckptavg.batchnorm.report import Verdict
+    from ckptavg.evaluation.judging import Judge
 
 _EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = parse("""
 --eval-loader SPEC           Held-out batches, to evaluate with before and after the refresh.
@@ -74,8 +74,8 @@ def bn_refresh(
     running statistics stay as they are, byte for byte. Under `torchrun --no-python` the processes
     share the pass.
     """
-    from ckptavg.norm.files import refresh_checkpoint
-    from ckptavg.norm.report_file import ReportFile
+    from ckptavg.batchnorm.files import refresh_checkpoint
+    from ckptavg.batchnorm.report_file import ReportFile
 
     keywords = ("key", "in_place", "container", "max_shard_size", "force", "fsync")
     with console.ranks() as ranks:
@@ -100,8 +100,8 @@ def _judge(params: Mapping[str, Any]) -> Judge | None:
     """What evaluates the checkpoint before and after; None without held-out batches."""
     if params["eval_loader"] is None:
         return None
-    from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.judging import Judge
+    from ckptavg.evaluation.evaluate import EvaluationOptions
+    from ckptavg.evaluation.judging import Judge
 
     fields = fields_of(EvaluationOptions, params, prefix="eval_")
     for limit in ("max_samples", "max_batches"):  # of the refresh

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ckptavg.norm.evaluate import Evaluation
+    from ckptavg.evaluation.evaluate import Evaluation
 
 
 @click.command(
@@ -42,8 +42,8 @@ def evaluate(
     code, which is imported and run; batches are (inputs, targets). `average --best N --metrics
     FILE` reads what --json prints.
     """
-    from ckptavg.norm.evaluate import evaluate as run
-    from ckptavg.norm.evaluate import winners
+    from ckptavg.evaluation.evaluate import evaluate as run
+    from ckptavg.evaluation.evaluate import winners
 
     rules, evaluation = options.candidate_rules(params), options.evaluation_options(params)
     with console.others_to_stderr(), console.progress("evaluating", "checkpoint") as progress:

@@ -167,9 +167,9 @@ def _run(
 
 
 def _explore_options(params: Mapping[str, Any]) -> ExploreOptions:
+    from ckptavg.batchnorm.options import RefreshOptions
+    from ckptavg.evaluation.evaluate import EvaluationOptions
     from ckptavg.landscape.explore import ExploreOptions
-    from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.options import RefreshOptions
 
     refresh = RefreshOptions(**fields_of(RefreshOptions, params)) if params["refresh"] else None
     evaluation = EvaluationOptions(**{**fields_of(EvaluationOptions, params), "refresh": refresh})

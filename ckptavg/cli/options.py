@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.options import RefreshOptions
+    from ckptavg.batchnorm.options import RefreshOptions
+    from ckptavg.evaluation.evaluate import EvaluationOptions
     from ckptavg.select.rules import Selection
 
 _HELD_BACK = 8  # batches
@@ -184,7 +184,7 @@ def candidate_rules(params: Mapping[str, Any]) -> Selection:
 
 def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
     """The options of a refresh."""
-    from ckptavg.norm.options import RefreshOptions
+    from ckptavg.batchnorm.options import RefreshOptions
 
     fields = fields_of(RefreshOptions, params)
     fields["held_back"] = params.get("held_back") or (_HELD_BACK if params.get("verify") else 0)
@@ -193,8 +193,8 @@ def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
 
 def evaluation_options(params: Mapping[str, Any]) -> EvaluationOptions:
     """The options of an evaluation, and of the refresh before it if there is one."""
-    from ckptavg.norm.evaluate import EvaluationOptions
-    from ckptavg.norm.options import RefreshOptions
+    from ckptavg.batchnorm.options import RefreshOptions
+    from ckptavg.evaluation.evaluate import EvaluationOptions
 
     refresh = None
     if params["refresh_loader"] is not None:

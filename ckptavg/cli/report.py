@@ -9,7 +9,7 @@ from ckptavg.cli.console import Console, plural
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
-    from ckptavg.norm.report import RefreshReport
+    from ckptavg.batchnorm.report import RefreshReport
 
 
 def say_report(console: Console, report: RefreshReport) -> None:

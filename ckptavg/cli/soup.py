@@ -16,7 +16,7 @@ from ckptavg.errors import printable
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.norm.soup import Soup, SoupStep
+    from ckptavg.evaluation.soup import Soup, SoupStep
 
 
 _METRIC, _METRICS, _OUTPUT = parse("""
@@ -54,7 +54,7 @@ def soup(
     soup of Wortsman et al. 2022. --model and --loader name your own code, which is imported and
     run; batches are (inputs, targets).
     """
-    from ckptavg.norm.soup import soup as run
+    from ckptavg.evaluation.soup import soup as run
 
     keywords = ("mode", "metrics", "key", "force", "fsync", "threads")
     with console.others_to_stderr(), console.progress("evaluating", "average") as progress:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.average import average
+from ckptavg.batchnorm.files import refresh_checkpoint
+from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.errors import CkptAvgError, OutputError
+from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
 from ckptavg.landscape.rays import Rise, rays
 from ckptavg.landscape.saving import save
-from ckptavg.norm.evaluate import EvaluationOptions
-from ckptavg.norm.files import refresh_checkpoint
-from ckptavg.norm.loading import load_weights
-from ckptavg.norm.options import RefreshOptions
+from ckptavg.model.loading import load_weights
 from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from ckptavg.errors import (
     listed,
     printable,
 )
+from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
-from ckptavg.norm.evaluate import EvaluationOptions, Evaluator, said_once
-from ckptavg.norm.factories import user_code
-from ckptavg.norm.loading import load_weights
+from ckptavg.model.factories import user_code
+from ckptavg.model.loading import load_weights
 from ckptavg.select.order import relative_names
 from ckptavg.select.run import find_run
 

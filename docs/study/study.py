@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import ckptavg
 from ckptavg.formats import open_checkpoint
-from ckptavg.norm.loading import load_weights
+from ckptavg.model.loading import load_weights
 
 HERE = Path(__file__).resolve().parent
 SEEDS = range(10)

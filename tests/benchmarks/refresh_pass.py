@@ -24,8 +24,8 @@ from ckptavg import refresh_norm
 from ckptavg.distributed import launched_ranks
 
 if TYPE_CHECKING:
-    from ckptavg.norm.estimators import EstimatorName
-    from ckptavg.norm.report import RefreshReport
+    from ckptavg.batchnorm.estimators import EstimatorName
+    from ckptavg.batchnorm.report import RefreshReport
 
 Batches = list[torch.Tensor]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

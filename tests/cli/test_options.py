@@ -58,8 +58,8 @@ def test_every_option_is_in_one_group_of_its_command(name):
 
 
 def test_options_are_named_after_the_fields_that_they_fill():
+    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.merge.recipe import AverageOptions
-    from ckptavg.norm.options import RefreshOptions
     from ckptavg.select.rules import Selection
 
     fields = {

@@ -20,15 +20,15 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
+from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError
+from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
 from ckptavg.landscape.places import Place, Plane, Space
 from ckptavg.landscape.plane import plane
 from ckptavg.landscape.rays import rays
 from ckptavg.landscape.segment import segment
-from ckptavg.norm.evaluate import EvaluationOptions
-from ckptavg.norm.options import RefreshOptions
 from tests.gloo import LOOPBACK
 from tests.helpers import run
 

@@ -40,7 +40,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 import ckptavg
 from ckptavg import cli
 from ckptavg.errors import UserCodeError
-from ckptavg.norm.libraries import maker
+from ckptavg.model.libraries import maker
 from tests.helpers import run
 from tests.helpers_norm import (
     STATISTICS,

@@ -157,7 +157,9 @@ class TestForce:
         out.mkdir()
         for number in range(8):
             (out / f"mine_{number}\n").touch()
-        assert "(mine_0\\n, mine_1\\n, mine_2\\n, mine_3\\n, mine_4\\n and 3 more)" in refusal(ckpts, out)
+        assert "(mine_0\\n, mine_1\\n, mine_2\\n, mine_3\\n, mine_4\\n and 3 more)" in refusal(
+            ckpts, out
+        )
 
     def test_keeps_the_modes(self, ckpts, tmp_path):
         out = tmp_path / "out"
@@ -269,8 +271,8 @@ def average(inputs: Path, out: Path) -> None:
 
 
 def average_with_model(inputs: Path, out: Path) -> None:
-    from ckptavg.norm.options import RefreshOptions
-    from ckptavg.norm.together import average_and_refresh
+    from ckptavg.batchnorm.options import RefreshOptions
+    from ckptavg.batchnorm.together import average_and_refresh
 
     options = RefreshOptions(model="math:sqrt", loader="math:sqrt")
     average_and_refresh([inputs], out, options, force=True)
@@ -278,8 +280,8 @@ def average_with_model(inputs: Path, out: Path) -> None:
 
 def refresh(inputs: Path, out: Path) -> None:
     """Of the last of the checkpoints."""
-    from ckptavg.norm.files import refresh_checkpoint
-    from ckptavg.norm.options import RefreshOptions
+    from ckptavg.batchnorm.files import refresh_checkpoint
+    from ckptavg.batchnorm.options import RefreshOptions
 
     options = RefreshOptions(model="math:sqrt", loader="math:sqrt")
     last = max(inputs.iterdir()) if inputs.name == "run" else inputs

@@ -1,0 +1,195 @@
+"""Where a refreshed checkpoint goes: itself but for its norm statistics, or another container."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptavg import __version__
+from ckptavg.errors import OutputError, without_notices
+from ckptavg.formats import huggingface
+from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.parts import is_remote
+from ckptavg.formats.tensors import is_norm_statistic
+from ckptavg.merge.engine import default_threads
+from ckptavg.merge.plan import make_plan
+from ckptavg.merge.recipe import AverageOptions, Recipe
+from ckptavg.merge.weights import uniform
+from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.provenance import encode_provenance, source_entries
+from ckptavg.write.writing import check_output, check_vacant, refuse_own_input, write
+
+if TYPE_CHECKING:
+    import os
+
+    from ckptavg.batchnorm.report import RefreshReport
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.merge.jobs import Layout
+    from ckptavg.merge.plan import Plan, Role
+    from ckptavg.write.layouts import Destination
+
+log = logging.getLogger("ckptavg")
+
+
+class Rewriting:
+    """A checkpoint, and where it goes with other norm statistics.
+
+    Whatever stands against that is found out here, before the model is run.
+
+    Args:
+        checkpoint: the checkpoint.
+        output: its destination; None for the checkpoint itself, which must be ours unless
+            `in_place`.
+        in_place: let a file that is not ours be replaced.
+        container: as in `refresh_checkpoint`.
+        max_shard_size: as in `refresh_checkpoint`.
+        force: replace an existing output.
+
+    Attributes:
+        replaces: the destination is the checkpoint itself.
+
+    Raises:
+        OutputError: it cannot go there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        output: str | os.PathLike[str] | None,
+        *,
+        in_place: bool,
+        container: str,
+        max_shard_size: int | None,
+        force: bool,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self.replaces = output is None or _is_same(Path(output), checkpoint.path)
+        if self.replaces:
+            _check_in_place(checkpoint, allowed=in_place, named=output is not None)
+        self._force = force or self.replaces
+        self._target = _destination(
+            checkpoint,
+            output,
+            container=container,
+            max_shard_size=max_shard_size,
+            replaces=self.replaces,
+        )
+        check_vacant(self._target.path, force=self._force)
+        if not self.replaces:
+            refuse_own_input(self._target.path, [part.path for part in checkpoint.parts])
+        try:
+            with without_notices():
+                _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
+        except OutputError as error:
+            if self.replaces:
+                error.remedy = "write another file with -o"
+            raise
+        check_output(self._target.path, layout, force=self._force)
+        if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
+            log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
+
+    def write(self, refreshed: Checkpoint, entry: dict[str, Any], *, fsync: bool) -> None:
+        """Write the checkpoint as it is now, with that provenance."""
+        plan, layout = self._lay_out(refreshed, entry)
+        check_output(self._target.path, layout, force=self._force)
+        write(
+            plan,
+            [(self._target.path, layout)],
+            force=self._force,
+            fsync=fsync,
+            threads=default_threads(plan.members),
+        )
+
+    def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
+        """The output with that provenance."""
+        original = self._checkpoint
+        metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
+        roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
+        plan = make_plan([refreshed], [uniform(1)], AverageOptions(), roles=roles)
+        mirrored = original.is_average
+        layout = lay_out(self._target, plan.tensors, metadata, original, mirrored=mirrored)
+        return plan, layout
+
+
+def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) -> dict[str, Any]:
+    """The checkpoint's provenance, brought up to date.
+
+    Args:
+        checkpoint: as it was.
+        report: what the refresh did; None if the old statistics stay.
+        seed: of the random numbers.
+    """
+    entry = checkpoint.provenance or {
+        "scheme": "none",
+        "sources": source_entries(Recipe("", (checkpoint,), uniform(1))),
+        "divisor": 1.0,
+    }
+    state: dict[str, Any] = {"state": "none"}
+    if any(map(is_norm_statistic, checkpoint.tensors)):
+        state = entry.get("norm_stats", {"state": "unknown"})
+    if report is not None and report.layers:
+        state = {
+            "state": "refreshed",
+            "estimator": report.estimator,
+            "batches": report.batches,
+            "samples": report.samples,
+            "seed": seed,
+        }
+    return {**entry, "version": __version__, "norm_stats": state}
+
+
+def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:
+    if checkpoint.provenance is None and not allowed:
+        what = "is the checkpoint itself" if named else "is not of our making"
+        raise OutputError(
+            what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
+        )
+    if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
+        raise OutputError(
+            "is a directory without weights in safetensors files, and not written in place",
+            path=checkpoint.path,
+            remedy="write another output with -o",
+        )
+
+
+def _has_plain_weights(checkpoint: Checkpoint) -> bool:
+    """Whether a directory's weights are what would be written into it."""
+    names = (
+        huggingface.weight_files(checkpoint.path) if checkpoint.container == "huggingface" else ()
+    )
+    return bool(names) and all(".safetensors" in name for name in names)
+
+
+def _is_same(output: Path, path: Path) -> bool:
+    return not is_remote(path) and output.exists() and output.samefile(path)
+
+
+def _destination(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str] | None,
+    *,
+    container: str,
+    max_shard_size: int | None,
+    replaces: bool,
+) -> Destination:
+    """Where the result goes, and as what.
+
+    A torch file that is refreshed in place stays the same file but for its norm statistics.
+
+    Raises:
+        OutputError: the output's name does not say what it is to be, or not what it is in place.
+    """
+    if replaces and checkpoint.container == "torch":
+        container = "last"
+    target = destination(
+        output or checkpoint.path, checkpoint, container=container, max_shard_size=max_shard_size
+    )
+    kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
+    if replaces and target.kind not in ("container", kinds.get(checkpoint.container)):
+        raise OutputError(
+            f"is a {checkpoint.container} file by its content, and would become another in place",
+            path=checkpoint.path,
+            remedy="write another file with -o",
+        )
+    return target

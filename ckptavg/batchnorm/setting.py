@@ -1,0 +1,136 @@
+"""The model's modes, memory formats and buffers for a pass, and how they are put back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ckptavg.batchnorm.layers import NormLayer, is_aggregating, norm_layers
+from ckptavg.model.factories import user_code
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+TrainMode = Literal["norm", "full"]
+Formats = Mapping[int, torch.memory_format]
+"""Memory format of images, and so of the filters, by their number of dimensions."""
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def set_up(
+    model: torch.nn.Module,
+    layers: Mapping[str, NormLayer],
+    train_mode: TrainMode,
+    formats: Formats,
+    undo: ExitStack,
+) -> ExitStack:
+    """Modes, memory formats and the rest of the model; returns what undoes the memory formats."""
+    keep_buffers(model, undo)
+    _set_mode(model, layers, train_mode, undo)
+    undo.enter_context(_not_compiled())
+    undo.enter_context(_not_synchronised())
+    layout = undo.enter_context(ExitStack())
+    _lay_out_weights(model, formats, layout)
+    return layout
+
+
+def keep_buffers(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Have all buffers put back, and the numbers that models keep beside them.
+
+    Counters, caches, statistics; a number may say how long a cache is.
+    """
+    for module in model.modules():
+        numbers = {key: value for key, value in vars(module).items() if type(value) in _SCALARS}
+        undo.callback(vars(module).update, numbers)
+        for buffer in module.buffers(recurse=False):
+            if not is_lazy(buffer) and buffer.layout == torch.strided:
+                undo.callback(_write_back, buffer, buffer.data, buffer.clone())
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        passing = set(module._non_persistent_buffers_set)  # noqa: SLF001
+        undo.callback(_put_back, module, dict(module._buffers), passing)  # noqa: SLF001
+
+
+def _put_back(
+    module: torch.nn.Module, buffers: dict[str, torch.Tensor | None], passing: set[str]
+) -> None:
+    """Have a module hold the buffers that it held, and no others."""
+    for held, before in (
+        (module._buffers, buffers),  # noqa: SLF001
+        (module._non_persistent_buffers_set, passing),  # noqa: SLF001
+    ):
+        held.clear()
+        held.update(before)  # type: ignore[arg-type]
+
+
+def _write_back(buffer: torch.Tensor, data: torch.Tensor, values: torch.Tensor) -> None:
+    if buffer.shape != values.shape or buffer.data_ptr() != data.data_ptr():
+        buffer.data = data if data.shape == values.shape else values
+    # Its version does not tell: torch's kernels write into running statistics without a word.
+    if not torch.equal(buffer, values):
+        buffer.copy_(values)
+
+
+def _not_compiled() -> AbstractContextManager[object]:
+    """Have models of `torch.compile` run as they are: compiled code may know nothing of hooks."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+@contextmanager
+def _not_synchronised() -> Iterator[None]:
+    """Have SyncBatchNorm, and what is derived from it, work with its own process's batch.
+
+    With a process group it would sum over the processes, and refuse tensors on the CPU.
+    """
+    forward = torch.nn.SyncBatchNorm.forward
+    torch.nn.SyncBatchNorm.forward = _BatchNorm.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.SyncBatchNorm.forward = forward  # type: ignore[method-assign]
+
+
+def _lay_out_weights(model: torch.nn.Module, formats: Formats, undo: ExitStack) -> None:
+    """Have filters in the images' memory format, or each call would convert them anew."""
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            continue
+        weight = module._parameters.get("weight")  # noqa: SLF001 - computed ones are left alone
+        if type(weight) is torch.nn.Parameter and weight.dim() in formats:
+            undo.callback(setattr, weight, "data", weight.data)
+            weight.data = weight.data.contiguous(memory_format=formats[weight.dim()])
+
+
+def _set_mode(
+    model: torch.nn.Module,
+    layers: Mapping[str, NormLayer],
+    train_mode: TrainMode,
+    undo: ExitStack,
+) -> None:
+    """Set the flags of all modules. Norm layers that keep their statistics are to work with them.
+
+    `full` asks the model itself, whose `train` may know better, as `update_bn` does. To rest, only
+    the flags are needed: an `eval` of the user's may do more, such as to merge weights.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "training")]
+    for module in modules:  # frozen TorchScript has no mode
+        undo.callback(setattr, module, "training", module.training)
+    if train_mode == "full":
+        with user_code("the model's train()"):
+            model.train()
+        for name, layer in norm_layers(model).items():
+            layer.training = name in layers
+    else:
+        for module in modules:
+            module.training = is_aggregating(module)

@@ -1,0 +1,310 @@
+"""Evaluate checkpoints: one model, which becomes each of them in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    from ckptavg.errors import CkptAvgError
+
+    raise CkptAvgError(
+        "evaluating runs the model, and torch is not installed", remedy="pip install torch"
+    ) from error
+from torch.nn.parameter import is_lazy
+
+from ckptavg.batchnorm.refresh import device_of, refresh_norm
+from ckptavg.errors import CkptAvgError
+from ckptavg.evaluation.measures import measure_of, name_of
+from ckptavg.formats import open_checkpoint
+from ckptavg.model.batches import default_forward, moved
+from ckptavg.model.factories import load_object, user_code
+from ckptavg.model.feeding import limited
+from ckptavg.model.loading import load_weights
+from ckptavg.model.making import RandomState, import_all, make_batches, make_model
+from ckptavg.select.metrics import indices_of_best, mode_of
+from ckptavg.select.rules import Selection, chosen
+from ckptavg.select.rules import select as choose
+from ckptavg.select.run import find_run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from ckptavg.batchnorm.options import RefreshOptions
+    from ckptavg.batchnorm.refresh import Forward
+    from ckptavg.formats.checkpoint import Checkpoint
+
+log = logging.getLogger("ckptavg")
+
+Progress = Callable[[int, int | None], None]
+"""Called with the evaluations done since the last call, and with how many there will be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How to evaluate checkpoints.
+
+    Attributes:
+        model: spec of the model, or of a callable that returns it.
+        loader: spec of an iterable of held-out batches, or of a callable that returns it.
+        metric: `loss`, `accuracy`, or spec of a function that is called with the model and the
+            batches and returns a number, or several by name; None for loss and accuracy.
+        model_args: keywords for the model.
+        loader_args: keywords for the loader.
+        forward: spec of a function that is called with model and batch.
+        max_samples: stop with the batch that reaches so many examples.
+        max_batches: stop after so many batches.
+        device: where it runs; None for a GPU if there is one.
+        seed: of the random numbers that model and loader draw, the same for each checkpoint.
+        refresh: how the norm statistics are refreshed beforehand; None to leave them alone.
+    """
+
+    model: str
+    loader: str
+    metric: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    loader_args: Mapping[str, Any] = field(default_factory=dict)
+    forward: str | None = None
+    max_samples: int | None = None
+    max_batches: int | None = None
+    device: str | None = None
+    seed: int = 0
+    refresh: RefreshOptions | None = None
+
+    @property
+    def metric_name(self) -> str:
+        """What the metric is called: a function's own name, and `loss` where none is given."""
+        return name_of(self.metric or "loss")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out for a checkpoint.
+
+    Attributes:
+        checkpoint: its path below the folder that all of them have in common.
+        path: its path.
+        step: its place in the training, where that is known.
+        metrics: name to value; NaN and infinities as they are.
+    """
+
+    checkpoint: str
+    path: str
+    step: int | None
+    metrics: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--metrics FILE` reads it, the metrics beside the name."""
+        where = {"checkpoint": self.checkpoint, "path": self.path, "step": self.step}
+        return where | dict(self.metrics)
+
+
+def evaluate(
+    inputs: Sequence[Path],
+    options: EvaluationOptions,
+    *,
+    select: Selection | None = None,
+    key: str | None = None,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """Evaluate checkpoints on all of the loader's batches, in the order of training.
+
+    Args:
+        inputs: directories of checkpoints, and checkpoints.
+        options: the model, the loader, the metric.
+        select: which of the checkpoints to take; None for all.
+        key: which state dict to take where a file holds several.
+        progress: hears of each checkpoint.
+
+    Raises:
+        CkptAvgError: a checkpoint does not fit the model, or there is nothing to evaluate.
+        UserCodeError: the model, the loader or a function of the user's raised.
+    """
+    rules = select or Selection()
+    with said_once():
+        taken = chosen(
+            choose(find_run(inputs, key=key, exclusion_reason=rules.exclusion_reason), rules)
+        )
+        evaluator = Evaluator(options)
+        found = []
+        for verdict in taken:
+            path = verdict.checkpoint.path
+            metrics = evaluator(open_checkpoint(path, key=key))
+            found.append(Evaluation(verdict.checkpoint.name, str(path), verdict.step, metrics))
+            if progress is not None:
+                progress(1, len(taken))
+    return found
+
+
+def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """The best for each metric of which it is certain whether it should be low or high."""
+    found = {}
+    for name in dict.fromkeys(name for one in evaluations for name in one.metrics):
+        mode = mode_of(name)
+        values = [one.metrics.get(name) for one in evaluations]
+        if mode is not None and (indices := indices_of_best(values, 1, mode)):
+            found[name] = evaluations[indices[0]]
+    return found
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Of notices that come with every checkpoint or trial, let the first through."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in said
+        said.add(text)
+        return new
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
+class Evaluator:
+    """One model, which becomes each checkpoint in turn; what comes out does not depend on the last.
+
+    Weights and buffers come from the checkpoint each time, buffers that no checkpoint has are put
+    back, the loader is made anew, and the random numbers start again.
+    """
+
+    def __init__(self, options: EvaluationOptions) -> None:
+        self._options = options
+        metric = options.metric if options.metric and ":" in options.metric else None
+        refresh = None if options.refresh is None else options.refresh.loader
+        import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
+        self._model = make_model(options.model, options.model_args, options.device)
+        self._random = RandomState()
+        self._passing = _passing_buffers(self._model)
+        self._forward: Forward | None = load_object(options.forward) if options.forward else None
+        self._measure = measure_of(options.metric, self._forward or default_forward)
+        self._loaders: dict[str, object] = {}
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model, as what it became last."""
+        return self._model
+
+    def __call__(self, checkpoint: Checkpoint) -> dict[str, float]:
+        """The metrics of a checkpoint, by name.
+
+        Raises:
+            MismatchError: it does not fit the model.
+            CkptAvgError: there is nothing to evaluate, or no metric comes out.
+            UserCodeError: the user's code raised.
+        """
+        self.become(checkpoint)
+        return self.measured(self._options.loader, self._options.loader_args)
+
+    def become(self, checkpoint: Checkpoint) -> None:
+        """Let the model be a checkpoint, its norm statistics refreshed if that is asked for.
+
+        Raises:
+            MismatchError: it does not fit the model.
+            UserCodeError: the user's code raised.
+        """
+        refresh = self._options.refresh
+        # Models may do more on a change of mode, such as to merge weights: that has to be undone.
+        with user_code("the model's train()"):
+            self._model.train()
+        for module, name, values in self._passing:
+            module._buffers[name] = values.clone()  # noqa: SLF001
+        load_weights(self._model, checkpoint)
+        if refresh is not None:
+            batches = self._batches(refresh.loader, refresh.loader_args)
+            refresh_norm(self._model, batches, forward=self._forward, **refresh.keywords)
+        with user_code("the model's eval()"):
+            self._model.eval()
+
+    def measured(self, loader: str, arguments: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics of what the model is, on the batches of a loader.
+
+        Raises:
+            CkptAvgError: there is nothing to evaluate, or no metric comes out.
+            UserCodeError: the user's code raised.
+        """
+        options = self._options
+        held_out = _Batches(
+            self._batches(loader, arguments), device_of(self._model),
+            max_samples=options.max_samples, max_batches=options.max_batches,
+        )  # fmt: skip
+        # Not inference mode: what a model makes in it cannot be loaded into again.
+        with torch.no_grad():
+            return self._measure(self._model, held_out)
+
+    def one(self, checkpoint: Checkpoint) -> float:
+        """The metric of a checkpoint, of which there is but one.
+
+        Raises:
+            CkptAvgError: there are several, or what else a call raises.
+        """
+        metrics = self(checkpoint)
+        if len(metrics) != 1:
+            raise CkptAvgError(
+                f"{self._options.metric} returned {len(metrics)} metrics, and one is needed",
+                remedy="let it return a number",
+            )
+        return next(iter(metrics.values()))
+
+    def _batches(self, spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
+        """The loader, made anew with the same random numbers.
+
+        Raises:
+            CkptAvgError: it is what the last checkpoint has used up.
+        """
+        self._random.restore()
+        made = make_batches(spec, arguments)
+        if isinstance(made, Iterator) and self._loaders.get(spec) is made:
+            raise CkptAvgError(
+                f"{spec} can be gone through only once, and is needed for each checkpoint",
+                remedy="name a callable that makes it anew",
+            )
+        self._loaders[spec] = made
+        return made
+
+
+def _passing_buffers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:
+    """Copies of the buffers that are in no state dict: a forward pass may change them."""
+    return [
+        (module, name, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # noqa: SLF001
+        if name in module._non_persistent_buffers_set  # noqa: SLF001
+        and buffer is not None
+        and not is_lazy(buffer)
+    ]
+
+
+class _Batches:
+    """A loader's batches on the model's device, up to a limit."""
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        device: torch.device,
+        *,
+        max_samples: int | None,
+        max_batches: int | None,
+    ) -> None:
+        self._batches, self._device = batches, device
+        self._max_samples, self._max_batches = max_samples, max_batches
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the loader's own
+        """What the loader has beside its batches: its `dataset`, say."""
+        return getattr(self._batches, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in limited(self._batches, self._max_batches, self._max_samples):
+            with user_code("moving a batch"):
+                here = moved(batch, self._device, {})
+            yield here

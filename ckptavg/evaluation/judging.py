@@ -1,0 +1,67 @@
+"""Did the refresh help? The checkpoint is evaluated before and after it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ckptavg.batchnorm.report import Verdict
+from ckptavg.errors import SelectionError, printable
+from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator
+from ckptavg.select.metrics import mode_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.select.metrics import Mode
+
+
+class Judge:
+    """Evaluates a checkpoint on held-out batches with its old statistics and with the new ones.
+
+    Args:
+        options: the model, the batches and the metric.
+        keep_better: let the old statistics stay if they are better.
+        mode: whether the metric should be low (`min`) or high; None where its name says it.
+
+    Raises:
+        SelectionError: which of two is better is not certain, and is needed.
+        UserCodeError: the model raised.
+    """
+
+    def __init__(
+        self, options: EvaluationOptions, *, keep_better: bool = False, mode: Mode | None = None
+    ) -> None:
+        self._metric, self._keep_better = options.metric_name, keep_better
+        self._mode = mode or mode_of(self._metric)
+        if keep_better and self._mode is None:
+            raise SelectionError(
+                f"whether {printable(self._metric)} should be low or high is not certain from its "
+                "name",
+                remedy="say so with --mode min or --mode max",
+            )
+        self._evaluator = Evaluator(options)
+
+    def measure(self, checkpoint: Checkpoint) -> Mapping[str, float]:
+        """The metrics of a checkpoint, by name."""
+        return self._evaluator(checkpoint)
+
+    def verdict(self, before: Mapping[str, float], after: Mapping[str, float]) -> Verdict:
+        """Which of the two is kept: the new one, unless the old one is better and may be.
+
+        Raises:
+            SelectionError: the metric in question is none of those that were returned.
+        """
+        if not self._keep_better:
+            return Verdict(before, after, self._metric, "new")
+        if self._metric not in before or self._metric not in after:
+            raise SelectionError(
+                f"{printable(self._metric)} is none of the metrics that were returned: "
+                f"{printable(', '.join(before))}",
+                remedy="let the function return a number",
+            )
+        old, new = before[self._metric], after[self._metric]
+        better = old < new if self._mode == "min" else old > new
+        keeps_old = math.isfinite(old) and (better or not math.isfinite(new))
+        return Verdict(before, after, self._metric, "old" if keeps_old else "new")

@@ -1,0 +1,172 @@
+"""What a loader yields: nested dicts, lists and tuples of tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from ckptavg.errors import RefreshError
+from ckptavg.model.factories import user_code
+
+Numbered = Iterator[tuple[int, Any]]
+"""Batches with their numbers in the whole pass."""
+
+
+def moved(
+    batch: Any,  # noqa: ANN401 - whatever the user's loader yields
+    device: torch.device,
+    formats: Mapping[int, torch.memory_format],
+) -> Any:  # noqa: ANN401
+    """The batch with all its tensors on a device, images in the memory format of their rank.
+
+    Containers keep their types; an object with a `to` of its own (a packed sequence, a graph)
+    moves itself.
+    """
+
+    def move(leaf: Any) -> Any:  # noqa: ANN401
+        if not isinstance(leaf, torch.Tensor):
+            return leaf.to(device)
+        layout = formats.get(leaf.dim()) if leaf.is_floating_point() else None
+        # Only copies to a GPU are in order with what reads them.
+        return leaf.to(
+            device,
+            non_blocking=device.type == "cuda",
+            memory_format=layout or torch.preserve_format,
+        )
+
+    return _changed(batch, move)
+
+
+def pinned(batch: Any) -> Any:  # noqa: ANN401
+    """The batch with its tensors in memory from which a GPU can fetch them by itself."""
+    return _changed(batch, lambda leaf: leaf.pin_memory() if _is_pinnable(leaf) else leaf)
+
+
+def _is_pinnable(leaf: Any) -> bool:  # noqa: ANN401
+    if isinstance(leaf, torch.Tensor):
+        return leaf.device.type == "cpu" and leaf.layout == torch.strided
+    return callable(getattr(leaf, "pin_memory", None))
+
+
+def cloned(batch: Any) -> Any:  # noqa: ANN401
+    """The batch with tensors of its own."""
+    return _changed(batch, lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
+
+
+def leaves(batch: Any) -> list[Any]:  # noqa: ANN401
+    """All tensors in the batch, and the objects that move themselves."""
+    found = []
+
+    def take(leaf: Any) -> Any:  # noqa: ANN401
+        found.append(leaf)
+        return leaf
+
+    _changed(batch, take)
+    return found
+
+
+def _changed(batch: Any, change: Callable[[Any], Any]) -> Any:  # noqa: ANN401
+    """The batch with each leaf that has a `to` changed; containers keep their types."""
+    if callable(getattr(batch, "to", None)):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return _like(batch, {key: _changed(value, change) for key, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        elements = [_changed(value, change) for value in batch]
+        return type(batch)(*elements) if hasattr(batch, "_fields") else type(batch)(elements)
+    return batch
+
+
+def _like(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the batch's type, where that can be had, with new values."""
+    if not isinstance(batch, MutableMapping):
+        return items
+    copied = copy.copy(batch)
+    copied.update(items)
+    return copied
+
+
+def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN401
+    """Call the model with a tensor, or with the first element of a list or tuple.
+
+    Raises:
+        RefreshError: the batch is something else.
+    """
+    given = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(given, torch.Tensor):
+        what = "a dict" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+        if given is not batch:
+            what = f"a {type(batch).__name__} that begins with {what}"
+        raise RefreshError(
+            f"the loader yields {what}, and it is unclear how the model is called with it",
+            remedy="say so with --forward FILE.py:FUNCTION, called with the model and the batch",
+        )
+    return model(given)
+
+
+def leading_size(batch: Any) -> int:  # noqa: ANN401
+    """Examples in a batch: the leading dimension of the first tensor or array that has one.
+
+    A list without any counts its elements, and whatever else there is counts as one: limits on
+    the number of examples come to an end with every loader.
+    """
+    return _leading_size(batch) or 1
+
+
+def _leading_size(batch: Any) -> int:  # noqa: ANN401
+    shape = getattr(batch, "shape", ())
+    if isinstance(shape, tuple) and shape:
+        return int(shape[0])
+    elements = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(elements, list | tuple):
+        return 0
+    found = next((size for size in map(_leading_size, elements) if size), 0)
+    return found or (len(batch) if isinstance(batch, list) else 0)
+
+
+def on_device(
+    batches: Numbered, device: torch.device, formats: Mapping[int, torch.memory_format]
+) -> Iterator[tuple[int, Any]]:
+    """The batches moved there, each while the device is busy with the one before.
+
+    To a GPU they go from pinned memory, on a stream of their own: the next batch is drawn and on
+    its way before the pass over the last one has ended.
+    """
+    if device.type != "cuda":
+        for number, batch in batches:
+            with user_code("moving a batch"):
+                here = moved(batch, device, formats)
+            yield number, here
+        return
+    ahead = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: tuple[int, Any, torch.cuda.Event] | None = None
+    for number, batch in batches:
+        # The memory of an object that moves itself could be given away while it is in use.
+        is_plain = all(isinstance(leaf, torch.Tensor) for leaf in leaves(batch))
+        stream = ahead if is_plain else torch.cuda.current_stream(device)
+        with user_code("moving a batch"), torch.cuda.stream(stream):
+            here = moved(pinned(batch), device, formats)
+            arrived = stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting, device)
+        waiting = number, here, arrived
+    if waiting is not None:
+        yield _arrived(*waiting, device)
+
+
+def _arrived(
+    number: int,
+    batch: Any,  # noqa: ANN401
+    event: torch.cuda.Event,
+    device: torch.device,
+) -> tuple[int, Any]:
+    """A batch that the device's own stream may use."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
+    for leaf in leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            leaf.record_stream(stream)
+    return number, batch

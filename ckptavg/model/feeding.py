@@ -1,0 +1,266 @@
+"""The loader's batches: counted, and dealt out to processes."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import zlib
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+
+from ckptavg.errors import RefreshError
+from ckptavg.model.batches import Numbered, leading_size, leaves
+from ckptavg.model.factories import user_code
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from ckptavg.distributed import Ranks
+
+log = logging.getLogger("ckptavg")
+
+_NOTED = 1000  # batches whose order is compared
+
+Fingerprint = tuple[bool, list[int]]
+"""Whether it is of the examples' own numbers; and a checksum after each of the first batches."""
+
+
+def limited(
+    batches: Iterable[Any], max_batches: int | None, max_samples: int | None = None
+) -> Iterator[Any]:
+    """The batches up to the one that reaches a limit, with the loader's exceptions told from ours.
+
+    Args:
+        batches: the loader.
+        max_batches: how many at most.
+        max_samples: the last is the one that reaches so many examples.
+    """
+    with user_code("the loader"):
+        iterator = iter(batches)
+    drawn = 0
+    for _ in itertools.count() if max_batches is None else range(max_batches):
+        with user_code("the loader"):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
+        drawn += leading_size(batch)
+        if max_samples is not None and drawn >= max_samples:
+            return
+
+
+def known_length(batches: Any) -> int | None:  # noqa: ANN401
+    """How many batches there are, where the loader says so."""
+    try:
+        return len(batches)
+    except Exception:  # noqa: BLE001 - the user's own
+        return None
+
+
+def cuts(batches: Iterable[Any], max_batches: int | None, max_samples: int | None) -> bool:
+    """Whether a limit comes before the loader's end, as far as that is known."""
+    for limit, all_there_are in ((max_batches, batches), (max_samples, _dataset(batches))):
+        known = known_length(all_there_are)
+        if limit is not None and (known is None or limit < known):
+            return True
+    return False
+
+
+def _dataset(batches: Any) -> Any:  # noqa: ANN401 - the user's own
+    return batches.dataset if isinstance(batches, DataLoader) else batches
+
+
+def check_loader(
+    batches: Iterable[Any], ranks: Ranks, *, is_limited: bool, ends_early: bool
+) -> None:
+    """Refuse what may have no end, and warn of limits that take the first of something ordered.
+
+    Args:
+        batches: the loader.
+        ranks: the processes.
+        is_limited: the number of batches or examples is.
+        ends_early: the pass may end before the loader does.
+
+    Raises:
+        RefreshError: it may be endless.
+    """
+    if (
+        isinstance(_dataset(batches), IterableDataset)
+        and known_length(batches) is None
+        and not is_limited
+    ):
+        raise RefreshError(
+            "the loader is an IterableDataset without a length, and may be endless",
+            remedy="say where to stop with --max-samples N or --max-batches N",
+        )
+    sampler = _sampler(batches)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > ranks.size:
+        log.warning(
+            "the loader's DistributedSampler gives one part of %d of the data, and no other "
+            "process has the rest",
+            sampler.num_replicas,
+        )
+    if ends_early and _is_ordered(batches):
+        log.warning(
+            "the loader does not shuffle, and the pass may end before it does: the statistics are "
+            "of the first examples, which may be alike (shuffle=True)"
+        )
+
+
+def _is_ordered(batches: Iterable[Any]) -> bool:
+    sampler = _sampler(batches)
+    return isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    )
+
+
+class Feed:
+    """This process's share of a loader's batches, each with its number in the whole pass.
+
+    Batch `i` is that of process `i % size`. A `DataLoader` over a data set that can be indexed
+    loads only what falls to this process; of anything else the rest is drawn and dropped. What a
+    `DistributedSampler` has dealt out already is not dealt out again.
+
+    Args:
+        batches: the loader.
+        ranks: the processes.
+        max_batches: how many there may be in all, those that are held back not counted.
+        max_samples: the last is the one with which there are so many examples in all.
+        held_back: so many come first.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        ranks: Ranks,
+        *,
+        max_batches: int | None = None,
+        max_samples: int | None = None,
+        held_back: int = 0,
+    ) -> None:
+        self.held_back = held_back
+        self._batches, self._rank, self._size = batches, ranks.rank, ranks.size
+        self._most = None if max_batches is None else max_batches + held_back
+        self._samples, self._checksums = max_samples, [0]
+        self._shares = ranks.size > 1 and _can_share(batches)
+        self._is_dealt = ranks.size > 1 and _deals_already(batches, ranks)
+
+    def __iter__(self) -> Numbered:
+        """The batches."""
+        if self._is_dealt:
+            yield from self._dealt_out()
+        elif self._shares:
+            numbers: deque[int] = deque()
+            sampler = _Sampler(self._indices(numbers))
+            for batch in limited(_with_batches(self._batches, sampler), None):  # type: ignore[arg-type]
+                yield numbers.popleft(), batch
+        else:
+            every = limited(self._batches, self._most)
+            for number, batch in self._up_to_limit(enumerate(every), leading_size):
+                if self._size > 1:
+                    self._note(_beginning(batch))
+                if number % self._size == self._rank:
+                    yield number, batch
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the order in which the examples come, which all processes must have in common."""
+        return self._shares and not self._is_dealt, [] if self._is_dealt else self._checksums
+
+    def _note(self, what: bytes) -> None:
+        if len(self._checksums) < _NOTED:
+            self._checksums.append(zlib.crc32(what, self._checksums[-1]))
+
+    def _indices(self, numbers: deque[int]) -> Iterator[Any]:
+        """The indices of this process's batches; their numbers are added to `numbers`."""
+        every = itertools.islice(iter(self._batches.batch_sampler), self._most)  # type: ignore[attr-defined]
+        for number, indices in self._up_to_limit(enumerate(every), len):
+            self._note(repr(list(indices)).encode())
+            if number % self._size == self._rank:
+                numbers.append(number)
+                yield indices
+
+    def _dealt_out(self) -> Numbered:
+        """What a sampler has left for this process; limits are taken to be the same for all."""
+        log.info("the loader's DistributedSampler has dealt the batches out to the processes")
+        own = (
+            (number * self._size + self._rank, batch)
+            for number, batch in enumerate(limited(self._batches, None))
+        )
+        most = itertools.takewhile(lambda one: self._most is None or one[0] < self._most, own)
+        yield from self._up_to_limit(most, lambda batch: leading_size(batch) * self._size)
+
+    def _up_to_limit(self, numbered: Numbered, size: Callable[[Any], int]) -> Numbered:
+        drawn = 0
+        for number, batch in numbered:
+            yield number, batch
+            drawn += size(batch) if number >= self.held_back else 0
+            if self._samples is not None and drawn >= self._samples:
+                return
+
+
+class _Sampler:
+    """A batch sampler out of an iterator."""
+
+    def __init__(self, indices: Iterator[Any]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._indices
+
+
+def _beginning(batch: Any) -> bytes:  # noqa: ANN401
+    """The first few numbers of a batch, where they can be had at no cost."""
+    first = next((leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor)), None)
+    if first is None or first.device.type != "cpu" or first.layout != torch.strided:
+        return b""
+    return repr((first.shape, first.detach().flatten()[:16].tolist())).encode()
+
+
+def _sampler(batches: Iterable[Any]) -> object:
+    """What decides on the order of a DataLoader's examples."""
+    if not isinstance(batches, DataLoader):
+        return None
+    return getattr(batches.batch_sampler, "sampler", batches.batch_sampler) or batches.sampler
+
+
+def _deals_already(batches: Iterable[Any], ranks: Ranks) -> bool:
+    """Whether a DistributedSampler deals the batches out.
+
+    Raises:
+        RefreshError: to another number of processes.
+    """
+    sampler = _sampler(batches)
+    if not isinstance(sampler, DistributedSampler) or sampler.num_replicas == 1:
+        return False
+    if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+        raise RefreshError(
+            f"the loader's DistributedSampler is for process {sampler.rank} of "
+            f"{sampler.num_replicas}, and this is process {ranks.rank} of {ranks.size}",
+            remedy="let it find out by itself, or leave it out: batches are dealt out here",
+        )
+    return True
+
+
+def _can_share(batches: Iterable[Any]) -> bool:
+    return (
+        type(batches) is DataLoader
+        and batches.batch_sampler is not None
+        and not isinstance(batches.dataset, IterableDataset)
+    )
+
+
+def _with_batches(loader: DataLoader[Any], sampler: Iterable[Any]) -> DataLoader[Any]:
+    """The same loader with another batch sampler."""
+    names = (
+        *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn"),
+        *("multiprocessing_context", "generator", "prefetch_factor", "persistent_workers"),
+    )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=sampler,
+        **{name: getattr(loader, name) for name in names},
+    )

@@ -1,0 +1,135 @@
+"""Make the user's model and loader out of what he named, always alike for the same seed."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ckptavg.distributed import local_device
+from ckptavg.errors import RefreshError
+from ckptavg.model import libraries
+from ckptavg.model.factories import load_object, user_code
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, which users' code draws from."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002
+    torch.manual_seed(seed % (1 << 64))
+
+
+class RandomState:
+    """The state of the generators that `seed_everything` seeds."""
+
+    def __init__(self) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore(self) -> None:
+        """Go back to it."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def import_all(seed: int, model: str, *others: str | None) -> None:
+    """Import what the specs name, and seed everything.
+
+    What a module draws while it is imported is drawn once: it is not to depend on what was drawn
+    before, and what is drawn later not on whether it was imported then.
+
+    Args:
+        seed: of all random numbers.
+        model: spec of the model.
+        others: specs of other things.
+    """
+    seed_everything(seed)
+    load_model(model)
+    for spec in others:
+        if spec is not None:
+            seed_everything(seed)
+            load_object(spec)
+    seed_everything(seed)
+
+
+def load_model(spec: str) -> Any:  # noqa: ANN401 - the user's own
+    """What a model's spec names: a model, or a callable that returns one.
+
+    Raises:
+        CkptAvgError: there is no such thing.
+    """
+    return libraries.maker(spec) or load_object(spec)
+
+
+def make_model(
+    spec: str, arguments: Mapping[str, Any], device: torch.device | str | None
+) -> torch.nn.Module:
+    """The model that a spec names, or that the callable returns which it names.
+
+    Args:
+        spec: `package.module:attr`, `path/to/file.py:attr`, `torchvision:NAME` or `timm:NAME`.
+        arguments: keywords for the callable.
+        device: where it is put; None for a GPU if there is one.
+
+    Raises:
+        RefreshError: it is no model, or does not go there.
+        UserCodeError: the callable raised.
+    """
+    made = load_model(spec)
+    if isinstance(made, torch.nn.Module):
+        _refuse_arguments(spec, arguments)
+    elif callable(made):
+        with user_code(spec):
+            made = made(**arguments)
+    if not isinstance(made, torch.nn.Module):
+        raise RefreshError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module")
+    place = local_device(device)
+    try:
+        if torch.device(place).type == "meta":
+            raise RefreshError("on device 'meta' nothing is computed")
+        return made.to(place)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
+
+
+def make_batches(spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
+    """The iterable of batches that a spec names, or that the callable returns which it names.
+
+    Args:
+        spec: `package.module:attr` or `path/to/file.py:attr`.
+        arguments: keywords for the callable.
+
+    Raises:
+        RefreshError: it is no iterable.
+        UserCodeError: the callable raised.
+    """
+    made: Any = load_object(spec)
+    if hasattr(made, "__iter__") and not isinstance(made, type):
+        _refuse_arguments(spec, arguments)
+    elif callable(made):
+        with user_code(spec):
+            made = made(**arguments)
+    if not hasattr(made, "__iter__") or isinstance(made, type):
+        raise RefreshError(
+            f"{spec} is a {type(made).__name__}, which gives no batches",
+            remedy="let it be an iterable of batches, such as a DataLoader, or return one",
+        )
+    batches: Iterable[Any] = made
+    return batches
+
+
+def _refuse_arguments(spec: str, arguments: Mapping[str, Any]) -> None:
+    if arguments:
+        raise RefreshError(
+            f"{spec} is no callable, so there is nothing to pass {', '.join(arguments)} to",
+            remedy="name a function that takes it",
+        )

@@ -1,0 +1,460 @@
+"""The pass: how it ends, in which precision it runs, and what it says of itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from ckptavg.batchnorm.refresh import refresh_norm
+from ckptavg.errors import RefreshError, UserCodeError
+from tests.helpers_norm import (
+    MODELS,
+    STATISTICS,
+    Snapshot,
+    assert_same_statistics,
+    data_for,
+    draw,
+    explode,
+    make,
+    norms,
+)
+
+
+def wide_net():
+    """Layers of 64 to 256 channels, with a value of each for an example: the slowest to know."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Linear(256, 128), nn.BatchNorm1d(128), nn.ReLU()),
+        *(nn.Linear(128, 256), nn.BatchNorm1d(256), nn.ReLU()),
+        *(nn.Linear(256, 64), nn.BatchNorm1d(64)),
+    )
+
+
+def shuffled(count, size, seed=0, factors=256):
+    made = torch.Generator().manual_seed(seed)
+    data = torch.randn(count, factors, generator=made)
+    if factors < 256:
+        data = data @ torch.randn(factors, 256, generator=made)
+    return DataLoader(TensorDataset(data), size, shuffle=True, generator=made)
+
+
+def distance(model, other):
+    """Root mean square over the channels, in the layer that is farthest: means and log stds."""
+    means, stds = [], []
+    for one, two in zip(norms(model), norms(other), strict=True):
+        variance = two.running_var.double() + two.eps
+        gap = (one.running_mean.double() - two.running_mean.double()).square() / variance
+        means.append(float(gap.mean().sqrt()))
+        ratio = (one.running_var.double() + one.eps) / variance
+        stds.append(float((ratio.log() / 2).square().mean().sqrt()))
+    return max(means), max(stds)
+
+
+class TestTolerance:
+    @pytest.mark.parametrize("estimator", ["paper", "torch", "exact"])
+    def test_of_a_hundredth_takes_a_part_of_the_data_and_is_kept(self, estimator):
+        model, other = wide_net(), wide_net()
+        loader = shuffled(100_000, 128)
+        report = refresh_norm(model, loader, estimator=estimator, tol=0.01)
+        refresh_norm(other, loader, estimator=estimator)
+        assert report.converged
+        assert 2048 <= report.samples < 15_000
+        stated = [
+            max(getattr(layer, name) for layer in report.layers)
+            for name in ("mean_error", "log_std_error")
+        ]
+        assert max(stated) <= 0.01
+        assert all(real <= said for real, said in zip(distance(model, other), stated, strict=True))
+
+    @pytest.mark.parametrize("factors", [256, 4])
+    def test_is_kept_nearly_always(self, factors):
+        """However much the channels have in common."""
+        full = wide_net()
+        refresh_norm(full, shuffled(40_000, 500, factors=factors))
+        kept = []
+        for seed in range(25):
+            model, loader = wide_net(), shuffled(40_000, 100, factors=factors)
+            assert loader.generator is not None
+            loader.generator.manual_seed(1000 + seed)
+            refresh_norm(model, loader, tol=0.03)
+            kept.append(max(distance(model, full)) <= 0.03)
+        assert sum(kept) >= 22
+
+    def test_asks_for_2048_examples_and_8_batches(self):
+        still = [torch.tensor([[1.0] * 5, [2.0] * 5] * 64)] * 40
+        report = refresh_norm(make("mlp"), still, tol=0.5)
+        assert (report.converged, report.samples, report.batches) == (True, 2048, 16)
+        report = refresh_norm(make("mlp"), [torch.cat(still[:8])] * 40, tol=0.5)
+        assert (report.converged, report.batches) == (True, 8)
+
+    def test_that_the_data_do_not_reach_is_reported(self):
+        report = refresh_norm(make("mlp"), data_for("mlp"), tol=1e-6)
+        assert (report.converged, report.batches) == (False, 4)
+
+    def test_of_an_endless_loader_needs_a_limit_all_the_same(self):
+        with pytest.raises(RefreshError, match="may be endless"):
+            refresh_norm(make("mlp"), DataLoader(Endless(), batch_size=None), tol=0.1)
+
+    def test_leaves_the_rest_of_the_loader_alone(self):
+        rest = iter(draw((128,) * 1000, 5))
+        report = refresh_norm(make("mlp"), rest, tol=0.05)
+        assert report.converged
+        assert len(list(rest)) == 1000 - report.batches
+
+    @pytest.mark.parametrize(
+        "options", [{"held_back": -1}, {"max_samples": 0}, {"max_batches": 0}, {"device": "nope"}]
+    )
+    def test_and_other_numbers_have_to_be_possible(self, options):
+        with pytest.raises(RefreshError, match=r"limits begin at 1|there is no device 'nope'"):
+            refresh_norm(make("mlp"), data_for("mlp"), **options)
+
+    @pytest.mark.parametrize("tol", [0, -1, math.nan, math.inf])
+    def test_has_to_be_one(self, tol):
+        with pytest.raises(RefreshError, match="the tolerance cannot be"):
+            refresh_norm(make("mlp"), data_for("mlp"), tol=tol)
+
+    def test_errors_of_a_single_batch_are_not_known(self):
+        [layer, _] = refresh_norm(make("mlp"), data_for("mlp")[:1]).layers
+        assert (layer.mean_error, layer.log_std_error) == (math.inf, math.inf)
+
+
+class TestErrors:
+    """Where the calls of a layer are not independent, or the variance is that of the means."""
+
+    @pytest.mark.parametrize("estimator", ["paper", "torch", "exact"])
+    def test_of_a_layer_that_is_called_often_are_those_of_its_batches(self, estimator):
+        model: Any = nn.Sequential(nn.BatchNorm1d(512))
+        data = draw((32,) * 40, 512, mean=0, std=1)
+
+        def forward(model, batch):
+            for _ in range(16):
+                model(batch)
+
+        [layer] = refresh_norm(model, data, forward=forward, estimator=estimator).layers
+        real = model[0].running_mean.double().square().mean().sqrt()
+        assert layer.calls == 16 * 40 == model[0].num_batches_tracked
+        assert float(real) <= layer.mean_error <= 1.3 * float(real)
+
+    @pytest.mark.parametrize("kind", ["pairs", "unlike"])
+    def test_of_a_variance_of_means_are_too(self, kind):
+        model: Any = nn.Sequential(nn.BatchNorm1d(512))
+        made = torch.Generator().manual_seed(0)
+        shift = torch.randn(60, 1, 512, generator=made)
+        size, scale = (2, 1.0) if kind == "pairs" else (64, 0.05)
+        data = torch.randn(60, size, 512, generator=made) * scale + (kind != "pairs") * shift
+        [layer] = refresh_norm(model, list(data), estimator="exact").layers
+        true = torch.tensor(1.0) if kind == "pairs" else torch.tensor(1 + scale**2)
+        real = (model[0].running_var.double() / true).log().square().mean().sqrt() / 2
+        assert layer.log_std_error == pytest.approx(float(real), rel=0.15)
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    def __init__(self, length=None):
+        self.length = length
+
+    def __iter__(self):
+        yield from draw((8,) * 5, 5)
+
+
+class Long(Endless):
+    def __len__(self):
+        return 5
+
+
+ORDERED = "the loader does not shuffle"
+
+
+class TestLoaders:
+    @pytest.mark.parametrize("made", [Endless, lambda: DataLoader(Endless(), batch_size=None)])
+    @pytest.mark.parametrize("limit", [{"max_batches": 3}, {"max_samples": 20}], ids=str)
+    def test_that_may_be_endless_need_a_limit(self, made, limit):
+        model = make("mlp")
+        before = Snapshot(model)
+        with pytest.raises(RefreshError, match=r"may be endless; .* --max-samples N or"):
+            refresh_norm(model, made())
+        before.check()
+        assert refresh_norm(model, made(), **limit).batches == 3
+
+    @pytest.mark.parametrize("made", [Long, lambda: DataLoader(Long(), batch_size=None)])
+    def test_that_know_their_length_need_none(self, made):
+        assert refresh_norm(make("mlp"), made()).batches == 5
+
+    @pytest.mark.parametrize(
+        ("shuffle", "limit", "warned"),
+        [
+            (False, {"max_batches": 2}, True),
+            (False, {"max_samples": 20}, True),
+            (False, {"tol": 0.1}, True),
+            (False, {"max_batches": 5}, False),
+            (False, {"max_batches": 4}, True),
+            (False, {"max_samples": 40}, False),
+            (False, {"max_samples": 39}, True),
+            (False, {}, False),
+            (True, {"max_batches": 2}, False),
+            (True, {"tol": 0.1}, False),
+        ],
+        ids=str,
+    )
+    def test_that_do_not_shuffle_are_warned_of_if_they_are_cut(
+        self, shuffle, limit, warned, notices
+    ):
+        loader = DataLoader(TensorDataset(*draw((40,), 5)), batch_size=8, shuffle=shuffle)
+        refresh_norm(make("mlp"), loader, **limit)
+        assert (ORDERED in notices.text) is warned
+
+    def test_of_other_kinds_may_do_as_they_like(self, notices):
+        refresh_norm(make("mlp"), data_for("mlp"), max_batches=2)
+        assert notices.text == ""
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("name", ["mlp", "conv2d", "conv3d", "sync"])
+    @pytest.mark.parametrize("estimator", ["paper", "exact"])
+    def test_bf16_is_that_of_the_forward_and_not_of_the_statistics(self, name, estimator):
+        seen: list[torch.Tensor] = []
+        model = make(name)
+
+        def forward(model, batch):
+            with torch.no_grad():
+                seen.append(model[0](batch))
+            assert torch.is_autocast_enabled("cpu")
+            assert model(batch).isfinite().all()
+
+        report = refresh_norm(
+            model, data_for(name, (16,) * 4), forward=forward, amp="bf16", estimator=estimator
+        )
+        assert {one.dtype for one in seen} == {torch.bfloat16}
+        assert len(report.layers) == len(norms(model))
+        # The first layer's inputs are bfloat16; its statistics are theirs to float32's precision.
+        given = [one.double().transpose(0, 1).flatten(1) for one in seen]
+        layer = norms(model)[0]
+        assert layer.running_mean.dtype == torch.float32
+        mean = torch.cat(given, 1).mean(1)
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=2e-6, atol=2e-6)
+        if estimator == "exact":
+            variance = torch.cat(given, 1).var(1, correction=0)
+        else:
+            variance = torch.stack([one.var(1) for one in given]).mean(0)
+        torch.testing.assert_close(layer.running_var.double(), variance, rtol=2e-6, atol=0)
+
+    def test_of_bf16_is_near_that_of_float32(self):
+        model, other = make("conv2d"), make("conv2d")
+        refresh_norm(model, data_for("conv2d"), amp="bf16")
+        refresh_norm(other, data_for("conv2d"))
+        assert_same_statistics(model, other, 0.02)
+
+    def test_of_16_bits_is_no_other(self):
+        with pytest.raises(RefreshError, match="'fp16' is none of bf16"):
+            refresh_norm(make("mlp"), data_for("mlp"), amp="fp16")  # type: ignore[arg-type]
+
+
+class Viewing(nn.Sequential):
+    """What many a network does, and strides of channels_last do not allow."""
+
+    def forward(self, images):
+        for layer in self:
+            images = layer(images)
+        return images.view(len(images), -1)
+
+
+class TestMemoryFormat:
+    def test_that_the_model_does_not_take_is_given_up(self, notices):
+        model, other = (Viewing(*make("conv2d")) for _ in range(2))
+        before = Snapshot(model)
+        refresh_norm(model, data_for("conv2d"))
+        refresh_norm(other, data_for("conv2d"), memory_format="contiguous")
+        assert_same_statistics(model, other, 1e-12)
+        before.check(but=STATISTICS)
+        assert notices.text.count("trying contiguous images: view size") == 1
+
+    def test_is_given_up_after_a_batch_that_does_not_fit_too(self):
+        class Headed(nn.Sequential):
+            def forward(self, images):
+                found = images
+                for layer in list(self)[:-1]:
+                    found = layer(found)
+                return self[-1](found.view(len(images), -1)[:, :4])
+
+        model = Headed(*make("conv2d"), nn.BatchNorm1d(4))
+        report = refresh_norm(model, data_for("conv2d", (1, 8, 8)))
+        assert (report.batches, report.skipped) == (2, 1)
+
+    def test_is_given_up_with_the_batch_as_it_was(self):
+        """The first try has written into its images."""
+
+        class Writing(Viewing):
+            def forward(self, images):
+                images.sub_(5).div_(3)
+                return super().forward(images)
+
+        model, other = (Writing(*make("conv2d")) for _ in range(2))
+        refresh_norm(model, data_for("conv2d"))
+        refresh_norm(other, data_for("conv2d"), memory_format="contiguous")
+        assert_same_statistics(model, other, 1e-12)
+
+    def test_is_given_up_without_another_look_at_what_a_layer_normalises(self):
+        class Scaled(nn.BatchNorm2d):
+            def forward(self, values):
+                return super().forward(values * 2)
+
+        torch.manual_seed(0)
+        nets = [Viewing(nn.Conv2d(3, 8, 3), Scaled(8)) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        refresh_norm(nets[0], data_for("conv2d")[:1])
+        refresh_norm(nets[1], data_for("conv2d")[:1], memory_format="contiguous")
+        assert_same_statistics(nets[0], nets[1], 1e-12)
+
+    def test_is_not_given_up_where_it_was_asked_for(self):
+        model = Viewing(*make("conv2d"))
+        with pytest.raises(UserCodeError, match="raised RuntimeError: view size is not"):
+            refresh_norm(model, data_for("conv2d"), memory_format="channels_last")
+
+    def test_is_no_excuse_for_other_errors(self):
+        class Broken(Viewing):
+            def forward(self, images):
+                raise RuntimeError(f"not {images.is_contiguous()}")
+
+        model = Broken(*make("conv2d"))
+        before = Snapshot(model)
+        with pytest.raises(UserCodeError, match="not True"):
+            refresh_norm(model, data_for("conv2d"))
+        before.check()
+
+
+class TestVerify:
+    def test_says_how_far_eval_mode_is_from_the_statistics(self):
+        model: Any = nn.Sequential(nn.BatchNorm1d(3, eps=1e-12))
+        held, rest = draw((50,), 3, mean=5), draw((50, 50, 50), 3, mean=2)
+        report = refresh_norm(model, held + rest, held_back=1, estimator="exact")
+        assert (report.batches, report.held_back) == (3, 1)
+        everything = torch.cat(rest).double()
+        torch.testing.assert_close(model[0].running_mean.double(), everything.mean(0))
+        gap = report.layers[0].gap
+        assert gap is not None
+        mean, std = everything.mean(0), everything.std(0, correction=0)
+        [seen] = held
+        off = ((seen.double().mean(0) - mean) / std).square().mean().sqrt()
+        assert gap.mean == pytest.approx(float(off), rel=1e-5)
+        logs = (seen.double().std(0, correction=0) / std).log().square().mean().sqrt()
+        assert gap.log_std == pytest.approx(float(logs), rel=1e-4)
+        assert gap.mean_noise == math.inf  # of one batch
+
+    def test_sees_what_eval_mode_sees_behind_a_layer(self):
+        """A deeper layer is given what the one before makes of its stored statistics."""
+        model: Any = nn.Sequential(nn.BatchNorm1d(3, eps=1e-12), nn.BatchNorm1d(3, eps=1e-12))
+        model[1].weight.requires_grad_(requires_grad=False)
+        held, rest = draw((400,) * 2, 3, mean=5), draw((400,) * 6, 3, mean=2, std=0.5)
+        report = refresh_norm(model, held + rest, held_back=2, estimator="exact")
+        gaps = {layer.name: layer.gap for layer in report.layers}
+        assert gaps["0"] is not None
+        assert gaps["1"] is not None
+        # In training mode the second is given mean 0 and variance 1, whatever the data are.
+        assert gaps["1"].mean == pytest.approx(gaps["0"].mean, rel=1e-3)
+        assert gaps["0"].mean == pytest.approx(6, rel=0.1)
+        assert gaps["0"].mean_noise < 0.5
+
+    def test_is_small_where_the_data_are_alike(self):
+        model = make("conv2d")
+        data = draw((32,) * 24, 3, 9, 11)
+        report = refresh_norm(model, data, held_back=6)
+        for layer in report.layers:
+            assert layer.gap is not None
+            assert layer.gap.mean < 0.05 > layer.gap.log_std
+            assert layer.gap.mean_noise < 0.1
+
+    @pytest.mark.parametrize(
+        ("count", "wanted", "held"), [(4, 8, 1), (9, 8, 2), (40, 8, 8), (2, 3, 1), (4, 1, 1)]
+    )
+    def test_holds_back_a_quarter_at_most(self, count, wanted, held):
+        data = draw((8,) * count, 5)
+        report = refresh_norm(make("mlp"), data, held_back=wanted)
+        assert (report.held_back, report.batches) == (held, count - held)
+        other = make("mlp")
+        refresh_norm(other, data[held:])
+
+    def test_of_the_only_batch_is_an_error(self):
+        with pytest.raises(RefreshError, match="one batch, which cannot be held back"):
+            refresh_norm(make("mlp"), data_for("mlp")[:1], held_back=1)
+
+    def test_of_all_there_are_is_an_error(self):
+        model = make("mlp")
+        before = Snapshot(model)
+        with pytest.raises(
+            RefreshError, match=r"all of the loader's batches were held back.*fewer"
+        ):
+            refresh_norm(model, iter(data_for("mlp")), held_back=4)
+        before.check()
+
+    def test_limits_do_not_count_what_is_held_back(self):
+        data = draw((8,) * 40, 5)
+        report = refresh_norm(make("mlp"), data, held_back=3, max_batches=5)
+        assert (report.held_back, report.batches) == (3, 5)
+        report = refresh_norm(make("mlp"), data, held_back=3, max_samples=17)
+        assert (report.held_back, report.batches) == (3, 3)
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_leaves_out_nan_and_nothing(self, strict, notices):
+        data = [torch.zeros(0, 5), data_for("mlp")[0] * math.nan, *data_for("mlp") * 3]
+        model = nn.Sequential(nn.BatchNorm1d(5))
+        if strict:
+            with pytest.raises(RefreshError, match="1 batches that were held back gave NaN"):
+                refresh_norm(model, data, held_back=3, strict=True)
+            return
+        [layer] = refresh_norm(model, data, held_back=3).layers
+        assert layer.gap is not None
+        assert layer.gap.mean < 1
+        assert "left out 1 batches that were held back, for NaN or Inf" in notices.text
+
+    def test_keeps_batches_whose_memory_the_loader_uses_again(self):
+        def reusing():
+            tensor = torch.zeros(64, 5)
+            for number in range(12):
+                tensor.copy_(draw((64,), 5, mean=50 if number < 2 else 0, seed=number)[0])
+                yield tensor
+
+        [layer] = refresh_norm(nn.Sequential(nn.BatchNorm1d(5)), reusing(), held_back=2).layers
+        assert layer.gap is not None
+        assert layer.gap.mean > 20
+
+    def test_that_fails_leaves_the_model_as_it_was(self):
+        class Evil(nn.Sequential):
+            def forward(self, values):
+                if not self[1].training:
+                    explode()
+                return super().forward(values)
+
+        model = Evil(*make("mlp"))
+        before = Snapshot(model)
+        with pytest.raises(UserCodeError, match="raised ZeroDivisionError"):
+            refresh_norm(model, data_for("mlp"), held_back=1)
+        before.check()
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_changes_nothing_but_the_statistics(self, name):
+        model, other = make(name).train(), make(name)
+        before = Snapshot(model)
+        refresh_norm(model, data_for(name), held_back=1)
+        refresh_norm(other, data_for(name)[1:])
+        assert_same_statistics(model, other, 1e-12)
+        before.check(but=STATISTICS)
+
+
+class TestReport:
+    def test_has_the_statistics_of_each_layer(self):
+        model = make("mlp")
+        old = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        report = refresh_norm(model, data_for("mlp"))
+        found = report.as_dict(statistics=True)["layers"]
+        assert [layer["name"] for layer in found] == ["1", "4"]
+        for layer in found:
+            for held, state in ((layer["old"], old), (layer["new"], dict(model.named_buffers()))):
+                name = layer["name"]
+                assert held.mean == tuple(state[f"{name}.running_mean"].tolist())
+                assert held.variance == tuple(state[f"{name}.running_var"].tolist())
+                assert held.batches == int(state[f"{name}.num_batches_tracked"])
+        assert "old" not in vars(report.as_dict()["layers"][0])

@@ -1,0 +1,430 @@
+"""Several processes that share a pass: gloo's, started as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from ckptavg.cli import main
+from ckptavg.distributed import Ranks
+from ckptavg.model.feeding import Feed
+from tests.gloo import LOOPBACK
+from tests.oracle import same_bits
+
+TRAIN = """
+import os
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            *(nn.Conv2d(3, 8, 3), nn.SyncBatchNorm(8), nn.ReLU()),
+            *(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)),
+            nn.InstanceNorm2d(6, track_running_stats=True),
+            *(nn.Flatten(), nn.Linear(96, 4), nn.BatchNorm1d(4)),
+        )
+
+
+def data():
+    made = torch.Generator().manual_seed(1)
+    scale = torch.rand(203, 1, 1, 1, generator=made) * 4
+    images = torch.randn(203, 3, 8, 8, generator=made) * scale
+    return TensorDataset(images, torch.arange(203) % 4)
+
+
+def loader(size=16, workers=0, shuffle=True):
+    return DataLoader(data(), size, shuffle=shuffle, num_workers=workers)
+
+
+def generator():
+    yield from loader()
+
+
+def dealt():
+    return DataLoader(data(), 16, sampler=DistributedSampler(data(), shuffle=False, drop_last=True))
+
+
+def with_nan():
+    for number, (images, labels) in enumerate(loader()):
+        yield images * (float("nan") if number in (3, 4) else 1), labels
+
+
+def own_seed():
+    torch.manual_seed(RANK)
+    return loader()
+
+
+class Slow(Dataset):
+    def __len__(self):
+        return 4000
+
+    def __getitem__(self, index):
+        if RANK == 1 and index > 200:
+            raise ValueError("process one cannot read this")
+        time.sleep(0.002)
+        open(f"begun{RANK}", "w").close()
+        return torch.randn(3, 8, 8)
+
+
+def slow():
+    return DataLoader(Slow(), 16)
+
+
+def bad_model():
+    raise ValueError("no model today")
+
+
+def bad_model_of_one():
+    if RANK == 1:
+        raise ValueError("no model in process one")
+    return Net()
+
+
+def score(model, batches):
+    print("evaluated in", RANK)
+    return 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "train.py").write_text(TRAIN)
+    code = "import torch, train; torch.manual_seed(0); torch.save(train.Net().state_dict(), 'a.pt')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_once():
+    """Processes are forks of one that has imported everything and computed nothing."""
+    SERVER.set_forkserver_preload(
+        [__name__, "ckptavg.batchnorm.together", "ckptavg.evaluation.judging"]
+    )
+
+
+SERVER = multiprocessing.get_context("forkserver")
+
+
+def work(folder, rank, arguments, environment):
+    """What a process does; what it prints goes into files."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+    torch.set_num_threads(1)  # sums do not depend on how many share them
+    command = ["ckptavg", "bn-refresh", "a.pt", "--model", "train.py:Net"]
+    sys.argv = [*command, *map(str, arguments)]
+    main()
+
+
+def start(folder, *arguments, size):
+    """The processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ours = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(size):
+        environment = {"GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1"}
+        environment |= ours | {"RANK": str(rank)} if size > 1 else {}
+        processes.append(SERVER.Process(target=work, args=(folder, rank, arguments, environment)))
+        processes[-1].start()
+    return processes
+
+
+def finish(folder, processes, codes):
+    """What they have printed: stdout and stderr of each."""
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()
+    outputs = [
+        tuple((folder / f"{name}{rank}").read_text() for name in ("out", "err"))
+        for rank in range(len(processes))
+    ]
+    assert [process.exitcode for process in processes] == codes, outputs
+    return outputs
+
+
+def run(folder, output, *arguments, size, code=0):
+    arguments = ("-o", output, "--force", "--json", *arguments)
+    return finish(folder, start(folder, *arguments, size=size), [code] * size)
+
+
+def assert_near(folder, one, other, tolerance=1e-6):
+    """Means to so many standard deviations, variances relatively."""
+    found, expected = (torch.load(folder / name) for name in (one, other))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("running_mean"):
+            variance = expected[name.replace("_mean", "_var")].double()
+            apart = (found[name].double() - value.double()).abs() / variance.sqrt()
+            assert float(apart.max()) <= tolerance, name
+        elif name.endswith("running_var"):
+            assert float((found[name].double() / value.double() - 1).abs().max()) <= tolerance, name
+        else:
+            assert same_bits(found[name], value), name
+
+
+class TestResult:
+    @pytest.mark.parametrize("estimator", ["paper", "torch", "exact"])
+    def test_is_that_of_one_process(self, folder, estimator):
+        arguments = ("--loader", "train.py:loader", "--estimator", estimator)
+        [(alone, _)] = run(folder, "one.pt", *arguments, size=1)
+        outputs = run(folder, "three.pt", *arguments, size=3)  # 13 batches: unequal shares
+        assert_near(folder, "three.pt", "one.pt")
+        one, three = json.loads(alone), json.loads(outputs[0][0])
+        assert [out for out, _ in outputs[1:]] == ["", ""]
+        assert [error for _, error in outputs] == [""] * 3
+        assert (one.pop("processes"), three.pop("processes")) == (1, 3)
+        for layer, other in zip(one.pop("layers"), three.pop("layers"), strict=True):
+            assert layer.pop("name") == other.pop("name")
+            assert layer.pop("gap") is other.pop("gap") is None
+            for error in ("mean_error", "log_std_error"):  # see how batches follow each other
+                assert other.pop(error) == pytest.approx(layer.pop(error), rel=0.5)
+            assert other == pytest.approx(layer, rel=1e-4, abs=1e-6)
+        assert one == three
+
+    @pytest.mark.parametrize(
+        ("size", "arguments"),
+        [
+            (2, ("--loader", "train.py:generator")),
+            (2, ("--loader", "train.py:loader", "--loader-arg", "workers=2")),
+            (2, ("--loader", "train.py:with_nan")),
+            (3, ("--loader", "train.py:loader", "--max-samples", "50", "--verify")),
+            (3, ("--loader", "train.py:loader", "--loader-arg", "size=150")),  # one has no batch
+            (2, ("--loader", "train.py:generator", "--max-batches", "1")),
+            (2, ("--loader", "train.py:loader", "--train-mode", "full")),
+        ],
+        ids=str,
+    )
+    def test_is_so_whatever_the_loader_and_the_limits(self, folder, size, arguments):
+        [(alone, _)] = run(folder, "one.pt", *arguments, size=1)
+        shared, _ = run(folder, "more.pt", *arguments, size=size)[0]
+        assert_near(folder, "more.pt", "one.pt")
+        one, more = json.loads(alone), json.loads(shared)
+        for name in ("batches", "samples", "nonfinite", "held_back", "notices"):
+            assert one[name] == more[name], name
+        gaps = [[layer["gap"] for layer in found["layers"]] for found in (one, more)]
+        for gap, other in zip(*gaps, strict=True):
+            assert (gap is None) == ("--verify" not in arguments)
+            for name in gap or ():
+                assert other[name] == pytest.approx(gap[name], rel=0.5 if "noise" in name else 1e-3)
+
+    def test_is_that_of_what_a_distributed_sampler_has_dealt_out(self, folder):
+        arguments = ("--loader", "train.py:dealt", "--estimator", "exact")
+        [(output, error), _] = run(folder, "two.pt", *arguments, size=2)
+        found = json.loads(output)
+        assert (found["batches"], found["samples"]) == (14, 202)  # 101 each
+        assert "DistributedSampler has dealt the batches out" in error
+        limit = ("--loader-arg", "size=1", "--max-samples", "202")
+        run(folder, "one.pt", "--loader", "train.py:loader", "--loader-arg", "shuffle=False",
+            "--loader-arg", "size=202", "--max-batches", "1", "--estimator", "exact",
+            size=1)  # fmt: skip
+        assert limit
+        # The first layer's inputs alone do not depend on what else is in a batch.
+        found, expected = (torch.load(folder / name) for name in ("two.pt", "one.pt"))
+        for name in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+    def test_ends_for_all_when_the_tolerance_is_reached(self, folder):
+        arguments = ("--loader", "train.py:loader", "--loader-arg", "size=5", "--tol", "0.5")
+        (output, _), (nothing, _) = run(folder, "two.pt", *arguments, size=2)
+        assert json.loads(output)["converged"] is False  # fewer than 2,048 examples
+        assert nothing == ""
+
+    def test_is_judged_by_the_first_alone(self, folder):
+        judging = ("--eval-loader", "train.py:loader", "--metric", "train.py:score")
+        outputs = run(folder, "two.pt", "--loader", "train.py:loader", *judging, size=2)
+        assert json.loads(outputs[0][0])["verdict"]["after"] == {"score": 1}
+        assert [error.count("evaluated in 0") for _, error in outputs] == [2, 0]
+        assert "evaluated in 1" not in outputs[1][1]
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--loader", "train.py:slow"), "ValueError: process one cannot read this"),
+            (
+                ("--loader", "train.py:loader", "--model", "train.py:bad_model_of_one"),
+                "ValueError: no model in process one",
+            ),
+        ],
+        ids=["loader", "model"],
+    )
+    def test_of_one_ends_all_with_its_message(self, folder, arguments, message):
+        began = time.monotonic()
+        outputs = run(folder, "bad.pt", *arguments, size=2, code=1)
+        assert time.monotonic() - began < 30
+        assert not (folder / "bad.pt").exists()
+        assert message in outputs[1][1]
+        assert outputs[1][1].splitlines()[-1].startswith("ckptavg: error: ")
+        assert outputs[0] == ("", "")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--loader", "train.py:loader", "--model", "train.py:bad_model"), "no model today"),
+            (("--loader", "train.py:nothing"), "has no 'nothing'"),
+            (("--loader", "train.py:loader", "--key", "none"), "none"),
+            (("--loader", "train.py:loader", "--layers", "none"), "no norm layer matches"),
+            (("--loader", "train.py:own_seed"), "draw the examples in different orders"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_of_all_is_told_once(self, folder, arguments, message):
+        outputs = run(folder, "bad.pt", *arguments, size=3, code=1)
+        assert message in outputs[0][1]
+        assert [error for _, error in outputs[1:]] == ["", ""]
+        assert not (folder / "bad.pt").exists()
+
+    def test_of_the_writing_is_one_of_all(self, folder):
+        run(folder, folder / "none" / "o.pt", "--loader", "train.py:loader", size=2, code=1)
+
+    def test_that_kills_one_is_noticed(self, folder):
+        (folder / "begun1").unlink(missing_ok=True)
+        processes = start(folder, "-o", "bad.pt", "--loader", "train.py:slow", size=3)
+        while not (folder / "begun1").exists() and processes[1].is_alive():
+            time.sleep(0.05)
+        processes[1].kill()
+        outputs = finish(folder, processes, [1, -9, 1])
+        assert "another process is gone" in outputs[0][1]
+        assert "Traceback" not in outputs[0][1]
+
+    def test_to_come_is_told_with_what_to_do(self, folder):
+        code = (
+            "from datetime import timedelta; from ckptavg import cli, distributed; "
+            "distributed._START_TIMEOUT = timedelta(seconds=2); cli.main()"
+        )
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            environment["MASTER_PORT"] = str(probe.getsockname()[1])
+        found = subprocess.run(
+            [sys.executable, "-c", code, "bn-refresh", "a.pt", "-o", "o.pt",
+             "--model", "train.py:Net", "--loader", "train.py:loader"],
+            cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        assert found.returncode == 1
+        [line] = [one for one in found.stderr.splitlines() if one.startswith("ckptavg: ")]
+        assert "the 2 processes did not come together" in line
+        assert line.endswith("start it with torchrun --no-python, or unset RANK to run it alone")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(folder):
+    command = (
+        *(Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", 2),
+        *("--no-python", Path(sys.executable).with_name("ckptavg"), "bn-refresh", "a.pt"),
+        *("--model", "train.py:Net", "--loader", "train.py:loader", "-o", "two.pt", "--force"),
+    )
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK}
+    found = subprocess.run(
+        [str(one) for one in command], cwd=folder, env=environment, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "13 batches of 203 samples in all in 2 processes" in found.stdout
+    run(folder, "one.pt", "--loader", "train.py:loader", size=1)
+    assert_near(folder, "two.pt", "one.pt", 1e-5)
+
+
+class Rank(Ranks):
+    """One of several, without the others."""
+
+    def __init__(self, rank, size):
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+class TestFeed:
+    @pytest.mark.parametrize(
+        "limits",
+        [
+            {},
+            {"max_batches": 5},
+            {"max_samples": 33},
+            {"max_batches": 0},
+            {"held_back": 2, "max_batches": 4},
+            {"held_back": 3, "max_samples": 17},
+            {"max_batches": 100, "max_samples": 1000},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("size", [2, 3, 20])
+    @pytest.mark.parametrize("kind", ["loader", "batch sampler", "list"])
+    def test_deals_out_what_one_process_would_have(self, kind, size, limits):
+        data = TensorDataset(torch.arange(75))
+
+        def make():
+            made = torch.Generator().manual_seed(4)
+            if kind == "batch sampler":
+                sampler = BatchSampler(RandomSampler(data, generator=made), 8, drop_last=False)
+                return DataLoader(data, batch_sampler=sampler)
+            loader = DataLoader(data, 8, shuffle=True, generator=made)
+            return loader if kind == "loader" else list(loader)
+
+        def drawn(ranks):
+            return [(number, batch[0].tolist()) for number, batch in Feed(make(), ranks, **limits)]
+
+        together = [one for rank in range(size) for one in drawn(Rank(rank, size))]
+        assert sorted(together) == drawn(Ranks())
+
+    def test_loads_nothing_that_is_another_processes(self):
+        class Data(TensorDataset):
+            def __getitem__(self, index):
+                loaded.append(index)
+                return super().__getitem__(index)
+
+        loaded: list[int] = []
+        for rank in range(3):
+            list(Feed(DataLoader(Data(torch.arange(50)), 8), Rank(rank, 3)))
+        assert sorted(loaded) == list(range(50))
+
+    def test_has_a_fingerprint_of_the_whole_order(self):
+        def fingerprint(rank, seed):
+            made = torch.Generator().manual_seed(seed)
+            feed = Feed(DataLoader(range(50), 8, shuffle=True, generator=made), Rank(rank, 3))  # type: ignore[arg-type]
+            list(feed)
+            return feed.fingerprint()
+
+        assert fingerprint(0, 1) == fingerprint(1, 1) != fingerprint(1, 2)
+
+
+def test_the_order_of_ranks_is_that_of_the_pass():
+    """Numbers of batches that were left out come sorted, whoever left them out."""
+    from collections import Counter
+
+    from ckptavg.batchnorm.estimators import Channels, WeightedMoments
+    from ckptavg.batchnorm.found import Found
+
+    made = [
+        Found(
+            WeightedMoments.empty(Channels((1,), (False,), (0.0,))),
+            nonfinite=[number * 7 % 10, 5 - number],
+            unfit=Counter(a=1),
+        )
+        for number in range(3)
+    ]
+    merged = made[0].merged(made[1]).merged(made[2])
+    assert merged.nonfinite == sorted(merged.nonfinite)
+    assert len(merged.nonfinite) == 6
+    assert merged.unfit.total() == 3

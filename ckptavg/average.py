@@ -20,7 +20,7 @@ from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, find_base, fold, options_as_keywords, recipes_of
 from ckptavg.merge.schemes import schemes_of
-from ckptavg.select.order import relative_names, sort_checkpoints
+from ckptavg.select.order import sort_checkpoints
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.directory import with_dtype
@@ -153,16 +153,10 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     # include and exclude do not apply to the average that is updated: the user named it.
     run = find_run(paths, key=options.key, keep_prefix=options.keep_prefix)
     base = find_base(run.checkpoints)
-    others = {
-        each.path: each for each in run.checkpoints if each is not base and not excludes(each.name)
-    }
+    others = [each for each in run.checkpoints if each is not base and not excludes(each.name)]
     if not others:
         raise SelectionError("there is nothing to fold into it", path=base.path)
-    # Their names in the provenance do not depend on where the earlier average is.
-    names = relative_names(others)
-    ordered, order_is_known = sort_checkpoints(
-        replace(other, name=names[path]) for path, other in others.items()
-    )
+    ordered, order_is_known = sort_checkpoints(others)
     return replace(run, checkpoints=tuple(ordered), order_is_known=order_is_known, base=base)
 
 
@@ -232,12 +226,7 @@ def write_averages(
         check_room([*layouts, *elsewhere])
         layouts = elsewhere
     if not options.dry_run:
-        write(
-            plan, layouts,
-            force=options.force, fsync=options.fsync, threads=threads,
-            allow_nonfinite=options.allow_nonfinite, progress=options.progress,
-            ranks=options.ranks,
-        )  # fmt: skip
+        write(plan, layouts, options, threads)
     return tuple(
         summarise(
             plan, number, recipe, *layout,

@@ -173,9 +173,13 @@ def _clear_frames(error: BaseException | None) -> None:
     Torch's frames hold the process group. If it lives until the interpreter exits, its threads
     sometimes abort the process then.
     """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    left, cleared = [error], set[int]()
+    while left:
+        error = left.pop()
+        if error is not None and id(error) not in cleared:  # causes may run in a circle
+            cleared.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            left += [error.__cause__, error.__context__]
 
 
 def _join_group() -> Ranks:

@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _USER = re.compile(r"(://)[^/\s]*@")
 # The query is optional here. If it were required, a name full of `://` would take quadratic time.
 _QUERY = re.compile(r"(://[^?\n]*)(?:\?\S*)?")
-_LONGEST_NAME, _MOST_LISTED = 300, 5
+_LONGEST_NAME = 300
 
 
 def printable(name: object) -> str:
@@ -26,11 +26,11 @@ def printable(name: object) -> str:
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
 
 
-def listed(names: Iterable[object]) -> str:
+def listed(names: Iterable[object], most: int = 5) -> str:
     """The first of several names for a message, and how many more there are."""
     every = list(map(printable, names))
-    more = f" and {len(every) - _MOST_LISTED} more" if len(every) > _MOST_LISTED else ""
-    return ", ".join(every[:_MOST_LISTED]) + more
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.merge.recipe import Progress
-
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,6 @@ def _open_member(
         return None, error.message
     if not record.is_copy:
         member, _ = without_wrappers(member, keep_prefix=record.options.keep_prefix)
-    member = replace(member, name=entry["name"])
     difference = ""
     if member.size != entry["bytes"]:
         difference = f"has {member.size} bytes, and had {entry['bytes']}"

@@ -197,6 +197,15 @@ def failing():
     return DataLoader(Slow(), 8)
 
 
+def circular():
+    try:
+        raise KeyError("first")
+    except KeyError as first:
+        second = ValueError("its cause is its effect")
+        first.__cause__ = second
+        raise second from first
+
+
 class Long(Dataset):
     def __len__(self):
         return 960  # seconds of work for each of three
@@ -268,12 +277,16 @@ class TestRefresh:
         assert len(entry["sources"]) == 3
         assert entry["norm_stats"]["state"] == "refreshed"
 
-    @pytest.mark.parametrize("loader", ["failing", "absent"])
+    @pytest.mark.parametrize("loader", ["failing", "absent", "circular"])
     def test_that_fails_ends_all_with_one_message(self, trained, tmp_path, loader):
         outputs = launch(trained / "run", "-o", tmp_path / "o.pt", *specs(trained, loader), code=1)
         lines = [line for _, error in outputs for line in error.splitlines()]
         [message] = [line for line in lines if line.startswith("ckptavg: error: ")]
-        what = {"failing": "process one cannot read this", "absent": "has no 'absent'"}
+        what = {
+            "failing": "process one cannot read this",
+            "absent": "has no 'absent'",
+            "circular": "its cause is its effect",
+        }
         assert what[loader] in message
         assert list(tmp_path.iterdir()) == []
 

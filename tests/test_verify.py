@@ -379,6 +379,36 @@ class TestCommand:
             result = run("verify", name, "run")
             assert "3 tensors: statistics of data" in result.stdout
 
+    def test_a_refreshed_directory_is_recorded_by_its_own_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("m.py").write_text(
+            "import torch\nmodel = torch.nn.BatchNorm1d(4)\n"
+            "loader = [torch.randn(8, 4) for _ in range(3)]\n"
+        )
+        Path("checkpoint-7").mkdir()
+        Path("checkpoint-7/config.json").write_text("{}")
+        save_file(torch.nn.BatchNorm1d(4).state_dict(), "checkpoint-7/model.safetensors")
+        spec = ["--model", "m.py:model", "--loader", "m.py:loader"]
+        run("bn-refresh", "checkpoint-7", "-o", "out.safetensors", *spec)
+        entry = open_checkpoint(Path("out.safetensors")).provenance
+        assert entry is not None
+        assert [source["name"] for source in entry["sources"]] == ["checkpoint-7"]
+        assert ckptavg.verify("out.safetensors", ["checkpoint-7"]).compared == 2
+
+    def test_names_do_not_depend_on_what_is_no_member(self, tmp_path):
+        states = [{"w": torch.full((3,), float(step))} for step in range(3)]
+        save_run(tmp_path / "run", states)
+        (tmp_path / "other").mkdir()
+        save_file(states[2], tmp_path / "other" / "best.safetensors")  # a copy
+        save_file(states[0], tmp_path / "other" / "left.safetensors")
+        ckptavg.average(
+            [tmp_path / "run", tmp_path / "other"], tmp_path / "o.safetensors",
+            select=ckptavg.Selection(exclude=("other/left*",)),
+        )  # fmt: skip
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        verified = ckptavg.verify(tmp_path / "o.safetensors", [tmp_path / "elsewhere"])
+        assert verified.sources == 3
+
 
 class TestMembers:
     """The checkpoints are found again, whatever they are called."""

@@ -93,13 +93,8 @@ class Rewriting:
         """Write the checkpoint as it is now, with that provenance."""
         plan, layout = self._lay_out(refreshed, entry)
         check_output(self._target.path, layout, force=self._force)
-        write(
-            plan,
-            [(self._target.path, layout)],
-            force=self._force,
-            fsync=fsync,
-            threads=default_threads(plan.members),
-        )
+        options = AverageOptions(force=self._force, fsync=fsync)
+        write(plan, [(self._target.path, layout)], options, default_threads(plan.members))
 
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
         """The output with that provenance."""

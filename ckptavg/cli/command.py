@@ -254,10 +254,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _weights(text: str) -> tuple[Scheme, ...]:
     """The schemes that a text names, such as `uniform,ema:0.9`."""
-    from ckptavg.merge.schemes import parse
+    from ckptavg.merge import schemes
 
     try:
-        return parse(text)
+        return schemes.parse(text)
     except SelectionError as error:
         raise click.BadParameter(str(error)) from error
 

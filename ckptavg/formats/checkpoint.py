@@ -34,7 +34,7 @@ class TrainingRecord:
         epochs_from_zero: whether the trainer counts epochs from 0, so that the checkpoint of epoch
             e was saved after e + 1 epochs (Lightning, timm).
         learning_rate: rate of the optimizer's first parameter group. It may already be that of the
-            next update: see `select.rates`.
+            next update: see `select.learning_rates`.
         other_rates: rates of the other parameter groups.
         scheduler: plain values of the first scheduler's state dict (`last_epoch`, `base_lrs`,
             `_last_lr`, `T_0`, ...).
@@ -74,8 +74,7 @@ class Checkpoint:
             the pickle describes them.
         inner_tensors: the pickled tensors in such entries, and their places.
         module_versions: the `_metadata` that torch gives to a state dict; None where there is none.
-        name: its path below the folder that all candidates of its run have in common; the last part
-            of the path where there is no run.
+        name_in_run: its path below the folder that all candidates of its run have in common.
     """
 
     path: Path
@@ -93,11 +92,12 @@ class Checkpoint:
     other_entries: Mapping[str, object] = field(default_factory=dict)
     inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
-    name: str = ""
+    name_in_run: str = ""
 
-    def __post_init__(self) -> None:
-        """Set the default of the name."""
-        object.__setattr__(self, "name", self.name or self.path.name)
+    @property
+    def name(self) -> str:
+        """Its name in messages: that in its run, else the last part of the path."""
+        return self.name_in_run or self.path.name
 
     @property
     def size(self) -> int:

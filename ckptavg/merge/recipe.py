@@ -15,10 +15,12 @@ from ckptavg.formats.checkpoint import fingerprint
 from ckptavg.formats.parts import PathLike
 from ckptavg.formats.tensors import BY_NAME, is_extra_state
 from ckptavg.merge.weights import Weights
+from ckptavg.select.order import relative_names
 from ckptavg.select.rules import Selection, chosen, select
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.schemes import Scheme
@@ -187,6 +189,11 @@ class Recipe:
     base: Checkpoint | None = None
 
     @property
+    def names(self) -> Mapping[Path, str]:
+        """The members' paths below the folder that they have in common, without the base."""
+        return relative_names([each.path for each in self.members if each is not self.base])
+
+    @property
     def last(self) -> Checkpoint:
         """The last member."""
         return self.members[-1]
@@ -235,9 +242,9 @@ def _recipe(
         raise SelectionError("all weights are zero, so there is nothing to average")
     members, values = zip(*used, strict=True)
     if options.expect is not None and len(members) != options.expect:
-        listed = ", ".join(printable(member.name) for member in members)
+        names = ", ".join(printable(member.name) for member in members)
         raise SelectionError(
-            f"expected {options.expect} checkpoints, found {len(members)}: {listed}"
+            f"expected {options.expect} checkpoints, found {len(members)}: {names}"
         )
     recorded_rules = rules.as_dict()
     if recorded_rules.keys() & {"start", "steps", "cycle"}:

@@ -142,7 +142,7 @@ def _column(path: Path, rows: list[tuple[str, object]], metric: str) -> list[tup
     known = sorted({key for _, table in tables for key in table})
     if metric not in known:
         raise SelectionError(
-            f"has no metric {printable(metric)}; there are: {listed(known)}", path=path
+            f"has no metric {printable(metric)}; there are: {listed(known, 20)}", path=path
         )
     return [(name, table.get(metric)) for name, table in tables]
 

@@ -14,7 +14,7 @@ from ckptavg.formats.checkpoint import STEP_FACTS
 from ckptavg.formats.parts import absolute, is_remote
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -62,14 +62,13 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         SelectionError: not all checkpoints have that unit.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    facts = [checkpoint.facts for checkpoint in checkpoints]
-    units = [fact for fact in STEP_FACTS if all(fact in each for each in facts)]
-    restarts = "step" in units and "epoch" in units and _steps_restart(facts)
+    units = [fact for fact in STEP_FACTS if all(fact in each.facts for each in checkpoints)]
+    restarts = "step" in units and "epoch" in units and _steps_restart(checkpoints)
     if restarts:
         units.remove("step")
     unit = unit or next(iter(units), "number")
     if unit in units:
-        steps = tuple(int(each[unit]) for each in facts)
+        steps = tuple(int(each.facts[unit]) for each in checkpoints)
         units.remove(unit)
     elif unit == "number":
         return Timeline(unit, steps_in_names(names) or ())
@@ -94,25 +93,25 @@ def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint
         step. If none has one, any order will do.
     """
     ordered = sorted(checkpoints, key=lambda checkpoint: natural_key(checkpoint.name))
-    names = [checkpoint.name for checkpoint in ordered]
     times = timeline(ordered)
     if times.steps:
-        # Recorded steps may be fractions of epochs, or begin anew in each epoch.
+        # Where all record epochs and steps and count in epochs, the steps begin anew in each.
+        restarts = times.unit == "epoch" and all("step" in each.facts for each in ordered)
         places = {
-            checkpoint: (step, checkpoint.facts.get(times.unit, 0), checkpoint.facts.get("step", 0))
-            for checkpoint, step in zip(ordered, times.steps, strict=True)
+            each: (step, each.facts["step"] if restarts else 0)
+            for each, step in zip(ordered, times.steps, strict=True)
         }
         ordered.sort(key=places.__getitem__)
         known = len(set(places.values())) == len(ordered)
     else:
-        recorded = any(checkpoint.step is not None for checkpoint in ordered)
-        known = not recorded and not _have_numbers_apart(names)
-    return ordered, known or _differ_in_numbers_only(names)
+        recorded = any(each.step is not None for each in ordered)
+        known = not recorded and not _have_numbers_apart([each.name for each in ordered])
+    return ordered, known or _differ_in_numbers_only([each.name for each in ordered])
 
 
-def _steps_restart(facts: Sequence[Mapping[str, float]]) -> bool:
+def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether the recorded `step` starts again in each epoch."""
-    pairs = sorted((each["epoch"], each["step"]) for each in facts)
+    pairs = sorted((each.facts["epoch"], each.facts["step"]) for each in checkpoints)
     return any(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(pairs))
 
 

@@ -308,7 +308,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     values = [verdict.metric for verdict in left]
     if all(value is None for value in values):
         names = {name for each in verdicts for name in each.checkpoint.training.metrics}
-        known = listed(sorted(names))
+        known = listed(sorted(names), 20)
         raise SelectionError(
             f"none of the checkpoints has the metric {printable(metric)}",
             remedy=(f"recorded are: {known}; " if known else "")

@@ -146,9 +146,6 @@ def _folders_with_candidates(folder: Path, depth: int) -> Iterator[Path]:
             yield from _folders_with_candidates(entry, depth - 1)
 
 
-log = logging.getLogger("ckptavg")
-
-
 @dataclass(frozen=True)
 class Run:
     """The checkpoints of a training run.
@@ -202,7 +199,7 @@ def find_run(
         # Most checkpoints of a run have the same tensors at the same places: they share a mapping.
         is_alike = opened and checkpoint.tensors == opened[0].tensors
         tensors = opened[0].tensors if is_alike else checkpoint.tensors
-        opened.append(replace(checkpoint, name=name, tensors=tensors))
+        opened.append(replace(checkpoint, name_in_run=name, tensors=tensors))
     if not opened:
         where = ", ".join(map(printable, inputs)) or "no input"
         reasons = [f"; {printable(path.name)}: {reason}" for path, reason in left_out.items()]

@@ -73,12 +73,12 @@ def source_entries(
 ) -> list[dict[str, Any]]:
     """What is said of each member. An earlier average is replaced by its own members."""
     fingerprints, hashes = fingerprints or {}, hashes or {}
-    entries: list[dict[str, Any]] = []
+    names, entries = recipe.names, list[dict[str, Any]]()
     for member, weight in zip(recipe.members, recipe.weights.values, strict=True):
         if member is recipe.base:
             continue
         entry = {
-            "name": member.name,
+            "name": names[member.path],
             "bytes": member.size,
             "header_sha256": member.digest,
             "key": member.key,
@@ -279,11 +279,11 @@ def summarise(
         threads: how many threads share the work.
         hashes: SHA-256 of the members' files, if they were hashed.
     """
-    weights = recipe.weights
+    weights, names = recipe.weights, recipe.names
     sources = tuple(
         SourceSummary(
-            member.name, shown(member.path), member.size, member.digest, value / weights.divisor,
-            member.step, hashes.get(member),
+            names.get(member.path, member.path.name), shown(member.path), member.size,
+            member.digest, value / weights.divisor, member.step, hashes.get(member),
         )
         for member, value in zip(recipe.members, weights.values, strict=True)
     )  # fmt: skip

@@ -9,7 +9,6 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import CkptAvgError, OutputError, listed, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.parts import is_remote
@@ -25,52 +24,44 @@ if TYPE_CHECKING:
 
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
-    from ckptavg.merge.recipe import Progress
+    from ckptavg.merge.recipe import AverageOptions
 
 
 def write(
     plan: Plan,
     outputs: Sequence[tuple[Path, Layout]],
-    *,
-    force: bool,
-    fsync: bool,
+    options: AverageOptions,
     threads: int,
-    allow_nonfinite: bool = False,
-    progress: Progress | None = None,
-    ranks: Ranks = ALONE,
 ) -> None:
     """Write the outputs of a plan: they are complete afterwards, or were never there.
 
     Args:
         plan: what they are computed from.
         outputs: path and layout of each.
-        force: replace what is there.
-        fsync: have the outputs on the disk before they get their names.
+        options: `force`, `fsync`, `allow_nonfinite`, `progress` and `ranks`, of which the first one
+            makes the outputs and gives them their names.
         threads: how many threads share the work.
-        allow_nonfinite: let NaN and Inf pass.
-        progress: called with the bytes written since the last call, and with the bytes in all.
-        ranks: the processes that share the work; the first one makes the outputs and gives them
-            their names.
 
     Raises:
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
         OutputError: an output cannot be written.
     """
     _, layouts = zip(*outputs, strict=True)
+    ranks = options.ranks
     total = _bytes_made(plan, layouts)
     with contextlib.ExitStack() as stack:
-        sinks = _open(stack, plan, outputs, force=force, fsync=fsync, ranks=ranks)
+        sinks = _open(stack, plan, outputs, options)
         written = 0
         steps = execute(
-            plan.jobs(layouts), sinks, threads, allow_nonfinite=allow_nonfinite,
+            plan.jobs(layouts), sinks, threads, allow_nonfinite=options.allow_nonfinite,
             every=ranks.size, first=ranks.rank,
         )  # fmt: skip
         with contextlib.closing(steps):
             try:
                 for step in steps:
                     written += step
-                    if progress is not None:
-                        progress(step, total // ranks.size)
+                    if options.progress is not None:
+                        options.progress(step, total // ranks.size)
                     if ranks.has_failed_peer():
                         break  # `gather` raises below
             except BadValueError as error:
@@ -83,7 +74,7 @@ def write(
         if written != total:
             raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
         if ranks.rank == 0:
-            _publish(sinks, force=force)
+            _publish(sinks, force=options.force)
         ranks.gather(None)  # no process returns before the outputs have their names
 
 
@@ -91,16 +82,15 @@ def _open(
     stack: contextlib.ExitStack,
     plan: Plan,
     outputs: Sequence[tuple[Path, Layout]],
-    *,
-    force: bool,
-    fsync: bool,
-    ranks: Ranks,
+    options: AverageOptions,
 ) -> list[Output]:
     """Begin the outputs in the first process; the others open what it has begun."""
+    ranks = options.ranks
 
     def open_one(path: Path, layout: Layout, temporary: Path | None = None) -> Output:
-        output = Output(path, layout, force=force, fsync=fsync, temporary=temporary)
-        return stack.enter_context(output)
+        return stack.enter_context(
+            Output(path, layout, force=options.force, fsync=options.fsync, temporary=temporary)
+        )
 
     begun = [open_one(*output) for output in outputs] if ranks.rank == 0 else []
     if ranks.size == 1:

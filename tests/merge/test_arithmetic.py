@@ -45,9 +45,11 @@ def by_torch(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def assert_same(one: np.ndarray, other: np.ndarray) -> None:
-    """The same bits, but for those of NaN."""
+    """The same bits, but for those of NaN, of which only the sign has to be the same."""
     nan = np.isnan(one.astype(np.float32))
     assert np.array_equal(nan, np.isnan(other.astype(np.float32)))
+    sign, other_sign = (np.signbit(values.astype(np.float32)) for values in (one, other))
+    assert np.array_equal(sign, other_sign)
     unsigned = f"u{one.itemsize}"
     assert np.array_equal(one.view(unsigned)[~nan], other.view(unsigned)[~nan])
 
@@ -57,6 +59,13 @@ def test_every_code_is_widened_as_torch_does(name):
     values = codes(name)
     wide = widened(values, new_arrays(values.shape)).astype(np.float32)
     assert_same(wide, by_torch(values, "float32"))
+
+
+def test_a_single_number_is_converted(name):
+    number = np.array(1.5).astype(BY_NAME[name].numpy)
+    wide = widened(number, new_arrays(()))
+    assert wide == 1.5
+    assert rounded(np.array(1.5, np.float32), BY_NAME[name], new_arrays(())) == number
 
 
 def around(name: str) -> np.ndarray:

@@ -415,7 +415,7 @@ def test_a_run_without_any_rate_is_an_error_that_names_the_alternatives():
 
 def test_checkpoints_without_a_rate_are_named():
     rates = (0.1, None, 0.2, *[None] * 7)
-    records = [replace(saved(rate), name=f"c{index}") for index, rate in enumerate(rates)]
+    records = [replace(saved(rate), name_in_run=f"c{index}") for index, rate in enumerate(rates)]
     with pytest.raises(SelectionError, match=r"c1, c3, c4, c5, c6 and 3 more record no learning"):
         rates_of(records)
 

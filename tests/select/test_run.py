@@ -130,6 +130,15 @@ class TestOrder:
         assert not collect([tmp_path / "a.pt", tmp_path / "b.pt"]).order_is_known
         assert collect([tmp_path / "c1.pt", tmp_path / "c2.pt"]).order_is_known
 
+    def test_a_step_that_only_some_record_does_not_order_those_of_one_epoch(self, tmp_path):
+        for name, facts in (
+            ("final.pt", {"epoch": 3}),
+            ("e3_mid.pt", {"epoch": 3, "step": 50}),
+            ("e2_x.pt", {"epoch": 2}),
+        ):
+            torch.save({"model": {"w": torch.randn(2)}, **facts}, tmp_path / name)
+        assert not collect([tmp_path]).order_is_known
+
     @given(st.lists(st.text(alphabet="ab01-_ .²", max_size=6), max_size=6))
     def test_natural_keys_can_always_be_compared(self, texts):
         keys = sorted(map(natural_key, texts))

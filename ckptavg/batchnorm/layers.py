@@ -42,7 +42,6 @@ def chosen_layers(
     *,
     layers: Sequence[str] = (),
     skip_layers: Sequence[str] = (),
-    skip_frozen: bool = False,
 ) -> dict[str, NormLayer]:
     """The layers to refresh, by name. Others that hold running statistics are spoken of.
 
@@ -50,7 +49,6 @@ def chosen_layers(
         model: the model.
         layers: regular expressions; only layers with one of them somewhere in their names.
         skip_layers: likewise, of layers that are left alone.
-        skip_frozen: leave alone layers with weights none of which require a gradient.
 
     Raises:
         RefreshError: an expression is none, or matches no layer; or none are left.
@@ -66,9 +64,7 @@ def chosen_layers(
     taken = {
         name: layer
         for name, layer in found.items()
-        if (not layers or name in wanted)
-        and name not in unwanted
-        and not (skip_frozen and _is_frozen(layer))
+        if (not layers or name in wanted) and name not in unwanted
     }
     if not taken:
         raise RefreshError(f"not one of the model's {len(found)} norm layers is left to refresh")
@@ -113,11 +109,6 @@ def _matching(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
             )
         found.update(matches)
     return found
-
-
-def _is_frozen(layer: NormLayer) -> bool:
-    parameters = list(layer.parameters(recurse=False))
-    return bool(parameters) and not any(one.requires_grad for one in parameters)
 
 
 def _refuse_impossible(layers: Mapping[str, NormLayer]) -> None:

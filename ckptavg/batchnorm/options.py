@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ckptavg.batchnorm.estimators import EstimatorName
+    from ckptavg.batchnorm.moments import EstimatorName
     from ckptavg.batchnorm.refresh import MemoryFormat, Precision
     from ckptavg.batchnorm.setting import TrainMode
 
@@ -20,15 +20,12 @@ class PassOptions:
     estimator: EstimatorName = "paper"
     layers: Sequence[str] = ()
     skip_layers: Sequence[str] = ()
-    skip_frozen: bool = False
     memory_format: MemoryFormat = "auto"
     amp: Precision | None = None
     train_mode: TrainMode = "norm"
     max_samples: int | None = None
-    max_batches: int | None = None
     tol: float | None = None
     strict: bool = False
-    held_back: int = 0
 
     @property
     def keywords(self) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """One pass of training data through a model, to reset its BatchNorm statistics.
 
-The model is touched only when the pass has ended well: until then each layer writes into buffers
-of its own that are thrown away, and every flag, momentum, buffer and hook is put back whatever
-happens.
+The statistics are written when the pass has ended well. Until then each call of a layer has buffers
+of its own, and all that the pass changes is put back whatever happens.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -18,19 +18,24 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ckptavg.batchnorm.estimators import Channels, EstimatorName, WeightedMoments
-from ckptavg.batchnorm.layers import chosen_layers, norm_layers, unwrapped
-from ckptavg.batchnorm.observer import heard_in_eval, observed
-from ckptavg.batchnorm.passing import Pass, Runner
-from ckptavg.batchnorm.report import Gap, RefreshReport, gap_between
-from ckptavg.batchnorm.setting import Formats, TrainMode
-from ckptavg.batchnorm.storing import Stored, stored
+from ckptavg.batchnorm.capture import UnfitBatchError, capture
+from ckptavg.batchnorm.layers import chosen_layers, unwrapped
+from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, Observation, observe
+from ckptavg.batchnorm.report import RefreshReport
+from ckptavg.batchnorm.setting import CONTIGUOUS, Formats, TrainMode, prepared
+from ckptavg.batchnorm.storing import stored
+from ckptavg.batchnorm.totals import LEAST_BATCHES, PassTotals
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import RefreshError
-from ckptavg.model.batches import default_forward, on_device
+from ckptavg.errors import RefreshError, UserCodeError, printable
+from ckptavg.model.batches import cloned, default_forward, leading_size, moved, on_device
+from ckptavg.model.factories import user_code
 from ckptavg.model.feeding import Feed, check_loader, cuts, known_length
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from ckptavg.batchnorm.capture import Capture
     from ckptavg.batchnorm.layers import NormLayer
 
 __all__ = ["RefreshReport", "refresh_norm"]
@@ -41,7 +46,7 @@ Forward = Callable[[torch.nn.Module, Any], object]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Precision = Literal["bf16"]
 Progress = Callable[[int, int | None], None]
-"""Called with the batches done since the last call, and with how many there are, if known."""
+"""Called with the batches since the last call, and with the batches in all, None if unknown."""
 
 
 def refresh_norm(
@@ -52,15 +57,12 @@ def refresh_norm(
     forward: Forward | None = None,
     layers: Sequence[str] = (),
     skip_layers: Sequence[str] = (),
-    skip_frozen: bool = False,
     memory_format: MemoryFormat = "auto",
     amp: Precision | None = None,
     train_mode: TrainMode = "norm",
     max_samples: int | None = None,
-    max_batches: int | None = None,
     tol: float | None = None,
     strict: bool = False,
-    held_back: int = 0,
     device: torch.device | str | None = None,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
@@ -68,35 +70,29 @@ def refresh_norm(
     """Reset the running statistics of a model's norm layers with one pass over `batches`.
 
     Izmailov et al. 2018, section 3.2. Unlike `torch.optim.swa_utils.update_bn`, only the norm
-    layers are in training mode (dropout rests), a smaller last batch counts for less, and an
+    layers are in training mode (dropout is off), a smaller last batch counts for less, and an
     exception leaves the model as it was. `BatchNorm` and `InstanceNorm` layers that track
     statistics are refreshed, subclasses among them.
 
     Args:
         model: on its device, with its weights. Only its running statistics change.
         batches: of training data; a tensor, or a list or tuple that begins with one, unless
-            `forward` says otherwise.
-        estimator: `paper`, `torch` or `exact`; see `ckptavg.batchnorm.estimators`.
+            `forward` is given.
+        estimator: `paper`, `torch` or `exact`; see `ckptavg.batchnorm.moments`.
         forward: called with model and batch in place of `model(batch)`.
         layers: regular expressions; refresh only layers in whose names one of them is found.
         skip_layers: likewise, layers that keep their statistics and are in eval mode.
-        skip_frozen: let those keep them that have weights, none of which require a gradient.
-        memory_format: `auto` gives convolutional models their images in channels_last where that
-            is faster, on the CPU and with `amp`; it rounds otherwise. `contiguous` gives torch's
-            own bits.
+        memory_format: `auto` gives convolutional models their images in channels_last on the CPU,
+            and with `amp`; that rounds otherwise. `contiguous` gives torch's own bits.
         amp: `bf16` runs the model in bfloat16 by `torch.autocast`; statistics stay in float32.
         train_mode: `full` puts the whole model into training mode, as `update_bn` does.
-        max_samples: stop with the batch that reaches so many examples.
-        max_batches: stop after so many batches.
-        tol: stop when in every layer the mean and the logarithm of the standard deviation are
-            known to so many standard deviations; see `WeightedMoments.errors`.
-        strict: let NaN and Inf be an error, and not a reason to leave out a batch.
-        held_back: so many batches, the first, do not count (a quarter of all at most). After the
-            pass they go through the model in eval mode, and the report says how far what the layers
-            then see is from what they hold. They are kept in memory until then.
+        max_samples: stop after the batch that reaches this number of examples.
+        tol: stop when in every layer two standard errors of the mean and of the logarithm of the
+            standard deviation are below this; see `Moments.errors`.
+        strict: raise an error at a batch that gives NaN or Inf, instead of leaving it out.
         device: where batches are moved; None for the model's.
         ranks: the processes that share the pass.
-        progress: hears of each batch.
+        progress: called after each batch.
 
     Returns:
         What changed.
@@ -109,55 +105,158 @@ def refresh_norm(
     _check_choices(estimator, memory_format, train_mode, amp)
     if tol is not None and not 0 < tol < math.inf:
         raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
-    if min(held_back, *(0 if one is None else one - 1 for one in (max_samples, max_batches))) < 0:
-        raise RefreshError("limits begin at 1, and what is held back at 0")
+    if max_samples is not None and max_samples < 1:
+        raise RefreshError(f"`max_samples` is at least 1, not {max_samples}")
     model = unwrapped(model)
     with ranks.together():
-        taken = chosen_layers(
-            model, layers=layers, skip_layers=skip_layers, skip_frozen=skip_frozen
-        )
-        if not taken:
+        refreshed = chosen_layers(model, layers=layers, skip_layers=skip_layers)
+        if not refreshed:
             return RefreshReport(estimator, 0, 0, 0, (), ())
-        ends_early = tol is not None or cuts(batches, max_batches, max_samples)
-        is_limited = max_batches is not None or max_samples is not None
-        check_loader(batches, ranks, is_limited=is_limited, ends_early=ends_early)
-        feed = Feed(
-            batches, ranks, max_batches=max_batches, max_samples=max_samples,
-            held_back=_possible(held_back, batches),
+        check_loader(
+            batches, ranks, is_limited=max_samples is not None,
+            ends_early=tol is not None or cuts(batches, max_samples),
         )  # fmt: skip
+        feed = Feed(batches, ranks, max_samples=max_samples)
         place = _device(device) or device_of(model)
         formats = _memory_formats(model, memory_format, place, amp)
-        run = Runner(model, forward or default_forward, place, formats, bf16=amp is not None)
-        setting = observed(
-            model, taken, estimator=estimator, train_mode=train_mode, formats=formats
-        )
-        with torch.no_grad(), setting as seen:
-            the_pass = Pass(
-                run, seen, _channels(taken, estimator), list(taken),
-                strict=strict, may_change_format=memory_format == "auto",
+        channels = _channels(refreshed, estimator)
+        with (
+            torch.no_grad(),
+            prepared(model, refreshed, train_mode, formats) as laid_out,
+            capture(refreshed, model) as captured,
+        ):
+            the_pass = _Pass(
+                model, forward or default_forward, captured, channels, list(refreshed),
+                estimator=estimator, device=place, formats=formats, bf16=amp is not None,
+                fall_back=laid_out.close if memory_format == "auto" and formats else None,
+                strict=strict,
             )  # fmt: skip
-            total = known_length(batches)
-            total = None if total is None else total - feed.held_back
-            if max_batches is not None:
-                total = max_batches if total is None else min(total, max_batches)
-            the_pass.go(feed, ranks, tol=tol, progress=_each(progress, total, ranks))
-        found = the_pass.found
-        if feed.held_back and not (found.batches or found.unfit or found.nonfinite):
+            totals = the_pass.run(feed, ranks, tol, _each(progress, known_length(batches), ranks))
+        totals.check()
+        new = stored(model, refreshed, totals.moments)
+    return RefreshReport(
+        estimator, totals.batches, totals.samples, totals.unfit.total(), new.layers, new.unused,
+        nonfinite=len(totals.nonfinite), processes=ranks.size, tol=tol,
+        converged=None if tol is None else totals.largest_error() <= tol,
+    )  # fmt: skip
+
+
+class _Pass:
+    """A pass of batches through a model whose norm layers are captured."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        forward: Forward,
+        captured: Capture,
+        channels: Channels,
+        names: Sequence[str],
+        *,
+        estimator: EstimatorName,
+        device: torch.device,
+        formats: Formats,
+        bf16: bool,
+        fall_back: Callable[[], None] | None,
+        strict: bool,
+    ) -> None:
+        self._model, self._forward, self._captured = model, forward, captured
+        self._channels, self._names, self._estimator = channels, names, estimator
+        self._device, self._formats, self._bf16 = device, formats, bf16
+        # Gives the filters back their memory format; None where the images keep theirs.
+        self._fall_back, self._is_contiguous, self._strict = fall_back, False, strict
+
+    def run(
+        self, feed: Feed, ranks: Ranks, tol: float | None, progress: Callable[[], None] | None
+    ) -> PassTotals:
+        """Run this process's share of the batches, and add up the totals of all processes.
+
+        Args:
+            feed: the batches.
+            ranks: the processes.
+            tol: stop when each layer's errors are below this.
+            progress: called after each batch.
+
+        Raises:
+            RefreshError: a batch gives NaN or Inf, if `strict`.
+        """
+        own = PassTotals(Moments.empty(self._channels))
+        batches = on_device(iter(feed), self._device, self._formats)
+        most = None if tol is None else _share(LEAST_BATCHES, ranks)
+        while True:
+            drawn = 0
+            for number, batch in itertools.islice(batches, most):
+                drawn += 1
+                self._add(number, batch, own)
+                if progress is not None:
+                    progress()
+                if ranks.has_failed_peer():
+                    break  # `gather` raises
+            own.has_ended = most is None or drawn < most
+            own.fingerprint = feed.fingerprint()
+            everyone = ranks.gather(replace(own, moments=own.moments.on_cpu()))
+            totals = reduce(PassTotals.merged, everyone)
+            if totals.has_ended or (tol is not None and totals.largest_error() <= tol):
+                return totals
+            most = _share(totals.next_look() - totals.batches, ranks)
+
+    def _add(self, number: int, batch: Any, totals: PassTotals) -> None:  # noqa: ANN401
+        try:
+            seen = self._see(batch)
+        except UnfitBatchError as error:
+            totals.unfit[error.message] += 1
+            return
+        odd = ~torch.isfinite(torch.stack([seen.mean, seen.variance])).all(0)
+        if not bool(odd.any()):
+            if not totals.batches:
+                totals.moments = Moments.empty(self._channels, seen.mean.device)
+            totals.moments.add(seen)
+            totals.batches += 1
+            totals.samples += leading_size(batch)
+            return
+        by_layer = self._channels.split(odd.cpu())
+        pairs = zip(self._names, by_layer, strict=True)
+        culprit = next(name for name, channels in pairs if bool(channels.any()))
+        if self._strict:
             raise RefreshError(
-                "all of the loader's batches were held back, and none is left for the refresh",
-                remedy="hold back fewer (--verify-batches)",
+                f"batch number {number}: the statistics of layer {printable(repr(culprit))} came "
+                "out NaN or Inf",
+                remedy="look for NaN in the data, or for weights that overflow",
             )
-        found.check()
-        with stored(model, taken, found.moments) as new:
-            gaps = _gaps(run, new, the_pass.held_back, ranks, strict=strict) if held_back else {}
-        return RefreshReport(
-            estimator, found.batches, found.samples, found.unfit.total(),
-            tuple(replace(layer, gap=gaps.get(layer.name)) for layer in new.layers()),
-            new.unused,
-            nonfinite=len(found.nonfinite), processes=ranks.size, tol=tol,
-            converged=None if tol is None else the_pass.converged,
-            held_back=feed.held_back, statistics=new.statistics,
-        )  # fmt: skip
+        totals.nonfinite.append(number)
+        totals.culprit = totals.culprit or culprit
+
+    def _see(self, batch: Any) -> Observation:  # noqa: ANN401 - whatever the loader yields
+        """Run a batch through the model.
+
+        `view` and custom kernels do not take all memory formats: if `auto` chose one and the first
+        batch fails, it is tried again with contiguous images.
+        """
+        untouched = cloned(batch) if self._fall_back is not None else batch
+        self._captured.take()
+        try:
+            with user_code("the forward pass"), self._precision():
+                self._forward(
+                    self._model,
+                    moved(batch, self._device, CONTIGUOUS) if self._is_contiguous else batch,
+                )
+        except UserCodeError as error:
+            if self._fall_back is None or not isinstance(error.__cause__, RuntimeError):
+                raise
+            log.info("trying contiguous images: %s", str(error.__cause__).splitlines()[0])
+            self._fall_back()
+            self._fall_back, self._is_contiguous = None, True
+            return self._see(untouched)
+        self._fall_back = None
+        return observe(self._captured.take(), self._channels, self._estimator)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if not self._bf16:
+            return nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
+
+
+def _share(batches: int, ranks: Ranks) -> int:
+    return max(1, -(-batches // ranks.size))
 
 
 def _check_choices(*given: str | None) -> None:
@@ -167,34 +266,16 @@ def _check_choices(*given: str | None) -> None:
             raise RefreshError(f"{value!r} is none of {', '.join(get_args(choices))}")
 
 
-def _possible(held_back: int, batches: Iterable[Any]) -> int:
-    """How many batches can be held back: a quarter of those there are at most.
-
-    Raises:
-        RefreshError: none.
-    """
-    known = known_length(batches)
-    if not held_back or known is None:
-        return held_back
-    if known == 1:
-        raise RefreshError(
-            "the loader has one batch, which cannot be held back", remedy="make its batches smaller"
-        )
-    return max(1, min(held_back, known // 4))
-
-
 def _channels(layers: Mapping[str, NormLayer], estimator: EstimatorName) -> Channels:
-    instances = [isinstance(layer, _InstanceNorm) for layer in layers.values()]
+    means = [layer.running_mean for layer in layers.values()]
     return Channels(
-        tuple(_size(layer) for layer in layers.values()),
-        tuple(estimator == "exact" and not one for one in instances),
+        tuple(mean.numel() for mean in means if mean is not None),
+        tuple(
+            estimator == "exact" and not isinstance(layer, _InstanceNorm)
+            for layer in layers.values()
+        ),
         tuple(layer.eps for layer in layers.values()),
     )
-
-
-def _size(layer: NormLayer) -> int:
-    assert layer.running_mean is not None  # noqa: S101 - only such layers are refreshed
-    return layer.running_mean.numel()
 
 
 def _device(wanted: torch.device | str | None) -> torch.device | None:
@@ -205,7 +286,7 @@ def _device(wanted: torch.device | str | None) -> torch.device | None:
 
 
 def _each(progress: Progress | None, total: int | None, ranks: Ranks) -> Callable[[], None] | None:
-    """Tell of a batch of this process, which has its share of all of them."""
+    """Report a batch of this process, which has its share of all of them."""
     if progress is None:
         return None
     own = None if total is None else -(-total // ranks.size)
@@ -213,7 +294,7 @@ def _each(progress: Progress | None, total: int | None, ranks: Ranks) -> Callabl
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where the model is, by its first tensor."""
+    """The device of the model, by its first tensor."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -236,42 +317,3 @@ def _memory_formats(
         if any(isinstance(module, kind) for module in model.modules())
     }
     return {dims: formats[dims] for dims in used}
-
-
-def _gaps(
-    run: Runner, new: Stored, held_back: Sequence[Any], ranks: Ranks, *, strict: bool
-) -> dict[str, Gap]:
-    """How far what the refreshed layers see in eval mode is from what they hold, by name.
-
-    Raises:
-        RefreshError: they see NaN or Inf, if `strict`.
-    """
-    layers = {
-        name: layer for name, layer in norm_layers(run.model).items() if name in new.refreshed
-    }
-    own = {
-        name: WeightedMoments.empty(_channels({name: layer}, "exact"))
-        for name, layer in layers.items()
-    }
-    left_out = 0
-    with torch.no_grad(), heard_in_eval(run.model, layers, run.formats) as heard:
-        for _, batch in on_device(enumerate(held_back), run.device, run.formats):
-            heard.clear()
-            run(batch)
-            if all(bool(torch.isfinite(call.mean + call.variance).all()) for _, call in heard):
-                for name, call in heard:
-                    weight = torch.tensor([call.weight("exact")], dtype=torch.float64)
-                    own[name].update(weight, call.mean.cpu(), call.variance.cpu())
-            else:
-                left_out += 1
-    if left_out and strict:
-        raise RefreshError(f"{left_out} batches that were held back gave NaN or Inf in eval mode")
-    if left_out:
-        log.warning("left out %d batches that were held back, for NaN or Inf", left_out)
-    everyone = ranks.gather(own)
-    gaps = {}
-    for name, layer in layers.items():
-        seen = reduce(WeightedMoments.merged, (one[name] for one in everyone))
-        if int(seen.calls):
-            gaps[name] = gap_between(layer, seen)
-    return gaps

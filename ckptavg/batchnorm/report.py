@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ckptavg.batchnorm.estimators import WeightedMoments
     from ckptavg.batchnorm.layers import NormLayer
 
 
@@ -31,24 +30,6 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Gap:
-    """How far what a layer holds is from what it sees in eval mode, on batches that are held back.
-
-    Attributes:
-        mean: root mean square over the channels of the distance of the means, in standard
-            deviations.
-        log_std: that of the logarithms of the standard deviations.
-        mean_noise: what `mean` may be by chance, so few are the batches.
-        log_std_noise: likewise.
-    """
-
-    mean: float
-    log_std: float
-    mean_noise: float
-    log_std_noise: float
-
-
-@dataclass(frozen=True)
 class LayerReport:
     """What the pass changed in a layer.
 
@@ -59,10 +40,11 @@ class LayerReport:
             where the old statistics were no numbers.
         variance_ratio: largest ratio of a channel's new and old variance, either way round; inf
             likewise.
-        mean_error: how far the means may still be from those of endless data, in standard
-            deviations; see `WeightedMoments.errors`. inf where there was but one call.
-        log_std_error: how far the logarithms of the standard deviations may be, likewise.
-        gap: what eval mode sees on batches that are held back; None where that was not asked for.
+        mean_error: two standard errors of the means, in standard deviations; see `Moments.errors`.
+            inf where there was but one batch.
+        log_std_error: two standard errors of the logarithms of the standard deviations, likewise.
+        old: the statistics before; None where they are not known.
+        new: the statistics now, likewise.
     """
 
     name: str
@@ -71,7 +53,8 @@ class LayerReport:
     variance_ratio: float
     mean_error: float = math.inf
     log_std_error: float = math.inf
-    gap: Gap | None = None
+    old: Statistics | None = field(default=None, repr=False)
+    new: Statistics | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -106,10 +89,8 @@ class RefreshReport:
         processes: how many shared the pass.
         tol: the error at which the pass was to stop; None for none.
         converged: whether all layers came below that; None without `tol`.
-        held_back: batches that were held back.
         verdict: whether it helped; None where that was not asked for.
         written: whether the checkpoint was; the old statistics may be in place already.
-        statistics: what each refreshed layer held before, and holds now, by name.
     """
 
     estimator: str
@@ -122,26 +103,8 @@ class RefreshReport:
     processes: int = 1
     tol: float | None = None
     converged: bool | None = None
-    held_back: int = 0
     verdict: Verdict | None = None
     written: bool = True
-    statistics: Mapping[str, tuple[Statistics, Statistics]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
-
-    def as_dict(self, *, statistics: bool = False) -> dict[str, Any]:
-        """As JSON shall have it.
-
-        Args:
-            statistics: with `old` and `new` statistics of each layer.
-        """
-        found = {key: value for key, value in vars(self).items() if key != "statistics"}
-        if statistics:
-            found["layers"] = [
-                vars(layer) | dict(zip(("old", "new"), self.statistics[layer.name], strict=True))
-                for layer in self.layers
-            ]
-        return found
 
     def largest(self, measure: Callable[[LayerReport], float]) -> LayerReport:
         """The layer that has most of something; of equals the first."""
@@ -168,16 +131,6 @@ def changes(old: Statistics, new: Statistics, eps: float) -> tuple[float, float]
     ratio = torch.where(ratio > 0, torch.maximum(ratio, 1 / ratio), torch.inf)
     change = torch.nan_to_num(change, nan=torch.inf, posinf=torch.inf)
     return float(change.max()), float(ratio.max())
-
-
-def gap_between(layer: NormLayer, seen: WeightedMoments) -> Gap:
-    """Compare what a layer holds with what it saw."""
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    variance = layer.running_var.cpu().double() + layer.eps
-    means = (seen.mean - layer.running_mean.cpu()).square() / variance
-    log_stds = ((seen.pooled_variance() + layer.eps) / variance).log().square() / 4
-    found = (torch.nan_to_num(one.mean().sqrt(), nan=torch.inf) for one in (means, log_stds))
-    return Gap(*(float(one) for one in (*found, *seen.errors())))
 
 
 def _tensor(values: Sequence[float]) -> torch.Tensor:

@@ -22,24 +22,36 @@ TrainMode = Literal["norm", "full"]
 Formats = Mapping[int, torch.memory_format]
 """Memory format of images, and so of the filters, by their number of dimensions."""
 
+CONTIGUOUS: Formats = {4: torch.contiguous_format, 5: torch.contiguous_format}
 _SCALARS = (bool, int, float, str, type(None))
 
 
-def set_up(
+@contextmanager
+def prepared(
     model: torch.nn.Module,
     layers: Mapping[str, NormLayer],
     train_mode: TrainMode,
     formats: Formats,
-    undo: ExitStack,
-) -> ExitStack:
-    """Modes, memory formats and the rest of the model; returns what undoes the memory formats."""
-    keep_buffers(model, undo)
-    _set_mode(model, layers, train_mode, undo)
-    undo.enter_context(_not_compiled())
-    undo.enter_context(_not_synchronised())
-    layout = undo.enter_context(ExitStack())
-    _lay_out_weights(model, formats, layout)
-    return layout
+) -> Iterator[ExitStack]:
+    """The model with the modes, memory formats and buffers for a pass; all is put back at the end.
+
+    Args:
+        model: the model.
+        layers: those of its norm layers that are under refresh, by name.
+        train_mode: what is in training mode beside them: nothing, or all.
+        formats: memory format of images.
+
+    Yields:
+        What gives the filters back their memory format, when it is closed.
+    """
+    with ExitStack() as undo:
+        keep_buffers(model, undo)
+        _set_mode(model, layers, train_mode, undo)
+        undo.enter_context(_not_compiled())
+        undo.enter_context(_not_synchronised())
+        laid_out = undo.enter_context(ExitStack())
+        _lay_out_weights(model, formats, laid_out)
+        yield laid_out
 
 
 def keep_buffers(model: torch.nn.Module, undo: ExitStack) -> None:
@@ -129,8 +141,8 @@ def _set_mode(
     if train_mode == "full":
         with user_code("the model's train()"):
             model.train()
-        for name, layer in norm_layers(model).items():
-            layer.training = name in layers
     else:
         for module in modules:
             module.training = is_aggregating(module)
+    for name, layer in norm_layers(model).items():
+        layer.training = name in layers

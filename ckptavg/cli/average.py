@@ -177,7 +177,7 @@ def average(
                 )  # fmt: skip
             _say(console, summary, output)
             say_report(console, report)
-            console.result({**vars(summary), "refresh": report.as_dict()})
+            console.result({**vars(summary), "refresh": report})
 
 
 def _say(console: Console, summary: Summary, output: str) -> None:

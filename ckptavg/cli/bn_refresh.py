@@ -34,10 +34,9 @@ _EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = parse("""
 --keep-better                Keep the old statistics if they are better.
 """)
 _EVALUATION = (_EVAL_LOADER_ARG, options.METRIC, _KEEP_BETTER, options.MODE)
-_OUTPUT, _IN_PLACE, _REPORT = parse("""
+_OUTPUT, _IN_PLACE = parse("""
 -o --output PATH  Where the result goes.  [default: the checkpoint itself, if ckptavg made it]
 --in-place        Replace a checkpoint that ckptavg did not make; all else in it stays.
---report PATH     JSON file for the old and the new statistics of each layer.
 """)
 
 
@@ -51,7 +50,7 @@ _OUTPUT, _IN_PLACE, _REPORT = parse("""
         "Evaluation before and after": (_EVAL_LOADER, *_EVALUATION),
         "What is written": (
             *(options.KEY, _OUTPUT, _IN_PLACE, options.FORCE, options.CONTAINER),
-            *(options.MAX_SHARD_SIZE, options.NO_FSYNC, _REPORT),
+            *(options.MAX_SHARD_SIZE, options.NO_FSYNC),
         ),
         RUNNING: options.COMMON,
     },
@@ -65,7 +64,6 @@ def bn_refresh(
     console: Console,
     checkpoint: Path,
     output: str | None,
-    report: str | None,
     **params: Any,  # noqa: ANN401 - keywords of `refresh_checkpoint`, fields of dataclasses
 ) -> None:
     """Reset a checkpoint's norm statistics with one pass of training data.
@@ -75,25 +73,24 @@ def bn_refresh(
     share the pass.
     """
     from ckptavg.batchnorm.files import refresh_checkpoint
-    from ckptavg.batchnorm.report_file import ReportFile
 
     keywords = ("key", "in_place", "container", "max_shard_size", "force", "fsync")
-    with console.ranks() as ranks:
-        with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
-            file = ReportFile(report, force=params["force"], others=(checkpoint, output))
-            judge = _judge(params) if ranks.rank == 0 else None
-            result = refresh_checkpoint(
-                checkpoint, output, options.refresh_options(params),
-                judge=judge, ranks=ranks, progress=progress,
-                **{name: params[name] for name in keywords},
-            )  # fmt: skip
-        if ranks.rank == 0:
-            file.write(checkpoint, output, result)
+    with (
+        console.ranks() as ranks,
+        console.others_to_stderr(),
+        console.progress("refreshing", "batch") as progress,
+    ):
+        judge = _judge(params) if ranks.rank == 0 else None
+        result = refresh_checkpoint(
+            checkpoint, output, options.refresh_options(params),
+            judge=judge, ranks=ranks, progress=progress,
+            **{name: params[name] for name in keywords},
+        )  # fmt: skip
     say_report(console, result)
     if result.verdict is not None:
         _say_verdict(console, result.verdict)
     console.say(f"  {'wrote' if result.written else 'left'} {printable(output or checkpoint)}")
-    console.result(result.as_dict())
+    console.result(result)
 
 
 def _judge(params: Mapping[str, Any]) -> Judge | None:
@@ -104,8 +101,7 @@ def _judge(params: Mapping[str, Any]) -> Judge | None:
     from ckptavg.evaluation.judging import Judge
 
     fields = fields_of(EvaluationOptions, params, prefix="eval_")
-    for limit in ("max_samples", "max_batches"):  # of the refresh
-        del fields[limit]
+    fields["max_samples"] = None  # the option limits the refresh
     return Judge(
         EvaluationOptions(**fields), keep_better=params["keep_better"], mode=params.get("mode")
     )

@@ -313,7 +313,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "KEY=VALUE": {"type": _key_value, "multiple": True, "callback": _as_dict},
 }
 # The fields that are not named like their options.
-_FIELDS = {"--json": "as_json", "--verify-batches": "held_back"}
+_FIELDS = {"--json": "as_json"}
 
 
 def parse(text: str) -> tuple[click.Option, ...]:

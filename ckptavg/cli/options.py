@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ckptavg.evaluation.evaluate import EvaluationOptions
     from ckptavg.select.rules import Selection
 
-_HELD_BACK = 8  # batches
 
 CHECKPOINTS = click.argument(
     "checkpoints", nargs=-1, required=True, type=path_or_url, metavar="CHECKPOINT..."
@@ -98,7 +97,7 @@ COMMON = (
 # The model and its data.
 MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --model SPEC            The model, or a callable that returns it: package.module:attr or
-                        file.py:attr; or torchvision:NAME or timm:NAME, without weights.
+                        file.py:attr.
 --loader SPEC           Training batches: an iterable, or a callable that returns it.
 --model-arg KEY=VALUE   Keyword argument for the model; repeatable.
 --loader-arg KEY=VALUE  Keyword argument for the loader; repeatable.
@@ -111,9 +110,8 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --device NAME           Device of the model.  [default: a GPU if there is one]
 --seed SEED             Seed of Python's, numpy's and torch's random numbers.  [default: 0]
 """)
-LIMITS = parse("""
+[MAX_SAMPLES] = parse("""
 --max-samples N  Stop after the batch that reaches N examples.
---max-batches N  Stop after N batches.
 """)
 
 # The refresh: the fields of `RefreshOptions`.
@@ -131,19 +129,15 @@ _PASS = (
     *parse("""
 --layers REGEX       Refresh only norm layers whose names match; repeatable.
 --skip-layers REGEX  Do not refresh norm layers whose names match; repeatable.
---skip-frozen        Do not refresh norm layers whose weights require no gradient.
 """),
     *HOW_TO_REFRESH,
-    *LIMITS,
-    *parse(f"""
+    MAX_SAMPLES,
+    *parse("""
 --amp bf16           Run the model in bfloat16 (torch.autocast); the statistics stay in float32.
---tol TOL            Stop when every layer's mean is known to TOL standard deviations and its
-                     standard deviation to a factor of 1 + TOL, after at least 2,048 examples.
+--tol TOL            Stop when two standard errors of every layer's mean are below TOL standard
+                     deviations, and those of its standard deviation below a factor of 1 + TOL;
+                     after at least 2,048 examples.
 --strict             Fail at a batch that gives NaN or Inf, instead of leaving it out.
---verify             Hold the first batches back, and compare the new statistics with those that
-                     they have in eval mode.
---verify-batches N   Hold N batches back, a quarter of all at most; they stay in memory.
-                     [default: {_HELD_BACK} with --verify]
 """),
     *(DEVICE, SEED),
 )
@@ -159,14 +153,13 @@ EVALUATION = (
     *parse("""
 --loader SPEC  Held-out batches: an iterable, or a callable that returns it. [required]
 """),
-    *(MODEL_ARG, LOADER_ARG, FORWARD, *LIMITS, DEVICE, SEED),
+    *(MODEL_ARG, LOADER_ARG, FORWARD, MAX_SAMPLES, DEVICE, SEED),
 )
 _REFRESH_LOADER, *_ABOUT_REFRESH = parse("""
 --refresh-loader SPEC           Training batches to refresh the statistics with, before each
                                 evaluation.
 --refresh-loader-arg KEY=VALUE  Keyword argument for the loader of the refresh; repeatable.
 --refresh-max-samples N         Stop a refresh after the batch that reaches N examples.
---refresh-max-batches N         Stop a refresh after N batches.
 """)
 EVALUATION_REFRESH = (_REFRESH_LOADER, *_ABOUT_REFRESH, *HOW_TO_REFRESH)
 EVALUATION_NO_EFFECT = (
@@ -186,9 +179,7 @@ def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
     """The options of a refresh."""
     from ckptavg.batchnorm.options import RefreshOptions
 
-    fields = fields_of(RefreshOptions, params)
-    fields["held_back"] = params.get("held_back") or (_HELD_BACK if params.get("verify") else 0)
-    return RefreshOptions(**fields)
+    return RefreshOptions(**fields_of(RefreshOptions, params))
 
 
 def evaluation_options(params: Mapping[str, Any]) -> EvaluationOptions:

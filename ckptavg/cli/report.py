@@ -32,7 +32,6 @@ def say_report(console: Console, report: RefreshReport) -> None:
         f"{printable(variance.name)}"
     )
     _say_errors(console, report)
-    _say_gaps(console, report)
 
 
 def _say_errors(console: Console, report: RefreshReport) -> None:
@@ -50,18 +49,3 @@ def _say_errors(console: Console, report: RefreshReport) -> None:
         console.say(f"  that is within {report.tol:g}: the pass ended here")
     elif report.converged is not None:
         console.say(f"  the data ended before that was within {report.tol:g}")
-
-
-def _say_gaps(console: Console, report: RefreshReport) -> None:
-    """Print what the batches that were held back say of the statistics."""
-    gaps = {layer.name: layer.gap for layer in report.layers if layer.gap is not None}
-    if not gaps:
-        return
-    mean = max(gaps, key=lambda name: gaps[name].mean)
-    std = max(gaps, key=lambda name: gaps[name].log_std)
-    console.say(
-        f"  eval mode on {plural(report.held_back, 'batch')} held back: means off by "
-        f"{gaps[mean].mean:.2g} standard deviations in {printable(mean)} "
-        f"({gaps[mean].mean_noise:.2g} may be chance), log of the standard deviation by "
-        f"{gaps[std].log_std:.2g} in {printable(std)} ({gaps[std].log_std_noise:.2g})"
-    )

@@ -59,7 +59,6 @@ class EvaluationOptions:
         loader_args: keywords for the loader.
         forward: spec of a function that is called with model and batch.
         max_samples: stop with the batch that reaches so many examples.
-        max_batches: stop after so many batches.
         device: where it runs; None for a GPU if there is one.
         seed: of the random numbers that model and loader draw, the same for each checkpoint.
         refresh: how the norm statistics are refreshed beforehand; None to leave them alone.
@@ -72,7 +71,6 @@ class EvaluationOptions:
     loader_args: Mapping[str, Any] = field(default_factory=dict)
     forward: str | None = None
     max_samples: int | None = None
-    max_batches: int | None = None
     device: str | None = None
     seed: int = 0
     refresh: RefreshOptions | None = None
@@ -236,7 +234,7 @@ class Evaluator:
         options = self._options
         held_out = _Batches(
             self._batches(loader, arguments), device_of(self._model),
-            max_samples=options.max_samples, max_batches=options.max_batches,
+            max_samples=options.max_samples,
         )  # fmt: skip
         # Not inference mode: what a model makes in it cannot be loaded into again.
         with torch.no_grad():
@@ -294,17 +292,16 @@ class _Batches:
         device: torch.device,
         *,
         max_samples: int | None,
-        max_batches: int | None,
     ) -> None:
         self._batches, self._device = batches, device
-        self._max_samples, self._max_batches = max_samples, max_batches
+        self._max_samples = max_samples
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the loader's own
         """What the loader has beside its batches: its `dataset`, say."""
         return getattr(self._batches, name)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in limited(self._batches, self._max_batches, self._max_samples):
+        for batch in limited(self._batches, self._max_samples):
             with user_code("moving a batch"):
                 here = moved(batch, self._device, {})
             yield here

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ckptavg.batchnorm.statistics import in_float64
+from ckptavg.batchnorm.moments import in_float64
 from ckptavg.errors import CkptAvgError, printable
 from ckptavg.model.factories import load_object, user_code
 

@@ -259,7 +259,6 @@ class Explorer:
             "metric": evaluation.metric,
             "forward": evaluation.forward,
             "max_samples": evaluation.max_samples,
-            "max_batches": evaluation.max_batches,
             "seed": evaluation.seed,
             "refresh": None if refresh is None else repr(sorted(refresh.keywords.items())),
         }

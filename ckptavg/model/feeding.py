@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import zlib
 from collections import deque
@@ -28,20 +27,16 @@ Fingerprint = tuple[bool, list[int]]
 """Whether it is of the examples' own numbers; and a checksum after each of the first batches."""
 
 
-def limited(
-    batches: Iterable[Any], max_batches: int | None, max_samples: int | None = None
-) -> Iterator[Any]:
-    """The batches up to the one that reaches a limit, with the loader's exceptions told from ours.
+def limited(batches: Iterable[Any], max_samples: int | None = None) -> Iterator[Any]:
+    """The batches up to the one that reaches a number of examples; None for all.
 
-    Args:
-        batches: the loader.
-        max_batches: how many at most.
-        max_samples: the last is the one that reaches so many examples.
+    Raises:
+        UserCodeError: the loader raised.
     """
     with user_code("the loader"):
         iterator = iter(batches)
     drawn = 0
-    for _ in itertools.count() if max_batches is None else range(max_batches):
+    while True:
         with user_code("the loader"):
             try:
                 batch = next(iterator)
@@ -61,13 +56,10 @@ def known_length(batches: Any) -> int | None:  # noqa: ANN401
         return None
 
 
-def cuts(batches: Iterable[Any], max_batches: int | None, max_samples: int | None) -> bool:
-    """Whether a limit comes before the loader's end, as far as that is known."""
-    for limit, all_there_are in ((max_batches, batches), (max_samples, _dataset(batches))):
-        known = known_length(all_there_are)
-        if limit is not None and (known is None or limit < known):
-            return True
-    return False
+def cuts(batches: Iterable[Any], max_samples: int | None) -> bool:
+    """Whether the limit comes before the loader's end, as far as that is known."""
+    known = known_length(_dataset(batches))
+    return max_samples is not None and (known is None or max_samples < known)
 
 
 def _dataset(batches: Any) -> Any:  # noqa: ANN401 - the user's own
@@ -95,7 +87,7 @@ def check_loader(
     ):
         raise RefreshError(
             "the loader is an IterableDataset without a length, and may be endless",
-            remedy="say where to stop with --max-samples N or --max-batches N",
+            remedy="say where to stop with `max_samples`",
         )
     sampler = _sampler(batches)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > ranks.size:
@@ -128,9 +120,7 @@ class Feed:
     Args:
         batches: the loader.
         ranks: the processes.
-        max_batches: how many there may be in all, those that are held back not counted.
-        max_samples: the last is the one with which there are so many examples in all.
-        held_back: so many come first.
+        max_samples: the last batch is the one that reaches this number of examples in all.
     """
 
     def __init__(
@@ -138,13 +128,9 @@ class Feed:
         batches: Iterable[Any],
         ranks: Ranks,
         *,
-        max_batches: int | None = None,
         max_samples: int | None = None,
-        held_back: int = 0,
     ) -> None:
-        self.held_back = held_back
         self._batches, self._rank, self._size = batches, ranks.rank, ranks.size
-        self._most = None if max_batches is None else max_batches + held_back
         self._samples, self._checksums = max_samples, [0]
         self._shares = ranks.size > 1 and _can_share(batches)
         self._is_dealt = ranks.size > 1 and _deals_already(batches, ranks)
@@ -156,11 +142,11 @@ class Feed:
         elif self._shares:
             numbers: deque[int] = deque()
             sampler = _Sampler(self._indices(numbers))
-            for batch in limited(_with_batches(self._batches, sampler), None):  # type: ignore[arg-type]
+            for batch in limited(_with_batches(self._batches, sampler)):  # type: ignore[arg-type]
                 yield numbers.popleft(), batch
         else:
-            every = limited(self._batches, self._most)
-            for number, batch in self._up_to_limit(enumerate(every), leading_size):
+            every = enumerate(limited(self._batches))
+            for number, batch in self._up_to_limit(every, leading_size):
                 if self._size > 1:
                     self._note(_beginning(batch))
                 if number % self._size == self._rank:
@@ -176,28 +162,27 @@ class Feed:
 
     def _indices(self, numbers: deque[int]) -> Iterator[Any]:
         """The indices of this process's batches; their numbers are added to `numbers`."""
-        every = itertools.islice(iter(self._batches.batch_sampler), self._most)  # type: ignore[attr-defined]
-        for number, indices in self._up_to_limit(enumerate(every), len):
+        every = enumerate(self._batches.batch_sampler)  # type: ignore[attr-defined]
+        for number, indices in self._up_to_limit(every, len):
             self._note(repr(list(indices)).encode())
             if number % self._size == self._rank:
                 numbers.append(number)
                 yield indices
 
     def _dealt_out(self) -> Numbered:
-        """What a sampler has left for this process; limits are taken to be the same for all."""
+        """What a sampler has left for this process; the limit is taken to be the same for all."""
         log.info("the loader's DistributedSampler has dealt the batches out to the processes")
         own = (
             (number * self._size + self._rank, batch)
-            for number, batch in enumerate(limited(self._batches, None))
+            for number, batch in enumerate(limited(self._batches))
         )
-        most = itertools.takewhile(lambda one: self._most is None or one[0] < self._most, own)
-        yield from self._up_to_limit(most, lambda batch: leading_size(batch) * self._size)
+        yield from self._up_to_limit(own, lambda batch: leading_size(batch) * self._size)
 
     def _up_to_limit(self, numbered: Numbered, size: Callable[[Any], int]) -> Numbered:
         drawn = 0
         for number, batch in numbered:
             yield number, batch
-            drawn += size(batch) if number >= self.held_back else 0
+            drawn += size(batch)
             if self._samples is not None and drawn >= self._samples:
                 return
 

@@ -10,7 +10,6 @@ import torch
 
 from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError
-from ckptavg.model import libraries
 from ckptavg.model.factories import load_object, user_code
 
 if TYPE_CHECKING:
@@ -53,21 +52,12 @@ def import_all(seed: int, model: str, *others: str | None) -> None:
         others: specs of other things.
     """
     seed_everything(seed)
-    load_model(model)
+    load_object(model)
     for spec in others:
         if spec is not None:
             seed_everything(seed)
             load_object(spec)
     seed_everything(seed)
-
-
-def load_model(spec: str) -> Any:  # noqa: ANN401 - the user's own
-    """What a model's spec names: a model, or a callable that returns one.
-
-    Raises:
-        CkptAvgError: there is no such thing.
-    """
-    return libraries.maker(spec) or load_object(spec)
 
 
 def make_model(
@@ -76,7 +66,7 @@ def make_model(
     """The model that a spec names, or that the callable returns which it names.
 
     Args:
-        spec: `package.module:attr`, `path/to/file.py:attr`, `torchvision:NAME` or `timm:NAME`.
+        spec: `package.module:attr` or `path/to/file.py:attr`.
         arguments: keywords for the callable.
         device: where it is put; None for a GPU if there is one.
 
@@ -84,7 +74,7 @@ def make_model(
         RefreshError: it is no model, or does not go there.
         UserCodeError: the callable raised.
     """
-    made = load_model(spec)
+    made = load_object(spec)
     if isinstance(made, torch.nn.Module):
         _refuse_arguments(spec, arguments)
     elif callable(made):

@@ -13,13 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
 from tests.helpers_norm import (
-    MODELS,
     STATISTICS,
     Snapshot,
     assert_same_statistics,
     data_for,
     draw,
-    explode,
     make,
     norms,
 )
@@ -63,7 +61,7 @@ class TestTolerance:
         report = refresh_norm(model, loader, estimator=estimator, tol=0.01)
         refresh_norm(other, loader, estimator=estimator)
         assert report.converged
-        assert 2048 <= report.samples < 15_000
+        assert 2048 <= report.samples < 60_000
         stated = [
             max(getattr(layer, name) for layer in report.layers)
             for name in ("mean_error", "log_std_error")
@@ -107,10 +105,14 @@ class TestTolerance:
         assert len(list(rest)) == 1000 - report.batches
 
     @pytest.mark.parametrize(
-        "options", [{"held_back": -1}, {"max_samples": 0}, {"max_batches": 0}, {"device": "nope"}]
+        ("options", "message"),
+        [
+            ({"max_samples": 0}, "`max_samples` is at least 1, not 0"),
+            ({"device": "nope"}, "there is no device 'nope'"),
+        ],
     )
-    def test_and_other_numbers_have_to_be_possible(self, options):
-        with pytest.raises(RefreshError, match=r"limits begin at 1|there is no device 'nope'"):
+    def test_and_other_options_have_to_be_possible(self, options, message):
+        with pytest.raises(RefreshError, match=message):
             refresh_norm(make("mlp"), data_for("mlp"), **options)
 
     @pytest.mark.parametrize("tol", [0, -1, math.nan, math.inf])
@@ -138,7 +140,7 @@ class TestErrors:
         [layer] = refresh_norm(model, data, forward=forward, estimator=estimator).layers
         real = model[0].running_mean.double().square().mean().sqrt()
         assert layer.calls == 16 * 40 == model[0].num_batches_tracked
-        assert float(real) <= layer.mean_error <= 1.3 * float(real)
+        assert 1.7 * float(real) <= layer.mean_error <= 2.3 * float(real)  # two standard errors
 
     @pytest.mark.parametrize("kind", ["pairs", "unlike"])
     def test_of_a_variance_of_means_are_too(self, kind):
@@ -150,7 +152,7 @@ class TestErrors:
         [layer] = refresh_norm(model, list(data), estimator="exact").layers
         true = torch.tensor(1.0) if kind == "pairs" else torch.tensor(1 + scale**2)
         real = (model[0].running_var.double() / true).log().square().mean().sqrt() / 2
-        assert layer.log_std_error == pytest.approx(float(real), rel=0.15)
+        assert layer.log_std_error == pytest.approx(2 * float(real), rel=0.3)
 
 
 class Endless(IterableDataset[torch.Tensor]):
@@ -171,14 +173,13 @@ ORDERED = "the loader does not shuffle"
 
 class TestLoaders:
     @pytest.mark.parametrize("made", [Endless, lambda: DataLoader(Endless(), batch_size=None)])
-    @pytest.mark.parametrize("limit", [{"max_batches": 3}, {"max_samples": 20}], ids=str)
-    def test_that_may_be_endless_need_a_limit(self, made, limit):
+    def test_that_may_be_endless_need_a_limit(self, made):
         model = make("mlp")
         before = Snapshot(model)
-        with pytest.raises(RefreshError, match=r"may be endless; .* --max-samples N or"):
+        with pytest.raises(RefreshError, match=r"may be endless; .*`max_samples`"):
             refresh_norm(model, made())
         before.check()
-        assert refresh_norm(model, made(), **limit).batches == 3
+        assert refresh_norm(model, made(), max_samples=20).batches == 3
 
     @pytest.mark.parametrize("made", [Long, lambda: DataLoader(Long(), batch_size=None)])
     def test_that_know_their_length_need_none(self, made):
@@ -187,15 +188,12 @@ class TestLoaders:
     @pytest.mark.parametrize(
         ("shuffle", "limit", "warned"),
         [
-            (False, {"max_batches": 2}, True),
             (False, {"max_samples": 20}, True),
             (False, {"tol": 0.1}, True),
-            (False, {"max_batches": 5}, False),
-            (False, {"max_batches": 4}, True),
             (False, {"max_samples": 40}, False),
             (False, {"max_samples": 39}, True),
             (False, {}, False),
-            (True, {"max_batches": 2}, False),
+            (True, {"max_samples": 20}, False),
             (True, {"tol": 0.1}, False),
         ],
         ids=str,
@@ -208,7 +206,7 @@ class TestLoaders:
         assert (ORDERED in notices.text) is warned
 
     def test_of_other_kinds_may_do_as_they_like(self, notices):
-        refresh_norm(make("mlp"), data_for("mlp"), max_batches=2)
+        refresh_norm(make("mlp"), data_for("mlp"), max_samples=20)
         assert notices.text == ""
 
 
@@ -326,135 +324,16 @@ class TestMemoryFormat:
         before.check()
 
 
-class TestVerify:
-    def test_says_how_far_eval_mode_is_from_the_statistics(self):
-        model: Any = nn.Sequential(nn.BatchNorm1d(3, eps=1e-12))
-        held, rest = draw((50,), 3, mean=5), draw((50, 50, 50), 3, mean=2)
-        report = refresh_norm(model, held + rest, held_back=1, estimator="exact")
-        assert (report.batches, report.held_back) == (3, 1)
-        everything = torch.cat(rest).double()
-        torch.testing.assert_close(model[0].running_mean.double(), everything.mean(0))
-        gap = report.layers[0].gap
-        assert gap is not None
-        mean, std = everything.mean(0), everything.std(0, correction=0)
-        [seen] = held
-        off = ((seen.double().mean(0) - mean) / std).square().mean().sqrt()
-        assert gap.mean == pytest.approx(float(off), rel=1e-5)
-        logs = (seen.double().std(0, correction=0) / std).log().square().mean().sqrt()
-        assert gap.log_std == pytest.approx(float(logs), rel=1e-4)
-        assert gap.mean_noise == math.inf  # of one batch
-
-    def test_sees_what_eval_mode_sees_behind_a_layer(self):
-        """A deeper layer is given what the one before makes of its stored statistics."""
-        model: Any = nn.Sequential(nn.BatchNorm1d(3, eps=1e-12), nn.BatchNorm1d(3, eps=1e-12))
-        model[1].weight.requires_grad_(requires_grad=False)
-        held, rest = draw((400,) * 2, 3, mean=5), draw((400,) * 6, 3, mean=2, std=0.5)
-        report = refresh_norm(model, held + rest, held_back=2, estimator="exact")
-        gaps = {layer.name: layer.gap for layer in report.layers}
-        assert gaps["0"] is not None
-        assert gaps["1"] is not None
-        # In training mode the second is given mean 0 and variance 1, whatever the data are.
-        assert gaps["1"].mean == pytest.approx(gaps["0"].mean, rel=1e-3)
-        assert gaps["0"].mean == pytest.approx(6, rel=0.1)
-        assert gaps["0"].mean_noise < 0.5
-
-    def test_is_small_where_the_data_are_alike(self):
-        model = make("conv2d")
-        data = draw((32,) * 24, 3, 9, 11)
-        report = refresh_norm(model, data, held_back=6)
-        for layer in report.layers:
-            assert layer.gap is not None
-            assert layer.gap.mean < 0.05 > layer.gap.log_std
-            assert layer.gap.mean_noise < 0.1
-
-    @pytest.mark.parametrize(
-        ("count", "wanted", "held"), [(4, 8, 1), (9, 8, 2), (40, 8, 8), (2, 3, 1), (4, 1, 1)]
-    )
-    def test_holds_back_a_quarter_at_most(self, count, wanted, held):
-        data = draw((8,) * count, 5)
-        report = refresh_norm(make("mlp"), data, held_back=wanted)
-        assert (report.held_back, report.batches) == (held, count - held)
-        other = make("mlp")
-        refresh_norm(other, data[held:])
-
-    def test_of_the_only_batch_is_an_error(self):
-        with pytest.raises(RefreshError, match="one batch, which cannot be held back"):
-            refresh_norm(make("mlp"), data_for("mlp")[:1], held_back=1)
-
-    def test_of_all_there_are_is_an_error(self):
-        model = make("mlp")
-        before = Snapshot(model)
-        with pytest.raises(
-            RefreshError, match=r"all of the loader's batches were held back.*fewer"
-        ):
-            refresh_norm(model, iter(data_for("mlp")), held_back=4)
-        before.check()
-
-    def test_limits_do_not_count_what_is_held_back(self):
-        data = draw((8,) * 40, 5)
-        report = refresh_norm(make("mlp"), data, held_back=3, max_batches=5)
-        assert (report.held_back, report.batches) == (3, 5)
-        report = refresh_norm(make("mlp"), data, held_back=3, max_samples=17)
-        assert (report.held_back, report.batches) == (3, 3)
-
-    @pytest.mark.parametrize("strict", [False, True])
-    def test_leaves_out_nan_and_nothing(self, strict, notices):
-        data = [torch.zeros(0, 5), data_for("mlp")[0] * math.nan, *data_for("mlp") * 3]
-        model = nn.Sequential(nn.BatchNorm1d(5))
-        if strict:
-            with pytest.raises(RefreshError, match="1 batches that were held back gave NaN"):
-                refresh_norm(model, data, held_back=3, strict=True)
-            return
-        [layer] = refresh_norm(model, data, held_back=3).layers
-        assert layer.gap is not None
-        assert layer.gap.mean < 1
-        assert "left out 1 batches that were held back, for NaN or Inf" in notices.text
-
-    def test_keeps_batches_whose_memory_the_loader_uses_again(self):
-        def reusing():
-            tensor = torch.zeros(64, 5)
-            for number in range(12):
-                tensor.copy_(draw((64,), 5, mean=50 if number < 2 else 0, seed=number)[0])
-                yield tensor
-
-        [layer] = refresh_norm(nn.Sequential(nn.BatchNorm1d(5)), reusing(), held_back=2).layers
-        assert layer.gap is not None
-        assert layer.gap.mean > 20
-
-    def test_that_fails_leaves_the_model_as_it_was(self):
-        class Evil(nn.Sequential):
-            def forward(self, values):
-                if not self[1].training:
-                    explode()
-                return super().forward(values)
-
-        model = Evil(*make("mlp"))
-        before = Snapshot(model)
-        with pytest.raises(UserCodeError, match="raised ZeroDivisionError"):
-            refresh_norm(model, data_for("mlp"), held_back=1)
-        before.check()
-
-    @pytest.mark.parametrize("name", MODELS)
-    def test_changes_nothing_but_the_statistics(self, name):
-        model, other = make(name).train(), make(name)
-        before = Snapshot(model)
-        refresh_norm(model, data_for(name), held_back=1)
-        refresh_norm(other, data_for(name)[1:])
-        assert_same_statistics(model, other, 1e-12)
-        before.check(but=STATISTICS)
-
-
 class TestReport:
     def test_has_the_statistics_of_each_layer(self):
         model = make("mlp")
         old = {name: buffer.clone() for name, buffer in model.named_buffers()}
         report = refresh_norm(model, data_for("mlp"))
-        found = report.as_dict(statistics=True)["layers"]
-        assert [layer["name"] for layer in found] == ["1", "4"]
-        for layer in found:
-            for held, state in ((layer["old"], old), (layer["new"], dict(model.named_buffers()))):
-                name = layer["name"]
+        assert [layer.name for layer in report.layers] == ["1", "4"]
+        for layer in report.layers:
+            for held, state in ((layer.old, old), (layer.new, dict(model.named_buffers()))):
+                name = layer.name
+                assert held is not None
                 assert held.mean == tuple(state[f"{name}.running_mean"].tolist())
                 assert held.variance == tuple(state[f"{name}.running_var"].tolist())
                 assert held.batches == int(state[f"{name}.num_batches_tracked"])
-        assert "old" not in vars(report.as_dict()["layers"][0])

@@ -196,10 +196,12 @@ class TestResult:
         assert (one.pop("processes"), three.pop("processes")) == (1, 3)
         for layer, other in zip(one.pop("layers"), three.pop("layers"), strict=True):
             assert layer.pop("name") == other.pop("name")
-            assert layer.pop("gap") is other.pop("gap") is None
-            for error in ("mean_error", "log_std_error"):  # see how batches follow each other
-                assert other.pop(error) == pytest.approx(layer.pop(error), rel=0.5)
-            assert other == pytest.approx(layer, rel=1e-4, abs=1e-6)
+            for held in ("old", "new"):
+                one_held, other_held = layer.pop(held), other.pop(held)
+                assert one_held["batches"] == other_held["batches"]
+                for name in ("mean", "variance"):
+                    assert other_held[name] == pytest.approx(one_held[name], rel=1e-4, abs=1e-5)
+            assert other == pytest.approx(layer, rel=1e-3, abs=1e-6)
         assert one == three
 
     @pytest.mark.parametrize(
@@ -208,9 +210,9 @@ class TestResult:
             (2, ("--loader", "train.py:generator")),
             (2, ("--loader", "train.py:loader", "--loader-arg", "workers=2")),
             (2, ("--loader", "train.py:with_nan")),
-            (3, ("--loader", "train.py:loader", "--max-samples", "50", "--verify")),
+            (3, ("--loader", "train.py:loader", "--max-samples", "50")),
             (3, ("--loader", "train.py:loader", "--loader-arg", "size=150")),  # one has no batch
-            (2, ("--loader", "train.py:generator", "--max-batches", "1")),
+            (2, ("--loader", "train.py:generator", "--max-samples", "1")),
             (2, ("--loader", "train.py:loader", "--train-mode", "full")),
         ],
         ids=str,
@@ -220,13 +222,8 @@ class TestResult:
         shared, _ = run(folder, "more.pt", *arguments, size=size)[0]
         assert_near(folder, "more.pt", "one.pt")
         one, more = json.loads(alone), json.loads(shared)
-        for name in ("batches", "samples", "nonfinite", "held_back", "notices"):
+        for name in ("batches", "samples", "nonfinite", "notices"):
             assert one[name] == more[name], name
-        gaps = [[layer["gap"] for layer in found["layers"]] for found in (one, more)]
-        for gap, other in zip(*gaps, strict=True):
-            assert (gap is None) == ("--verify" not in arguments)
-            for name in gap or ():
-                assert other[name] == pytest.approx(gap[name], rel=0.5 if "noise" in name else 1e-3)
 
     def test_is_that_of_what_a_distributed_sampler_has_dealt_out(self, folder):
         arguments = ("--loader", "train.py:dealt", "--estimator", "exact")
@@ -234,11 +231,9 @@ class TestResult:
         found = json.loads(output)
         assert (found["batches"], found["samples"]) == (14, 202)  # 101 each
         assert "DistributedSampler has dealt the batches out" in error
-        limit = ("--loader-arg", "size=1", "--max-samples", "202")
         run(folder, "one.pt", "--loader", "train.py:loader", "--loader-arg", "shuffle=False",
-            "--loader-arg", "size=202", "--max-batches", "1", "--estimator", "exact",
+            "--loader-arg", "size=202", "--max-samples", "202", "--estimator", "exact",
             size=1)  # fmt: skip
-        assert limit
         # The first layer's inputs alone do not depend on what else is in a batch.
         found, expected = (torch.load(folder / name) for name in ("two.pt", "one.pt"))
         for name in ("1.running_mean", "1.running_var"):
@@ -360,12 +355,9 @@ class TestFeed:
         "limits",
         [
             {},
-            {"max_batches": 5},
+            {"max_samples": 1},
             {"max_samples": 33},
-            {"max_batches": 0},
-            {"held_back": 2, "max_batches": 4},
-            {"held_back": 3, "max_samples": 17},
-            {"max_batches": 100, "max_samples": 1000},
+            {"max_samples": 1000},
         ],
         ids=str,
     )
@@ -413,12 +405,12 @@ def test_the_order_of_ranks_is_that_of_the_pass():
     """Numbers of batches that were left out come sorted, whoever left them out."""
     from collections import Counter
 
-    from ckptavg.batchnorm.estimators import Channels, WeightedMoments
-    from ckptavg.batchnorm.found import Found
+    from ckptavg.batchnorm.moments import Channels, Moments
+    from ckptavg.batchnorm.totals import PassTotals
 
     made = [
-        Found(
-            WeightedMoments.empty(Channels((1,), (False,), (0.0,))),
+        PassTotals(
+            Moments.empty(Channels((1,), (False,), (0.0,))),
             nonfinite=[number * 7 % 10, 5 - number],
             unfit=Counter(a=1),
         )

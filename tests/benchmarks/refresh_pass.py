@@ -24,7 +24,7 @@ from ckptavg import refresh_norm
 from ckptavg.distributed import launched_ranks
 
 if TYPE_CHECKING:
-    from ckptavg.batchnorm.estimators import EstimatorName
+    from ckptavg.batchnorm.moments import EstimatorName
     from ckptavg.batchnorm.report import RefreshReport
 
 Batches = list[torch.Tensor]

@@ -68,7 +68,7 @@ def test_options_are_named_after_the_fields_that_they_fill():
         for field in dataclasses.fields(kind)
     }
     names = {str(param.name) for param in cli.cli.commands["average"].params}
-    assert names - fields == {"inputs", "output", "config", "as_json", "quiet", "verify"}
+    assert names - fields == {"inputs", "output", "config", "as_json", "quiet"}
 
 
 WITHOUT_EFFECT = [
@@ -87,7 +87,7 @@ WITHOUT_EFFECT = [
     (["--loader", "m:L"], "--loader has no effect without --model"),
     (["--train-mode", "norm"], "--train-mode has no effect without --model"),
     (["--model-arg", "a=1"], "--model-arg has no effect without --model"),
-    (["--verify-batches", "3"], "--verify-batches has no effect without --model"),
+    (["--max-samples", "3"], "--max-samples has no effect without --model"),
 ]
 
 

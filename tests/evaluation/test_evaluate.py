@@ -218,7 +218,7 @@ class TestRefresh:
         assert len(os.listdir("run")) == 5
 
     def test_has_limits_of_its_own(self, train, states):
-        made = options(max_batches=5, refresh=refresh("train.py:endless", max_batches=3))
+        made = options(max_samples=80, refresh=refresh("train.py:endless", max_samples=48))
         model = train.Net()
         model.load_state_dict(states[0])
         ckptavg.refresh_norm(model, train.batches()[:3])
@@ -227,12 +227,11 @@ class TestRefresh:
 
 
 class TestLimits:
-    @pytest.mark.parametrize("limit", [{"max_batches": 2}, {"max_samples": 17}])
-    def test_end_an_endless_loader(self, limit, train, states):
-        found = metrics(loader="train.py:endless", **limit)
+    def test_end_an_endless_loader(self, train, states):
+        found = metrics(loader="train.py:endless", max_samples=17)
         expected = naive_metrics(train.Net(), states[0], train.batches()[:2])
         assert found[0] == pytest.approx(expected, rel=1e-6)
-        assert [one["right"] for one in metrics(metric="train.py:right", **limit)] == [
+        assert [one["right"] for one in metrics(metric="train.py:right", max_samples=17)] == [
             one["accuracy"] * 32 for one in found
         ]
 
@@ -379,9 +378,9 @@ class TestCommand:
         result = run(
             *("evaluate", "run", "--model", "train.py:Net", "--model-arg", "drop=0.5"),
             *("--loader", "train.py:batches", "--loader-arg", "size=20", "--max-samples", 50),
-            *("--max-batches", 9, "--refresh-loader", "train.py:batches", "--seed", 3),
+            *("--refresh-loader", "train.py:batches", "--seed", 3),
             *("--refresh-loader-arg", "seed=0", "--refresh-max-samples", 40, "--device", "cpu"),
-            *("--refresh-max-batches", 8, "--estimator", "exact", "--train-mode", "full"),
+            *("--estimator", "exact", "--train-mode", "full"),
             *("--memory-format", "contiguous", "--metric", "accuracy", "--last", 2, "--json"),
         )
         found = json.loads(result.stdout)["evaluations"]
@@ -397,8 +396,8 @@ class TestCommand:
             (("--model", "train.py:Net"), "Missing option '--loader'"),
             ((*COMMON, "--metric", "f1"), "not of the form"),
             (
-                (*COMMON, "--refresh-max-batches", "3"),
-                "--refresh-max-batches has no effect without --refresh-loader",
+                (*COMMON, "--refresh-max-samples", "3"),
+                "--refresh-max-samples has no effect without --refresh-loader",
             ),
             ((*COMMON, "--last", "2,3"), "Invalid value for '--last'"),
             ((*COMMON, "--best", "2"), "No such option"),

@@ -72,8 +72,6 @@ _RAYS = parse("""
 --directions N       Number of random directions, the same from each checkpoint.  [default: 10]
 --distances NUMBERS  Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.
                      [default: 11 up to twice the distance of the first two checkpoints]
---filter-normalize   Scale each filter of a direction to the norm of the checkpoint's filter
-                     (Li et al. 2018).
 """)
 _SEGMENT = parse("""
 --positions NUMBERS  Points on the line, 0 for the first checkpoint and 1 for the second: 0,0.5,1 or
@@ -81,11 +79,7 @@ _SEGMENT = parse("""
                      [default: -0.5:1.5:21]
 """)
 _PLANE = parse("""
---size POINTS          Points along each axis.  [default: 21]
---margin SHARE         How far the grid reaches beyond the three checkpoints, relative to their
-                       extent.  [default: 0.2]
---project CHECKPOINTS  Checkpoints, or directories of them, whose projections are marked;
-                       repeatable.
+--size POINTS  Points along each axis.  [default: 21]
 """)
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
 from ckptavg.errors import (
-    MismatchError,
     OutputError,
     RefreshError,
     SelectionError,
@@ -27,7 +26,6 @@ from ckptavg.landscape.places import Place, Space
 from ckptavg.model.factories import user_code
 from ckptavg.model.loading import load_weights
 from ckptavg.select.order import relative_names
-from ckptavg.select.run import find_run
 
 if TYPE_CHECKING:
     from ckptavg.distributed import Ranks
@@ -90,25 +88,9 @@ class Explorer:
             _check_alike(first, one)
         self._parameters, self._aliases = self._named_parameters(first)
 
-    def space(self, *, seed: int = 0, filter_normalize: bool = False) -> Space:
+    def space(self, *, seed: int = 0) -> Space:
         """The weights between the checkpoints."""
-        return Space(
-            self._checkpoints, self._parameters, self._aliases,
-            seed=seed, filter_normalize=filter_normalize,
-        )  # fmt: skip
-
-    def others(self, inputs: Sequence[Path]) -> list[Checkpoint]:
-        """Further checkpoints of the same model, in the order of training."""
-        found = find_run(inputs, key=self._options.key)
-        opened = []
-        for source in found.checkpoints:
-            try:
-                one = self._opened(source.path)
-                _check_alike(self._checkpoints[0], one)
-                opened.append(one)
-            except (MismatchError, SelectionError):
-                log.warning("not of this model, and left out: %s", printable(source.path))
-        return opened
+        return Space(self._checkpoints, self._parameters, self._aliases, seed=seed)
 
     def _opened(self, path: Path) -> Checkpoint:
         """A checkpoint with the names that the model has.

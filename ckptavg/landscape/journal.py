@@ -1,10 +1,11 @@
-"""Points that have been evaluated, kept as they come: a run that was killed goes on from there."""
+"""Points that have been evaluated, kept in a database: a run that was killed goes on from there."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import sqlite3
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError
@@ -19,114 +20,87 @@ if TYPE_CHECKING:
 Values = dict[str, float]
 """Metrics by name, `train loss` and so on."""
 
+POINTS = "points.sqlite"
+_TABLES = """
+CREATE TABLE IF NOT EXISTS task (facts TEXT);
+CREATE TABLE IF NOT EXISTS points (place TEXT PRIMARY KEY, metrics TEXT);
+"""
+
 
 class Journal:
-    """What has been evaluated: each process appends to a file of its own.
+    """The points of a landscape.
 
     Attributes:
         done: the values of each point, by its name.
     """
 
-    def __init__(self, path: Path, fd: int, done: dict[str, Values]) -> None:
-        self._path, self._fd, self.done = path, fd, done
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        rows = connection.execute("SELECT place, metrics FROM points")
+        self.done: dict[str, Values] = {place: json.loads(metrics) for place, metrics in rows}
 
     def add(self, place: str, values: Values) -> None:
-        """Keep a point's values, on the disk before the next point begins.
-
-        Raises:
-            OutputError: that did not work.
-        """
-        line = json.dumps({"place": place, "values": values}) + "\n"
-        with _explained(self._path):
-            left = line.encode()
-            while left:
-                left = left[os.write(self._fd, left) :]
-            os.fsync(self._fd)
+        """Keep a point's values, on the disk before the next point begins."""
+        with self._connection:
+            row = place, json.dumps(values)
+            self._connection.execute("INSERT OR REPLACE INTO points VALUES (?, ?)", row)
         self.done[place] = values
-
-
-def files(folder: Path) -> list[Path]:
-    """The files of points in a directory."""
-    return sorted(folder.glob("points-*.jsonl"))
 
 
 @contextlib.contextmanager
 def journal(folder: Path, task: dict[str, Any], ranks: Ranks, *, force: bool) -> Iterator[Journal]:
-    """A directory's points, and a file to add to, which no other run has meanwhile.
+    """The points in a directory, in which no other run works meanwhile.
 
     Args:
-        folder: the directory, which is there.
-        task: what is evaluated: points of another one do not count.
+        folder: the directory.
+        task: what is evaluated: points of another task do not count.
         ranks: the processes, all of which call this.
         force: forget all points that are there.
 
     Raises:
         OutputError: the directory has points of another task, or another run is at work in it.
     """
-    path = folder / f"points-{ranks.rank}.jsonl"
-    with _explained(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path = folder / POINTS
     try:
-        if not try_lock(fd):
-            raise OutputError("another run is at work here", path=folder)
-        ranks.gather(None)  # all hold theirs: nothing changes any more
-        found = {one: _read(one) for one in files(folder)}
-        foreign = [one for one, entries in found.items() if entries and entries[0] != task]
-        if force:
-            foreign = [*found]
-        elif foreign:
-            raise OutputError(
-                "has points of another landscape",
-                path=folder,
-                remedy="name another directory, or --force replaces them",
-            )
-        done = {
-            entry["place"]: entry["values"]
-            for one, entries in found.items()
-            if one not in foreign
-            for entry in entries[1:]
-            if isinstance(entry.get("place"), str) and _are_values(entry.get("values"))
-        }
-        ranks.gather(None)  # all have read them
-        own = [] if path in foreign else found.get(path, [])
-        with _explained(path):
-            text = "".join(json.dumps(entry) + "\n" for entry in own or [task]).encode()
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, text, 0)  # without a line that was cut off
-            os.lseek(fd, 0, os.SEEK_END)
+        with contextlib.ExitStack() as stack:
             if ranks.rank == 0:
-                active = {folder / f"points-{rank}.jsonl" for rank in range(ranks.size)}
-                for one in set(foreign) - active:
-                    one.unlink()
-        yield Journal(path, fd, done)
-    finally:
-        os.close(fd)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file's lines; what is none was cut off."""
-    entries = []
-    with _explained(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
-                entries.append(entry)
-    return entries
-
-
-def _are_values(found: object) -> bool:
-    return (
-        isinstance(found, dict)
-        and bool(found)
-        and all(isinstance(value, float | int) for value in found.values())
-    )
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
+                fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                if not try_lock(fd):
+                    raise OutputError("another run is at work here", path=folder)
+                _prepare(path, task, force=force)
+            ranks.gather(None)
+            connection = stack.enter_context(contextlib.closing(_connect(path)))
+            kept = Journal(connection)
+            ranks.gather(None)  # all have read the points
+            yield kept
+    except sqlite3.Error as error:
+        raise OutputError(f"cannot be used: {error}", path=path) from error
     except OSError as error:
         raise OutputError(f"cannot be used: {error.strerror}", path=path) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=600)  # seconds that it waits for another process
+
+
+def _prepare(path: Path, task: dict[str, Any], *, force: bool) -> None:
+    """Make the database, or see that its points are of this task.
+
+    Raises:
+        OutputError: they are of another task.
+    """
+    facts = json.dumps(task, sort_keys=True)
+    with contextlib.closing(_connect(path)) as connection, connection:
+        connection.executescript(_TABLES)
+        known = [row[0] for row in connection.execute("SELECT facts FROM task")]
+        if known and known != [facts] and not force:
+            raise OutputError(
+                "has points of another landscape",
+                path=path.parent,
+                remedy="name another directory, or `force` replaces them",
+            )
+        if force or not known:
+            for table in ("task", "points"):
+                connection.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
+            connection.execute("INSERT INTO task VALUES (?)", (facts,))

@@ -57,9 +57,6 @@ class Space:
         parameters: names of the model's parameters in the checkpoints, each storage once.
         aliases: further names of tied parameters, each with the one among `parameters`.
         seed: of the directions.
-        filter_normalize: give each filter of a direction the norm of the weights' own filter,
-            and leave out what has fewer than two dimensions (Li et al. 2018, arXiv 1712.09913,
-            section 4): scale-invariant networks distort distances otherwise.
     """
 
     def __init__(
@@ -69,9 +66,8 @@ class Space:
         aliases: Mapping[str, str] | None = None,
         *,
         seed: int = 0,
-        filter_normalize: bool = False,
     ) -> None:
-        self._checkpoints, self._seed, self._filters = checkpoints, seed, filter_normalize
+        self._checkpoints, self._seed = checkpoints, seed
         self._parameters = tuple(parameters)
         self._drawn_as = {name: name for name in parameters} | dict(aliases or {})
         self._numbers = {name: number for number, name in enumerate(parameters)}
@@ -107,7 +103,7 @@ class Space:
             return self._checkpoints[largest].read(name)
         pairs = zip(place.coefficients, self._checkpoints, strict=True)
         terms = [(factor, one.read(name).reshape(-1)) for factor, one in pairs if factor]
-        steps = self._steps(place, name, terms)
+        steps = self._steps(place, name)
         dtype, done = self._out_dtype(name), 0
         out = np.empty(tensor.count, dtype.numpy)
         while done < tensor.count:
@@ -119,24 +115,12 @@ class Space:
             done = part.stop
         return out.reshape(tensor.shape)
 
-    def _steps(
-        self, place: Place, name: str, terms: Sequence[tuple[float, AnyArray]]
-    ) -> Iterator[AnyArray] | None:
+    def _steps(self, place: Place, name: str) -> Iterator[AnyArray] | None:
         """What a place's step adds to a parameter, in chunks; None if it adds nothing."""
         if place.direction is None or not place.distance or name not in self._drawn_as:
             return None
-        drawn = self._drawn(place.direction, self._drawn_as[name])
-        if not self._filters:
-            length = place.distance / self._norm(place.direction)
-            return (length * part for part in drawn)
-        shape = self._checkpoints[0].tensors[name].shape
-        if len(shape) < 2:  # noqa: PLR2004 - no filters
-            return None
-        whole = np.concatenate([*drawn]).reshape(shape)
-        weights = sum(factor * _wide(values) for factor, values in terms)
-        own, its = _filter_norms(np.asarray(weights).reshape(shape)), _filter_norms(whole)
-        whole *= place.distance * own / np.where(its, its, 1)
-        return (whole.reshape(-1)[at : at + _CHUNK] for at in range(0, whole.size, _CHUNK))
+        length = place.distance / self._norm(place.direction)
+        return (length * part for part in self._drawn(place.direction, self._drawn_as[name]))
 
     def _out_dtype(self, name: str) -> DType:
         """The widest of the checkpoints' dtypes, of floats float32 at least."""
@@ -183,18 +167,6 @@ class Space:
             total += gaps @ gaps.T
         return total
 
-    def products(self, checkpoint: Checkpoint) -> Floats:
-        """Products of a further checkpoint's difference from the first with the others'.
-
-        Returns:
-            `[others + 1]`: the last is the product with itself.
-        """
-        total = np.zeros(len(self._checkpoints))
-        for first, *others in self._real([*self._checkpoints, checkpoint]):
-            gaps = np.stack([other - first for other in others])
-            total += gaps @ gaps[-1]
-        return total
-
     def _real(self, checkpoints: Sequence[Checkpoint]) -> Iterator[list[Floats]]:
         """The checkpoints' parameters as real numbers, some at a time, `[numbers]` each."""
         for name in self._parameters:
@@ -210,12 +182,6 @@ def _square(values: AnyArray) -> float:
 
 def _wide(values: AnyArray) -> AnyArray:
     return np.asarray(values.astype(np.complex128 if values.dtype.kind == "c" else np.float64))
-
-
-def _filter_norms(values: AnyArray) -> Floats:
-    """Norms of the filters, along the first dimension, `[filters, 1, ...]`."""
-    norms: Floats = np.sqrt(np.sum(np.abs(values.reshape(len(values), -1)) ** 2, axis=1))
-    return norms.reshape(-1, *[1] * (values.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -267,14 +233,3 @@ class Plane:
         third = y / height
         second = (x - third * along) / length
         return 1 - second - third, second, third
-
-    def project(self, products: Floats) -> tuple[float, float, float]:
-        """Where a further weight is nearest, and how far it is from the plane.
-
-        Args:
-            products: as `Space.products` has them, `[3]`.
-        """
-        _, (length, _), (along, height) = self.corners
-        x = float(products[0]) / length
-        y = (float(products[1]) - x * along) / height
-        return x, y, float(np.sqrt(max(float(products[2]) - x * x - y * y, 0.0)))

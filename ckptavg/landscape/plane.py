@@ -5,12 +5,11 @@ Izmailov et al. 2018, section 3.1 and figures 2 and 3.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import SelectionError, printable
+from ckptavg.errors import SelectionError
 from ckptavg.landscape import places as places_of
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_SIZE, _MARGIN = 21, 0.2
+_SIZE = 21
+_MARGIN = 0.2  # of the grid beyond the three weights, relative to their extent
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,12 @@ class Mark:
         checkpoint: its name.
         x: its first coordinate, in the units of the parameters.
         y: its second.
-        away: its distance from the plane.
-        values: metrics of the three that make the plane; none of a projected one.
+        values: its metrics.
     """
 
     checkpoint: str
     x: float
     y: float
-    away: float
     values: dict[str, float] = field(default_factory=dict)
 
 
@@ -49,7 +47,6 @@ class PlaneResult:
     Attributes:
         checkpoints: the three weights: w0 at the origin, w1 on the first axis.
         dimension: number of parameters.
-        projected: further checkpoints.
         xs: first coordinates of the grid.
         ys: second coordinates.
         refreshed: whether the norm statistics were refreshed at each point.
@@ -58,7 +55,6 @@ class PlaneResult:
 
     checkpoints: tuple[Mark, ...]
     dimension: int
-    projected: tuple[Mark, ...]
     xs: tuple[float, ...]
     ys: tuple[float, ...]
     refreshed: bool
@@ -79,8 +75,6 @@ def plane(
     options: ExploreOptions,
     *,
     size: int = _SIZE,
-    margin: float = _MARGIN,
-    project: Sequence[Path] = (),
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> PlaneResult:
@@ -91,8 +85,6 @@ def plane(
         folder: where points are kept, so that a run that was killed goes on.
         options: how points are evaluated.
         size: points of the grid along each axis.
-        margin: how far the grid reaches beyond the three, relative to their extent.
-        project: further checkpoints, whose projections are marked.
         ranks: the processes that share the points.
         progress: hears of each point.
 
@@ -102,21 +94,17 @@ def plane(
     """
     if len(paths) != 3:  # noqa: PLR2004
         raise SelectionError(f"a plane is through 3 checkpoints, not {len(paths)}")
-    if size < 2 or not 0 <= margin < math.inf:  # noqa: PLR2004
-        raise SelectionError("a grid has at least 2 points along each axis, and a margin of 0")
+    if size < 2:  # noqa: PLR2004
+        raise SelectionError(f"a grid has at least 2 points along each axis, not {size}")
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
         space = explorer.space()
         found_plane = places_of.Plane(space.gram())
         if found_plane.is_flat:
             raise SelectionError("the three checkpoints are on one line, and make no plane")
-        marks = [
-            Mark(printable(one.path.name), *found_plane.project(space.products(one)))
-            for one in (explorer.others(project) if project else ())
-        ]
         corners = found_plane.corners
-        xs = _axis([x for x, _ in corners], size, margin)
-        ys = _axis([y for _, y in corners], size, margin)
+        xs = _axis([x for x, _ in corners], size)
+        ys = _axis([y for _, y in corners], size)
         places = {
             f"w{number}": Place(tuple(float(number == other) for other in range(3)))
             for number in range(3)
@@ -126,10 +114,10 @@ def plane(
     metrics = next(iter(found.values()))
     return PlaneResult(
         tuple(
-            Mark(name, *corner, 0.0, dict(found[f"w{number}"]))
+            Mark(name, *corner, dict(found[f"w{number}"]))
             for number, (name, corner) in enumerate(zip(explorer.names, corners, strict=True))
         ),
-        space.dimension, tuple(marks), xs, ys, options.evaluation.refresh is not None,
+        space.dimension, xs, ys, options.evaluation.refresh is not None,
         {
             metric: [[found[f"{x!r} {y!r}"][metric] for x in xs] for y in ys]
             for metric in metrics
@@ -137,6 +125,6 @@ def plane(
     )  # fmt: skip
 
 
-def _axis(values: Sequence[float], size: int, margin: float) -> tuple[float, ...]:
-    extent = max(values) - min(values)
-    return spaced(min(values) - margin * extent, max(values) + margin * extent, size)
+def _axis(values: Sequence[float], size: int) -> tuple[float, ...]:
+    margin = _MARGIN * (max(values) - min(values))
+    return spaced(min(values) - margin, max(values) + margin, size)

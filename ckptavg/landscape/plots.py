@@ -66,8 +66,7 @@ def _rays(panel: Any, result: Rays, metric: str) -> None:  # noqa: ANN401
             result.distances, [min(c) for c in columns], [max(c) for c in columns],
             color=line.get_color(), alpha=0.2, linewidth=0,
         )  # fmt: skip
-    relative = " (relative to the filters' norms)" if result.filter_normalize else ""
-    panel.set_xlabel(f"distance{relative}")
+    panel.set_xlabel("distance")
     panel.set_ylabel(metric)
     panel.set_title(f"{result.directions} directions: mean, least and most")
     panel.legend()
@@ -91,9 +90,6 @@ def _plane(figure: Any, panel: Any, result: PlaneResult, metric: str) -> None:  
     if values and min(values) < max(values):
         drawn = panel.contourf(result.xs, result.ys, grid, levels=_LEVELS, cmap="viridis_r")
         figure.colorbar(drawn, ax=panel, label=metric)
-    if result.projected:
-        xs, ys = [one.x for one in result.projected], [one.y for one in result.projected]
-        panel.plot(xs, ys, "o-", color="white", markersize=3, linewidth=0.5)
     for mark in result.checkpoints:
         panel.plot(mark.x, mark.y, "X", color="black", markersize=8)
         panel.annotate(mark.checkpoint, (mark.x, mark.y), xytext=(5, 5), fontsize=7,

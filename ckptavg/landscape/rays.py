@@ -55,10 +55,9 @@ class Rays:
     Attributes:
         checkpoints: the weights' names.
         dimension: number of parameters.
-        distances: along the rays; of `filter_normalize` they are relative to the filters' norms.
+        distances: along the rays.
         directions: how many.
         apart: the distance of the first two weights' parameters; None where there is one.
-        filter_normalize: whether each filter of a direction has the norm of the weights' own.
         refreshed: whether the norm statistics were refreshed at each point.
         curves: metric to `[checkpoints][directions][distances]`.
     """
@@ -68,7 +67,6 @@ class Rays:
     distances: tuple[float, ...]
     directions: int
     apart: float | None
-    filter_normalize: bool
     refreshed: bool
     curves: dict[str, list[list[list[float]]]] = field(repr=False)
 
@@ -109,7 +107,6 @@ def rays(
     directions: int = 10,
     distances: Sequence[float] | None = None,
     steps: int = _STEPS,
-    filter_normalize: bool = False,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Rays:
@@ -121,9 +118,8 @@ def rays(
         options: how points are evaluated. Its seed is that of the directions as well.
         directions: how many.
         distances: along them, 0 first; None for `steps`, up to twice the distance of the first two
-            weights, or half of the norm of the parameters of one, or 1 with `filter_normalize`.
+            weights, or half of the norm of the parameters of one.
         steps: how many distances there are then.
-        filter_normalize: as in `Space`.
         ranks: the processes that share the points.
         progress: hears of each point.
 
@@ -135,7 +131,7 @@ def rays(
         raise SelectionError(f"at least 1 direction is needed, not {directions}")
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
-        space = explorer.space(seed=options.evaluation.seed, filter_normalize=filter_normalize)
+        space = explorer.space(seed=options.evaluation.seed)
         apart = space.distance(0, 1) if len(paths) > 1 else None
         farthest = 2 * apart if apart else _BY_ITSELF * space.norm()
         if not 0 < farthest < math.inf and not distances:
@@ -143,9 +139,8 @@ def rays(
                 f"how far to go is not known: the parameters are {farthest:g} apart, or long",
                 remedy="say it with --distances",
             )
-        along = tuple(distances or spaced(0.0, 1.0 if filter_normalize else farthest, steps))
+        along = tuple(distances or spaced(0.0, farthest, steps))
         _check(along)
-        task = {"kind": "rays", "filter_normalize": filter_normalize}
         places = {
             _name(one, direction, distance): Place(
                 tuple(float(one == other) for other in range(len(paths))), direction, distance
@@ -154,10 +149,10 @@ def rays(
             for direction in range(directions if distance else 1)
             for one in range(len(paths))
         }
-        found = explorer.run(task, space, places, progress)
+        found = explorer.run({"kind": "rays"}, space, places, progress)
     metrics = list(next(iter(found.values())))
     return Rays(
-        explorer.names, space.dimension, along, directions, apart, filter_normalize,
+        explorer.names, space.dimension, along, directions, apart,
         options.evaluation.refresh is not None,
         {
             metric: [

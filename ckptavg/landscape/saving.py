@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg import __version__
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
-from ckptavg.landscape.journal import files
+from ckptavg.landscape.journal import POINTS
 from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def refuse_others(folder: Path, kind: str, *, force: bool) -> None:
     Raises:
         OutputError: there is one.
     """
-    if force or files(folder):
+    if force or (folder / POINTS).exists():
         return
     for ending in ("json", "csv", "png", "svg"):
         path = folder / f"{kind}.{ending}"

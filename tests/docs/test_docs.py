@@ -42,8 +42,8 @@ def test_every_option_of_a_layout_is_in_the_page_on_formats():
 def test_the_extras_are_named():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
-    users = {"demo", "plots", "s3", "gcs", "timm", "torchvision", "test"}
-    developers = {"layouts", "dev"}
+    users = {"demo", "plots", "s3", "gcs", "test"}
+    developers = {"layouts", "timm", "dev"}
     others = {"fuzz", "study"}  # docs/reliability.md, docs/study/README.md
     assert set(project["optional-dependencies"]) == users | developers | others
     assert all(f"[{extra}]" in readme for extra in users)

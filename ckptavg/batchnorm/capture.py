@@ -41,15 +41,16 @@ def capture(layers: Mapping[str, NormLayer], model: torch.nn.Module) -> Iterator
         model: the model, whose batches are refused if one of its layers cannot normalise them.
     """
     with ExitStack() as undo:
-        captured = undo.enter_context(Capture(layers))
-        for layer in layers.values():
-            undo.callback(layer.register_forward_pre_hook(captured.before).remove)
-            undo.callback(layer.register_forward_hook(captured.after, with_kwargs=True).remove)
+        captured = Capture(layers)
+        undo.callback(captured.take)
         for module in model.modules():
             if isinstance(module, NormLayer) or is_aggregating(module):
                 undo.callback(
                     module.register_forward_pre_hook(_refuse_unfit, with_kwargs=True).remove
                 )
+        for layer in layers.values():
+            undo.callback(layer.register_forward_pre_hook(captured.before).remove)
+            undo.callback(layer.register_forward_hook(captured.after, with_kwargs=True).remove)
         yield captured
 
 
@@ -59,7 +60,6 @@ class _Layer:
 
     Attributes:
         mean, variance: its statistics, with 0 and 1 where they are not finite.
-        counter: zero, of the dtype of its counter of batches; None if it has none.
         is_instance: whether it is an `InstanceNorm`.
         held: its buffer of the running mean for the call that has begun.
         pieces: what the kernel computed since the call of the layer began.
@@ -68,24 +68,20 @@ class _Layer:
 
     mean: torch.Tensor
     variance: torch.Tensor
-    counter: torch.Tensor | None
     is_instance: bool
     held: torch.Tensor
     pieces: list[CallStatistics] = field(default_factory=list)
     computes_itself: bool = False
 
-    def fresh_buffers(self) -> dict[str, torch.Tensor]:
-        """Buffers for a call. A layer that works with what it holds finds its own statistics."""
-        buffers = {"running_mean": self.mean.clone(), "running_var": self.variance.clone()}
-        return (
-            buffers
-            if self.counter is None
-            else {**buffers, "num_batches_tracked": self.counter.clone()}
-        )
+    def fresh_buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance for a call. A layer that works with what it holds finds its own."""
+        return self.mean.clone(), self.variance.clone()
 
 
 class Capture(TorchFunctionMode):
     """Hears the calls of layers, and those of torch's norm kernels with their buffers.
+
+    It is entered as a mode while a layer is called: it would slow down all else.
 
     Args:
         layers: the layers by name.
@@ -96,25 +92,24 @@ class Capture(TorchFunctionMode):
         self._layers: dict[torch.nn.Module, _Layer] = {}
         self._calls: dict[torch.nn.Module, list[CallStatistics]] = {}
         for layer in layers.values():
-            mean, variance, counter = (
-                layer.running_mean,
-                layer.running_var,
-                layer.num_batches_tracked,
-            )
+            mean, variance = layer.running_mean, layer.running_var
             assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
             self._layers[layer] = _Layer(
                 mean.nan_to_num(0, 0, 0),
                 torch.where(variance.isfinite() & (variance >= 0), variance, 1),
-                None if counter is None else torch.zeros_like(counter),
                 isinstance(layer, _InstanceNorm),
                 mean,
             )
             self._calls[layer] = []
         # The layers whose call has begun, by the buffers that they have for it.
         self._by_buffer: dict[int, _Layer] = {}
+        self._depth = 0
 
     def take(self) -> list[list[CallStatistics]]:
         """What each layer saw in each of its calls since the last time."""
+        if self._depth:  # a layer has raised
+            self._depth = 1
+            self._leave()
         taken = list(self._calls.values())
         self._calls = {layer: [] for layer in self._calls}
         self._by_buffer.clear()
@@ -126,15 +121,24 @@ class Capture(TorchFunctionMode):
         with suppress(AttributeError):
             layer.momentum = 1.0
         known = self._layers[layer]
-        buffers = known.fresh_buffers()
-        known.pieces, known.held = [], buffers["running_mean"]
-        layer._buffers.update(buffers)  # noqa: SLF001
+        known.held, variance = known.fresh_buffers()
+        known.pieces = []
+        layer._buffers.update(running_mean=known.held, running_var=variance)  # noqa: SLF001
         self._by_buffer[id(known.held)] = known
+        if not self._depth:
+            self.__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def after(
         self, layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], _: object
     ) -> None:
         """Keep the statistics of a call."""
+        self._leave()
         known, mean, variance = self._layers[layer], layer.running_mean, layer.running_var
         assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
         self._by_buffer.pop(id(known.held), None)
@@ -164,9 +168,10 @@ class Capture(TorchFunctionMode):
         known = self._by_buffer.get(id(given.get("running_mean")))
         if known is None or not (given.get("training") or given.get("use_input_stats")):
             return func(*args, **(kwargs or {}))
-        buffers = known.fresh_buffers()
-        mean, variance = buffers["running_mean"], buffers["running_var"]
-        given |= {"running_mean": mean, "running_var": variance, "momentum": 1.0}
+        if known.pieces:  # the layer's buffers hold the statistics of the first piece
+            given["running_mean"], given["running_var"] = known.fresh_buffers()
+        mean, variance = given["running_mean"], given["running_var"]
+        given["momentum"] = 1.0
         rest = args[len(names) :]  # what a native kernel takes besides
         positional = [given.pop(name) for name in names[: len(args)]]
         result = func(*positional, *rest, **given)

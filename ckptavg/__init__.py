@@ -10,30 +10,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckptavg.average import average as average
     from ckptavg.average import average_many as average_many
+    from ckptavg.batchnorm.files import refresh_checkpoint as refresh_checkpoint
+    from ckptavg.batchnorm.options import RefreshOptions as RefreshOptions
     from ckptavg.batchnorm.refresh import refresh_norm as refresh_norm
     from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
+    from ckptavg.evaluation.evaluate import EvaluationOptions as EvaluationOptions
+    from ckptavg.evaluation.evaluate import evaluate as evaluate
+    from ckptavg.evaluation.soup import soup as soup
     from ckptavg.select.rules import Selection as Selection
     from ckptavg.verify import verify as verify
 
 __version__ = "0.1.0"
 __all__ = [
     "CkptAvgError",
+    "EvaluationOptions",
     "Ranks",
+    "RefreshOptions",
     "Selection",
     "__version__",
     "average",
     "average_many",
+    "evaluate",
+    "refresh_checkpoint",
     "refresh_norm",
+    "soup",
     "verify",
 ]
 
 _MODULES = {
     "average": "ckptavg.average",
     "average_many": "ckptavg.average",
+    "evaluate": "ckptavg.evaluation.evaluate",
+    "refresh_checkpoint": "ckptavg.batchnorm.files",
     "refresh_norm": "ckptavg.batchnorm.refresh",
+    "soup": "ckptavg.evaluation.soup",
     "verify": "ckptavg.verify",
+    "EvaluationOptions": "ckptavg.evaluation.evaluate",
     "Ranks": "ckptavg.distributed",
+    "RefreshOptions": "ckptavg.batchnorm.options",
     "Selection": "ckptavg.select.rules",
     "CkptAvgError": "ckptavg.errors",
 }

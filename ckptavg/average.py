@@ -7,13 +7,13 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError, SelectionError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE, check_one_model, fingerprint
 from ckptavg.formats.lora_config import CONFIG
-from ckptavg.formats.parts import as_path, is_remote
+from ckptavg.formats.parts import as_paths
 from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
@@ -143,9 +143,7 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     Raises:
         CkptAvgError: there is no checkpoint, or one cannot be read.
     """
-    is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
-    paths = list(map(as_path, cast("Iterable[PathLike]", [inputs] if is_one else inputs)))
-    excludes = options.select.exclusion_reason
+    paths, excludes = as_paths(inputs), options.select.exclusion_reason
     if not options.update:
         return find_run(
             paths, key=options.key, keep_prefix=options.keep_prefix, exclusion_reason=excludes

@@ -25,7 +25,7 @@ from ckptavg.batchnorm.rewriting import Rewriting, provenance
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.parts import is_remote
+from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
 from ckptavg.model.loading import load_weights
@@ -34,13 +34,12 @@ from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from ckptavg.batchnorm.layers import NormLayer
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import PathLike
     from ckptavg.formats.tensors import AnyArray, DType
 
 log = logging.getLogger("ckptavg")
@@ -57,8 +56,8 @@ class Judge(Protocol):
 
 
 def refresh_checkpoint(
-    path: Path,
-    output: str | os.PathLike[str] | None,
+    path: PathLike,
+    output: PathLike | None,
     options: RefreshOptions,
     *,
     key: str | None = None,
@@ -75,7 +74,7 @@ def refresh_checkpoint(
 
     Args:
         path: the checkpoint.
-        output: where the result goes; None for the checkpoint itself, which must be ours
+        output: where the result goes; None for the checkpoint itself, which ckptavg must have made
             unless `in_place`.
         options: the model, the loader and how to run them.
         key: which state dict to take where the file holds several.
@@ -93,6 +92,7 @@ def refresh_checkpoint(
         CkptAvgError: the checkpoint does not fit the model, the pass failed, or the output cannot
             be written. The checkpoint is as it was then.
     """
+    path = as_path(path)
     with ranks.together():
         if not is_remote(path) and ranks.rank == 0:
             put_back(followed(path))

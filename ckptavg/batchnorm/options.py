@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.moments import EstimatorName
     from ckptavg.batchnorm.refresh import MemoryFormat, Precision
     from ckptavg.batchnorm.setting import TrainMode
+    from ckptavg.model.factories import Function, Loader, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +39,20 @@ class RefreshOptions(PassOptions):
     """How to refresh a checkpoint.
 
     Attributes:
-        model: spec of the model, or of a callable that returns it.
-        loader: spec of an iterable of batches, or of a callable that returns it.
+        model: the model, a callable that returns it, or the spec of either. A model holds the
+            checkpoint's weights afterwards.
+        loader: an iterable of batches, a callable that returns it, or the spec of either.
         model_args: keywords for the model.
         loader_args: keywords for the loader.
-        forward: spec of a function that is called with model and batch.
+        forward: a function that is called with model and batch, or its spec.
         device: where the model runs; None for a GPU if there is one.
         seed: of Python's, numpy's and torch's random numbers, set before model and loader are made.
     """
 
-    model: str
-    loader: str
+    model: Model
+    loader: Loader
     model_args: Mapping[str, Any] = field(default_factory=dict)
     loader_args: Mapping[str, Any] = field(default_factory=dict)
-    forward: str | None = None
+    forward: Function | None = None
     device: str | None = None
     seed: int = 0

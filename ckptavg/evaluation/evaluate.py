@@ -20,10 +20,11 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError
-from ckptavg.evaluation.measures import measure_of, name_of
+from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.parts import as_paths
 from ckptavg.model.batches import default_forward, moved
-from ckptavg.model.factories import load_object, user_code
+from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.feeding import limited
 from ckptavg.model.loading import load_weights
 from ckptavg.model.making import RandomState, import_all, make_batches, make_model
@@ -34,11 +35,12 @@ from ckptavg.select.run import find_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.refresh import Forward
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import PathLike
+    from ckptavg.model.factories import Function, Loader, Model
 
 log = logging.getLogger("ckptavg")
 
@@ -51,25 +53,25 @@ class EvaluationOptions:
     """How to evaluate checkpoints.
 
     Attributes:
-        model: spec of the model, or of a callable that returns it.
-        loader: spec of an iterable of held-out batches, or of a callable that returns it.
-        metric: `loss`, `accuracy`, or spec of a function that is called with the model and the
-            batches and returns a number, or several by name; None for loss and accuracy.
+        model: the model, a callable that returns it, or the spec of either.
+        loader: an iterable of held-out batches, a callable that returns it, or the spec of either.
+        metric: `loss`, `accuracy`, or a function (or its spec) that is called with the model and
+            the batches and returns a number, or several by name; None for loss and accuracy.
         model_args: keywords for the model.
         loader_args: keywords for the loader.
-        forward: spec of a function that is called with model and batch.
+        forward: a function that is called with model and batch, or its spec.
         max_samples: stop with the batch that reaches so many examples.
         device: where it runs; None for a GPU if there is one.
         seed: of the random numbers that model and loader draw, the same for each checkpoint.
         refresh: how the norm statistics are refreshed beforehand; None to leave them alone.
     """
 
-    model: str
-    loader: str
-    metric: str | None = None
+    model: Model
+    loader: Loader
+    metric: Function | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     loader_args: Mapping[str, Any] = field(default_factory=dict)
-    forward: str | None = None
+    forward: Function | None = None
     max_samples: int | None = None
     device: str | None = None
     seed: int = 0
@@ -78,7 +80,7 @@ class EvaluationOptions:
     @property
     def metric_name(self) -> str:
         """What the metric is called: a function's own name, and `loss` where none is given."""
-        return name_of(self.metric or "loss")
+        return metric_name(self.metric or "loss")
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Evaluation:
 
 
 def evaluate(
-    inputs: Sequence[Path],
+    inputs: PathLike | Iterable[PathLike],
     options: EvaluationOptions,
     *,
     select: Selection | None = None,
@@ -127,7 +129,9 @@ def evaluate(
     rules = select or Selection()
     with said_once():
         taken = chosen(
-            choose(find_run(inputs, key=key, exclusion_reason=rules.exclusion_reason), rules)
+            choose(
+                find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason), rules
+            )
         )
         evaluator = Evaluator(options)
         found = []
@@ -178,7 +182,7 @@ class Evaluator:
 
     def __init__(self, options: EvaluationOptions) -> None:
         self._options = options
-        metric = options.metric if options.metric and ":" in options.metric else None
+        metric = None if options.metric in BUILT_IN else options.metric
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
         self._model = make_model(options.model, options.model_args, options.device)
@@ -186,7 +190,7 @@ class Evaluator:
         self._passing = _passing_buffers(self._model)
         self._forward: Forward | None = load_object(options.forward) if options.forward else None
         self._measure = measure_of(options.metric, self._forward or default_forward)
-        self._loaders: dict[str, object] = {}
+        self._used: list[object] = []  # loaders that can be gone through only once
 
     @property
     def model(self) -> torch.nn.Module:
@@ -224,7 +228,7 @@ class Evaluator:
         with user_code("the model's eval()"):
             self._model.eval()
 
-    def measured(self, loader: str, arguments: Mapping[str, Any]) -> dict[str, float]:
+    def measured(self, loader: Loader, arguments: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of what the model is, on the batches of a loader.
 
         Raises:
@@ -248,13 +252,14 @@ class Evaluator:
         """
         metrics = self(checkpoint)
         if len(metrics) != 1:
+            what = name_of(self._options.metric)
             raise CkptAvgError(
-                f"{self._options.metric} returned {len(metrics)} metrics, and one is needed",
+                f"{what} returned {len(metrics)} metrics, and one is needed",
                 remedy="let it return a number",
             )
         return next(iter(metrics.values()))
 
-    def _batches(self, spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
+    def _batches(self, spec: Loader, arguments: Mapping[str, Any]) -> Iterable[Any]:
         """The loader, made anew with the same random numbers.
 
         Raises:
@@ -262,12 +267,12 @@ class Evaluator:
         """
         self._random.restore()
         made = make_batches(spec, arguments)
-        if isinstance(made, Iterator) and self._loaders.get(spec) is made:
+        if isinstance(made, Iterator) and any(made is used for used in self._used):
             raise CkptAvgError(
-                f"{spec} can be gone through only once, and is needed for each checkpoint",
+                f"{name_of(spec)} can be gone through only once, and is needed for each checkpoint",
                 remedy="name a callable that makes it anew",
             )
-        self._loaders[spec] = made
+        self._used.append(made)
         return made
 
 
@@ -295,6 +300,12 @@ class _Batches:
     ) -> None:
         self._batches, self._device = batches, device
         self._max_samples = max_samples
+
+    def __len__(self) -> int:
+        """The number of batches; TypeError where the loader has no length, or there is a limit."""
+        if self._max_samples is not None:
+            raise TypeError("with a limit on the examples the number of batches is not known")
+        return len(self._batches)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the loader's own
         """What the loader has beside its batches: its `dataset`, say."""

@@ -12,32 +12,33 @@ from torch.nn.functional import cross_entropy
 
 from ckptavg.batchnorm.moments import in_float64
 from ckptavg.errors import CkptAvgError, printable
-from ckptavg.model.factories import load_object, user_code
+from ckptavg.model.factories import load_object, name_of, user_code
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm.refresh import Forward
+    from ckptavg.model.factories import Function
 
 Measure = Callable[[torch.nn.Module, Iterable[Any]], dict[str, float]]
 """Called with the model in eval mode and the batches; returns metrics by name."""
 
-_BUILT_IN = ("loss", "accuracy")
+BUILT_IN = (None, "loss", "accuracy")
 _IGNORED = -100  # torch's own mark of targets that do not count
 _OTHER_KEYS = ("checkpoint", "path", "step")
 
 
-def name_of(metric: str) -> str:
+def metric_name(metric: Function) -> str:
     """What a metric is called: a function's own name."""
-    return metric.rpartition(":")[2].rpartition(".")[2]
+    return name_of(metric).rpartition(":")[2].rpartition(".")[2]
 
 
-def measure_of(metric: str | None, forward: Forward) -> Measure:
+def measure_of(metric: Function | None, forward: Forward) -> Measure:
     """What computes the metrics.
 
     Raises:
         CkptAvgError: the metric is no function.
     """
-    if metric is None or metric in _BUILT_IN:
-        names = _BUILT_IN if metric is None else (metric,)
+    if metric in BUILT_IN:
+        names = ("loss", "accuracy") if metric is None else (str(metric),)
 
         def measure(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:
             found = classification(model, batches, forward)
@@ -46,11 +47,11 @@ def measure_of(metric: str | None, forward: Forward) -> Measure:
         return measure
     own = load_object(metric)
     if not callable(own):
-        raise CkptAvgError(f"{metric} is a {type(own).__name__}, not a function")
-    own_name = name_of(metric)
+        raise CkptAvgError(f"{name_of(metric)} is a {type(own).__name__}, not a function")
+    own_name = metric_name(metric)
 
     def call(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        with user_code(metric):
+        with user_code(name_of(metric)):
             returned = own(model, batches)
         named = dict(returned) if isinstance(returned, Mapping) else {own_name: returned}
         return {_name(metric, name): _number(metric, value) for name, value in named.items()}
@@ -58,13 +59,15 @@ def measure_of(metric: str | None, forward: Forward) -> Measure:
     return call
 
 
-def _name(metric: str, name: object) -> str:
+def _name(metric: Function, name: object) -> str:
     if not isinstance(name, str) or not name or name in _OTHER_KEYS:
-        raise CkptAvgError(f"{metric} returned a metric with the name {printable(repr(name))}")
+        raise CkptAvgError(
+            f"{name_of(metric)} returned a metric with the name {printable(repr(name))}"
+        )
     return name
 
 
-def _number(metric: str, value: Any) -> float:  # noqa: ANN401 - what the user's function returns
+def _number(metric: Function, value: Any) -> float:  # noqa: ANN401 - what the user's function returns
     """A number of Python's, numpy's or torch's.
 
     Raises:
@@ -76,7 +79,7 @@ def _number(metric: str, value: Any) -> float:  # noqa: ANN401 - what the user's
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)
     what = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
-    raise CkptAvgError(f"{metric} returned {what}, not a number or a dict of numbers")
+    raise CkptAvgError(f"{name_of(metric)} returned {what}, not a number or a dict of numbers")
 
 
 def classification(

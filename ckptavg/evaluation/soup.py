@@ -19,6 +19,7 @@ from ckptavg.batchnorm.together import of_both
 from ckptavg.errors import SelectionError, printable
 from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.formats.parts import as_paths
 from ckptavg.merge.recipe import AverageOptions, Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.evaluation.evaluate import Progress
+    from ckptavg.formats.parts import PathLike
     from ckptavg.select.metrics import Mode
     from ckptavg.select.run import Run
     from ckptavg.write.provenance import Summary
@@ -86,7 +88,7 @@ class Soup:
 
 
 def soup(
-    inputs: Sequence[Path],
+    inputs: PathLike | Iterable[PathLike],
     output: str | os.PathLike[str],
     options: EvaluationOptions,
     *,
@@ -124,7 +126,8 @@ def soup(
             `average`, `evaluate` and the refresh raise. There is no output then.
         UserCodeError: the model, the loader or a function of the user's raised.
     """
-    target, way = Path(output), _mode_of(options.metric_name, mode)
+    inputs, target = as_paths(inputs), Path(output)
+    way = _mode_of(options.metric_name, mode)
     check_vacant(target, force=force)
     rules = select or Selection()
     common: dict[str, Any] = {"select": rules, "key": key, "threads": threads}

@@ -52,6 +52,12 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     return Path(os.fspath(path)) if isinstance(path, os.PathLike) else cast("Path", path)
 
 
+def as_paths(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
+    """The paths of one input or of several; see `as_path`."""
+    is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
+    return list(map(as_path, cast("Iterable[PathLike]", [inputs] if is_one else inputs)))
+
+
 def is_remote(path: object) -> bool:
     """Whether it is a path behind a URL."""
     return not isinstance(path, str | bytes | os.PathLike) and hasattr(path, "fs")

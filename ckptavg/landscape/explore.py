@@ -265,9 +265,10 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
             )
 
 
-def _code_of(*specs: str | None) -> list[str]:
+def _code_of(*specs: object) -> list[str]:
     """Digests of the files that specs name: other code may give other values."""
-    paths = [spec.rpartition(":")[0] for spec in specs if spec and ".py:" in spec]
+    texts = [spec for spec in specs if isinstance(spec, str)]
+    paths = [spec.rpartition(":")[0] for spec in texts if ".py:" in spec]
     return [
         hashlib.sha256(Path(path).read_bytes()).hexdigest()
         for path in paths

@@ -1,6 +1,6 @@
-"""Get the user's own objects: `package.module:attr` and `path/to/file.py:attr`.
+"""Get the user's objects: as they are, or by `package.module:attr` and `path/to/file.py:attr`.
 
-This imports and runs the user's code, as he asked by naming it. Nothing that stands in a
+This imports and runs the user's code, which the user asked for by naming it. Nothing in a
 checkpoint, or beside one, can ever choose what is named here.
 """
 
@@ -12,13 +12,15 @@ import importlib.util
 import sys
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptavg.errors import CkptAvgError, UserCodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import ModuleType
+
+    import torch
 
 
 @contextlib.contextmanager
@@ -36,17 +38,33 @@ def user_code(what: str) -> Iterator[None]:
         raise UserCodeError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
-def load_object(spec: str) -> Any:  # noqa: ANN401 - the user's own
+Model: TypeAlias = "str | torch.nn.Module | Callable[..., torch.nn.Module]"
+"""A model, a callable that returns it, or the spec of either."""
+Loader: TypeAlias = "str | Iterable[Any] | Callable[..., Iterable[Any]]"
+"""An iterable of batches, a callable that returns it, or the spec of either."""
+Function: TypeAlias = "str | Callable[..., Any]"
+"""A function, or its spec."""
+
+
+def name_of(spec: object) -> str:
+    """What messages call a spec or an object: a spec as it is, an object by its name or class."""
+    name: str = spec if isinstance(spec, str) else getattr(spec, "__name__", type(spec).__name__)
+    return name
+
+
+def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
     """Import what a spec names.
 
     Args:
         spec: `package.module:attr` or `path/to/file.py:attr`; `attr` may be dotted. Modules are
-            looked for in the working directory too.
+            looked for in the working directory too. What is no string is returned as it is.
 
     Raises:
         CkptAvgError: there is no such module, file or attribute.
         UserCodeError: it raised while it was imported.
     """
+    if not isinstance(spec, str):
+        return spec
     place, colon, attribute = spec.rpartition(":")
     is_file = place.endswith(".py")
     if not (colon and place and attribute) or (place.startswith(".") and not is_file):

@@ -10,10 +10,12 @@ import torch
 
 from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError
-from ckptavg.model.factories import load_object, user_code
+from ckptavg.model.factories import load_object, name_of, user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from ckptavg.model.factories import Loader, Model
 
 
 def seed_everything(seed: int) -> None:
@@ -40,7 +42,7 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
 
 
-def import_all(seed: int, model: str, *others: str | None) -> None:
+def import_all(seed: int, model: Model, *others: object) -> None:
     """Import what the specs name, and seed everything.
 
     What a module draws while it is imported is drawn once: it is not to depend on what was drawn
@@ -61,12 +63,12 @@ def import_all(seed: int, model: str, *others: str | None) -> None:
 
 
 def make_model(
-    spec: str, arguments: Mapping[str, Any], device: torch.device | str | None
+    spec: Model, arguments: Mapping[str, Any], device: torch.device | str | None
 ) -> torch.nn.Module:
     """The model that a spec names, or that the callable returns which it names.
 
     Args:
-        spec: `package.module:attr` or `path/to/file.py:attr`.
+        spec: a model, a callable that returns it, or the spec of either.
         arguments: keywords for the callable.
         device: where it is put; None for a GPU if there is one.
 
@@ -78,10 +80,10 @@ def make_model(
     if isinstance(made, torch.nn.Module):
         _refuse_arguments(spec, arguments)
     elif callable(made):
-        with user_code(spec):
+        with user_code(name_of(spec)):
             made = made(**arguments)
     if not isinstance(made, torch.nn.Module):
-        raise RefreshError(f"{spec} is a {type(made).__name__}, not a torch.nn.Module")
+        raise RefreshError(f"{name_of(spec)} is a {type(made).__name__}, not a torch.nn.Module")
     place = local_device(device)
     try:
         if torch.device(place).type == "meta":
@@ -91,11 +93,11 @@ def make_model(
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
 
 
-def make_batches(spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
+def make_batches(spec: Loader, arguments: Mapping[str, Any]) -> Iterable[Any]:
     """The iterable of batches that a spec names, or that the callable returns which it names.
 
     Args:
-        spec: `package.module:attr` or `path/to/file.py:attr`.
+        spec: an iterable, a callable that returns it, or the spec of either.
         arguments: keywords for the callable.
 
     Raises:
@@ -106,20 +108,20 @@ def make_batches(spec: str, arguments: Mapping[str, Any]) -> Iterable[Any]:
     if hasattr(made, "__iter__") and not isinstance(made, type):
         _refuse_arguments(spec, arguments)
     elif callable(made):
-        with user_code(spec):
+        with user_code(name_of(spec)):
             made = made(**arguments)
     if not hasattr(made, "__iter__") or isinstance(made, type):
         raise RefreshError(
-            f"{spec} is a {type(made).__name__}, which gives no batches",
+            f"{name_of(spec)} is a {type(made).__name__}, which gives no batches",
             remedy="let it be an iterable of batches, such as a DataLoader, or return one",
         )
     batches: Iterable[Any] = made
     return batches
 
 
-def _refuse_arguments(spec: str, arguments: Mapping[str, Any]) -> None:
+def _refuse_arguments(spec: object, arguments: Mapping[str, Any]) -> None:
     if arguments:
         raise RefreshError(
-            f"{spec} is no callable, so there is nothing to pass {', '.join(arguments)} to",
+            f"{name_of(spec)} is no callable: there is nothing to pass {', '.join(arguments)} to",
             remedy="name a function that takes it",
         )

@@ -156,8 +156,12 @@ class Plan:
                 members = (self.last(output),)
             outputs_by_members.setdefault(members, []).append(output)
         for members, outputs in outputs_by_members.items():
+            inputs = []
+            for member in members:
+                tensor = member.tensors[planned.name]
+                inputs.append(Input(member.parts[tensor.part], tensor))
             yield Job(
-                inputs=tuple(_input(member, planned.name) for member in members),
+                inputs=tuple(inputs),
                 count=planned.tensor.nbytes // planned.tensor.dtype.itemsize,
                 copy=planned.is_copied,
                 dtype=planned.dtype,
@@ -328,8 +332,3 @@ def tied_names(checkpoints: Sequence[Checkpoint]) -> list[list[str]]:
         place = tuple(twins) if twins[0].count else name
         names_by_place.setdefault(place, []).append(name)
     return list(names_by_place.values())
-
-
-def _input(checkpoint: Checkpoint, name: str) -> Input:
-    tensor = checkpoint.tensors[name]
-    return Input(checkpoint.parts[tensor.part], tensor)

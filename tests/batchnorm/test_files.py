@@ -1187,11 +1187,11 @@ class TestUsersObjects:
             ({"loader": "train.py:Net"}, "train.py:Net is a Net, which gives no batches"),
             (
                 {"model": "train.py:net", "model_args": {"width": 3}},
-                "train.py:net is no callable, so there is nothing to pass width to",
+                "train.py:net is no callable: there is nothing to pass width to",
             ),
             (
                 {"loader": "train.py:stack", "loader_args": {"size": 3}},
-                "train.py:stack is no callable, so there is nothing to pass size to",
+                "train.py:stack is no callable: there is nothing to pass size to",
             ),
         ],
         ids=str,

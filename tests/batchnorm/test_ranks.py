@@ -87,6 +87,17 @@ def slow():
     return DataLoader(Slow(), 16)
 
 
+def long():
+    for number in range(200):
+        if RANK == 1 and number > 5:
+            raise ValueError("process one is tired")
+        if RANK == 0:
+            time.sleep(0.05)
+            with open("drawn", "a") as file:
+                print("one", file=file)
+        yield torch.randn(4, 3, 8, 8)
+
+
 def bad_model():
     raise ValueError("no model today")
 
@@ -290,6 +301,12 @@ class TestFailure:
         assert message in outputs[0][1]
         assert [error for _, error in outputs[1:]] == ["", ""]
         assert not (folder / "bad.pt").exists()
+
+    def test_of_one_ends_the_pass_of_the_others_at_once(self, folder):
+        (folder / "drawn").unlink(missing_ok=True)
+        outputs = run(folder, "bad.pt", "--loader", "train.py:long", size=2, code=1)
+        assert "process one is tired" in outputs[1][1]
+        assert len((folder / "drawn").read_text().splitlines()) < 150
 
     def test_of_the_writing_is_one_of_all(self, folder):
         run(folder, folder / "none" / "o.pt", "--loader", "train.py:loader", size=2, code=1)

@@ -56,6 +56,10 @@ def nan(model, batches):
     return float("nan")
 
 
+def constant(model, batches):
+    return 0.5
+
+
 def trained():
     torch.manual_seed(0)
     model = Net().train()
@@ -178,6 +182,14 @@ class TestKeepBetter:
         assert verdict["after"]["loss"] > verdict["before"]["loss"]
         assert (verdict["kept"], found["converged"]) == ("new", None)
         assert load()["1.running_mean"].std() > 5 * load("a.pt")["1.running_mean"].std()
+
+    @pytest.mark.parametrize("mode", ["min", "max"])
+    def test_of_a_tie_takes_the_new_ones(self, mode, train):
+        save(train.trained(), stale=True)
+        tie = ("--metric", "train.py:constant", "--mode", mode, "--keep-better", "--json")
+        found = json.loads(run("-o", "o.pt", *REFRESH, *EVAL, *tie))
+        assert found["verdict"]["kept"] == "new"
+        assert not torch.equal(load()["1.running_mean"], load("a.pt")["1.running_mean"])
 
     def test_takes_the_new_ones_over_nan(self, train):
         model = train.trained()

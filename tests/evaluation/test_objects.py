@@ -81,6 +81,31 @@ def test_checkpoints_are_evaluated_as_with_specs(code):
     assert [sorted(each.metrics) for each in expected] == [["largest"]] * 3
 
 
+class Counting(nn.Module):
+    """Its output depends on a buffer that no checkpoint has, and that each call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, values):
+        self.calls += 1
+        return self.net(values) + self.calls
+
+
+def test_buffers_that_no_checkpoint_has_do_not_pass_from_one_to_the_next(code):
+    def evaluated(path):
+        options = ckptavg.EvaluationOptions(
+            model=Counting(), loader=code["batches"](), metric=code["largest"]
+        )
+        return [each.metrics for each in ckptavg.evaluate(path, options)]
+
+    paths = [f"run/step_{step}.safetensors" for step in range(3)]
+    assert evaluated("run") == [metrics for path in paths for metrics in evaluated(path)]
+
+
 def test_a_soup_is_made_of_objects(code):
     options = ckptavg.EvaluationOptions(
         model=code["net"](), loader=code["batches"](), metric="loss"

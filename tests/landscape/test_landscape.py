@@ -62,6 +62,13 @@ def logged(model, batches):
     with log.open("a") as file:
         file.write(repr(weights) + "\\n")
     return {"sum": sum(weights)}
+
+
+def fickle(model, batches):
+    """Returns a metric of another name at each point."""
+    log = Path("fickle")
+    log.write_text(log.read_text() + "x" if log.exists() else "x")
+    return {log.read_text(): 1.0}
 '''
 
 
@@ -248,6 +255,13 @@ class TestRays:
             PATHS[:1], Path("o"), options(metric="setup.py:logged"), directions=1, distances=(0, 1)
         )
         assert list(found.curves) == ["train sum"]
+
+    def test_metrics_that_change_between_points_are_an_error(self):
+        with pytest.raises(SelectionError, match="returned other metrics: train xx"):
+            rays(
+                PATHS[:1], Path("o"), options(metric="setup.py:fickle"), directions=1,
+                distances=(0, 1),
+            )  # fmt: skip
 
 
 @pytest.mark.usefixtures("here")

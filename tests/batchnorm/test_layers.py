@@ -462,6 +462,21 @@ def test_layers_that_share_their_statistics_are_an_error():
         refresh_norm(model, data_for("mlp"))
 
 
+class Raising(nn.BatchNorm2d):
+    def forward(self, values):
+        super().forward(values)
+        explode()
+
+
+def test_torch_functions_are_heard_no_more_after_an_error_within_a_layer():
+    model = nn.Sequential(nn.BatchNorm2d(3), Raising(3))
+    before = Snapshot(model)
+    with pytest.raises(UserCodeError):
+        refresh_norm(model, draw((8, 8), 3, 5, 4))
+    assert torch.overrides._get_current_function_mode_stack() == []
+    before.check()
+
+
 class TestBuffers:
     @pytest.mark.parametrize("fails", [False, True])
     def test_that_the_model_writes_directly_come_back(self, fails):

@@ -1,16 +1,18 @@
 """Capture the statistics that the norm layers of a model compute in each call.
 
 A layer calls torch's norm kernel with its buffers and a momentum. Each of these calls is given
-fresh buffers and momentum 1 instead: the kernel leaves the statistics of its input there. A layer
-may call it several times, for pieces of a batch.
+copies of the old buffers and momentum 1: the kernel leaves the statistics of its input in the
+copies. A layer may call it several times, for pieces of a batch.
 
-A layer that calls no kernel, such as one for masked sequences, computes statistics itself. It is
-called with fresh buffers and momentum 1 too, and what it leaves in them counts.
+A layer that calls no kernel, such as one for masked sequences, computes statistics itself. It too
+is called with copies and momentum 1, and what it leaves in them counts.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import threading
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,10 +24,13 @@ from torch.overrides import TorchFunctionMode
 
 from ckptavg.batchnorm.layers import NormLayer, is_aggregating
 from ckptavg.batchnorm.moments import CallStatistics, instance_statistics, merged
-from ckptavg.errors import RefreshError
+from ckptavg.errors import RefreshError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+
+log = logging.getLogger("ckptavg")
 
 
 class UnfitBatchError(RefreshError):
@@ -42,16 +47,23 @@ def capture(layers: Mapping[str, NormLayer], model: torch.nn.Module) -> Iterator
     """
     with ExitStack() as undo:
         captured = Capture(layers)
-        undo.callback(captured.take)
         for module in model.modules():
             if isinstance(module, NormLayer) or is_aggregating(module):
                 undo.callback(
                     module.register_forward_pre_hook(_refuse_unfit, with_kwargs=True).remove
                 )
         for layer in layers.values():
+            undo.callback(_restore_momentum, layer, layer.momentum)
             undo.callback(layer.register_forward_pre_hook(captured.before).remove)
-            undo.callback(layer.register_forward_hook(captured.after, with_kwargs=True).remove)
+            # It is called after an exception too, so that each call leaves the mode.
+            after = layer.register_forward_hook(captured.after, with_kwargs=True, always_call=True)
+            undo.callback(after.remove)
         yield captured
+
+
+def _restore_momentum(layer: NormLayer, momentum: float | None) -> None:
+    with suppress(AttributeError):  # a property without a setter
+        layer.momentum = momentum
 
 
 @dataclass(eq=False)
@@ -59,29 +71,33 @@ class _Layer:
     """A layer under refresh.
 
     Attributes:
-        mean, variance: its statistics, with 0 and 1 where they are not finite.
+        name: its name.
+        mean, variance: its old statistics, with 0 and 1 where they are not finite.
         is_instance: whether it is an `InstanceNorm`.
-        held: its buffer of the running mean for the call that has begun.
-        pieces: what the kernel computed since the call of the layer began.
-        computes_itself: whether it leaves statistics in its buffers without a kernel.
+        start: the buffer of the running mean that its current call began with.
+        pieces: what the kernel computed in its current call.
+        obeys: whether a layer without a kernel leaves the statistics of a call in its buffers if
+            its momentum is 1; None before its first such call.
     """
 
+    name: str
     mean: torch.Tensor
     variance: torch.Tensor
     is_instance: bool
-    held: torch.Tensor
+    start: torch.Tensor
     pieces: list[CallStatistics] = field(default_factory=list)
-    computes_itself: bool = False
+    obeys: bool | None = None
 
-    def fresh_buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance for a call. A layer that works with what it holds finds its own."""
+    def old_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of mean and variance: buffers that a layer finds its old statistics in."""
         return self.mean.clone(), self.variance.clone()
 
 
 class Capture(TorchFunctionMode):
     """Hears the calls of layers, and those of torch's norm kernels with their buffers.
 
-    It is entered as a mode while a layer is called: it would slow down all else.
+    It is entered as a mode while a layer is called, in the thread that calls it: it would slow down
+    all else.
 
     Args:
         layers: the layers by name.
@@ -91,66 +107,71 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self._layers: dict[torch.nn.Module, _Layer] = {}
         self._calls: dict[torch.nn.Module, list[CallStatistics]] = {}
-        for layer in layers.values():
+        for name, layer in layers.items():
             mean, variance = layer.running_mean, layer.running_var
             assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
-            self._layers[layer] = _Layer(
-                mean.nan_to_num(0, 0, 0),
-                torch.where(variance.isfinite() & (variance >= 0), variance, 1),
-                isinstance(layer, _InstanceNorm),
-                mean,
-            )
+            usable = torch.where(variance.isfinite() & (variance >= 0), variance, 1)
+            is_instance = isinstance(layer, _InstanceNorm)
+            self._layers[layer] = _Layer(name, mean.nan_to_num(0, 0, 0), usable, is_instance, mean)
             self._calls[layer] = []
-        # The layers whose call has begun, by the buffers that they have for it.
-        self._by_buffer: dict[int, _Layer] = {}
-        self._depth = 0
+        self._by_address: dict[int, _Layer] = {}
+        self._thread = threading.local()  # `active`: the layers whose calls have begun in it
 
     def take(self) -> list[list[CallStatistics]]:
         """What each layer saw in each of its calls since the last time."""
-        if self._depth:  # a layer has raised
-            self._depth = 1
-            self._leave()
         taken = list(self._calls.values())
         self._calls = {layer: [] for layer in self._calls}
-        self._by_buffer.clear()
+        self._by_address.clear()
         return taken
 
     def before(self, layer: NormLayer, _: tuple[Any, ...]) -> None:
         """Prepare a layer for a call. The user's own hooks have run."""
+        known = self._layers.get(layer)
+        if known is None:  # a copy of a layer
+            return
         layer.training = layer.track_running_stats = True
         with suppress(AttributeError):
             layer.momentum = 1.0
-        known = self._layers[layer]
-        known.held, variance = known.fresh_buffers()
+        known.start, variance = known.old_statistics()
         known.pieces = []
-        layer._buffers.update(running_mean=known.held, running_var=variance)  # noqa: SLF001
-        self._by_buffer[id(known.held)] = known
-        if not self._depth:
+        layer._buffers.update(running_mean=known.start, running_var=variance)  # noqa: SLF001
+        self._by_address[known.start.data_ptr()] = known
+        active = vars(self._thread).setdefault("active", [])
+        if not active:
             self.__enter__()  # type: ignore[no-untyped-call]
-        self._depth += 1
-
-    def _leave(self) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        active.append(known)
 
     def after(
-        self, layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], _: object
+        self, layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
     ) -> None:
-        """Keep the statistics of a call."""
-        self._leave()
-        known, mean, variance = self._layers[layer], layer.running_mean, layer.running_var
-        assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
-        self._by_buffer.pop(id(known.held), None)
+        """Keep the statistics of a call; of one that raised, without a result, nothing."""
+        active, known = vars(self._thread).get("active", []), self._layers.get(layer)
+        if not active or active[-1] is not known:  # a hook before ours has raised
+            return
+        active.pop()
+        if not active:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._by_address.pop(known.start.data_ptr(), None)
+        if result is None:
+            return
         if known.pieces:
             self._calls[layer].append(merged(known.pieces, is_instance=known.is_instance))
             return
-        if not known.computes_itself:  # reading values waits for the device: until it has, once
-            known.computes_itself = not (
-                torch.equal(mean, known.mean) and torch.equal(variance, known.variance)
-            )
+        mean, variance = layer.running_mean, layer.running_var
         values = _input(args, kwargs)
-        if known.computes_itself and values is not None:
+        assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
+        if values is None or (
+            torch.equal(mean, known.mean) and torch.equal(variance, known.variance)
+        ):
+            return  # the layer works with what it holds
+        if known.obeys is None:
+            known.obeys = _obeys_momentum(layer, args, kwargs)
+            if not known.obeys:
+                log.warning(
+                    "layer %s mixes its statistics with the old ones by a rule of its own",
+                    printable(repr(known.name)),
+                )
+        if known.obeys:
             count = values.numel() // max(1, mean.numel())
             self._calls[layer].append(CallStatistics(mean, variance, count, len(values)))
 
@@ -165,18 +186,39 @@ class Capture(TorchFunctionMode):
         if names is None:
             return func(*args, **(kwargs or {}))
         given = dict(zip(names, args, strict=False)) | (kwargs or {})
-        known = self._by_buffer.get(id(given.get("running_mean")))
+        mean = given.get("running_mean")
+        known = None if mean is None else self._by_address.get(mean.data_ptr())
         if known is None or not (given.get("training") or given.get("use_input_stats")):
             return func(*args, **(kwargs or {}))
         if known.pieces:  # the layer's buffers hold the statistics of the first piece
-            given["running_mean"], given["running_var"] = known.fresh_buffers()
-        mean, variance = given["running_mean"], given["running_var"]
+            given["running_mean"], given["running_var"] = known.old_statistics()
         given["momentum"] = 1.0
-        rest = args[len(names) :]  # what a native kernel takes besides
-        positional = [given.pop(name) for name in names[: len(args)]]
-        result = func(*positional, *rest, **given)
-        known.pieces.append(_piece(given.get("input", positional[0]), mean, variance, known))
+        values, mean, variance = given["input"], given["running_mean"], given["running_var"]
+        by_position = [given.pop(name) for name in names[: len(args)]]
+        result = func(*by_position, *args[len(names) :], **given)
+        known.pieces.append(_piece(values, mean.flatten(), variance.flatten(), known))
         return result
+
+
+def _obeys_momentum(layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the buffers of a layer do not depend on what they held, if its momentum is 1.
+
+    A layer may have a momentum that cannot be set. It is called twice more with the same input.
+    """
+    held = dict(layer._buffers)  # noqa: SLF001
+    mean, variance = held["running_mean"], held["running_var"]
+    assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
+    left: list[torch.Tensor] = []
+    with torch.random.fork_rng(devices=[]):
+        for mean_start, variance_start in ((0.0, 1.0), (1.0, 2.0)):
+            layer._buffers.update(  # noqa: SLF001
+                running_mean=torch.full_like(mean, mean_start),
+                running_var=torch.full_like(variance, variance_start),
+            )
+            layer.forward(*args, **kwargs)
+            left.append(torch.cat([layer.running_mean, layer.running_var]))  # type: ignore[list-item]
+    layer._buffers.update(held)  # noqa: SLF001
+    return torch.allclose(left[0], left[1], rtol=1e-3, atol=1e-6, equal_nan=True)
 
 
 def _piece(
@@ -197,6 +239,7 @@ _NATIVE = ("input", "weight", "bias", "running_mean", "running_var")
 _KERNELS: dict[object, tuple[str, ...]] = {
     functional.batch_norm: _names(functional.batch_norm),
     functional.instance_norm: _names(functional.instance_norm),
+    torch.native_batch_norm: (*_NATIVE, "training", "momentum"),
     torch.batch_norm: (*_NATIVE, "training", "momentum"),
     torch.instance_norm: (*_NATIVE, "use_input_stats", "momentum"),
 }

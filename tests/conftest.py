@@ -17,6 +17,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Each test draws the same random numbers, whatever ran before it."""
+    import torch  # not before the number of its threads is set
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _log_of_a_library() -> Iterator[None]:
     """The package's log as a library has it, whatever a command has made of it before."""
     log = logging.getLogger("ckptavg")

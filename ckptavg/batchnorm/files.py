@@ -29,7 +29,13 @@ from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
 from ckptavg.model.loading import load_weights
-from ckptavg.model.making import RandomState, import_all, make_batches, make_model
+from ckptavg.model.making import (
+    RandomState,
+    import_all,
+    make_batches,
+    make_model,
+    random_state_kept,
+)
 from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
@@ -55,6 +61,7 @@ class Judge(Protocol):
         """Which of the two is kept."""
 
 
+@random_state_kept()
 def refresh_checkpoint(
     path: PathLike,
     output: PathLike | None,

@@ -283,9 +283,9 @@ def observe(
         for each, size, pooled in zip(calls, channels.sizes, channels.pooled, strict=True):
             call = each[number] if number < len(each) else None
             weights.append(0 if call is None else call.weight(estimator))
-            means.append(torch.zeros(size, device=device) if call is None else call.mean)
+            means.append(torch.zeros(size, device=device) if call is None else call.mean.to(device))
             biased = 1 if call is None or not pooled else (call.count - 1) / call.count
-            variances.append(means[-1] if call is None else call.variance * biased)
+            variances.append(means[-1] if call is None else call.variance.to(device) * biased)
         weight = torch.tensor(weights, dtype=torch.float64)
         mean, variance = (in_float64(torch.cat(each)) for each in (means, variances))
         seen = Observation((weight > 0).long(), weight, mean, variance)

@@ -27,7 +27,13 @@ from ckptavg.model.batches import default_forward, moved
 from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.feeding import limited
 from ckptavg.model.loading import load_weights
-from ckptavg.model.making import RandomState, import_all, make_batches, make_model
+from ckptavg.model.making import (
+    RandomState,
+    import_all,
+    make_batches,
+    make_model,
+    random_state_kept,
+)
 from ckptavg.select.metrics import indices_of_best, mode_of
 from ckptavg.select.rules import Selection, chosen
 from ckptavg.select.rules import select as choose
@@ -105,6 +111,7 @@ class Evaluation:
         return where | dict(self.metrics)
 
 
+@random_state_kept()
 def evaluate(
     inputs: PathLike | Iterable[PathLike],
     options: EvaluationOptions,
@@ -252,7 +259,7 @@ class Evaluator:
         """
         metrics = self(checkpoint)
         if len(metrics) != 1:
-            what = name_of(self._options.metric)
+            what = name_of(self._options.metric or "the evaluation")
             raise CkptAvgError(
                 f"{what} returned {len(metrics)} metrics, and one is needed",
                 remedy="let it return a number",

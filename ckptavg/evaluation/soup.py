@@ -23,6 +23,7 @@ from ckptavg.formats.parts import as_paths
 from ckptavg.merge.recipe import AverageOptions, Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
+from ckptavg.model.making import random_state_kept
 from ckptavg.select.metrics import mode_of
 from ckptavg.select.rules import Selection, Verdict, chosen
 from ckptavg.select.rules import select as choose
@@ -87,6 +88,7 @@ class Soup:
     refresh: RefreshReport | None
 
 
+@random_state_kept()
 def soup(
     inputs: PathLike | Iterable[PathLike],
     output: str | os.PathLike[str],

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from ckptavg import __version__
 from ckptavg.errors import (
@@ -23,7 +24,7 @@ from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
-from ckptavg.model.factories import user_code
+from ckptavg.model.factories import name_of, user_code
 from ckptavg.model.loading import load_weights
 from ckptavg.select.order import relative_names
 
@@ -221,9 +222,9 @@ class Explorer:
         """What the values depend on, of the options."""
         evaluation, refresh = self._options.evaluation, self._options.evaluation.refresh
         return {
-            "model": evaluation.model,
-            "loader": evaluation.loader,
-            "test_loader": self._options.test_loader,
+            "model": _identity(evaluation.model),
+            "loader": _identity(evaluation.loader),
+            "test_loader": _identity(self._options.test_loader),
             "arguments": repr(
                 [
                     sorted(evaluation.model_args.items()),
@@ -238,12 +239,19 @@ class Explorer:
                 evaluation.metric,
                 evaluation.forward,
             ),
-            "metric": evaluation.metric,
-            "forward": evaluation.forward,
+            "metric": _identity(evaluation.metric),
+            "forward": _identity(evaluation.forward),
             "max_samples": evaluation.max_samples,
             "seed": evaluation.seed,
             "refresh": None if refresh is None else repr(sorted(refresh.keywords.items())),
         }
+
+
+def _identity(spec: object) -> str | None:
+    """A spec; for an object, whose contents cannot be told, a name that nothing else has."""
+    if spec is None or isinstance(spec, str):
+        return spec
+    return f"{name_of(spec)} {uuid4()}"
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import time
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError
@@ -21,6 +22,7 @@ Values = dict[str, float]
 """Metrics by name, `train loss` and so on."""
 
 POINTS = "points.sqlite"
+_PATIENCE = 10.0  # seconds that a locked directory is waited for
 _TABLES = """
 CREATE TABLE IF NOT EXISTS task (facts TEXT);
 CREATE TABLE IF NOT EXISTS points (place TEXT PRIMARY KEY, metrics TEXT);
@@ -34,14 +36,14 @@ class Journal:
         done: the values of each point, by its name.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection, self._path = connection, path
         rows = connection.execute("SELECT place, metrics FROM points")
         self.done: dict[str, Values] = {place: json.loads(metrics) for place, metrics in rows}
 
     def add(self, place: str, values: Values) -> None:
         """Keep a point's values, on the disk before the next point begins."""
-        with self._connection:
+        with _as_output_errors(self._path), self._connection:
             row = place, json.dumps(values)
             self._connection.execute("INSERT OR REPLACE INTO points VALUES (?, ?)", row)
         self.done[place] = values
@@ -61,23 +63,45 @@ def journal(folder: Path, task: dict[str, Any], ranks: Ranks, *, force: bool) ->
         OutputError: the directory has points of another task, or another run is at work in it.
     """
     path = folder / POINTS
-    try:
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        with _as_output_errors(path):
             if ranks.rank == 0:
-                fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
-                if not try_lock(fd):
-                    raise OutputError("another run is at work here", path=folder)
+                _lock(folder, stack)
                 _prepare(path, task, force=force)
-            ranks.gather(None)
+        ranks.gather(None)
+        with _as_output_errors(path):
             connection = stack.enter_context(contextlib.closing(_connect(path)))
-            kept = Journal(connection)
-            ranks.gather(None)  # all have read the points
-            yield kept
+            kept = Journal(connection, path)
+        ranks.gather(None)  # all have read the points
+        yield kept
+
+
+@contextlib.contextmanager
+def _as_output_errors(path: Path) -> Iterator[None]:
+    """Raise an error of the database as one of this package, with the file."""
+    try:
+        yield
     except sqlite3.Error as error:
         raise OutputError(f"cannot be used: {error}", path=path) from error
     except OSError as error:
         raise OutputError(f"cannot be used: {error.strerror}", path=path) from error
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Lock a directory until the stack unwinds.
+
+    The loader's workers have the lock of a run that was killed, and end some seconds later.
+
+    Raises:
+        OutputError: another run has locked it.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    last = time.monotonic() + _PATIENCE
+    while not try_lock(fd):
+        if time.monotonic() > last:
+            raise OutputError("another run is at work here", path=folder)
+        time.sleep(0.1)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -90,17 +114,18 @@ def _prepare(path: Path, task: dict[str, Any], *, force: bool) -> None:
     Raises:
         OutputError: they are of another task.
     """
+    if force:
+        for old in (path, path.with_name(f"{path.name}-journal")):
+            old.unlink(missing_ok=True)
     facts = json.dumps(task, sort_keys=True)
     with contextlib.closing(_connect(path)) as connection, connection:
         connection.executescript(_TABLES)
         known = [row[0] for row in connection.execute("SELECT facts FROM task")]
-        if known and known != [facts] and not force:
+        if not known:
+            connection.execute("INSERT INTO task VALUES (?)", (facts,))
+        elif known != [facts]:
             raise OutputError(
                 "has points of another landscape",
                 path=path.parent,
                 remedy="name another directory, or `force` replaces them",
             )
-        if force or not known:
-            for table in ("task", "points"):
-                connection.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
-            connection.execute("INSERT INTO task VALUES (?)", (facts,))

@@ -14,6 +14,7 @@ from ckptavg.landscape import places as places_of
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
+from ckptavg.model.making import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,7 @@ class PlaneResult:
         ]
 
 
+@random_state_kept()
 def plane(
     paths: Sequence[Path],
     folder: Path,

@@ -16,6 +16,7 @@ from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
+from ckptavg.model.making import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,6 +100,7 @@ class Rays:
         return found
 
 
+@random_state_kept()
 def rays(
     paths: Sequence[Path],
     folder: Path,

@@ -13,6 +13,7 @@ from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
+from ckptavg.model.making import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +54,7 @@ class Segment:
         ]
 
 
+@random_state_kept()
 def segment(
     paths: Sequence[Path],
     folder: Path,

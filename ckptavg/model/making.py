@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ckptavg.errors import RefreshError
 from ckptavg.model.factories import load_object, name_of, user_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ckptavg.model.factories import Loader, Model
 
@@ -40,6 +41,16 @@ class RandomState:
         torch.set_rng_state(self._torch)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the caller's random numbers as they were."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 def import_all(seed: int, model: Model, *others: object) -> None:

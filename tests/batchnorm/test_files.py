@@ -1151,9 +1151,9 @@ class TestSeed:
             )  # fmt: skip
         [one, other] = sys.modules["random_train"].drawn
         assert one == other
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        assert random.getstate() == state[0]
+        assert str(np.random.get_state()) == str(state[1])
+        assert torch.equal(torch.get_rng_state(), state[2])
 
 
 class TestUsersObjects:

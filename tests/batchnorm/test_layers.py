@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -411,6 +413,89 @@ def test_a_layer_that_computes_statistics_itself_has_those(estimator):
         each = torch.stack([of(one) for one in shown])
         expected = (each * weights[:, None]).sum(0) / weights.sum()
         torch.testing.assert_close(getattr(model, name).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Own(Masked):
+    """Has a momentum that cannot be set."""
+
+    momentum = property(lambda _: 0.1, lambda *_: None)
+
+
+def test_a_layer_with_a_momentum_of_its_own_is_left_alone(notices):
+    model = Own(3)
+    disturb(model)
+    before = Snapshot(model)
+    batches = [(draw((8,), 3, 20)[0], torch.ones(8, 20, dtype=torch.bool)) for _ in range(3)]
+    refresh_norm(model, batches, forward=lambda model, batch: model(*batch))
+    before.check()
+    assert "mixes its statistics with the old ones by a rule of its own" in notices.text
+    assert "took in no batch" in notices.text
+
+
+class Sometimes(Masked):
+    """Takes in no batch whose mean is above 1.5."""
+
+    def forward(self, values, mask):  # type: ignore[override]
+        return values if values.mean() > 1.5 else super().forward(values, mask)
+
+
+def test_of_a_layer_without_a_kernel_the_calls_count_that_change_its_statistics():
+    made = torch.Generator().manual_seed(0)
+    mask = torch.ones(8, 20, dtype=torch.bool)
+    batches = [(torch.randn(8, 3, 20, generator=made) + place, mask) for place in (0, 2, 1, 3)]
+    model = Sometimes(3)
+    disturb(model)
+    report = refresh_norm(model, batches, forward=lambda model, batch: model(*batch))
+    means = torch.stack([values.mean((0, 2)) for values, _ in batches])
+    assert report.layers[0].calls == 2
+    torch.testing.assert_close(model.running_mean, means[::2].mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None, np.float64(0.01)])
+def test_the_momentum_is_put_back(momentum):
+    model = make("conv2d")
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = momentum
+    refresh_norm(model, data_for("conv2d"))
+    assert [layer.momentum for layer in layers] == [momentum] * len(layers)
+
+
+def test_copies_of_a_layer_that_a_forward_pass_makes_run_as_they_are():
+    class Copying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, values):
+            copy.copy(self.norm).eval()(values)
+            return self.norm(values)
+
+    model, other = Copying(), nn.BatchNorm2d(3)
+    refresh_norm(model, draw((8, 8), 3, 5, 4))
+    refresh_norm(other, draw((8, 8), 3, 5, 4))
+    assert_same_statistics(model.norm, other, 1e-6)
+
+
+def test_layers_that_are_called_in_threads_are_refreshed_alike():
+    class Threads(nn.Module):
+        def __init__(self, plain):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(4))
+            self.plain = plain
+
+        def forward(self, values):
+            calls = [lambda norm=norm: norm(values) for norm in self.norms]
+            if self.plain:
+                return [call() for call in calls]
+            with ThreadPoolExecutor(4) as pool:
+                return [each.result() for each in [pool.submit(call) for call in calls]]
+
+    one, other = Threads(plain=False), Threads(plain=True)
+    for model in (one, other):
+        refresh_norm(model, draw((8, 8, 6), 3, 5, 4))
+    assert_same_statistics(one, other, 1e-12)
+    assert torch.overrides._get_current_function_mode_stack() == []
 
 
 class Rigid(nn.BatchNorm2d):

@@ -9,8 +9,10 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,9 +23,10 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from ckptavg.batchnorm.options import RefreshOptions
-from ckptavg.errors import CkptAvgError, OutputError, SelectionError
+from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError
 from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
+from ckptavg.landscape import journal
 from ckptavg.landscape.explore import ExploreOptions
 from ckptavg.landscape.places import Place, Plane, Space
 from ckptavg.landscape.plane import plane
@@ -585,7 +588,8 @@ class TestCheckpoints:
 class TestJournal:
     one: ClassVar[dict[str, Any]] = {"directions": 1, "distances": (0, 1)}
 
-    def test_two_runs_at_once_are_told(self):
+    def test_two_runs_at_once_are_told(self, monkeypatch):
+        monkeypatch.setattr(journal, "_PATIENCE", 0.2)
         Path("o").mkdir()
         folder = os.open("o", os.O_RDONLY)
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -612,6 +616,31 @@ class TestJournal:
         Path("o/points.sqlite").write_text("notes\n" * 100)
         with pytest.raises(OutputError, match=r"points\.sqlite: cannot be used: "):
             rays(PATHS[:1], Path("o"), options(), **self.one)
+        rays(PATHS[:1], Path("o"), options(force=True), **self.one)
+        rays(PATHS[:1], Path("o"), options(), **self.one)
+
+    def test_a_run_waits_for_one_that_is_about_to_end(self):
+        Path("o").mkdir()
+        folder = os.open("o", os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        threading.Timer(0.3, os.close, (folder,)).start()
+        rays(PATHS[:1], Path("o"), options(), **self.one)
+
+    def test_an_error_of_the_users_own_database_is_his(self):
+        def metric(model, batches):
+            raise sqlite3.OperationalError("no such table")
+
+        with pytest.raises(UserCodeError, match=r"^(?!.*points\.sqlite).*no such table"):
+            rays(PATHS[:1], Path("o"), options(metric=metric), **self.one)
+
+    def test_what_objects_gave_is_not_taken_for_what_others_give(self):
+        space: dict[str, Any] = {}
+        exec(SETUP, space)  # noqa: S102
+        for force in (False, True):
+            objects = EvaluationOptions(model=space["make_model"](), loader=space["loader"]())
+            rays(PATHS[:1], Path("o"), ExploreOptions(evaluation=objects, force=force), **self.one)
+            with pytest.raises(OutputError, match="another landscape"):
+                rays(PATHS[:1], Path("o"), ExploreOptions(evaluation=objects), **self.one)
 
     def test_other_code_and_other_values_are_another_landscape(self):
         rays(PATHS[:1], Path("o"), options(), **self.one)

@@ -155,10 +155,32 @@ class TestExitCodes:
         ],
     )
     def test_signals_leave_nothing_behind(self, tmp_path, number, code, word):
-        """The run is held at its threads' first write until the signal has come."""
+        returned, errors = self.signalled(tmp_path, number, signal.SIG_DFL)
+        assert returned == code
+        assert errors.strip() == f"ckptavg: {word}"
+        assert os.listdir(tmp_path) == ["ckpts"]
+
+    def test_under_nohup_a_run_goes_on_when_the_terminal_is_closed(self, tmp_path):
+        returned, errors = self.signalled(tmp_path, signal.SIGHUP, signal.SIG_IGN)
+        assert (returned, errors) == (0, "")
+        assert sorted(os.listdir(tmp_path)) == ["ckpts", "o.safetensors"]
+
+    @staticmethod
+    def signalled(tmp_path, number, hangup):
+        """Hold a run at its threads' first write until a signal has come.
+
+        Args:
+            tmp_path: where it runs.
+            number: the signal.
+            hangup: what the run begins with for SIGHUP, whatever the tests were started with.
+
+        Returns:
+            Its exit code and what it said.
+        """
         save_run(tmp_path / "ckpts", [{"w": torch.randn(1000)} for _ in range(2)])
         script = (
-            "import os, sys\n"
+            "import os, signal, sys\n"
+            f"signal.signal(signal.SIGHUP, signal.{hangup.name})\n"
             "from ckptavg.write.output import Output\n"
             "import threading\n"
             "def hold(self, offset, data):\n"
@@ -181,10 +203,8 @@ class TestExitCodes:
         assert child.stdout is not None
         assert child.stdout.readline() == "writing\n"
         child.send_signal(number)
-        _, errors = child.communicate(timeout=20)
-        assert child.returncode == code
-        assert errors.strip() == f"ckptavg: {word}"
-        assert os.listdir(tmp_path) == ["ckpts"]
+        _, errors = child.communicate("x", timeout=60)
+        return child.returncode, errors
 
 
 class TestInspect:

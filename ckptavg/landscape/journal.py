@@ -6,11 +6,10 @@ import contextlib
 import json
 import os
 import sqlite3
-import time
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError
-from ckptavg.write.temporary import try_lock
+from ckptavg.write.temporary import wait_for_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +21,6 @@ Values = dict[str, float]
 """Metrics by name, `train loss` and so on."""
 
 POINTS = "points.sqlite"
-_PATIENCE = 10.0  # seconds that a locked directory is waited for
 _TABLES = """
 CREATE TABLE IF NOT EXISTS task (facts TEXT);
 CREATE TABLE IF NOT EXISTS points (place TEXT PRIMARY KEY, metrics TEXT);
@@ -97,11 +95,8 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     """
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, fd)
-    last = time.monotonic() + _PATIENCE
-    while not try_lock(fd):
-        if time.monotonic() > last:
-            raise OutputError("another run is at work here", path=folder)
-        time.sleep(0.1)
+    if not wait_for_lock(fd):
+        raise OutputError("another run is at work here", path=folder)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

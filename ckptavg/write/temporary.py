@@ -105,6 +105,14 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def wait_for_lock(fd: int) -> bool:
+    """Lock an open file or directory; False if another process still has the lock after 10 s."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT
+    while not (is_ours := try_lock(fd)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return is_ours
+
+
 def _is_open_as(name: Path, fd: int) -> bool:
     try:
         return os.path.samestat(name.lstat(), os.fstat(fd))
@@ -148,9 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_TIMEOUT
-        while not try_lock(fd) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_lock(fd)
         yield
     finally:
         os.close(fd)

@@ -26,12 +26,12 @@ from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError
 from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
-from ckptavg.landscape import journal
 from ckptavg.landscape.explore import ExploreOptions
 from ckptavg.landscape.places import Place, Plane, Space
 from ckptavg.landscape.plane import plane
 from ckptavg.landscape.rays import rays
 from ckptavg.landscape.segment import segment
+from ckptavg.write import temporary
 from tests.gloo import LOOPBACK
 from tests.helpers import run
 
@@ -589,7 +589,7 @@ class TestJournal:
     one: ClassVar[dict[str, Any]] = {"directions": 1, "distances": (0, 1)}
 
     def test_two_runs_at_once_are_told(self, monkeypatch):
-        monkeypatch.setattr(journal, "_PATIENCE", 0.2)
+        monkeypatch.setattr(temporary, "_LOCK_TIMEOUT", 0.2)
         Path("o").mkdir()
         folder = os.open("o", os.O_RDONLY)
         fcntl.flock(folder, fcntl.LOCK_EX)

@@ -29,13 +29,7 @@ from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
 from ckptavg.model.loading import load_weights
-from ckptavg.model.making import (
-    RandomState,
-    import_all,
-    make_batches,
-    make_model,
-    random_state_kept,
-)
+from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
 from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
@@ -138,9 +132,8 @@ def _refreshed(
     report = RefreshReport("none", 0, 0, 0, (), ())
     layers = norm_layers(unwrapped(model))
     if layers:
-        state = RandomState()
-        import_all(options.seed, options.model, options.loader, options.forward)
-        state.restore()
+        with random_state_kept():
+            import_all(options.seed, options.model, options.loader, options.forward)
         batches = make_batches(options.loader, options.loader_args)
         forward = load_object(options.forward) if options.forward else None
         report = refresh_norm(

@@ -76,6 +76,7 @@ class _Layer:
         is_instance: whether it is an `InstanceNorm`.
         start: the buffer of the running mean that its current call began with.
         pieces: what the kernel computed in its current call.
+        calls: the statistics of its calls since they were last taken.
         obeys: whether a layer without a kernel leaves the statistics of a call in its buffers if
             its momentum is 1; None before its first such call.
     """
@@ -86,6 +87,7 @@ class _Layer:
     is_instance: bool
     start: torch.Tensor
     pieces: list[CallStatistics] = field(default_factory=list)
+    calls: list[CallStatistics] = field(default_factory=list)
     obeys: bool | None = None
 
     def old_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,21 +108,20 @@ class Capture(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, NormLayer]) -> None:
         super().__init__()
         self._layers: dict[torch.nn.Module, _Layer] = {}
-        self._calls: dict[torch.nn.Module, list[CallStatistics]] = {}
         for name, layer in layers.items():
             mean, variance = layer.running_mean, layer.running_var
             assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
             usable = torch.where(variance.isfinite() & (variance >= 0), variance, 1)
             is_instance = isinstance(layer, _InstanceNorm)
             self._layers[layer] = _Layer(name, mean.nan_to_num(0, 0, 0), usable, is_instance, mean)
-            self._calls[layer] = []
         self._by_address: dict[int, _Layer] = {}
         self._thread = threading.local()  # `active`: the layers whose calls have begun in it
 
     def take(self) -> list[list[CallStatistics]]:
         """What each layer saw in each of its calls since the last time."""
-        taken = list(self._calls.values())
-        self._calls = {layer: [] for layer in self._calls}
+        taken = [known.calls for known in self._layers.values()]
+        for known in self._layers.values():
+            known.calls = []
         self._by_address.clear()
         return taken
 
@@ -155,7 +156,7 @@ class Capture(TorchFunctionMode):
         if result is None:
             return
         if known.pieces:
-            self._calls[layer].append(merged(known.pieces, is_instance=known.is_instance))
+            known.calls.append(merged(known.pieces, is_instance=known.is_instance))
             return
         mean, variance = layer.running_mean, layer.running_var
         values = _input(args, kwargs)
@@ -173,7 +174,7 @@ class Capture(TorchFunctionMode):
                 )
         if known.obeys:
             count = values.numel() // max(1, mean.numel())
-            self._calls[layer].append(CallStatistics(mean, variance, count, len(values)))
+            known.calls.append(CallStatistics(mean, variance, count, len(values)))
 
     def __torch_function__(
         self,

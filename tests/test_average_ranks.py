@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory):
 _PYTHON = (sys.executable, "-m", "ckptavg", "average")
 
 
-def start(*arguments, by_rank=False):
+def start(*arguments, by_rank=False, python=_PYTHON):
     """Start the command in so many processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,7 +48,7 @@ def start(*arguments, by_rank=False):
     ours |= {"GLOO_SOCKET_IFNAME": LOOPBACK}
     return [
         subprocess.Popen(
-            [*_PYTHON, *map(str, arguments[rank] if by_rank else arguments)],
+            [*python, *map(str, arguments[rank] if by_rank else arguments)],
             env=os.environ | ours | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -110,6 +110,32 @@ def test_a_failure_of_one_ends_all_and_leaves_nothing(checkpoints, tmp_path):
     assert "step_1.safetensors" in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_error_keeps_nothing_alive_that_its_frames_held():
+    """What torch's frames held would live until the interpreter exits, which then may abort."""
+    script = (
+        "import weakref\n"
+        "from ckptavg.distributed import launched_ranks\n"
+        "class Held: pass\n"
+        "held = []\n"
+        "def failing():\n"
+        "    local = Held()\n"
+        "    held.append(weakref.ref(local))\n"
+        "    raise ValueError('first')\n"
+        "def second():\n"
+        "    try:\n"
+        "        failing()\n"
+        "    except ValueError as error:\n"
+        "        raise KeyError('second') from error\n"
+        "try:\n"
+        "    with launched_ranks():\n"
+        "        second()\n"
+        "except Exception as error:\n"
+        "    print(held[0]() is None)\n"
+    )
+    outputs = finish(start(script, python=(sys.executable, "-c")), [0] * RANKS)
+    assert [out.split()[-1] for out, _ in outputs] == ["True"] * RANKS
 
 
 def test_what_a_rank_starts_by_itself_is_alone():

@@ -120,6 +120,11 @@ class TestValues:
 
 
 class TestEachCheckpoint:
+    def test_leaves_the_random_numbers_alone(self):
+        state = torch.get_rng_state()
+        metrics()
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_comes_out_as_if_it_were_alone(self, states):
         """Whatever came before: norm statistics, buffers in no file, shuffled data, dropout."""
         Path("own.py").write_text(

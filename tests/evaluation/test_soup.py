@@ -80,6 +80,11 @@ class TestRecipe:
         assert found.uniform == pytest.approx(uniform, rel=1e-6)
         assert no_litter()
 
+    def test_leaves_the_random_numbers_alone(self):
+        state = torch.get_rng_state()
+        made()
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_tells_of_each_step_best_first(self, train, states):
         found = made()
         model, batches = train.Net(), train.batches()
@@ -369,6 +374,10 @@ class TestRefusals:
             CkptAvgError, match=r"own\.py:loss returned 2 metrics, and one is needed"
         ):
             made("own.py:loss")
+
+    def test_of_no_metric(self):
+        with pytest.raises(CkptAvgError, match="the evaluation returned 2 metrics, and one is"):
+            made(None)
 
     def test_of_checkpoints_of_two_models_come_before_anything_is_evaluated(self, train, states):
         torch.save({**states[0], "more": torch.zeros(3)}, "run/step_9.pt")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from ckptavg.batchnorm.options import RefreshOptions
-from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError
+from ckptavg.errors import CkptAvgError, OutputError, SelectionError
 from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
@@ -588,6 +588,11 @@ class TestCheckpoints:
 class TestJournal:
     one: ClassVar[dict[str, Any]] = {"directions": 1, "distances": (0, 1)}
 
+    def test_leaves_the_random_numbers_alone(self):
+        state = torch.get_rng_state()
+        rays(PATHS[:1], Path("o"), options(), **self.one)
+        assert torch.equal(torch.get_rng_state(), state)
+
     def test_two_runs_at_once_are_told(self, monkeypatch):
         monkeypatch.setattr(temporary, "_LOCK_TIMEOUT", 0.2)
         Path("o").mkdir()
@@ -626,12 +631,14 @@ class TestJournal:
         threading.Timer(0.3, os.close, (folder,)).start()
         rays(PATHS[:1], Path("o"), options(), **self.one)
 
-    def test_an_error_of_the_users_own_database_is_his(self):
-        def metric(model, batches):
-            raise sqlite3.OperationalError("no such table")
+    @pytest.mark.parametrize("error", [OSError("closed"), sqlite3.OperationalError("no table")])
+    def test_an_error_of_what_hears_of_the_points_is_not_the_journals(self, error):
+        def progress(*_):
+            raise error
 
-        with pytest.raises(UserCodeError, match=r"^(?!.*points\.sqlite).*no such table"):
-            rays(PATHS[:1], Path("o"), options(metric=metric), **self.one)
+        with pytest.raises(type(error)) as caught:
+            rays(PATHS[:1], Path("o"), options(), **self.one, progress=progress)
+        assert caught.value is error
 
     def test_what_objects_gave_is_not_taken_for_what_others_give(self):
         space: dict[str, Any] = {}

@@ -1133,6 +1133,21 @@ class TestSeed:
         one, other = self.refreshed(path, tmp_path), self.refreshed(path, tmp_path, seed=1)
         assert not torch.equal(load(one)["bn.running_mean"], load(other)["bn.running_mean"])
 
+    def test_is_that_of_a_loader_whose_module_draws_when_it_is_imported(self, net, tmp_path):
+        """The first refresh imports it, the second one finds it imported."""
+        (tmp_path / "drawing.py").write_text(
+            "import torch\n"
+            "torch.rand(3)\n"
+            "def loader():\n"
+            "    return [torch.randn(8, 3, 8, 8) for _ in range(2)]\n"
+        )
+        path = save(net.state_dict(), tmp_path / "a.pt")
+        written = []
+        for name in ("first.safetensors", "second.safetensors"):
+            refresh_checkpoint(path, tmp_path / name, options(loader="drawing.py:loader"))
+            written.append((tmp_path / name).read_bytes())
+        assert written[0] == written[1]
+
     @pytest.mark.parametrize("seed", [0, 7, 2**32 + 3, 2**64 - 1, 2**70 + 5])
     def test_is_that_of_all_three_generators(self, seed, net, tmp_path):
         (tmp_path / "random_train.py").write_text(

@@ -48,6 +48,10 @@ class Ranks:
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
 
+    def share(self, batches: int) -> int:
+        """The largest number of batches that a process has, of so many in all."""
+        return -(-batches // self.size)
+
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, in the order of ranks. All processes must call this.
 

@@ -119,12 +119,14 @@ class Channels:
     """The channels of all layers, one layer after the other.
 
     Attributes:
+        names: the name of each layer.
         sizes: the number of channels of each layer.
         pooled: for each layer, whether its variance is that of all inputs, and so has the variance
             of the means in it (`exact`).
         eps: what each layer adds to its variance.
     """
 
+    names: tuple[str, ...]
     sizes: tuple[int, ...]
     pooled: tuple[bool, ...]
     eps: tuple[float, ...]

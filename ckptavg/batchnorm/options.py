@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ckptavg.batchnorm.images import MemoryFormat
     from ckptavg.batchnorm.moments import EstimatorName
-    from ckptavg.batchnorm.refresh import MemoryFormat, Precision
+    from ckptavg.batchnorm.refresh import Precision
     from ckptavg.batchnorm.setting import TrainMode
     from ckptavg.model.factories import Function, Loader, Model
 

@@ -7,27 +7,25 @@ of its own, and all that the pass changes is put back whatever happens.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ckptavg.batchnorm.capture import UnfitBatchError, capture
+from ckptavg.batchnorm.images import ImageFormat, MemoryFormat
 from ckptavg.batchnorm.layers import chosen_layers, unwrapped
-from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, Observation, observe
+from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, observe
 from ckptavg.batchnorm.report import RefreshReport
-from ckptavg.batchnorm.setting import CONTIGUOUS, Formats, TrainMode, prepared
+from ckptavg.batchnorm.setting import TrainMode, prepared
 from ckptavg.batchnorm.storing import stored
-from ckptavg.batchnorm.totals import LEAST_BATCHES, PassTotals
+from ckptavg.batchnorm.totals import PassTotals, until_converged
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import RefreshError, UserCodeError, printable
-from ckptavg.model.batches import cloned, default_forward, leading_size, moved, on_device
+from ckptavg.errors import RefreshError
+from ckptavg.model.batches import default_forward, leading_size, on_device
 from ckptavg.model.factories import user_code
 from ckptavg.model.feeding import Feed, check_loader, cuts, known_length
 
@@ -35,15 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from ckptavg.batchnorm.capture import Capture
     from ckptavg.batchnorm.layers import NormLayer
 
 __all__ = ["RefreshReport", "refresh_norm"]
 
-log = logging.getLogger("ckptavg")
-
 Forward = Callable[[torch.nn.Module, Any], object]
-MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 Precision = Literal["bf16"]
 Progress = Callable[[int, int | None], None]
 """Called with the batches since the last call, and with the batches in all, None if unknown."""
@@ -118,20 +112,36 @@ def refresh_norm(
         )  # fmt: skip
         feed = Feed(batches, ranks, max_samples=max_samples)
         place = _device(device) or device_of(model)
-        formats = _memory_formats(model, memory_format, place, amp)
         channels = _channels(refreshed, estimator)
+        own = PassTotals(Moments.empty(channels))  # those of this process
+        progress = progress or (lambda _, __: None)
+        length = known_length(batches)
+        own_length = None if length is None else ranks.share(length)
         with (
             torch.no_grad(),
-            prepared(model, refreshed, train_mode, formats) as laid_out,
+            prepared(model, refreshed, train_mode),
             capture(refreshed, model) as captured,
+            ImageFormat(model, memory_format, place, is_amp=amp is not None) as images,
         ):
-            the_pass = _Pass(
-                model, forward or default_forward, captured, channels, list(refreshed),
-                estimator=estimator, device=place, formats=formats, bf16=amp is not None,
-                fall_back=laid_out.close if memory_format == "auto" and formats else None,
-                strict=strict,
-            )  # fmt: skip
-            totals = the_pass.run(feed, ranks, tol, _each(progress, known_length(batches), ranks))
+
+            def run(batch: Any) -> None:  # noqa: ANN401 - whatever the loader yields
+                captured.take()
+                with user_code("the forward pass"), _precision(amp, place):
+                    (forward or default_forward)(model, batch)
+
+            for number, batch in until_converged(on_device(iter(feed), place), own, ranks, tol):
+                try:
+                    images.run(run, batch)
+                except UnfitBatchError as error:
+                    own.unfit[error.message] += 1
+                else:
+                    seen = observe(captured.take(), channels, estimator)
+                    own.add(number, seen, leading_size(batch), strict=strict)
+                progress(1, own_length)
+                if ranks.has_failed_peer():
+                    break  # `gathered` raises
+        own.fingerprint = feed.fingerprint()
+        totals = own.gathered(ranks)
         totals.check()
         new = stored(model, refreshed, totals.moments)
     return RefreshReport(
@@ -139,124 +149,6 @@ def refresh_norm(
         nonfinite=len(totals.nonfinite), processes=ranks.size, tol=tol,
         converged=None if tol is None else totals.largest_error() <= tol,
     )  # fmt: skip
-
-
-class _Pass:
-    """A pass of batches through a model whose norm layers are captured."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        forward: Forward,
-        captured: Capture,
-        channels: Channels,
-        names: Sequence[str],
-        *,
-        estimator: EstimatorName,
-        device: torch.device,
-        formats: Formats,
-        bf16: bool,
-        fall_back: Callable[[], None] | None,
-        strict: bool,
-    ) -> None:
-        self._model, self._forward, self._captured = model, forward, captured
-        self._channels, self._names, self._estimator = channels, names, estimator
-        self._device, self._formats, self._bf16 = device, formats, bf16
-        # Gives the filters back their memory format; None where the images keep theirs.
-        self._fall_back, self._is_contiguous, self._strict = fall_back, False, strict
-
-    def run(
-        self, feed: Feed, ranks: Ranks, tol: float | None, progress: Callable[[], None] | None
-    ) -> PassTotals:
-        """Run this process's share of the batches, and add up the totals of all processes.
-
-        Args:
-            feed: the batches.
-            ranks: the processes.
-            tol: stop when each layer's errors are below this.
-            progress: called after each batch.
-
-        Raises:
-            RefreshError: a batch gives NaN or Inf, if `strict`.
-        """
-        own = PassTotals(Moments.empty(self._channels))
-        batches = on_device(iter(feed), self._device, self._formats)
-        most = None if tol is None else _share(LEAST_BATCHES, ranks)
-        while True:
-            drawn = 0
-            for number, batch in itertools.islice(batches, most):
-                drawn += 1
-                self._add(number, batch, own)
-                if progress is not None:
-                    progress()
-                if ranks.has_failed_peer():
-                    break  # `gather` raises
-            own.has_ended = most is None or drawn < most
-            own.fingerprint = feed.fingerprint()
-            everyone = ranks.gather(replace(own, moments=own.moments.on_cpu()))
-            totals = reduce(PassTotals.merged, everyone)
-            if totals.has_ended or (tol is not None and totals.largest_error() <= tol):
-                return totals
-            most = _share(totals.next_look() - totals.batches, ranks)
-
-    def _add(self, number: int, batch: Any, totals: PassTotals) -> None:  # noqa: ANN401
-        try:
-            seen = self._see(batch)
-        except UnfitBatchError as error:
-            totals.unfit[error.message] += 1
-            return
-        odd = ~torch.isfinite(torch.stack([seen.mean, seen.variance])).all(0)
-        if not bool(odd.any()):
-            if not totals.batches:
-                totals.moments = Moments.empty(self._channels, seen.mean.device)
-            totals.moments.add(seen)
-            totals.batches += 1
-            totals.samples += leading_size(batch)
-            return
-        by_layer = self._channels.split(odd.cpu())
-        pairs = zip(self._names, by_layer, strict=True)
-        culprit = next(name for name, channels in pairs if bool(channels.any()))
-        if self._strict:
-            raise RefreshError(
-                f"batch number {number}: the statistics of layer {printable(repr(culprit))} came "
-                "out NaN or Inf",
-                remedy="look for NaN in the data, or for weights that overflow",
-            )
-        totals.nonfinite.append(number)
-        totals.culprit = totals.culprit or culprit
-
-    def _see(self, batch: Any) -> Observation:  # noqa: ANN401 - whatever the loader yields
-        """Run a batch through the model.
-
-        `view` and custom kernels do not take all memory formats: if `auto` chose one and the first
-        batch fails, it is tried again with contiguous images.
-        """
-        untouched = cloned(batch) if self._fall_back is not None else batch
-        self._captured.take()
-        try:
-            with user_code("the forward pass"), self._precision():
-                self._forward(
-                    self._model,
-                    moved(batch, self._device, CONTIGUOUS) if self._is_contiguous else batch,
-                )
-        except UserCodeError as error:
-            if self._fall_back is None or not isinstance(error.__cause__, RuntimeError):
-                raise
-            log.info("trying contiguous images: %s", str(error.__cause__).splitlines()[0])
-            self._fall_back()
-            self._fall_back, self._is_contiguous = None, True
-            return self._see(untouched)
-        self._fall_back = None
-        return observe(self._captured.take(), self._channels, self._estimator)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        if not self._bf16:
-            return nullcontext()
-        return torch.autocast(self._device.type, torch.bfloat16)
-
-
-def _share(batches: int, ranks: Ranks) -> int:
-    return max(1, -(-batches // ranks.size))
 
 
 def _check_choices(*given: str | None) -> None:
@@ -269,6 +161,7 @@ def _check_choices(*given: str | None) -> None:
 def _channels(layers: Mapping[str, NormLayer], estimator: EstimatorName) -> Channels:
     means = [layer.running_mean for layer in layers.values()]
     return Channels(
+        tuple(layers),
         tuple(mean.numel() for mean in means if mean is not None),
         tuple(
             estimator == "exact" and not isinstance(layer, _InstanceNorm)
@@ -285,12 +178,10 @@ def _device(wanted: torch.device | str | None) -> torch.device | None:
         raise RefreshError(f"there is no device {wanted!r}") from error
 
 
-def _each(progress: Progress | None, total: int | None, ranks: Ranks) -> Callable[[], None] | None:
-    """Report a batch of this process, which has its share of all of them."""
-    if progress is None:
-        return None
-    own = None if total is None else -(-total // ranks.size)
-    return lambda: progress(1, own)
+def _precision(amp: Precision | None, device: torch.device) -> AbstractContextManager[object]:
+    if amp is None:
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -298,22 +189,3 @@ def device_of(model: torch.nn.Module) -> torch.device:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _memory_formats(
-    model: torch.nn.Module, wanted: MemoryFormat, device: torch.device, amp: Precision | None
-) -> Formats:
-    """Memory format of the inputs by their number of dimensions; empty to leave them alone."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    # In float32 GPUs gain little by it, and lose where channels come in groups.
-    if wanted == "contiguous" or (wanted == "auto" and device.type != "cpu" and amp is None):
-        return {}
-    if wanted == "channels_last":
-        return formats
-    kinds = {4: torch.nn.Conv2d, 5: torch.nn.Conv3d}
-    used = {
-        dims
-        for dims, kind in kinds.items()
-        if any(isinstance(module, kind) for module in model.modules())
-    }
-    return {dims: formats[dims] for dims in used}

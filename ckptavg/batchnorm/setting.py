@@ -1,9 +1,8 @@
-"""The model's modes, memory formats and buffers for a pass, and how they are put back."""
+"""The model's modes and buffers for a pass, and how they are put back."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -15,43 +14,30 @@ from ckptavg.batchnorm.layers import NormLayer, is_aggregating, norm_layers
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
 TrainMode = Literal["norm", "full"]
-Formats = Mapping[int, torch.memory_format]
-"""Memory format of images, and so of the filters, by their number of dimensions."""
-
-CONTIGUOUS: Formats = {4: torch.contiguous_format, 5: torch.contiguous_format}
 _SCALARS = (bool, int, float, str, type(None))
 
 
 @contextmanager
 def prepared(
-    model: torch.nn.Module,
-    layers: Mapping[str, NormLayer],
-    train_mode: TrainMode,
-    formats: Formats,
-) -> Iterator[ExitStack]:
-    """The model with the modes, memory formats and buffers for a pass; all is put back at the end.
+    model: torch.nn.Module, layers: Mapping[str, NormLayer], train_mode: TrainMode
+) -> Iterator[None]:
+    """The model with the modes and buffers for a pass; all is put back at the end.
 
     Args:
         model: the model.
         layers: those of its norm layers that are under refresh, by name.
         train_mode: what is in training mode beside them: nothing, or all.
-        formats: memory format of images.
-
-    Yields:
-        What gives the filters back their memory format, when it is closed.
     """
     with ExitStack() as undo:
         keep_buffers(model, undo)
         _set_mode(model, layers, train_mode, undo)
         undo.enter_context(_not_compiled())
         undo.enter_context(_not_synchronised())
-        laid_out = undo.enter_context(ExitStack())
-        _lay_out_weights(model, formats, laid_out)
-        yield laid_out
+        yield
 
 
 def keep_buffers(model: torch.nn.Module, undo: ExitStack) -> None:
@@ -111,17 +97,6 @@ def _not_synchronised() -> Iterator[None]:
         yield
     finally:
         torch.nn.SyncBatchNorm.forward = forward  # type: ignore[method-assign]
-
-
-def _lay_out_weights(model: torch.nn.Module, formats: Formats, undo: ExitStack) -> None:
-    """Have filters in the images' memory format, or each call would convert them anew."""
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
-            continue
-        weight = module._parameters.get("weight")  # noqa: SLF001 - computed ones are left alone
-        if type(weight) is torch.nn.Parameter and weight.dim() in formats:
-            undo.callback(setattr, weight, "data", weight.data)
-            weight.data = weight.data.contiguous(memory_format=formats[weight.dim()])
 
 
 def _set_mode(

@@ -5,19 +5,28 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ckptavg.batchnorm.moments import Moments
 from ckptavg.errors import RefreshError, listed, printable
 
 if TYPE_CHECKING:
-    from ckptavg.batchnorm.moments import Moments
+    from collections.abc import Iterator
+
+    from ckptavg.batchnorm.moments import Observation
+    from ckptavg.distributed import Ranks
+    from ckptavg.model.batches import Numbered
     from ckptavg.model.feeding import Fingerprint
 
 log = logging.getLogger("ckptavg")
 
 # The scatter of few batches says little.
-LEAST_BATCHES = 8
+_LEAST_BATCHES = 8
 _LEAST_SAMPLES = 2048
 _GROWTH = 1.05  # of the number of batches between two looks at their scatter
 
@@ -45,6 +54,48 @@ class PassTotals:
     culprit: str | None = None
     has_ended: bool = False
     fingerprint: Fingerprint = (False, [])
+
+    def add(self, number: int, seen: Observation, samples: int, *, strict: bool) -> None:
+        """Add what the layers saw of a batch, unless it is NaN or Inf.
+
+        Args:
+            number: of the batch in the whole pass.
+            seen: what the layers saw.
+            samples: the number of examples in the batch.
+            strict: raise an error in place of leaving it out.
+
+        Raises:
+            RefreshError: the batch gives NaN or Inf, if `strict`.
+        """
+        is_odd = ~torch.isfinite(torch.stack([seen.mean, seen.variance])).all(0)
+        if not bool(is_odd.any()):
+            if not self.batches:
+                self.moments = Moments.empty(self.moments.channels, seen.mean.device)
+            self.moments.add(seen)
+            self.batches += 1
+            self.samples += samples
+            return
+        channels = self.moments.channels
+        by_layer = zip(channels.names, channels.split(is_odd.cpu()), strict=True)
+        culprit = next(name for name, flags in by_layer if bool(flags.any()))
+        if strict:
+            raise RefreshError(
+                f"batch number {number}: the statistics of layer {printable(repr(culprit))} came "
+                "out NaN or Inf",
+                remedy="look for NaN in the data, or for weights that overflow",
+            )
+        self.nonfinite.append(number)
+        self.culprit = self.culprit or culprit
+
+    def gathered(self, ranks: Ranks) -> PassTotals:
+        """The totals of all processes, each of which calls this.
+
+        Raises:
+            PeerError: another process has failed.
+            RefreshError: the processes draw the examples in different orders.
+        """
+        everyone = ranks.gather(replace(self, moments=self.moments.on_cpu()))
+        return reduce(PassTotals.merged, everyone)
 
     def merged(self, other: PassTotals) -> PassTotals:
         """The totals of two processes.
@@ -78,16 +129,16 @@ class PassTotals:
     def largest_error(self) -> float:
         """The largest error of a layer that was called; inf as long as too little was seen."""
         called = self.moments.calls > 0
-        if self.samples < _LEAST_SAMPLES or self.batches < LEAST_BATCHES or not bool(called.any()):
+        if self.samples < _LEAST_SAMPLES or self.batches < _LEAST_BATCHES or not bool(called.any()):
             return math.inf
         return max(float(errors[called].max()) for errors in self.moments.errors())
 
     def next_look(self) -> int:
         """The number of batches at which to look at the errors again."""
         if not self.samples:
-            return self.batches + LEAST_BATCHES
+            return self.batches + _LEAST_BATCHES
         enough = math.ceil(_LEAST_SAMPLES * self.batches / self.samples)
-        return max(LEAST_BATCHES, enough, math.ceil(self.batches * _GROWTH))
+        return max(_LEAST_BATCHES, enough, math.ceil(self.batches * _GROWTH))
 
     def check(self) -> None:
         """Warn of the batches that were left out.
@@ -121,3 +172,32 @@ class PassTotals:
             "the loader gave no batches",
             remedy="if it was used up before, name a callable that makes it anew",
         )
+
+
+def until_converged(
+    batches: Numbered, own: PassTotals, ranks: Ranks, tol: float | None
+) -> Iterator[tuple[int, Any]]:
+    """The batches of this process, until the errors in the totals of all processes are small.
+
+    All processes look at these errors after the same number of batches.
+
+    Args:
+        batches: those of this process.
+        own: its totals, to which the caller adds each batch.
+        ranks: the processes.
+        tol: the largest error to end with; None for all batches.
+    """
+    if tol is None:
+        yield from batches
+        return
+    until_look = ranks.share(_LEAST_BATCHES)
+    while True:
+        drawn = 0
+        for each in islice(batches, until_look):
+            drawn += 1
+            yield each
+        own.has_ended = drawn < until_look
+        totals = own.gathered(ranks)
+        if totals.has_ended or totals.largest_error() <= tol:
+            return
+        until_look = max(1, ranks.share(totals.next_look() - totals.batches))

@@ -321,5 +321,5 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for batch in limited(self._batches, self._max_samples):
             with user_code("moving a batch"):
-                here = moved(batch, self._device, {})
+                here = moved(batch, self._device)
             yield here

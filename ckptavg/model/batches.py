@@ -13,14 +13,12 @@ from ckptavg.model.factories import user_code
 
 Numbered = Iterator[tuple[int, Any]]
 """Batches with their numbers in the whole pass."""
+Formats = Mapping[int, torch.memory_format]
+"""Memory formats of images by their number of dimensions; images of another number keep theirs."""
 
 
-def moved(
-    batch: Any,  # noqa: ANN401 - whatever the user's loader yields
-    device: torch.device,
-    formats: Mapping[int, torch.memory_format],
-) -> Any:  # noqa: ANN401
-    """The batch with all its tensors on a device, images in the memory format of their rank.
+def moved(batch: Any, device: torch.device) -> Any:  # noqa: ANN401 - what the user's loader yields
+    """The batch with all its tensors on a device.
 
     Containers keep their types; an object with a `to` of its own (a packed sequence, a graph)
     moves itself.
@@ -29,15 +27,22 @@ def moved(
     def move(leaf: Any) -> Any:  # noqa: ANN401
         if not isinstance(leaf, torch.Tensor):
             return leaf.to(device)
-        layout = formats.get(leaf.dim()) if leaf.is_floating_point() else None
         # Only copies to a GPU are in order with what reads them.
-        return leaf.to(
-            device,
-            non_blocking=device.type == "cuda",
-            memory_format=layout or torch.preserve_format,
-        )
+        return leaf.to(device, non_blocking=device.type == "cuda")
 
     return _changed(batch, move)
+
+
+def in_formats(batch: Any, formats: Formats) -> Any:  # noqa: ANN401
+    """The batch with its images, which are of a floating dtype, in the memory formats."""
+
+    def convert(leaf: Any) -> Any:  # noqa: ANN401
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        layout = formats.get(leaf.dim())
+        return leaf if layout is None else leaf.contiguous(memory_format=layout)
+
+    return _changed(batch, convert) if formats else batch
 
 
 def pinned(batch: Any) -> Any:  # noqa: ANN401
@@ -127,9 +132,7 @@ def _leading_size(batch: Any) -> int:  # noqa: ANN401
     return found or (len(batch) if isinstance(batch, list) else 0)
 
 
-def on_device(
-    batches: Numbered, device: torch.device, formats: Mapping[int, torch.memory_format]
-) -> Iterator[tuple[int, Any]]:
+def on_device(batches: Numbered, device: torch.device) -> Numbered:
     """The batches moved there, each while the device is busy with the one before.
 
     To a GPU they go from pinned memory, on a stream of their own: the next batch is drawn and on
@@ -138,7 +141,7 @@ def on_device(
     if device.type != "cuda":
         for number, batch in batches:
             with user_code("moving a batch"):
-                here = moved(batch, device, formats)
+                here = moved(batch, device)
             yield number, here
         return
     ahead = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -148,7 +151,7 @@ def on_device(
         is_plain = all(isinstance(leaf, torch.Tensor) for leaf in leaves(batch))
         stream = ahead if is_plain else torch.cuda.current_stream(device)
         with user_code("moving a batch"), torch.cuda.stream(stream):
-            here = moved(pinned(batch), device, formats)
+            here = moved(pinned(batch), device)
             arrived = stream.record_event()
         if waiting is not None:
             yield _arrived(*waiting, device)

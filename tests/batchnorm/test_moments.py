@@ -28,7 +28,7 @@ def draw(mean: float, std: float, *shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def channels(name, size):
-    return Channels((size,), (name == "exact",), (0.0,))
+    return Channels(("a",), (size,), (name == "exact",), (0.0,))
 
 
 def estimate(name, batches):
@@ -229,7 +229,7 @@ class TestMerged:
             torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
 
     def test_leaves_a_layer_without_calls_alone(self, name):
-        two = Channels((2, 3), (name == "exact",) * 2, (0.0, 0.0))
+        two = Channels(("a", "b"), (2, 3), (name == "exact",) * 2, (0.0, 0.0))
         one, other = Moments.empty(two), Moments.empty(two)
         values = torch.arange(2).double()
         one.add(observe([[CallStatistics(values, values, 2, 2)], []], two, name))
@@ -275,7 +275,7 @@ class TestErrors:
 
     def test_of_what_never_changes_are_nothing(self):
         still = CallStatistics(torch.ones(3), torch.zeros(3), 4, 4)
-        found = Moments.empty(Channels((3,), (False,), (1e-5,)))
+        found = Moments.empty(Channels(("a",), (3,), (False,), (1e-5,)))
         for _ in range(3):
             found.add(observe([[still]], found.channels, "paper"))
         assert [float(one) for one in found.errors()] == [0, 0]

@@ -427,7 +427,7 @@ def test_the_order_of_ranks_is_that_of_the_pass():
 
     made = [
         PassTotals(
-            Moments.empty(Channels((1,), (False,), (0.0,))),
+            Moments.empty(Channels(("a",), (1,), (False,), (0.0,))),
             nonfinite=[number * 7 % 10, 5 - number],
             unfit=Counter(a=1),
         )

@@ -1042,7 +1042,7 @@ class TestMoved:
             "none": None,
             "number": 3.5,
         }
-        there = moved(batch, torch.device("meta"), {})
+        there = moved(batch, torch.device("meta"))
         assert there["list"][0].is_meta
         assert isinstance(there["list"][1], tuple)
         assert there["list"][1][0].is_meta
@@ -1056,25 +1056,29 @@ class TestMoved:
     @pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict])
     def test_keeps_the_type_of_a_dict(self, kind):
         batch = kind(x=torch.zeros(2), y=1)
-        there = moved(batch, torch.device("meta"), {})
+        there = moved(batch, torch.device("meta"))
         assert type(there) is kind
         assert there["x"].is_meta
         assert not batch["x"].is_meta
 
     def test_lets_an_object_move_itself(self):
         packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(2, 2)])
-        assert isinstance(moved(packed, CPU, {}), nn.utils.rnn.PackedSequence)
+        assert isinstance(moved(packed, CPU), nn.utils.rnn.PackedSequence)
 
-    def test_lays_out_images_and_only_them(self):
-        formats = {4: torch.channels_last}
-        there = moved(
-            [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5).int(), torch.zeros(2, 3, 4)],
-            CPU,
-            formats,
-        )
-        assert there[0].is_contiguous(memory_format=torch.channels_last)
-        assert there[1].is_contiguous()
-        assert there[2].is_contiguous()
+    def test_converts_images_and_only_them(self):
+        seen: list[bool] = []
+
+        def forward(model, batch):
+            seen.extend(each.is_contiguous(memory_format=torch.channels_last) for each in batch[:2])
+            seen.append(batch[2].is_contiguous())
+            model(batch[0])
+
+        images = torch.rand(2, 3, 8, 8)
+        refresh_norm(
+            make("conv2d"), [[images, images.int(), images[0]]],
+            memory_format="channels_last", forward=forward,
+        )  # fmt: skip
+        assert seen == [True, False, True]
 
     @pytest.mark.parametrize(
         ("memory_format", "name", "expected"),
@@ -1096,6 +1100,31 @@ class TestMoved:
 
         refresh_norm(make(name), data_for(name), memory_format=memory_format, forward=forward)
         assert seen == [expected] * 4
+
+    @pytest.mark.parametrize(
+        ("groups", "side", "expected"),
+        [(1, 7, False), (1, 8, True), (64, 7, True)],
+        ids=["few pixels", "enough", "depthwise"],
+    )
+    def test_auto_keeps_small_batches_contiguous_for_large_models(self, groups, side, expected):
+        """73,728 weights are 300 for each of 246 pixels; a batch has 196 or 256."""
+        model: Any = nn.Sequential(
+            nn.Conv2d(64, 64, 3, padding=1, groups=groups),
+            nn.Conv2d(64, 64 if groups == 1 else 128, 3, padding=1),
+        )
+        model.append(nn.BatchNorm2d(model[1].out_channels))
+        filters = model[1].weight.data
+        seen: list[bool] = []
+
+        def forward(model, batch):
+            seen.append(model[1].weight.is_contiguous(memory_format=torch.channels_last))
+            seen.append(batch.is_contiguous(memory_format=torch.channels_last))
+            model(batch)
+
+        refresh_norm(model, [torch.rand(4, 64, side, side)] * 2, forward=forward)
+        assert seen == [expected] * 4
+        assert model[1].weight.data_ptr() == filters.data_ptr()
+        assert model[1].weight.is_contiguous()
 
     def test_auto_leaves_the_images_of_other_models_alone(self):
         seen = []

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.refresh import refresh_norm as refresh_norm
     from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
-    from ckptavg.evaluation.evaluate import EvaluationOptions as EvaluationOptions
     from ckptavg.evaluation.evaluate import evaluate as evaluate
     from ckptavg.evaluation.soup import soup as soup
     from ckptavg.select.rules import Selection as Selection
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CkptAvgError",
-    "EvaluationOptions",
     "Ranks",
     "RefreshOptions",
     "Selection",
@@ -46,7 +44,6 @@ _MODULES = {
     "refresh_norm": "ckptavg.batchnorm.refresh",
     "soup": "ckptavg.evaluation.soup",
     "verify": "ckptavg.verify",
-    "EvaluationOptions": "ckptavg.evaluation.evaluate",
     "Ranks": "ckptavg.distributed",
     "RefreshOptions": "ckptavg.batchnorm.options",
     "Selection": "ckptavg.select.rules",

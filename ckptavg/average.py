@@ -18,8 +18,9 @@ from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.recipe import AverageOptions, find_base, fold, options_as_keywords, recipes_of
+from ckptavg.merge.recipe import AverageOptions, find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
+from ckptavg.options import takes_fields_of
 from ckptavg.select.order import sort_checkpoints
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 
-@options_as_keywords
+@takes_fields_of(AverageOptions)
 def average(
     inputs: PathLike | Iterable[PathLike], output: PathLike, options: AverageOptions
 ) -> Summary:
@@ -95,7 +96,7 @@ def find_recipe(
     return run, recipe
 
 
-@options_as_keywords
+@takes_fields_of(AverageOptions)
 def average_many(
     inputs: PathLike | Iterable[PathLike], directory: PathLike, options: AverageOptions
 ) -> tuple[Summary, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,10 +19,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ckptavg.batchnorm.layers import norm_layers, unwrapped
+from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
-from ckptavg.batchnorm.report import RefreshReport, Verdict
+from ckptavg.batchnorm.report import RefreshReport
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
-from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import as_path, is_remote
@@ -30,6 +30,7 @@ from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
 from ckptavg.model.loading import load_weights
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
+from ckptavg.options import takes_fields_of
 from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ckptavg.batchnorm.layers import NormLayer
-    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.formats.tensors import AnyArray, DType
@@ -45,31 +45,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 
-class Judge(Protocol):
-    """Evaluates a checkpoint before and after its refresh."""
-
-    def measure(self, checkpoint: Checkpoint) -> Mapping[str, float]:
-        """The metrics of a checkpoint, by name."""
-
-    def verdict(self, before: Mapping[str, float], after: Mapping[str, float]) -> Verdict:
-        """Which of the two is kept."""
-
-
+@takes_fields_of(RefreshCheckpointOptions)
 @random_state_kept()
 def refresh_checkpoint(
-    path: PathLike,
-    output: PathLike | None,
-    options: RefreshOptions,
-    *,
-    key: str | None = None,
-    in_place: bool = False,
-    container: Literal["weights", "last"] = "weights",
-    max_shard_size: int | None = None,
-    force: bool = False,
-    fsync: bool = True,
-    judge: Judge | None = None,
-    ranks: Ranks = ALONE,
-    progress: Any = None,  # noqa: ANN401 - refresh_norm's
+    path: PathLike, output: PathLike | None, options: RefreshCheckpointOptions
 ) -> RefreshReport:
     """Refresh the norm statistics of a checkpoint; all else is copied byte for byte.
 
@@ -77,36 +56,23 @@ def refresh_checkpoint(
         path: the checkpoint.
         output: where the result goes; None for the checkpoint itself, which ckptavg must have made
             unless `in_place`.
-        options: the model, the loader and how to run them.
-        key: which state dict to take where the file holds several.
-        in_place: let a file that is not ours be replaced.
-        container: `last` writes the whole torch file with the new statistics in it, `weights` the
-            state dict alone. In place it is always the whole.
-        max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
-        force: replace an existing output.
-        fsync: have the output on the disk before it gets its name.
-        judge: evaluates the checkpoint before and after, and may keep the old statistics.
-        ranks: the processes that share the pass, all of which call this; the first one writes.
-        progress: hears of each batch.
+        options: the fields of `RefreshCheckpointOptions`, as keywords: `model`, `loader` and so on.
 
     Raises:
         CkptAvgError: the checkpoint does not fit the model, the pass failed, or the output cannot
             be written. The checkpoint is as it was then.
+        UserCodeError: the model, the loader or a function of the user's raised.
     """
-    path = as_path(path)
+    path, ranks = as_path(path), options.ranks
     with ranks.together():
         if not is_remote(path) and ranks.rank == 0:
             put_back(followed(path))
-        checkpoint = open_checkpoint(path, key=key)
-        rewriting = Rewriting(
-            checkpoint, output, in_place=in_place, container=container,
-            max_shard_size=max_shard_size, force=force,
-        )  # fmt: skip
+        checkpoint = open_checkpoint(path, key=options.key)
+        rewriting = Rewriting(checkpoint, output, options)
         ranks.gather(None)  # all processes have checked the output before the first writes it
-        if ranks.rank:
-            judge = None
+        judge = options.judge if ranks.rank == 0 else None
         before = None if judge is None else judge.measure(checkpoint)
-        refreshed, report = _refreshed(checkpoint, options, ranks, progress)
+        refreshed, report = _refreshed(checkpoint, options)
         if judge is not None and before is not None:
             report = replace(report, verdict=judge.verdict(before, judge.measure(refreshed)))
         keeps_old = report.verdict is not None and report.verdict.kept == "old"
@@ -114,16 +80,13 @@ def refresh_checkpoint(
             report = replace(report, written=False)
         elif ranks.rank == 0:
             entry = provenance(checkpoint, None if keeps_old else report, options.seed)
-            rewriting.write(checkpoint if keeps_old else refreshed, entry, fsync=fsync)
+            rewriting.write(checkpoint if keeps_old else refreshed, entry)
         ranks.gather(None)  # no process returns before the output is there
     return report
 
 
 def _refreshed(
-    checkpoint: Checkpoint,
-    options: RefreshOptions,
-    ranks: Ranks,
-    progress: Any,  # noqa: ANN401
+    checkpoint: Checkpoint, options: RefreshCheckpointOptions
 ) -> tuple[Checkpoint, RefreshReport]:
     """The checkpoint with other norm statistics."""
     import_all(options.seed, options.model)
@@ -135,10 +98,10 @@ def _refreshed(
         with random_state_kept():
             import_all(options.seed, options.model, options.loader, options.forward)
         batches = make_batches(options.loader, options.loader_args)
-        forward = load_object(options.forward) if options.forward else None
         report = refresh_norm(
-            model, batches, forward=forward, ranks=ranks, progress=progress, **options.keywords
-        )
+            model, batches, forward=load_object(options.forward) if options.forward else None,
+            ranks=options.ranks, progress=options.progress, **options.keywords,
+        )  # fmt: skip
     elif any(map(is_norm_statistic, checkpoint.tensors)):
         log.warning(
             "the checkpoint has running statistics and the model no norm layer of torch's "
@@ -165,7 +128,7 @@ def _warn_of_frozen(
     if uncounted:
         log.warning(
             "the checkpoint counts no batches for %d of the refreshed layers, as of frozen ones: "
-            "if they were, leave them out with --skip-layers (the first is %s)",
+            "if they were, leave them out with `skip_layers` (the first is %s)",
             len(uncounted),
             printable(repr(uncounted[0])),
         )
@@ -200,7 +163,7 @@ def _statistics(
     if layers and not arrays:
         raise RefreshError(
             "the model's state_dict does not hold the buffers of its norm layers, but copies",
-            remedy="let --model be the module within, whose state_dict is torch's own",
+            remedy="let `model` be the module within, whose state_dict is torch's own",
         )
     return values
 

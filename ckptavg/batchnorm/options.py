@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ckptavg.distributed import ALONE, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ckptavg.batchnorm.images import MemoryFormat
     from ckptavg.batchnorm.moments import EstimatorName
-    from ckptavg.batchnorm.refresh import Precision
+    from ckptavg.batchnorm.refresh import Precision, Progress
+    from ckptavg.batchnorm.report import Verdict
     from ckptavg.batchnorm.setting import TrainMode
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.model.factories import Function, Loader, Model
 
 
@@ -37,7 +41,7 @@ class PassOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshOptions(PassOptions):
-    """How to refresh a checkpoint.
+    """How to refresh the weights of a checkpoint.
 
     Attributes:
         model: the model, a callable that returns it, or the spec of either. A model holds the
@@ -57,3 +61,41 @@ class RefreshOptions(PassOptions):
     forward: Function | None = None
     device: str | None = None
     seed: int = 0
+
+
+class Judge(Protocol):
+    """Evaluates a checkpoint before and after its refresh."""
+
+    def measure(self, checkpoint: Checkpoint) -> Mapping[str, float]:
+        """The metrics of a checkpoint, by name."""
+
+    def verdict(self, before: Mapping[str, float], after: Mapping[str, float]) -> Verdict:
+        """Which of the two is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshCheckpointOptions(RefreshOptions):
+    """How to refresh a checkpoint file: keywords of `refresh_checkpoint`.
+
+    Attributes:
+        key: which state dict to take where the file holds several.
+        in_place: let a file that is not ours be replaced.
+        container: `last` writes the whole torch file with the new statistics in it, `weights` the
+            state dict alone. In place it is always the whole.
+        max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
+        force: replace an existing output.
+        fsync: have the output on the disk before it gets its name.
+        judge: evaluates the checkpoint before and after, and may keep the old statistics.
+        ranks: the processes that share the pass, all of which call this; the first one writes.
+        progress: called after each batch.
+    """
+
+    key: str | None = None
+    in_place: bool = False
+    container: Literal["weights", "last"] = "weights"
+    max_shard_size: int | None = None
+    force: bool = False
+    fsync: bool = True
+    judge: Judge | None = None
+    ranks: Ranks = ALONE
+    progress: Progress | None = None

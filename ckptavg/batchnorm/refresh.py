@@ -113,10 +113,10 @@ def refresh_norm(
         feed = Feed(batches, ranks, max_samples=max_samples)
         place = _device(device) or device_of(model)
         channels = _channels(refreshed, estimator)
-        own = PassTotals(Moments.empty(channels))  # those of this process
+        local = PassTotals(Moments.empty(channels))  # of this process
         progress = progress or (lambda _, __: None)
         length = known_length(batches)
-        own_length = None if length is None else ranks.share(length)
+        local_length = None if length is None else ranks.share(length)
         with (
             torch.no_grad(),
             prepared(model, refreshed, train_mode),
@@ -129,19 +129,19 @@ def refresh_norm(
                 with user_code("the forward pass"), _precision(amp, place):
                     (forward or default_forward)(model, batch)
 
-            for number, batch in until_converged(on_device(iter(feed), place), own, ranks, tol):
+            for number, batch in until_converged(on_device(iter(feed), place), local, ranks, tol):
                 try:
                     images.run(run, batch)
                 except UnfitBatchError as error:
-                    own.unfit[error.message] += 1
+                    local.unfit[error.message] += 1
                 else:
-                    seen = observe(captured.take(), channels, estimator)
-                    own.add(number, seen, leading_size(batch), strict=strict)
-                progress(1, own_length)
+                    observation = observe(captured.take(), channels, estimator)
+                    local.add(number, observation, leading_size(batch), strict=strict)
+                progress(1, local_length)
                 if ranks.has_failed_peer():
                     break  # `gathered` raises
-        own.fingerprint = feed.fingerprint()
-        totals = own.gathered(ranks)
+        local.fingerprint = feed.fingerprint()
+        totals = local.gathered(ranks)
         totals.check()
         new = stored(model, refreshed, totals.moments)
     return RefreshReport(

@@ -23,8 +23,10 @@ from ckptavg.write.writing import check_output, check_vacant, refuse_own_input, 
 if TYPE_CHECKING:
     import os
 
+    from ckptavg.batchnorm.options import RefreshCheckpointOptions
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import PathLike
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan, Role
     from ckptavg.write.layouts import Destination
@@ -41,10 +43,7 @@ class Rewriting:
         checkpoint: the checkpoint.
         output: its destination; None for the checkpoint itself, which must be ours unless
             `in_place`.
-        in_place: let a file that is not ours be replaced.
-        container: as in `refresh_checkpoint`.
-        max_shard_size: as in `refresh_checkpoint`.
-        force: replace an existing output.
+        options: say what is written, and what may be replaced.
 
     Attributes:
         replaces: the destination is the checkpoint itself.
@@ -54,25 +53,18 @@ class Rewriting:
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        output: str | os.PathLike[str] | None,
-        *,
-        in_place: bool,
-        container: str,
-        max_shard_size: int | None,
-        force: bool,
+        self, checkpoint: Checkpoint, output: PathLike | None, options: RefreshCheckpointOptions
     ) -> None:
         self._checkpoint = checkpoint
         self.replaces = output is None or _is_same(Path(output), checkpoint.path)
         if self.replaces:
-            _check_in_place(checkpoint, allowed=in_place, named=output is not None)
-        self._force = force or self.replaces
+            _check_in_place(checkpoint, allowed=options.in_place, named=output is not None)
+        self._force, self._fsync = options.force or self.replaces, options.fsync
         self._target = _destination(
             checkpoint,
             output,
-            container=container,
-            max_shard_size=max_shard_size,
+            container=options.container,
+            max_shard_size=options.max_shard_size,
             replaces=self.replaces,
         )
         check_vacant(self._target.path, force=self._force)
@@ -89,11 +81,11 @@ class Rewriting:
         if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
             log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
 
-    def write(self, refreshed: Checkpoint, entry: dict[str, Any], *, fsync: bool) -> None:
+    def write(self, refreshed: Checkpoint, entry: dict[str, Any]) -> None:
         """Write the checkpoint as it is now, with that provenance."""
         plan, layout = self._lay_out(refreshed, entry)
         check_output(self._target.path, layout, force=self._force)
-        options = AverageOptions(force=self._force, fsync=fsync)
+        options = AverageOptions(force=self._force, fsync=self._fsync)
         write(plan, [(self._target.path, layout)], options, default_threads(plan.members))
 
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:

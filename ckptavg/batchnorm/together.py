@@ -67,7 +67,7 @@ def average_and_refresh(
             error.path = target  # and not the folder, which is gone by now
             raise
         report = refresh_checkpoint(
-            Path(summary.output), output, refresh,
+            Path(summary.output), output, **vars(refresh),
             key=options.key if options.container == "last" else None,
             container=options.container, max_shard_size=options.max_shard_size,
             force=options.force, fsync=options.fsync, ranks=options.ranks,

@@ -55,23 +55,23 @@ class PassTotals:
     has_ended: bool = False
     fingerprint: Fingerprint = (False, [])
 
-    def add(self, number: int, seen: Observation, samples: int, *, strict: bool) -> None:
+    def add(self, number: int, observation: Observation, samples: int, *, strict: bool) -> None:
         """Add what the layers saw of a batch, unless it is NaN or Inf.
 
         Args:
             number: of the batch in the whole pass.
-            seen: what the layers saw.
+            observation: what the layers saw.
             samples: the number of examples in the batch.
             strict: raise an error in place of leaving it out.
 
         Raises:
             RefreshError: the batch gives NaN or Inf, if `strict`.
         """
-        is_odd = ~torch.isfinite(torch.stack([seen.mean, seen.variance])).all(0)
+        is_odd = ~torch.isfinite(torch.stack([observation.mean, observation.variance])).all(0)
         if not bool(is_odd.any()):
             if not self.batches:
-                self.moments = Moments.empty(self.moments.channels, seen.mean.device)
-            self.moments.add(seen)
+                self.moments = Moments.empty(self.moments.channels, observation.mean.device)
+            self.moments.add(observation)
             self.batches += 1
             self.samples += samples
             return
@@ -175,7 +175,7 @@ class PassTotals:
 
 
 def until_converged(
-    batches: Numbered, own: PassTotals, ranks: Ranks, tol: float | None
+    batches: Numbered, local: PassTotals, ranks: Ranks, tol: float | None
 ) -> Iterator[tuple[int, Any]]:
     """The batches of this process, until the errors in the totals of all processes are small.
 
@@ -183,7 +183,7 @@ def until_converged(
 
     Args:
         batches: those of this process.
-        own: its totals, to which the caller adds each batch.
+        local: its totals, to which the caller adds each batch.
         ranks: the processes.
         tol: the largest error to end with; None for all batches.
     """
@@ -196,8 +196,8 @@ def until_converged(
         for each in islice(batches, until_look):
             drawn += 1
             yield each
-        own.has_ended = drawn < until_look
-        totals = own.gathered(ranks)
+        local.has_ended = drawn < until_look
+        totals = local.gathered(ranks)
         if totals.has_ended or totals.largest_error() <= tol:
             return
         until_look = max(1, ranks.share(totals.next_look() - totals.batches))

@@ -73,19 +73,18 @@ def bn_refresh(
     share the pass.
     """
     from ckptavg.batchnorm.files import refresh_checkpoint
+    from ckptavg.batchnorm.options import RefreshCheckpointOptions
 
-    keywords = ("key", "in_place", "container", "max_shard_size", "force", "fsync")
     with (
         console.ranks() as ranks,
         console.others_to_stderr(),
         console.progress("refreshing", "batch") as progress,
     ):
         judge = _judge(params) if ranks.rank == 0 else None
+        fields = fields_of(RefreshCheckpointOptions, params)
         result = refresh_checkpoint(
-            checkpoint, output, options.refresh_options(params),
-            judge=judge, ranks=ranks, progress=progress,
-            **{name: params[name] for name in keywords},
-        )  # fmt: skip
+            checkpoint, output, **fields, judge=judge, ranks=ranks, progress=progress
+        )
     say_report(console, result)
     if result.verdict is not None:
         _say_verdict(console, result.verdict)

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 def evaluate(
     console: Console,
     checkpoints: tuple[Path, ...],
-    key: str | None,
-    **params: Any,  # noqa: ANN401 - the fields of the dataclasses below
+    **params: Any,  # noqa: ANN401 - the fields of `EvaluateOptions`
 ) -> None:
     """Evaluate checkpoints on held-out data.
 
@@ -42,12 +41,12 @@ def evaluate(
     code, which is imported and run; batches are (inputs, targets). `average --best N --metrics
     FILE` reads what --json prints.
     """
+    from ckptavg.evaluation.evaluate import EvaluateOptions, winners
     from ckptavg.evaluation.evaluate import evaluate as run
-    from ckptavg.evaluation.evaluate import winners
 
-    rules, evaluation = options.candidate_rules(params), options.evaluation_options(params)
+    fields = options.evaluation_fields(EvaluateOptions, params)
     with console.others_to_stderr(), console.progress("evaluating", "checkpoint") as progress:
-        evaluations = run(checkpoints, evaluation, select=rules, key=key, progress=progress)
+        evaluations = run(checkpoints, **fields, progress=progress)
     best = winners(evaluations)
     _say(console, evaluations, best)
     console.result(

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ckptavg.batchnorm.options import RefreshOptions
-    from ckptavg.evaluation.evaluate import EvaluationOptions
-    from ckptavg.select.rules import Selection
 
 
 CHECKPOINTS = click.argument(
@@ -168,13 +166,6 @@ EVALUATION_NO_EFFECT = (
 )
 
 
-def candidate_rules(params: Mapping[str, Any]) -> Selection:
-    """The rules that the options `CANDIDATES` set."""
-    from ckptavg.select.rules import Selection
-
-    return Selection(**{name: params[name] for name in names_of(CANDIDATES) if name in params})
-
-
 def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
     """The options of a refresh."""
     from ckptavg.batchnorm.options import RefreshOptions
@@ -182,12 +173,13 @@ def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
     return RefreshOptions(**fields_of(RefreshOptions, params))
 
 
-def evaluation_options(params: Mapping[str, Any]) -> EvaluationOptions:
-    """The options of an evaluation, and of the refresh before it if there is one."""
+def evaluation_fields(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `EvaluateOptions` or `SoupOptions` that a command's parameters have."""
     from ckptavg.batchnorm.options import RefreshOptions
-    from ckptavg.evaluation.evaluate import EvaluationOptions
+    from ckptavg.select.rules import Selection
 
+    select = Selection(**{name: params[name] for name in names_of(CANDIDATES) if name in params})
     refresh = None
     if params["refresh_loader"] is not None:
         refresh = RefreshOptions(**fields_of(RefreshOptions, params, prefix="refresh_"))
-    return EvaluationOptions(**fields_of(EvaluationOptions, params), refresh=refresh)
+    return {**fields_of(kind, params), "select": select, "refresh": refresh}

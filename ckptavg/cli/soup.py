@@ -45,7 +45,7 @@ def soup(
     console: Console,
     checkpoints: tuple[Path, ...],
     output: str,
-    **params: Any,  # noqa: ANN401 - keywords of `soup`, fields of the dataclasses below
+    **params: Any,  # noqa: ANN401 - the fields of `SoupOptions`
 ) -> None:
     """Average the checkpoints that make the average no worse on held-out data.
 
@@ -54,15 +54,12 @@ def soup(
     soup of Wortsman et al. 2022. --model and --loader name your own code, which is imported and
     run; batches are (inputs, targets).
     """
+    from ckptavg.evaluation.soup import SoupOptions
     from ckptavg.evaluation.soup import soup as run
 
-    keywords = ("mode", "metrics", "key", "force", "fsync", "threads")
+    fields = options.evaluation_fields(SoupOptions, params)
     with console.others_to_stderr(), console.progress("evaluating", "average") as progress:
-        result = run(
-            checkpoints, output, options.evaluation_options(params),
-            select=options.candidate_rules(params), progress=progress,
-            **{name: params[name] for name in keywords},
-        )  # fmt: skip
+        result = run(checkpoints, output, **fields, progress=progress)
     _say(console, result, output)
     console.result(result)
 

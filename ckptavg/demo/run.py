@@ -175,10 +175,10 @@ def make_averages(directory: Path) -> Summary:
     summary = average(checkpoints, averaged, select=RULES)
     average(checkpoints, directory / "last-bn.safetensors", select=RULES, norm_stats="last")
     # The directory's train.py is a copy of this module, and gives the same model and batches.
-    options = RefreshOptions(
-        model=f"{train.__name__}:make_model", loader=f"{train.__name__}:train_loader"
-    )
-    refresh_checkpoint(averaged, directory / "refreshed-bn.safetensors", options)
+    refresh_checkpoint(
+        averaged, directory / "refreshed-bn.safetensors",
+        model=f"{train.__name__}:make_model", loader=f"{train.__name__}:train_loader",
+    )  # fmt: skip
     return summary
 
 

@@ -34,9 +34,9 @@ from ckptavg.model.making import (
     make_model,
     random_state_kept,
 )
+from ckptavg.options import takes_fields_of
 from ckptavg.select.metrics import indices_of_best, mode_of
-from ckptavg.select.rules import Selection, chosen
-from ckptavg.select.rules import select as choose
+from ckptavg.select.rules import Selection, chosen, select
 from ckptavg.select.run import find_run
 
 if TYPE_CHECKING:
@@ -89,6 +89,21 @@ class EvaluationOptions:
         return metric_name(self.metric or "loss")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(EvaluationOptions):
+    """Which checkpoints to evaluate, and how: keywords of `evaluate`.
+
+    Attributes:
+        select: which of the checkpoints to take.
+        key: which state dict to take where a file holds several.
+        progress: called after each checkpoint.
+    """
+
+    select: Selection = field(default_factory=Selection)
+    key: str | None = None
+    progress: Progress | None = None
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What came out for a checkpoint.
@@ -111,43 +126,31 @@ class Evaluation:
         return where | dict(self.metrics)
 
 
+@takes_fields_of(EvaluateOptions)
 @random_state_kept()
-def evaluate(
-    inputs: PathLike | Iterable[PathLike],
-    options: EvaluationOptions,
-    *,
-    select: Selection | None = None,
-    key: str | None = None,
-    progress: Progress | None = None,
-) -> list[Evaluation]:
+def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) -> list[Evaluation]:
     """Evaluate checkpoints on all of the loader's batches, in the order of training.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
-        options: the model, the loader, the metric.
-        select: which of the checkpoints to take; None for all.
-        key: which state dict to take where a file holds several.
-        progress: hears of each checkpoint.
+        options: the fields of `EvaluateOptions`, as keywords: `model`, `loader` and so on.
 
     Raises:
         CkptAvgError: a checkpoint does not fit the model, or there is nothing to evaluate.
         UserCodeError: the model, the loader or a function of the user's raised.
     """
-    rules = select or Selection()
+    rules, key = options.select, options.key
     with said_once():
-        taken = chosen(
-            choose(
-                find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason), rules
-            )
-        )
+        run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
+        taken = chosen(select(run, rules))
         evaluator = Evaluator(options)
         found = []
         for verdict in taken:
             path = verdict.checkpoint.path
             metrics = evaluator(open_checkpoint(path, key=key))
             found.append(Evaluation(verdict.checkpoint.name, str(path), verdict.step, metrics))
-            if progress is not None:
-                progress(1, len(taken))
+            if options.progress is not None:
+                options.progress(1, len(taken))
     return found
 
 

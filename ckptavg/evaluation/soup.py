@@ -17,16 +17,16 @@ from ckptavg.average import average, open_run, write_averages
 from ckptavg.batchnorm.files import refresh_checkpoint
 from ckptavg.batchnorm.together import of_both
 from ckptavg.errors import SelectionError, printable
-from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
+from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator, said_once
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.parts import as_paths
 from ckptavg.merge.recipe import AverageOptions, Recipe, recipes_of
 from ckptavg.merge.schemes import parse
 from ckptavg.merge.weights import Weights
 from ckptavg.model.making import random_state_kept
+from ckptavg.options import takes_fields_of
 from ckptavg.select.metrics import mode_of
-from ckptavg.select.rules import Selection, Verdict, chosen
-from ckptavg.select.rules import select as choose
+from ckptavg.select.rules import Selection, Verdict, chosen, select
 from ckptavg.select.run import find_run
 from ckptavg.write.temporary import temporary_beside
 from ckptavg.write.writing import check_vacant, refuse_own_input
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.report import RefreshReport
-    from ckptavg.evaluation.evaluate import Progress
     from ckptavg.formats.parts import PathLike
     from ckptavg.select.metrics import Mode
     from ckptavg.select.run import Run
@@ -88,21 +87,28 @@ class Soup:
     refresh: RefreshReport | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoupOptions(EvaluateOptions):
+    """How to make a soup: keywords of `soup`.
+
+    Attributes:
+        mode: whether the metric should be low (`min`) or high; None where its name says it.
+        metrics: a file that has the candidates' own metrics: then only trials are evaluated.
+        force: replace an existing output.
+        fsync: have the output on the disk before it gets its name.
+        threads: how many average at once; None as in `average`.
+    """
+
+    mode: Mode | None = None
+    metrics: Path | None = None
+    force: bool = False
+    fsync: bool = True
+    threads: int | None = None
+
+
+@takes_fields_of(SoupOptions)
 @random_state_kept()
-def soup(
-    inputs: PathLike | Iterable[PathLike],
-    output: str | os.PathLike[str],
-    options: EvaluationOptions,
-    *,
-    mode: Mode | None = None,
-    metrics: Path | None = None,
-    select: Selection | None = None,
-    key: str | None = None,
-    force: bool = False,
-    fsync: bool = True,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Soup:
+def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupOptions) -> Soup:
     """Make a greedy soup of checkpoints.
 
     Trials are files in a directory beside the output, which goes away in any case, and not a sum
@@ -112,16 +118,9 @@ def soup(
     Args:
         inputs: directories of checkpoints, and checkpoints.
         output: as in `average`.
-        options: the model, the held-out batches and the metric. With `refresh`, the norm statistics
-            of each checkpoint, each trial and the output are refreshed.
-        mode: whether the metric should be low (`min`) or high; None where its name says it.
-        metrics: a file that has the candidates' own metrics: then only trials are evaluated.
-        select: which of the checkpoints are candidates; None for all.
-        key: which state dict to take where a file holds several.
-        force: replace an existing output.
-        fsync: have the output on the disk before it gets its name.
-        threads: how many average at once; None as in `average`.
-        progress: hears of each evaluation.
+        options: the fields of `SoupOptions`, as keywords: `model`, `loader` of held-out batches and
+            so on. With `refresh`, the norm statistics of each checkpoint, each trial and the output
+            are refreshed.
 
     Raises:
         CkptAvgError: the metric's mode is not certain, no candidate has a metric, or what
@@ -129,32 +128,32 @@ def soup(
         UserCodeError: the model, the loader or a function of the user's raised.
     """
     inputs, target = as_paths(inputs), Path(output)
-    way = _mode_of(options.metric_name, mode)
-    check_vacant(target, force=force)
-    rules = select or Selection()
-    common: dict[str, Any] = {"select": rules, "key": key, "threads": threads}
+    mode = _mode_of(options.metric_name, options.mode)
+    check_vacant(target, force=options.force)
+    rules = options.select
+    common: dict[str, Any] = {"select": rules, "key": options.key, "threads": options.threads}
     with said_once(), temporary_beside(target, folder=True) as folder:
-        found = find_run(inputs, key=key, exclusion_reason=rules.exclusion_reason)
-        refuse_own_input(target, found.files)
-        taken = chosen(choose(found, rules))
-        given = None if metrics is None else _read(found, taken, options.metric_name, metrics, way)
+        run = find_run(inputs, key=options.key, exclusion_reason=rules.exclusion_reason)
+        refuse_own_input(target, run.files)
+        taken = chosen(select(run, rules))
+        given = None
+        if options.metrics is not None:
+            given = _read(run, taken, options.metric_name, options.metrics, mode)
         # What cannot be averaged, or not be put there, is to be found out before the evaluations.
         check = _Averager(inputs, AverageOptions(**common, force=True, dry_run=True))
         check.write([str(verdict.checkpoint.path) for verdict in taken], output)
         trial = folder / f"trial{target.suffix if target.suffix in SUFFIXES else SUFFIXES[0]}"
-        trials = _Trials(
-            inputs, taken, options, mode=way, trial=trial, common=common, progress=progress
-        )
+        trials = _Trials(inputs, taken, options, mode=mode, trial=trial, common=common)
         steps = trials.greedy(given)
         kept = [step.path for step in steps if step.kept]
         value, uniform = trials.value, trials.uniform(len(kept))
         del trials  # with its model: the refresh makes one of its own
         trial.unlink(missing_ok=True)
-        last = AverageOptions(**common, force=force, fsync=fsync)
+        last = AverageOptions(**common, force=options.force, fsync=options.fsync)
         summary, refresh = _write(
             inputs, output, kept, last, refresh=options.refresh, folder=folder
         )
-    return Soup(options.metric_name, way, tuple(steps), value, uniform, summary, refresh)
+    return Soup(options.metric_name, mode, tuple(steps), value, uniform, summary, refresh)
 
 
 def _mode_of(metric: str, mode: Mode | None) -> Mode:
@@ -179,7 +178,7 @@ def _read(found: Run, taken: Sequence[Verdict], metric: str, file: Path, mode: M
         SelectionError: it has none of them.
     """
     rules = Selection(best=len(found.checkpoints), metric=metric, metrics=file, mode=mode)
-    metrics = {verdict.checkpoint: verdict.metric for verdict in choose(found, rules)}
+    metrics = {verdict.checkpoint: verdict.metric for verdict in select(found, rules)}
     values = [metrics[verdict.checkpoint] for verdict in taken]
     return [math.nan if value is None else value for value in values]
 
@@ -226,18 +225,16 @@ class _Trials:
         self,
         inputs: Sequence[Path],
         taken: Sequence[Verdict],
-        options: EvaluationOptions,
+        options: SoupOptions,
         *,
         mode: Mode,
         trial: Path,
         common: Mapping[str, Any],
-        progress: Progress | None,
     ) -> None:
         self._taken, self._options, self._mode, self._trial = taken, options, mode, trial
         self._inputs, self._common = inputs, {**common, "force": True, "fsync": False}
         self._averager = _Averager(inputs, AverageOptions(**self._common))
         self._evaluator = Evaluator(options)
-        self._progress = progress
         self.value = math.nan
 
     def greedy(self, given: Sequence[float] | None) -> list[SoupStep]:
@@ -302,8 +299,8 @@ class _Trials:
 
     def _evaluated(self, path: Path, *, key: str | None = None) -> float:
         value = self._evaluator.one(open_checkpoint(path, key=key))
-        if self._progress is not None:
-            self._progress(1, 2 * len(self._taken))
+        if self._options.progress is not None:
+            self._options.progress(1, 2 * len(self._taken))
         return value
 
 
@@ -322,6 +319,6 @@ def _write(
     unsynced = dataclasses.replace(options, fsync=False)
     summary = _Averager(inputs, unsynced).write(kept, output, make_folder=lambda: folder)
     report = refresh_checkpoint(
-        Path(summary.output), output, refresh, force=options.force, fsync=options.fsync
+        Path(summary.output), output, **vars(refresh), force=options.force, fsync=options.fsync
     )
     return of_both(summary, Path(output), report), report

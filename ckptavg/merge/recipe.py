@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.checkpoint import fingerprint
-from ckptavg.formats.parts import PathLike
 from ckptavg.formats.tensors import BY_NAME, is_extra_state
 from ckptavg.merge.weights import Weights
 from ckptavg.select.order import relative_names
@@ -132,40 +129,6 @@ class AverageOptions:
             for each in fields(self)
             if each.name in _RECORDED and getattr(self, each.name) != each.default
         }
-
-
-_Fields = ParamSpec("_Fields")
-_Result = TypeVar("_Result")
-_Inputs = PathLike | Iterable[PathLike]
-
-
-def _takes_fields_of(
-    options: Callable[_Fields, AverageOptions],
-) -> Callable[
-    [Callable[[_Inputs, PathLike, AverageOptions], _Result]],
-    Callable[Concatenate[_Inputs, PathLike, _Fields], _Result],
-]:
-    """The decorator `options_as_keywords`, with the types of the options' fields."""
-
-    def decorate(
-        function: Callable[[_Inputs, PathLike, AverageOptions], _Result],
-    ) -> Callable[Concatenate[_Inputs, PathLike, _Fields], _Result]:
-        @functools.wraps(function)
-        def with_fields(
-            inputs: _Inputs, output: PathLike, *args: _Fields.args, **fields: _Fields.kwargs
-        ) -> _Result:
-            return function(inputs, output, options(*args, **fields))
-
-        first_two = list(inspect.signature(function).parameters.values())[:2]
-        fields = inspect.signature(options).parameters.values()
-        with_fields.__signature__ = inspect.Signature([*first_two, *fields])  # type: ignore[attr-defined]
-        return with_fields  # type: ignore[return-value]
-
-    return decorate
-
-
-options_as_keywords = _takes_fields_of(AverageOptions)
-"""Decorates `f(inputs, output, options)`, so that callers pass the options' fields as keywords."""
 
 
 @dataclass(frozen=True)

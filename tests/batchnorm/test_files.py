@@ -9,6 +9,7 @@ import random
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,8 +154,8 @@ def disturbed(model: nn.Module) -> nn.Module:
     return model
 
 
-def options(model="train.py:Net", loader="train.py:batches", **others) -> RefreshOptions:
-    return RefreshOptions(model=model, loader=loader, device="cpu", **others)
+def options(model="train.py:Net", loader="train.py:batches", **others) -> dict[str, Any]:
+    return {"model": model, "loader": loader, "device": "cpu", **others}
 
 
 def save_safetensors(state, path, **metadata):
@@ -226,7 +227,7 @@ class TestValues:
         path = save(net.state_dict(), tmp_path / f"a.{kind}")
         out = tmp_path / f"o.{kind}"
         others = {"estimator": "torch", "memory_format": "contiguous"}
-        report = refresh_checkpoint(path, out, options(**others))
+        report = refresh_checkpoint(path, out, **options(**others))
         update_bn(batches(), net)
         found, expected = load(out), net.state_dict()
         for layer in ("bn", "norm"):
@@ -242,7 +243,7 @@ class TestValues:
     def test_are_loaded_into_the_model_first(self, net, tmp_path):
         """The second norm layer sees what the checkpoint's weights make of the data."""
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options(estimator="exact"))
+        refresh_checkpoint(path, tmp_path / "o.pt", **options(estimator="exact"))
         from train import batches
 
         ckptavg.refresh_norm(net, batches(), estimator="exact")
@@ -256,12 +257,12 @@ class TestValues:
             for name, value in net.state_dict().items()
         }
         path = save(state, tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         found = load(tmp_path / "o.safetensors")
         refresh_checkpoint(
             save(net.state_dict(), tmp_path / "b.safetensors"),
             tmp_path / "p.safetensors",
-            options(),
+            **options(),
         )
         expected = load(tmp_path / "p.safetensors")
         for name in ("bn.running_mean", "bn.running_var"):
@@ -276,13 +277,13 @@ class TestValues:
         }
         path = save(state, tmp_path / "a.safetensors")
         with pytest.raises(RefreshError, match=r"'bn\.running_var' is too large .*float16"):
-            refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+            refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         assert not (tmp_path / "o.safetensors").exists()
 
     def test_nan_in_the_old_ones_does_not_survive(self, net, tmp_path):
         net.bn.running_mean[0] = net.bn.running_var[1] = torch.nan
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options())
         assert all(value.isfinite().all() for value in load(tmp_path / "o.pt").values())
 
     def test_of_a_checkpoint_without_counters_are_written_without(self, net, tmp_path):
@@ -291,7 +292,7 @@ class TestValues:
             name: value for name, value in net.state_dict().items() if "num_batches" not in name
         }
         path = save(state, tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         found = load(tmp_path / "o.safetensors")
         assert set(found) == set(state)
         assert not torch.equal(found["bn.running_mean"], state["bn.running_mean"])
@@ -305,8 +306,10 @@ class TestValues:
         )
         state = nn.Sequential(net.conv, net.bn).state_dict()
         path = save(state, tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options("lazy_train.py:make"))
-        refresh_checkpoint(save(net.state_dict(), tmp_path / "b.pt"), tmp_path / "p.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options("lazy_train.py:make"))
+        refresh_checkpoint(
+            save(net.state_dict(), tmp_path / "b.pt"), tmp_path / "p.pt", **options()
+        )
         expected = load(tmp_path / "p.pt")["bn.running_mean"]
         assert same_bits(load(tmp_path / "o.pt")["1.running_mean"], expected)
 
@@ -322,7 +325,7 @@ class TestValues:
         for name in ("a.pt", "a.safetensors"):
             path = save(net.state_dict(), tmp_path / name)
             out = path.with_stem("o")
-            refresh_checkpoint(path, out, options("shared_train.py:make"))
+            refresh_checkpoint(path, out, **options("shared_train.py:make"))
             found = load(out)
             assert not torch.equal(found["bn.running_mean"], net.bn.running_mean)
             assert same_bits(found["again.running_mean"], found["bn.running_mean"])
@@ -344,8 +347,8 @@ class TestValues:
             "    return model\n"
         )
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options("stopping_train.py:make"))
-        refresh_checkpoint(path, tmp_path / "p.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options("stopping_train.py:make"))
+        refresh_checkpoint(path, tmp_path / "p.pt", **options())
         found, expected = load(tmp_path / "o.pt"), load(tmp_path / "p.pt")
         torch.testing.assert_close(found["bn.running_mean"], expected["bn.running_mean"])
         torch.testing.assert_close(found["bn.running_var"], expected["bn.running_var"])
@@ -375,7 +378,7 @@ class TestEverythingElse:
             "    def forward(self, images):\n"
             "        return self.norm(self.head(self.bn(self.conv(images)).mean((2, 3))))\n"
         )
-        refresh_checkpoint(path, out, options("plain_train.py:Plain", estimator=estimator))
+        refresh_checkpoint(path, out, **options("plain_train.py:Plain", estimator=estimator))
         assert path.read_bytes() == before
         found = load(out)
         assert set(found) == set(state)
@@ -388,7 +391,7 @@ class TestEverythingElse:
         state["ids"] = torch.arange(12)[::2]
         state["decode.bias"] = torch.zeros(3, 5).t()[:, 1]
         path = save(state, tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options())
         found = torch.load(tmp_path / "o.pt")
         changed = {name for name in state if not same_bits(found[name], state[name])}
         assert changed == REFRESHED
@@ -400,7 +403,7 @@ class TestEverythingElse:
         state["loss.scale"] = torch.rand(9).to(torch.float8_e4m3fn)
         state["seen"] = torch.tensor([True, False])
         path = save(state, tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         found = load(tmp_path / "o.safetensors")
         changed = {name for name in state if not same_bits(found[name], state[name])}
         assert changed == {f"model.{name}" for name in REFRESHED}
@@ -409,7 +412,7 @@ class TestEverythingElse:
         path = save_safetensors(
             net.state_dict(), tmp_path / "a.safetensors", step="7", note="été", format="mlx"
         )
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         with safe_open(tmp_path / "o.safetensors", "pt") as opened:
             found = opened.metadata()
         assert {**found, "ckptavg": ""} == {
@@ -425,7 +428,7 @@ class TestEverythingElse:
         ckptavg.average(inputs, path, drop_aliases=True)
         before, tensors = metadata_of(path), load(path)
         assert before["head.weight"] == "decode.weight"
-        refresh_checkpoint(path, None, options())
+        refresh_checkpoint(path, None, **options())
         assert {**metadata_of(path), "ckptavg": ""} == {**before, "ckptavg": ""}
         found = load(path)
         assert set(found) == set(tensors)
@@ -433,7 +436,7 @@ class TestEverythingElse:
 
     def test_is_so_for_the_versions_of_modules_in_a_torch_file(self, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options())
         found = torch.load(tmp_path / "o.pt")
         assert found._metadata == net.state_dict()._metadata
 
@@ -442,7 +445,7 @@ class TestEverythingElse:
 
         for name in ("a.pt", "a.safetensors"):
             path = save(net.state_dict(), tmp_path / name)
-            refresh_checkpoint(path, path.with_stem("o"), options())
+            refresh_checkpoint(path, path.with_stem("o"), **options())
             Net().load_state_dict(load(path.with_stem("o")), strict=True)
 
     @pytest.mark.parametrize("kinds", [("pt", "safetensors"), ("safetensors", "pt")])
@@ -450,7 +453,7 @@ class TestEverythingElse:
         state = net.state_dict()
         path = save(state, tmp_path / f"a.{kinds[0]}")
         out = tmp_path / f"o.{kinds[1]}"
-        refresh_checkpoint(path, out, options())
+        refresh_checkpoint(path, out, **options())
         found = load(out)
         assert {name for name in state if not same_bits(found[name], state[name])} == REFRESHED
 
@@ -463,7 +466,7 @@ class TestWithoutNormLayers:
         state = net.conv.state_dict(prefix="conv.")
         path = save(state, tmp_path / f"a.{kind}")
         out = tmp_path / f"o.{kind}"
-        report = refresh_checkpoint(path, out, options("train.py:Bare", "absent.py:loader"))
+        report = refresh_checkpoint(path, out, **options("train.py:Bare", "absent.py:loader"))
         found = load(out)
         assert set(found) == set(state)
         assert all(same_bits(found[name], state[name]) for name in state)
@@ -475,7 +478,7 @@ class TestWithoutNormLayers:
         (tmp_path / "idle_train.py").write_text("def forward(model, batch):\n    pass\n")
         path = ours(net.state_dict(), tmp_path)
         before = load(path)
-        refresh_checkpoint(path, None, options(forward="idle_train.py:forward"))
+        refresh_checkpoint(path, None, **options(forward="idle_train.py:forward"))
         assert "2 norm layers took in no batch" in caplog.text
         assert provenance(path)["norm_stats"] == {"state": "stale"}
         assert all(same_bits(value, before[name]) for name, value in load(path).items())
@@ -488,7 +491,7 @@ class TestNames:
     @pytest.mark.parametrize("prefix", ["model.", "module.", "module._orig_mod.", "a.b.c."])
     def test_may_have_a_prefix_in_the_checkpoint(self, prefix, net, tmp_path, caplog):
         path = save(self.lightning(net, prefix), tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         found = load(tmp_path / "o.safetensors")
         assert set(found) == set(self.lightning(net, prefix))
         assert found[f"{prefix}bn.num_batches_tracked"] == 3
@@ -498,7 +501,7 @@ class TestNames:
         path = save(net.state_dict(), tmp_path / "a.safetensors")
         refresh_checkpoint(
             path, tmp_path / "o.safetensors",
-            options("train.py:wrapped", model_args={"inner": "module"}),
+            **options("train.py:wrapped", model_args={"inner": "module"}),
         )  # fmt: skip
         found = load(tmp_path / "o.safetensors")
         assert set(found) == set(net.state_dict())
@@ -507,19 +510,19 @@ class TestNames:
 
     def test_may_have_unlike_ones(self, net, tmp_path, caplog):
         path = save(self.lightning(net, "module."), tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options("train.py:wrapped"))
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options("train.py:wrapped"))
         assert load(tmp_path / "o.safetensors")["module.bn.num_batches_tracked"] == 3
         assert "the prefix 'net.', to the checkpoint's, with the prefix 'module.'" in caplog.text
 
     def test_without_a_prefix_are_matched_without_a_word(self, net, tmp_path, caplog):
         path = save(net.state_dict(), tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         assert caplog.text == ""
 
     def test_outside_of_a_prefix_are_left_alone_with_a_notice(self, net, tmp_path, caplog):
         state = self.lightning(net) | {"metric.total": torch.zeros(2), "head.weight": torch.ones(3)}
         path = save(state, tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         assert set(load(tmp_path / "o.safetensors")) == set(state)
         assert "left alone 2 tensors without the prefix 'model.'" in caplog.text
 
@@ -531,7 +534,7 @@ class TestNames:
         state[f"{prefix}head.bias"] = torch.zeros(7)
         path = save(state, tmp_path / "a.pt")
         with pytest.raises(MismatchError, match="does not fit the model, 4 differences") as caught:
-            refresh_checkpoint(path, tmp_path / "o.pt", options())
+            refresh_checkpoint(path, tmp_path / "o.pt", **options())
         assert sorted(caught.value.differences) == sorted(
             [
                 f"conv.weight: in the model, missing in {path}",
@@ -545,21 +548,21 @@ class TestNames:
     def test_beyond_a_model_with_a_prefix_are_not_left_alone(self, net, tmp_path):
         path = save({**net.state_dict(), "extra": torch.zeros(1)}, tmp_path / "a.safetensors")
         with pytest.raises(MismatchError) as caught:
-            refresh_checkpoint(path, tmp_path / "o.safetensors", options("train.py:wrapped"))
+            refresh_checkpoint(path, tmp_path / "o.safetensors", **options("train.py:wrapped"))
         assert caught.value.differences == (f"extra: in {path}, missing in the model",)
 
     def test_that_match_twice_are_an_error(self, net, tmp_path):
         state = self.lightning(net) | self.lightning(net, "ema_model.")
         path = save(state, tmp_path / "a.safetensors")
         with pytest.raises(MismatchError, match="more than once") as caught:
-            refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+            refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         assert set(caught.value.differences) == {"model.", "ema_model."}
 
     def test_of_a_tied_tensor_one_is_enough(self, net, tmp_path):
         state = net.state_dict()
         del state["decode.weight"]
         path = save(state, tmp_path / "a.safetensors")
-        refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
         assert set(load(tmp_path / "o.safetensors")) == set(state)
 
     def test_of_a_tied_tensor_none_is_too_few(self, net, tmp_path):
@@ -567,7 +570,7 @@ class TestNames:
         del state["decode.weight"], state["head.weight"]
         path = save(state, tmp_path / "a.safetensors")
         with pytest.raises(MismatchError, match="2 differences"):
-            refresh_checkpoint(path, tmp_path / "o.safetensors", options())
+            refresh_checkpoint(path, tmp_path / "o.safetensors", **options())
 
     def test_of_a_part_is_not_that_of_the_whole(self, tmp_path):
         """A view that begins where the missing tensor does is not the same tensor."""
@@ -654,7 +657,7 @@ class TestWhereItGoes:
     def test_our_own_file_is_refreshed_in_place(self, name, net, tmp_path):
         path = ours(net.state_dict(), tmp_path, name)
         before = load(path)
-        refresh_checkpoint(path, None, options())
+        refresh_checkpoint(path, None, **options())
         after = load(path)
         assert {name for name in before if not same_bits(after[name], before[name])} == REFRESHED
         assert provenance(path)["norm_stats"]["state"] == "refreshed"
@@ -667,24 +670,24 @@ class TestWhereItGoes:
         path = save(net.state_dict(), tmp_path / name)
         before = path.read_bytes()
         with pytest.raises(OutputError, match=r"is not of our making; .*-o.*--in-place"):
-            refresh_checkpoint(path, None, options())
+            refresh_checkpoint(path, None, **options())
         with pytest.raises(OutputError, match=r"is the checkpoint itself; .*--in-place"):
-            refresh_checkpoint(path, path, options(), force=True)
+            refresh_checkpoint(path, path, **options(), force=True)
         os.link(path, tmp_path / f"link_{name}")
         with pytest.raises(OutputError, match="is the checkpoint itself"):
-            refresh_checkpoint(path, tmp_path / f"link_{name}", options(), force=True)
+            refresh_checkpoint(path, tmp_path / f"link_{name}", **options(), force=True)
         assert path.read_bytes() == before
-        refresh_checkpoint(path, None, options(), in_place=True)
+        refresh_checkpoint(path, None, **options(), in_place=True)
         assert provenance(path)["norm_stats"]["state"] == "refreshed"
         # Now it is of our making.
-        refresh_checkpoint(path, None, options())
+        refresh_checkpoint(path, None, **options())
 
     def test_what_a_link_leads_to_is_refreshed_in_place(self, net, tmp_path):
         (tmp_path / "elsewhere").mkdir()
         path = save(net.state_dict(), tmp_path / "elsewhere" / "a.safetensors")
         link = tmp_path / "link.safetensors"
         link.symlink_to("elsewhere/a.safetensors")
-        refresh_checkpoint(link, None, options(), in_place=True)
+        refresh_checkpoint(link, None, **options(), in_place=True)
         assert str(link.readlink()) == "elsewhere/a.safetensors"
         assert provenance(path)["norm_stats"]["state"] == "refreshed"
         assert os.listdir(tmp_path / "elsewhere") == ["a.safetensors"]
@@ -699,8 +702,8 @@ class TestWhereItGoes:
         path = self.container(net, tmp_path)
         before = torch.load(path, weights_only=False)
         with pytest.raises(OutputError, match=r"run\.ckpt: .*-o"):
-            refresh_checkpoint(path, None, options())
-        refresh_checkpoint(path, None, options(), in_place=True)
+            refresh_checkpoint(path, None, **options())
+        refresh_checkpoint(path, None, **options(), in_place=True)
         after = torch.load(path, weights_only=False)
         assert after.keys() == before.keys()
         assert str(after["optimizer_states"]) == str(before["optimizer_states"])
@@ -717,7 +720,7 @@ class TestWhereItGoes:
 
     def test_a_training_container_gives_its_state_dict(self, net, tmp_path, caplog):
         path = self.container(net, tmp_path)
-        refresh_checkpoint(path, tmp_path / "o.ckpt", options())
+        refresh_checkpoint(path, tmp_path / "o.ckpt", **options())
         found = load(tmp_path / "o.ckpt")
         assert set(found) == {f"model.{name}" for name in net.state_dict()}
         assert "only the state dict is written, not what else run.ckpt holds" in caplog.text
@@ -731,7 +734,7 @@ class TestWhereItGoes:
             "model = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), bn=nn.BatchNorm2d(8)))\n"
         )
         refresh_checkpoint(
-            tmp_path / "a.pt", tmp_path / "o.pt", options("small_train.py:model"),
+            tmp_path / "a.pt", tmp_path / "o.pt", **options("small_train.py:model"),
             key="state_dict_ema",
         )  # fmt: skip
         assert set(load(tmp_path / "o.pt")) == set(weights)
@@ -739,8 +742,8 @@ class TestWhereItGoes:
     def test_entries_that_are_no_tensors_stay(self, net, tmp_path):
         path = tmp_path / "a.pt"
         torch.save({**net.state_dict(), "_extra_state": {"epoch": 3}}, path)
-        refresh_checkpoint(path, tmp_path / "o.pt", options())
-        refresh_checkpoint(path, None, options(), in_place=True)
+        refresh_checkpoint(path, tmp_path / "o.pt", **options())
+        refresh_checkpoint(path, None, **options(), in_place=True)
         for found in (load(tmp_path / "o.pt"), load(path)):
             assert set(found) == {*net.state_dict(), "_extra_state"}
             assert found["_extra_state"] == {"epoch": 3}
@@ -750,7 +753,7 @@ class TestWhereItGoes:
         path = save_safetensors(net.state_dict(), tmp_path / "model.bin")
         before = path.read_bytes()
         with pytest.raises(OutputError, match="is a safetensors file by its content"):
-            refresh_checkpoint(path, None, options(), in_place=True)
+            refresh_checkpoint(path, None, **options(), in_place=True)
         assert path.read_bytes() == before
 
     def test_an_existing_output_is_not_replaced_without_force(self, net, tmp_path):
@@ -758,9 +761,9 @@ class TestWhereItGoes:
         out = tmp_path / "o.pt"
         out.write_text("precious")
         with pytest.raises(OutputError, match="exists already; `force` replaces it"):
-            refresh_checkpoint(path, out, options("train.py:raising"))
+            refresh_checkpoint(path, out, **options("train.py:raising"))
         assert out.read_text() == "precious"
-        refresh_checkpoint(path, out, options(), force=True)
+        refresh_checkpoint(path, out, **options(), force=True)
         assert load(out)["bn.num_batches_tracked"] == 3
 
     @pytest.mark.parametrize("name", ["o.npz", "o", "absent/o.pt", "folder.pt"])
@@ -769,7 +772,7 @@ class TestWhereItGoes:
         (tmp_path / "folder.pt").mkdir()
         (tmp_path / "folder.pt" / "precious").touch()
         with pytest.raises(OutputError):
-            refresh_checkpoint(path, tmp_path / name, options("train.py:raising"))
+            refresh_checkpoint(path, tmp_path / name, **options("train.py:raising"))
 
     @pytest.mark.parametrize(
         ("bad", "error"),
@@ -788,7 +791,7 @@ class TestWhereItGoes:
         before = {one: one.read_bytes() for one in tmp_path.iterdir() if one.is_file()}
         for output in (None, tmp_path / "o.safetensors"):
             with pytest.raises(error):
-                refresh_checkpoint(path, output, options(**bad))
+                refresh_checkpoint(path, output, **options(**bad))
         assert {one: one.read_bytes() for one in tmp_path.iterdir() if one.is_file()} == before
 
     @pytest.mark.parametrize("kind", ["pytorch_model.bin", "DeepSpeed", "DCP"])
@@ -804,9 +807,9 @@ class TestWhereItGoes:
         before = contents(folder)
         for output in (None, folder):
             with pytest.raises(OutputError, match="without weights in safetensors files"):
-                refresh_checkpoint(folder, output, options("train.py:raising"), in_place=True)
+                refresh_checkpoint(folder, output, **options("train.py:raising"), in_place=True)
         assert contents(folder) == before
-        refresh_checkpoint(folder, tmp_path / "o.safetensors", options())
+        refresh_checkpoint(folder, tmp_path / "o.safetensors", **options())
 
     @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])
     def test_a_trainer_s_directory_is_refused_before_the_model_is_made(self, name, net, tmp_path):
@@ -814,13 +817,13 @@ class TestWhereItGoes:
         (folder / name).write_text("{}")
         before = contents(folder)
         with pytest.raises(OutputError, match=rf"would not bring \({name}\)"):
-            refresh_checkpoint(folder, None, options("train.py:raising"), in_place=True)
+            refresh_checkpoint(folder, None, **options("train.py:raising"), in_place=True)
         assert contents(folder) == before
 
     def test_a_directory_is_refreshed_in_place(self, net, tmp_path):
         folder = self.directory(net, tmp_path)
         before = load(folder / "model.safetensors")
-        refresh_checkpoint(folder, None, options(), in_place=True)
+        refresh_checkpoint(folder, None, **options(), in_place=True)
         assert set(contents(folder)) == {"config.json", "model.safetensors"}
         after = load(folder / "model.safetensors")
         assert {name for name in before if not same_bits(after[name], before[name])} == REFRESHED
@@ -835,7 +838,7 @@ class TestWhereItGoes:
     def test_a_whole_model_stays_one_in_place(self, net, tmp_path):
         path = tmp_path / "whole.pt"
         torch.save(net, path)
-        refresh_checkpoint(path, None, options(), in_place=True)
+        refresh_checkpoint(path, None, **options(), in_place=True)
         found = torch.load(path, weights_only=False)
         assert type(found) is type(net)
         state = found.state_dict()
@@ -858,7 +861,7 @@ class TestWhereItGoes:
     def test_the_average_of_weight_averaging_is_left_alone(self, net, tmp_path):
         path = self.weight_averaging(net, tmp_path / "a.ckpt", 2)
         before = torch.load(path)
-        refresh_checkpoint(path, None, options(), in_place=True)
+        refresh_checkpoint(path, None, **options(), in_place=True)
         after = torch.load(path)
         for name, value in before["state_dict"].items():
             assert same_bits(after["state_dict"][name], value), name
@@ -875,7 +878,7 @@ class TestWhereItGoes:
         path = tmp_path / "swa.ckpt"
         ckptavg.average(inputs, path, container="last")
         before = torch.load(path)["state_dict"]
-        refresh_checkpoint(path, None, options())
+        refresh_checkpoint(path, None, **options())
         after = torch.load(path)
         for name, value in after["state_dict"].items():
             assert same_bits(after["current_model_state"][name], value), name
@@ -942,7 +945,7 @@ class TestInPlaceKeepsAllElse:
         path = tmp_path / "c.pt"
         torch.save(root, path, _use_new_zipfile_serialization=zipped)
         before = torch.load(path, weights_only=False)
-        refresh_checkpoint(path, None, options(), in_place=True)
+        refresh_checkpoint(path, None, **options(), in_place=True)
         after = torch.load(path, weights_only=False)
         assert type(after) is type(before)
         found, expected = leaves(after), leaves(before)
@@ -968,7 +971,7 @@ class TestInPlaceKeepsAllElse:
         path = tmp_path / "c.pt"
         torch.save(self.roots(net)["two keys"], path)
         before = leaves(torch.load(path))
-        refresh_checkpoint(path, None, options(), in_place=True, key="model_ema")
+        refresh_checkpoint(path, None, **options(), in_place=True, key="model_ema")
         after = leaves(torch.load(path))
         changed = {
             place
@@ -980,7 +983,7 @@ class TestInPlaceKeepsAllElse:
     def test_of_a_safetensors_file(self, net, tmp_path):
         path = save_safetensors(net.state_dict(), tmp_path / "c.safetensors", step="7", note="x")
         before = load(path)
-        refresh_checkpoint(path, None, options(), in_place=True)
+        refresh_checkpoint(path, None, **options(), in_place=True)
         assert {**metadata_of(path), "ckptavg": ""} == {
             "format": "pt", "step": "7", "note": "x", "ckptavg": ""
         }  # fmt: skip
@@ -995,13 +998,13 @@ class TestInPlaceKeepsAllElse:
         torch.save({"model": state, "optimizer": {}}, path)
         before = path.read_bytes()
         with pytest.raises(OutputError, match=r"bn\..* shares bytes with .*; write another file"):
-            refresh_checkpoint(path, None, options("train.py:raising"), in_place=True)
+            refresh_checkpoint(path, None, **options("train.py:raising"), in_place=True)
         assert path.read_bytes() == before
 
     def test_but_another_file_has_the_weights_alone(self, net, tmp_path, caplog):
         path = tmp_path / "c.pt"
         torch.save(self.roots(net)["top, Adam"], path)
-        refresh_checkpoint(path, tmp_path / "o.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options())
         assert "only the state dict is written, not what else c.pt holds" in caplog.text
         assert "optimizer" not in load(tmp_path / "o.pt")
 
@@ -1035,28 +1038,28 @@ class TestLinks:
     def test_are_written_through_in_place(self, checkpoint):
         path, link = checkpoint
         with pytest.raises(OutputError, match="is not of our making"):
-            refresh_checkpoint(link, None, options())
+            refresh_checkpoint(link, None, **options())
         with pytest.raises(OutputError, match="is the checkpoint itself"):
-            refresh_checkpoint(link, path, options(), force=True)
+            refresh_checkpoint(link, path, **options(), force=True)
         with pytest.raises(OutputError, match="is the checkpoint itself"):
-            refresh_checkpoint(path, link, options(), force=True)
-        refresh_checkpoint(link, None, options(), in_place=True)
+            refresh_checkpoint(path, link, **options(), force=True)
+        refresh_checkpoint(link, None, **options(), in_place=True)
         self.assert_refreshed(path, link)
-        refresh_checkpoint(link, None, options())  # now it is ours
-        refresh_checkpoint(path, link, options())
-        refresh_checkpoint(link, path, options())
+        refresh_checkpoint(link, None, **options())  # now it is ours
+        refresh_checkpoint(path, link, **options())
+        refresh_checkpoint(link, path, **options())
         self.assert_refreshed(path, link)
 
     def test_are_written_through_as_outputs(self, checkpoint, net, tmp_path):
         path, link = checkpoint
         source = save(disturbed(net).state_dict(), tmp_path / "source.pt")
-        refresh_checkpoint(source, link, options(), force=True)
+        refresh_checkpoint(source, link, **options(), force=True)
         self.assert_refreshed(path, link)
         folder = tmp_path / "ckpts"
         folder.mkdir()
         for step in range(2):
             save(disturbed(net).state_dict(), folder / f"step_{step}.pt")
-        average_and_refresh([folder], link, options(), force=True)
+        average_and_refresh([folder], link, RefreshOptions(**options()), force=True)
         self.assert_refreshed(path, link)
         assert len(provenance(path)["sources"]) == 2
 
@@ -1064,7 +1067,7 @@ class TestLinks:
         _, link = checkpoint
         before = contents(tmp_path / "run")
         with pytest.raises(RefreshError):
-            refresh_checkpoint(link, None, options(loader="train.py:nan"), in_place=True)
+            refresh_checkpoint(link, None, **options(loader="train.py:nan"), in_place=True)
         assert contents(tmp_path / "run") == before
         assert link.is_symlink()
         assert len(list(link.parent.iterdir())) == 1
@@ -1075,7 +1078,7 @@ class TestProvenance:
         path = ours(net.state_dict(), tmp_path)
         average = provenance(path)
         assert average["norm_stats"] == {"state": "stale"}
-        refresh_checkpoint(path, None, options(seed=5, estimator="exact"))
+        refresh_checkpoint(path, None, **options(seed=5, estimator="exact"))
         assert provenance(path) == {
             **average,
             "norm_stats": {
@@ -1089,7 +1092,7 @@ class TestProvenance:
 
     def test_of_a_foreign_file_names_it(self, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options())
+        refresh_checkpoint(path, tmp_path / "o.pt", **options())
         entry = provenance(tmp_path / "o.pt")
         assert entry["version"] == ckptavg.__version__
         assert [source["name"] for source in entry["sources"]] == ["a.pt"]
@@ -1097,28 +1100,30 @@ class TestProvenance:
 
     def test_is_replaced_by_a_second_refresh(self, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)
-        refresh_checkpoint(path, None, options(seed=1))
+        refresh_checkpoint(path, None, **options(seed=1))
         first, values = provenance(path), load(path)
-        refresh_checkpoint(path, None, options(seed=2, max_samples=17))
+        refresh_checkpoint(path, None, **options(seed=2, max_samples=17))
         second = provenance(path)
         assert (first["norm_stats"]["batches"], second["norm_stats"]["batches"]) == (3, 2)
         assert second["sources"] == first["sources"]
         assert not torch.equal(load(path)["bn.running_mean"], values["bn.running_mean"])
-        refresh_checkpoint(path, None, options(seed=1))
+        refresh_checkpoint(path, None, **options(seed=1))
         assert provenance(path) == first
         assert all(same_bits(value, values[name]) for name, value in load(path).items())
 
     @pytest.mark.parametrize("kind", ["safetensors", "pt"])
     def test_torch_and_safetensors_do_not_mind_it(self, kind, net, tmp_path):
         path = ours(net.state_dict(), tmp_path, f"ours.{kind}")
-        refresh_checkpoint(path, None, options())
+        refresh_checkpoint(path, None, **options())
         assert set(load(path)) == set(net.state_dict())
 
 
 class TestSeed:
     def refreshed(self, path, tmp_path, **others):
         out = tmp_path / f"o{len(list(tmp_path.iterdir()))}.safetensors"
-        refresh_checkpoint(path, out, options(loader="train.py:shuffled", max_samples=17, **others))
+        refresh_checkpoint(
+            path, out, **options(loader="train.py:shuffled", max_samples=17, **others)
+        )
         return out
 
     def test_the_same_gives_the_same_bytes(self, net, tmp_path):
@@ -1144,7 +1149,7 @@ class TestSeed:
         path = save(net.state_dict(), tmp_path / "a.pt")
         written = []
         for name in ("first.safetensors", "second.safetensors"):
-            refresh_checkpoint(path, tmp_path / name, options(loader="drawing.py:loader"))
+            refresh_checkpoint(path, tmp_path / name, **options(loader="drawing.py:loader"))
             written.append((tmp_path / name).read_bytes())
         assert written[0] == written[1]
 
@@ -1161,7 +1166,7 @@ class TestSeed:
         state = random.getstate(), np.random.get_state(), torch.get_rng_state()
         for _ in range(2):
             refresh_checkpoint(
-                path, tmp_path / "o.pt", options(loader="random_train.py:loader", seed=seed),
+                path, tmp_path / "o.pt", **options(loader="random_train.py:loader", seed=seed),
                 force=True,
             )  # fmt: skip
         [one, other] = sys.modules["random_train"].drawn
@@ -1175,13 +1180,13 @@ class TestUsersObjects:
     @pytest.mark.parametrize("model", ["Net", "net", "wrapped"])
     def test_a_model_may_be_a_class_an_instance_or_a_function(self, model, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
-        refresh_checkpoint(path, tmp_path / "o.pt", options(f"train.py:{model}"))
+        refresh_checkpoint(path, tmp_path / "o.pt", **options(f"train.py:{model}"))
         assert load(tmp_path / "o.pt")["bn.num_batches_tracked"] == 3
 
     @pytest.mark.parametrize("loader", ["train:batches", "train:stack"])
     def test_a_loader_may_be_an_iterable_or_a_function(self, loader, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
-        assert refresh_checkpoint(path, tmp_path / "o.pt", options(loader=loader)).samples == 37
+        assert refresh_checkpoint(path, tmp_path / "o.pt", **options(loader=loader)).samples == 37
 
     def test_arguments_go_to_the_callables(self, tmp_path):
         from train import Net
@@ -1189,7 +1194,7 @@ class TestUsersObjects:
         path = save(Net(width=11).state_dict(), tmp_path / "a.pt")
         report = refresh_checkpoint(
             path, tmp_path / "o.pt",
-            options(model_args={"width": 11, "drop": 0.5}, loader_args={"size": 10}),
+            **options(model_args={"width": 11, "drop": 0.5}, loader_args={"size": 10}),
         )  # fmt: skip
         assert report.batches == 4
 
@@ -1214,14 +1219,14 @@ class TestUsersObjects:
     def test_of_a_wrong_kind_are_a_clear_error(self, bad, message, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
         with pytest.raises(RefreshError, match=message):
-            refresh_checkpoint(path, tmp_path / "o.pt", options(**bad))
+            refresh_checkpoint(path, tmp_path / "o.pt", **options(**bad))
 
     @pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
     def test_a_device_that_is_not_there_is_an_error(self, device, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
-        wrong = RefreshOptions(model="train.py:Net", loader="train.py:batches", device=device)
+        wrong = options() | {"device": device}
         with pytest.raises(RefreshError, match=f"cannot use device '{device}'"):
-            refresh_checkpoint(path, tmp_path / "o.pt", wrong)
+            refresh_checkpoint(path, tmp_path / "o.pt", **wrong)
 
     @pytest.mark.parametrize(
         ("bad", "error"),
@@ -1238,7 +1243,7 @@ class TestUsersObjects:
     def test_that_raise_show_what_they_raised(self, bad, error, net, tmp_path):
         path = save(net.state_dict(), tmp_path / "a.pt")
         with pytest.raises(UserCodeError) as caught:
-            refresh_checkpoint(path, tmp_path / "o.pt", options(**bad))
+            refresh_checkpoint(path, tmp_path / "o.pt", **options(**bad))
         assert isinstance(caught.value.__cause__, error)
 
 
@@ -1254,8 +1259,10 @@ class TestAverageAndRefresh:
     @pytest.mark.parametrize("name", ["o.safetensors", "o.pt"])
     def test_is_one_after_the_other(self, name, net, tmp_path):
         folder, average = self.inputs(net, tmp_path)
-        refresh_checkpoint(average, None, options())
-        summary, report = average_and_refresh([folder], tmp_path / name, options())
+        refresh_checkpoint(average, None, **options())
+        summary, report = average_and_refresh(
+            [folder], tmp_path / name, RefreshOptions(**options())
+        )
         found, expected = load(tmp_path / name), load(average)
         assert set(found) == set(expected)
         assert all(same_bits(found[key], expected[key]) for key in expected)
@@ -1274,7 +1281,9 @@ class TestAverageAndRefresh:
         folder, _ = self.inputs(net, tmp_path)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(RefreshError):
-            average_and_refresh([folder], tmp_path / "o.pt", options(loader="train.py:nan"))
+            average_and_refresh(
+                [folder], tmp_path / "o.pt", RefreshOptions(**options(loader="train.py:nan"))
+            )
         assert [one for one in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(one)] == [
             one for one in before if "__pycache__" not in str(one)
         ]
@@ -1282,14 +1291,14 @@ class TestAverageAndRefresh:
     def test_finds_an_existing_output_first(self, net, tmp_path):
         _, average = self.inputs(net, tmp_path)
         with pytest.raises(OutputError, match="exists already"):
-            average_and_refresh([tmp_path / "absent"], average, options())
+            average_and_refresh([tmp_path / "absent"], average, RefreshOptions(**options()))
 
     def test_does_not_replace_what_it_is_made_of(self, net, tmp_path):
         folder, _ = self.inputs(net, tmp_path)
         output = folder / "step_1.safetensors"
         before = output.read_bytes()
         with pytest.raises(OutputError, match="is itself one of the checkpoints"):
-            average_and_refresh([folder], output, options(), force=True)
+            average_and_refresh([folder], output, RefreshOptions(**options()), force=True)
         assert output.read_bytes() == before
         assert len(list(folder.iterdir())) == 2
 
@@ -1298,10 +1307,12 @@ class TestAverageAndRefresh:
         new = save_safetensors(disturbed(net).state_dict(), tmp_path / "new.safetensors")
         expected = tmp_path / "expected.safetensors"
         ckptavg.average([average, new], expected, update=True)
-        refresh_checkpoint(expected, None, options())
+        refresh_checkpoint(expected, None, **options())
         with pytest.raises(OutputError, match="exists already"):
-            average_and_refresh([average, new], average, options(), update=True)
-        average_and_refresh([average, new], average, options(), update=True, force=True)
+            average_and_refresh([average, new], average, RefreshOptions(**options()), update=True)
+        average_and_refresh(
+            [average, new], average, RefreshOptions(**options()), update=True, force=True
+        )
         found, wanted = load(average), load(expected)
         assert all(same_bits(found[name], wanted[name]) for name in wanted)
         assert provenance(average) == provenance(expected)
@@ -1329,7 +1340,7 @@ class TestAverageAndRefresh:
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "mine").touch()
         arguments = {"force": True, **arguments}
-        refresh = options(**arguments.pop("refresh", {}))
+        refresh = RefreshOptions(**options(**arguments.pop("refresh", {})))
         told: list[int] = []
         before = contents(tmp_path)
         with pytest.raises(CkptAvgError, match=message):
@@ -1354,10 +1365,14 @@ class TestAverageAndRefresh:
         told: list[int] = []
         common = {"progress": lambda done, _: told.append(done)}
         with pytest.raises(OutputError, match="No space left"):
-            average_and_refresh([folder], tmp_path / "o.safetensors", options(), **common)
+            average_and_refresh(
+                [folder], tmp_path / "o.safetensors", RefreshOptions(**options()), **common
+            )
         assert told == []
         factor = 2.5
-        average_and_refresh([folder], tmp_path / "o.safetensors", options(), **common)
+        average_and_refresh(
+            [folder], tmp_path / "o.safetensors", RefreshOptions(**options()), **common
+        )
 
     def test_makes_shards_of_the_size_that_is_asked_for(self, net, tmp_path):
         folder, average = self.inputs(net, tmp_path)
@@ -1367,7 +1382,7 @@ class TestAverageAndRefresh:
         index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
         assert {shard.name for shard in shards} == set(index.values())
         assert len(shards) > 1
-        refresh_checkpoint(average, None, options())
+        refresh_checkpoint(average, None, **options())
         expected = load(average)
         found = {name: value for shard in shards for name, value in load(shard).items()}
         assert found.keys() == index.keys() == expected.keys()
@@ -1381,7 +1396,7 @@ class TestAverageAndRefresh:
         folder, _ = self.inputs(net, tmp_path)
         told: list[int] = []
         summary, report = average_and_refresh(
-            [folder], tmp_path / "o.safetensors", options(),
+            [folder], tmp_path / "o.safetensors", RefreshOptions(**options()),
             progress=lambda done, _: told.append(done),
             refresh_progress=lambda done, _: told.append(-done),
             dtype="bfloat16", norm_stats="last", expect=2,
@@ -1532,7 +1547,7 @@ class TestCommand:
     @pytest.mark.parametrize("as_json", [False, True])
     def test_average_refreshes_too(self, as_json, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)
-        refresh_checkpoint(path, None, options(estimator="exact"))
+        refresh_checkpoint(path, None, **options(estimator="exact"))
         arguments = ("--json",) if as_json else ()
         result = run(
             *(
@@ -1583,7 +1598,7 @@ class TestProcess:
         path = ours(net.state_dict(), tmp_path)
         done = process("bn-refresh", path, "-o", "o.safetensors", *SPECS, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
-        refresh_checkpoint(path, tmp_path / "p.safetensors", options())
+        refresh_checkpoint(path, tmp_path / "p.safetensors", **options())
         assert (tmp_path / "o.safetensors").read_bytes() == (
             tmp_path / "p.safetensors"
         ).read_bytes()
@@ -1651,7 +1666,8 @@ def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path, caplog, monkeypatc
     refresh_checkpoint(
         tmp_path / "swa.safetensors",
         None,
-        RefreshOptions(model=f"{spec}:model", loader=f"{spec}:loader"),
+        model=f"{spec}:model",
+        loader=f"{spec}:loader",
     )
     assert "they stay as they are" in caplog.text
     made = open_checkpoint(tmp_path / "swa.safetensors").provenance
@@ -1675,5 +1691,6 @@ def test_a_load_state_dict_that_does_nothing_is_found(tmp_path):
         refresh_checkpoint(
             tmp_path / "c.pt",
             tmp_path / "o.pt",
-            RefreshOptions(model=f"{spec}:model", loader=f"{spec}:loader"),
+            model=f"{spec}:model",
+            loader=f"{spec}:loader",
         )

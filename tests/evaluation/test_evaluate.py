@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import ckptavg
 from ckptavg import Selection
 from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError, UserCodeError
-from ckptavg.evaluation.evaluate import Evaluation, EvaluationOptions, evaluate, winners
+from ckptavg.evaluation.evaluate import Evaluation, evaluate, winners
 from ckptavg.select.metrics import read_metrics
 from tests.held_out import naive_metrics, save_trained, trained
 from tests.helpers import run
@@ -29,16 +30,16 @@ def states(train):
     return save_trained(train, Path("run"))
 
 
-def options(model="train.py:Net", loader="train.py:batches", **others) -> EvaluationOptions:
-    return EvaluationOptions(model=model, loader=loader, device="cpu", **others)
+def options(model="train.py:Net", loader="train.py:batches", **others) -> dict[str, Any]:
+    return dict(model=model, loader=loader, device="cpu", **others)
 
 
 def refresh(loader="train.py:training", **others) -> RefreshOptions:
     return RefreshOptions(model="train.py:Net", loader=loader, device="cpu", **others)
 
 
-def metrics(path="run", made: EvaluationOptions | None = None, **others) -> list[dict[str, float]]:
-    found = evaluate([Path(path)], made or options(**others))
+def metrics(path="run", made: dict[str, Any] | None = None, **others) -> list[dict[str, float]]:
+    found = evaluate([Path(path)], **(made or options(**others)))
     return [dict(one.metrics) for one in found]
 
 
@@ -170,14 +171,14 @@ class TestEachCheckpoint:
 
     def test_is_evaluated_in_the_order_of_training_and_named(self):
         paths = [Path("run/step_3.pt"), Path("run/step_0.pt")]
-        found = evaluate(paths, options(metric="loss"))
+        found = evaluate(paths, **options(metric="loss"))
         assert [(one.checkpoint, one.path, one.step) for one in found] == [
             ("step_0.pt", "run/step_0.pt", 0),
             ("step_3.pt", "run/step_3.pt", 3),
         ]
 
     def test_is_chosen_by_the_rules(self):
-        found = evaluate([Path("run")], options(), select=Selection(last=3, every=2))
+        found = evaluate([Path("run")], **options(), select=Selection(last=3, every=2))
         assert [one.checkpoint for one in found] == ["step_2.pt", "step_4.pt"]
 
     def test_may_have_a_prefix_and_be_an_average_or_one_of_several_state_dicts(
@@ -189,7 +190,7 @@ class TestEachCheckpoint:
         expected = metrics()
         caplog.clear()
         assert metrics("a_0.safetensors") == [expected[0]]
-        found = evaluate([Path("a_1.pt")], options(), key="ema")
+        found = evaluate([Path("a_1.pt")], **options(), key="ema")
         assert found[0].metrics == expected[1]
         assert len(metrics("swa.safetensors")) == 1
 
@@ -201,7 +202,7 @@ class TestEachCheckpoint:
 
     def test_hears_of_progress(self):
         heard: list[tuple[int, int | None]] = []
-        evaluate([Path("run")], options(), progress=lambda done, all_: heard.append((done, all_)))
+        evaluate([Path("run")], **options(), progress=lambda done, all_: heard.append((done, all_)))
         assert heard == [(1, 5)] * 5
 
 
@@ -302,7 +303,7 @@ class TestRefusals:
 
     def test_of_a_choice_without_any(self):
         with pytest.raises(SelectionError, match="none of 5 checkpoints is left"):
-            evaluate([Path("run")], options(), select=Selection(start=99))
+            evaluate([Path("run")], **options(), select=Selection(start=99))
 
     @pytest.mark.parametrize("where", ["metric", "forward", "loader"])
     def test_of_the_users_own_are_told_from_ours(self, where):

@@ -60,11 +60,12 @@ SPECS: dict[str, Any] = {"model": "code.py:net", "loader": "code.py:batches"}
 @pytest.mark.parametrize("kind", ["object", "callable"])
 def test_a_checkpoint_is_refreshed_as_with_specs(code, kind):
     ckptavg.average("run", "swa.safetensors")
-    ckptavg.refresh_checkpoint("swa.safetensors", "a.safetensors", ckptavg.RefreshOptions(**SPECS))
+    ckptavg.refresh_checkpoint("swa.safetensors", "a.safetensors", **SPECS)
     model = code["net"]() if kind == "object" else code["net"]
     loader = code["batches"]() if kind == "object" else code["batches"]
-    options = ckptavg.RefreshOptions(model=model, loader=loader)
-    report = ckptavg.refresh_checkpoint("swa.safetensors", "b.safetensors", options)
+    report = ckptavg.refresh_checkpoint(
+        "swa.safetensors", "b.safetensors", model=model, loader=loader
+    )
     assert (report.batches, report.samples) == (4, 32)
     one, other = load_file("a.safetensors"), load_file("b.safetensors")
     assert one.keys() == other.keys()
@@ -72,12 +73,9 @@ def test_a_checkpoint_is_refreshed_as_with_specs(code, kind):
 
 
 def test_checkpoints_are_evaluated_as_with_specs(code):
-    options = ckptavg.EvaluationOptions(**SPECS, metric="code.py:largest")
-    expected = ckptavg.evaluate("run", options)
-    options = ckptavg.EvaluationOptions(
-        model=code["net"](), loader=code["batches"](), metric=code["largest"]
-    )
-    assert ckptavg.evaluate("run", options) == expected
+    expected = ckptavg.evaluate("run", **SPECS, metric="code.py:largest")
+    objects = {"model": code["net"](), "loader": code["batches"](), "metric": code["largest"]}
+    assert ckptavg.evaluate("run", **objects) == expected
     assert [sorted(each.metrics) for each in expected] == [["largest"]] * 3
 
 
@@ -97,41 +95,43 @@ class Counting(nn.Module):
 
 def test_buffers_that_no_checkpoint_has_do_not_pass_from_one_to_the_next(code):
     def evaluated(path):
-        options = ckptavg.EvaluationOptions(
-            model=Counting(), loader=code["batches"](), metric=code["largest"]
+        evaluations = ckptavg.evaluate(
+            path, model=Counting(), loader=code["batches"](), metric=code["largest"]
         )
-        return [each.metrics for each in ckptavg.evaluate(path, options)]
+        return [each.metrics for each in evaluations]
 
     paths = [f"run/step_{step}.safetensors" for step in range(3)]
     assert evaluated("run") == [metrics for path in paths for metrics in evaluated(path)]
 
 
 def test_a_soup_is_made_of_objects(code):
-    options = ckptavg.EvaluationOptions(
-        model=code["net"](), loader=code["batches"](), metric="loss"
+    soup = ckptavg.soup(
+        "run", "soup.safetensors", model=code["net"](), loader=code["batches"](), metric="loss"
     )
-    soup = ckptavg.soup("run", "soup.safetensors", options)
     assert soup.steps[0].kept
-    specs = ckptavg.EvaluationOptions(**SPECS, metric="loss")
-    assert ckptavg.soup("run", "again.safetensors", specs).value == soup.value
+    again = ckptavg.soup("run", "again.safetensors", **SPECS, metric="loss")
+    assert again.value == soup.value
 
 
 def test_a_metric_may_ask_for_the_number_of_batches(code):
-    options = ckptavg.EvaluationOptions(**SPECS, metric="code.py:count")
-    assert [each.metrics for each in ckptavg.evaluate("run", options)] == [{"count": 4}] * 3
+    evaluations = ckptavg.evaluate("run", **SPECS, metric="code.py:count")
+    assert [each.metrics for each in evaluations] == [{"count": 4}] * 3
 
 
 def test_messages_name_objects_by_their_names(code):
     def wrong():
         return 3
 
-    options = ckptavg.RefreshOptions(model=wrong, loader=code["batches"])
     with pytest.raises(ckptavg.CkptAvgError, match=r"wrong is a int, not a torch\.nn\.Module"):
-        ckptavg.refresh_checkpoint("run/step_0.safetensors", "a.safetensors", options)
+        ckptavg.refresh_checkpoint(
+            "run/step_0.safetensors",
+            "a.safetensors",
+            model=wrong,
+            loader=code["batches"],
+        )
 
 
 def test_a_generator_serves_one_checkpoint_only(code):
     batches = (batch for batch in code["batches"]())
-    options = ckptavg.EvaluationOptions(model=nn.Sequential(*code["net"]()), loader=batches)
     with pytest.raises(ckptavg.CkptAvgError, match="can be gone through only once"):
-        ckptavg.evaluate("run", options)
+        ckptavg.evaluate("run", model=nn.Sequential(*code["net"]()), loader=batches)

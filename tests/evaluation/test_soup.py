@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import ckptavg
 from ckptavg import Selection
 from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError, ValueRangeError
-from ckptavg.evaluation.evaluate import EvaluationOptions, evaluate
+from ckptavg.evaluation.evaluate import evaluate
 from ckptavg.evaluation.soup import Soup, soup
 from ckptavg.formats import open_checkpoint
 from tests.held_out import naive_average, naive_greedy, naive_metrics, save_trained
@@ -31,13 +32,13 @@ def states(train):
     return save_trained(train, Path("run"), count=6)
 
 
-def options(metric="loss", loader="train.py:batches", **others) -> EvaluationOptions:
+def options(metric="loss", loader="train.py:batches", **others) -> dict[str, Any]:
     model = others.pop("model", "train.py:Net")
-    return EvaluationOptions(model=model, loader=loader, metric=metric, device="cpu", **others)
+    return dict(model=model, loader=loader, metric=metric, device="cpu", **others)
 
 
 def made(metric="loss", output=OUT, folder="run", **others) -> Soup:
-    return soup([Path(folder)], output, options(metric), **others)
+    return soup([Path(folder)], output, **options(metric), **others)
 
 
 def kept(found: Soup) -> list[int]:
@@ -69,7 +70,7 @@ class TestRecipe:
             lambda state: naive_metrics(model, state, batches)[metric],
             high=metric == "accuracy",
         )
-        found = soup([Path("run")], OUT, options(metric, model=f"train.py:{kind}"))
+        found = soup([Path("run")], OUT, **options(metric, model=f"train.py:{kind}"))
         assert kept(found) == expected
         assert len(expected) < len(states)
         members = [states[place] for place in expected]
@@ -203,7 +204,7 @@ class TestMetricsFile:
         )
         table = {
             one.checkpoint: one.metrics["accuracy"]
-            for one in evaluate([Path("run")], options("own.py:accuracy"))
+            for one in evaluate([Path("run")], **options("own.py:accuracy"))
         }
         Path("values.json").write_text(json.dumps(table))
         from train import CALLS  # type: ignore[import-not-found]
@@ -259,7 +260,7 @@ class TestRefresh:
             high=False,
         )
         refresh = RefreshOptions(model="train.py:Net", loader="train.py:training", device="cpu")
-        found = soup([Path("run")], OUT, options(refresh=refresh))
+        found = soup([Path("run")], OUT, **options(refresh=refresh))
         assert kept(found) == expected
         assert kept(found) != kept(made(output=Path("stale.safetensors")))
         state = refreshed(naive_average([states[place] for place in expected]))
@@ -276,14 +277,14 @@ class TestRefresh:
         """Shuffled data: the refresh of the output draws them as that of the trial did."""
         Path("own.py").write_text("import torch\ntorch.rand(3)\nfrom train import Net\n")
         refresh = RefreshOptions(model="own.py:Net", loader="train.py:shuffled", device="cpu")
-        found = soup([Path("run")], OUT, options(model="own.py:Net", refresh=refresh))
-        [again] = evaluate([OUT], options())
+        found = soup([Path("run")], OUT, **options(model="own.py:Net", refresh=refresh))
+        [again] = evaluate([OUT], **options())
         assert again.metrics == {"loss": found.value}
 
     def test_may_make_a_torch_file(self, states):
         refresh = RefreshOptions(model="train.py:Net", loader="train.py:training", device="cpu")
-        soup([Path("run")], Path("soup.pt"), options(refresh=refresh))
-        [again] = evaluate([Path("soup.pt")], options())
+        soup([Path("run")], Path("soup.pt"), **options(refresh=refresh))
+        [again] = evaluate([Path("soup.pt")], **options())
         assert sorted(torch.load("soup.pt", weights_only=True)) == sorted(states[0])
         assert math.isfinite(again.metrics["loss"])
 
@@ -388,7 +389,7 @@ class TestRefusals:
     def test_of_an_empty_loader(self):
         Path("own.py").write_text("empty = []\n")
         with pytest.raises(CkptAvgError, match="gave no examples"):
-            soup([Path("run")], OUT, options(loader="own.py:empty"))
+            soup([Path("run")], OUT, **options(loader="own.py:empty"))
         assert not OUT.exists()
         assert no_litter()
 

@@ -281,11 +281,9 @@ def average_with_model(inputs: Path, out: Path) -> None:
 def refresh(inputs: Path, out: Path) -> None:
     """Of the last of the checkpoints."""
     from ckptavg.batchnorm.files import refresh_checkpoint
-    from ckptavg.batchnorm.options import RefreshOptions
 
-    options = RefreshOptions(model="math:sqrt", loader="math:sqrt")
     last = max(inputs.iterdir()) if inputs.name == "run" else inputs
-    refresh_checkpoint(last, out, options, force=True)
+    refresh_checkpoint(last, out, model="math:sqrt", loader="math:sqrt", force=True)
 
 
 # None of them may get as far as making the model: its factory raises.

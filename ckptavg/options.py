@@ -1,0 +1,51 @@
+"""Options are one dataclass a subject; public functions take its fields as keywords."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_Fields = ParamSpec("_Fields")
+_Options_co = TypeVar("_Options_co", covariant=True)
+_First = TypeVar("_First")
+_Second = TypeVar("_Second")
+_Result = TypeVar("_Result")
+
+
+class _Decorator(Protocol[_Fields, _Options_co]):
+    @overload
+    def __call__(
+        self, function: Callable[[_First, _Options_co], _Result]
+    ) -> Callable[Concatenate[_First, _Fields], _Result]: ...
+
+    @overload
+    def __call__(
+        self, function: Callable[[_First, _Second, _Options_co], _Result]
+    ) -> Callable[Concatenate[_First, _Second, _Fields], _Result]: ...
+
+
+def takes_fields_of(options: Callable[_Fields, _Options_co]) -> _Decorator[_Fields, _Options_co]:
+    """Decorate `f(..., options)`, so that callers pass the fields of the options as keywords.
+
+    Args:
+        options: the dataclass.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        *leading, _ = inspect.signature(function).parameters.values()
+        signature = inspect.Signature([*leading, *inspect.signature(options).parameters.values()])
+
+        @functools.wraps(function)
+        def with_fields(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - see `_Decorator`
+            given = signature.bind(*args, **keywords).arguments
+            first = [given.pop(parameter.name) for parameter in leading]
+            return function(*first, options(**given))  # type: ignore[call-arg]
+
+        with_fields.__signature__ = signature  # type: ignore[attr-defined]
+        return with_fields
+
+    return decorate

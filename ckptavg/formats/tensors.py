@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -193,6 +193,38 @@ def is_norm_statistic(name: str) -> bool:
 def is_batch_counter(name: str) -> bool:
     """Whether a tensor counts the batches that a norm layer has seen."""
     return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+_POWER_ITERATION = re.compile(
+    r"(?P<torch>.*\bparametrizations\.[^.]+\.\d+\.)_[uv]"
+    r"|(?P<hook>.+)_[uv]"
+    r"|(?P<biggan>.*\b)(u|sv)\d+"
+)
+
+
+def power_iteration_vectors(tensors: Mapping[str, object]) -> frozenset[str]:
+    """The names of the vectors from which spectral norm estimates the largest singular value.
+
+    They are `parametrizations.weight.0._u` and `_v` in torch, `weight_u` and `weight_v` beside
+    `weight_orig` in its older API, or beside `weight_bar`, and `u0` beside `sv0` in BigGAN.
+    `weight_v` of weight norm and `pos_bias_u` of Conformers are no such vectors.
+
+    Args:
+        tensors: all tensors of a checkpoint by name.
+    """
+    vectors = set()
+    for name in tensors:
+        match = _POWER_ITERATION.fullmatch(name)
+        if match is None:
+            continue
+        hook, biggan = match["hook"], match["biggan"]
+        if (
+            match["torch"] is not None
+            or (hook is not None and (f"{hook}_orig" in tensors or f"{hook}_bar" in tensors))
+            or (biggan is not None and {f"{biggan}u0", f"{biggan}sv0"} <= tensors.keys())
+        ):
+            vectors.add(name)
+    return frozenset(vectors)
 
 
 def is_extra_state(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.formats.tensors import BY_NAME, new_arrays
+from ckptavg.formats.tensors import BY_NAME, new_arrays, power_iteration_vectors
 from ckptavg.merge.arithmetic import rounded
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Space:
         seed: int = 0,
     ) -> None:
         self._checkpoints, self._seed = checkpoints, seed
+        self._vectors = power_iteration_vectors(checkpoints[0].tensors)
+        parameters = [name for name in parameters if name not in self._vectors]
         self._parameters = tuple(parameters)
         self._drawn_as = {name: name for name in parameters} | dict(aliases or {})
         self._numbers = {name: number for number, name in enumerate(parameters)}
@@ -97,8 +99,8 @@ class Space:
 
     def _value(self, place: Place, name: str) -> AnyArray:
         tensor = self._checkpoints[0].tensors[name]
-        if not tensor.dtype.averaged:
-            # Counters and the like: of the checkpoint that has the largest part.
+        if not tensor.dtype.averaged or name in self._vectors:
+            # Counters, and what spectral norm iterates: of the checkpoint with the largest part.
             largest = int(np.argmax(place.coefficients))
             return self._checkpoints[largest].read(name)
         pairs = zip(place.coefficients, self._checkpoints, strict=True)

@@ -5,6 +5,7 @@ Everything that can be refused from headers alone is refused here, before any ou
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,11 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
 from ckptavg.formats.checkpoint import differing_tensors
-from ckptavg.formats.tensors import BY_NAME, is_extra_state, is_lora_factor, is_norm_statistic
+from ckptavg.formats.tensors import (
+    BY_NAME,
+    is_extra_state,
+    is_lora_factor,
+    is_norm_statistic,
+    power_iteration_vectors,
+)
 from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import DType, Tensor
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.recipe import AverageOptions
     from ckptavg.merge.weights import Weights
 
+log = logging.getLogger("ckptavg")
 
 Role = Literal["averaged", "last", "kept", "joined"]
 """What an output has for a tensor: the `averaged` one, the `last` checkpoint's, the one that all
@@ -53,9 +61,9 @@ class PlannedTensor(OutputTensor):
     @property
     def is_copied(self) -> bool:
         """Whether its bytes are copied unchecked. The floats of a model are checked for NaN."""
-        return self.role == "kept" or (
-            self.role == "last" and (not self.tensor.dtype.averaged or is_extra_state(self.name))
-        )
+        if self.role == "kept":
+            return self.dtype is self.tensor.dtype
+        return self.role == "last" and (not self.tensor.dtype.averaged or is_extra_state(self.name))
 
     @property
     def is_variance(self) -> bool:
@@ -89,15 +97,21 @@ class Plan:
     def norm_stats(self, output: int = 0) -> dict[str, Any]:
         """The entry on the norm statistics in an output's provenance.
 
-        The `state` in it is `none` for a model without statistics, and `stale` for an average. In a
-        copy of one checkpoint the statistics still fit the weights: the entry is what that
-        checkpoint records, else the state is `kept`.
+        The `state` in it is `none` for a model without statistics, and `stale` for an average. It
+        is `frozen` where all members have the same statistics; `frozen` beside it names the layers
+        of which that is true, if it is not of all. In a copy of one checkpoint the statistics still
+        fit the weights: the entry is what that checkpoint records, else the state is `kept`.
         """
-        if not any(is_norm_statistic(planned.name) for planned in self.tensors):
+        roles = {name: planned.role for planned in self.tensors for name in planned.names}
+        layers = {name.rpartition(".")[0] for name in roles if is_norm_statistic(name)}
+        if not layers:
             return {"state": "none"}
         weights = self.weights[output]
-        if weights.count > 1 or sum(weights.values) != weights.divisor:
-            return {"state": "stale"}
+        if weights.count > 1 or not weights.sum_to_one:
+            frozen = _frozen_layers(layers, roles)
+            if len(frozen) == len(layers):
+                return {"state": "frozen"}
+            return {"state": "stale", "frozen": frozen} if frozen else {"state": "stale"}
         entry = (self.last(output).provenance or {}).get("norm_stats")
         if isinstance(entry, dict) and isinstance(entry.get("state"), str):
             return entry
@@ -179,7 +193,7 @@ class Plan:
             output=output,
             scattered=layout.scattered.get(position, ()),
             nonnegative=min(weights.values) < 0 and planned.is_variance,
-            must_be_finite=not averaged and weights.count > 1,
+            must_be_finite=planned.role == "last" and weights.count > 1,
         )
 
     def explain(self, error: BadValueError) -> ValueRangeError:
@@ -220,7 +234,8 @@ def make_plan(
     """
     if roles is None:
         refuse_quantised(members[-1])
-        roles = decide_roles(members, options)
+        is_mean = all(each.sum_to_one for each in weights)
+        roles = decide_roles(members, options, is_mean=is_mean)
     dtype = BY_NAME[options.dtype] if options.dtype else None
     tensors = tuple(_planned_tensors(members, roles, dtype))
     return Plan(tuple(members), tuple(weights), tensors)
@@ -258,35 +273,54 @@ def _may_be_codes(name: str, tensor: Tensor) -> bool:
     return tensor.dtype.averaged or name.rpartition(".")[2].startswith(("weight", "w", "W", "q"))
 
 
-def decide_roles(members: Sequence[Checkpoint], options: AverageOptions) -> dict[str, Role]:
+def _frozen_layers(layers: Collection[str], roles: Mapping[str, Role]) -> list[str]:
+    """The norm layers whose statistics and counters are the same in all members, sorted."""
+    ends = ("running_mean", "running_var", "num_batches_tracked")
+    return [
+        layer
+        for layer in sorted(layers)
+        if all(roles.get(f"{layer}.{end}" if layer else end, "kept") == "kept" for end in ends)
+    ]
+
+
+def decide_roles(
+    members: Sequence[Checkpoint], options: AverageOptions, *, is_mean: bool
+) -> dict[str, Role]:
     """The role of each tensor, by name.
+
+    Integers are kept where all members have the same, and norm statistics are. Other integers, and
+    the vectors of spectral norm's power iteration, which shrink in a mean, are the last member's.
 
     Args:
         members: checkpoints of one model, in order.
         options: how integers, norm statistics and LoRA factors are treated.
+        is_mean: whether the weights sum to 1 in all outputs.
 
     Raises:
         MismatchError: an integer tensor of several elements differs between checkpoints.
     """
     first, *others = members
+    vectors = power_iteration_vectors(first.tensors)
+    if vectors and others:
+        log.info("%d vectors of spectral norm are the last checkpoint's", len(vectors))
     roles: dict[str, Role] = {}
-    integers: list[str] = []
     for name, tensor in first.tensors.items():
-        if is_extra_state(name) or (options.norm_stats == "last" and is_norm_statistic(name)):
+        is_last = is_norm_statistic(name) and options.norm_stats == "last"
+        if is_last or is_extra_state(name) or name in vectors:
             roles[name] = "last"
         elif options.lora == "exact" and is_lora_factor(name):
             roles[name] = "joined"
-        elif tensor.dtype.averaged:
+        elif tensor.dtype.averaged and not (others and is_mean and is_norm_statistic(name)):
             roles[name] = "averaged"
         else:
             roles[name] = "kept"
-            integers.append(name)
     problems: dict[str, str] = {}
     for other in others:
-        for name in differing_tensors(integers, first, other):
-            roles[name] = "last"
+        kept = [name for name, role in roles.items() if role == "kept"]
+        for name in differing_tensors(kept, first, other):
             tensor = first.tensors[name]
-            if tensor.count > 1 and options.ints != "last":
+            roles[name] = "averaged" if tensor.dtype.averaged else "last"
+            if roles[name] == "last" and tensor.count > 1 and options.ints != "last":
                 problems.setdefault(
                     name,
                     f"{printable(name)}: {tensor.dtype.name} {tensor.shape} differs between "

@@ -46,6 +46,11 @@ class Weights:
         return len(self.values) - self.values.count(0)
 
     @property
+    def sum_to_one(self) -> bool:
+        """Whether the average is a mean: the weights sum to the divisor."""
+        return math.isclose(math.fsum(self.values), self.divisor)
+
+    @property
     def last(self) -> int:
         """The index of the last checkpoint with a weight other than 0."""
         return max(place for place, value in enumerate(self.values) if value != 0)

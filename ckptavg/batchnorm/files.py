@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +18,11 @@ except ModuleNotFoundError as error:
         remedy="pip install torch",
     ) from error
 
-from ckptavg.batchnorm.layers import norm_layers, unwrapped
+from torch.nn.parameter import is_lazy
+
+from ckptavg.batchnorm.layers import LeftLayer, explained, norm_layers, unwrapped
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
-from ckptavg.batchnorm.report import RefreshReport
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
@@ -35,9 +36,10 @@ from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ckptavg.batchnorm.layers import NormLayer
+    from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.formats.tensors import AnyArray, DType
@@ -88,30 +90,90 @@ def refresh_checkpoint(
 def _refreshed(
     checkpoint: Checkpoint, options: RefreshCheckpointOptions
 ) -> tuple[Checkpoint, RefreshReport]:
-    """The checkpoint with other norm statistics."""
+    """The checkpoint with other norm statistics.
+
+    Raises:
+        RefreshError: there are none, unless that is asked for.
+    """
     import_all(options.seed, options.model)
     model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
-    report = RefreshReport("none", 0, 0, 0, (), ())
+    left = _layers_to_leave(unwrapped(model), names, checkpoint, is_chosen=bool(options.layers))
     layers = norm_layers(unwrapped(model))
-    if layers:
+    batches: Iterable[Any] = ()
+    forward = None
+    if len(left) < len(layers):
         with random_state_kept():
             import_all(options.seed, options.model, options.loader, options.forward)
         batches = make_batches(options.loader, options.loader_args)
-        report = refresh_norm(
-            model, batches, forward=load_object(options.forward) if options.forward else None,
-            ranks=options.ranks, progress=options.progress, **options.keywords,
-        )  # fmt: skip
-    elif any(map(is_norm_statistic, checkpoint.tensors)):
-        log.warning(
-            "the checkpoint has running statistics and the model no norm layer of torch's "
-            "that tracks any (is it TorchScript?): they stay as they are"
-        )
-    else:
-        log.info("the model has no norm layers that track statistics: a plain copy")
+        forward = load_object(options.forward) if options.forward else None
+    report = refresh_norm(
+        model, batches, forward=forward, left=left,
+        ranks=options.ranks, progress=options.progress, **options.keywords,
+    )  # fmt: skip
+    if not report.layers:
+        _explain_nothing(report, checkpoint, is_optional=options.is_optional)
     used = [layers[layer.name] for layer in report.layers]
     _warn_of_frozen(report, layers, names)
     return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report
+
+
+def _layers_to_leave(
+    model: torch.nn.Module, names: Mapping[str, str], checkpoint: Checkpoint, *, is_chosen: bool
+) -> list[LeftLayer]:
+    """The layers whose statistics are not in the checkpoint, or were frozen in the training.
+
+    Args:
+        model: the model.
+        names: its names of tensors, with the checkpoint's.
+        checkpoint: the checkpoint, which may record what was frozen.
+        is_chosen: whether the user has named the layers to refresh: then he knows.
+    """
+    names_by_place: dict[object, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in names and isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
+            names_by_place[tensor.data_ptr()] = names[name]
+    left = []
+    for name, layer in norm_layers(model).items():
+        assert layer.running_mean is not None  # noqa: S101 - see `tracks`
+        place = None if is_lazy(layer.running_mean) else layer.running_mean.data_ptr()
+        given = names_by_place.get(place) or names.get(f"{name}.running_mean")
+        if given is None:
+            reason = "not in the checkpoint"
+            left.append(LeftLayer(name, reason, is_frozen=True))
+        elif not is_chosen and _was_frozen(given.rpartition(".")[0], checkpoint):
+            reason = "frozen: the same in all members of the average"
+            left.append(LeftLayer(name, reason, is_frozen=True))
+    return left
+
+
+def _was_frozen(layer: str, checkpoint: Checkpoint) -> bool:
+    """Whether a layer had the same statistics in all members of the average, by its provenance."""
+    entry = (checkpoint.provenance or {}).get("norm_stats")
+    if not isinstance(entry, dict):
+        return False
+    frozen = entry.get("frozen")
+    return entry.get("state") == "frozen" or (isinstance(frozen, list) and layer in frozen)
+
+
+def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_optional: bool) -> None:
+    """Say why nothing was refreshed.
+
+    Raises:
+        RefreshError: unless that is all right.
+    """
+    if report.left:
+        reason = explained(report.left)
+    elif any(map(is_norm_statistic, checkpoint.tensors)):
+        raise RefreshError(
+            "the checkpoint has running statistics and the model no norm layer that tracks any",
+            path=checkpoint.path,
+        )
+    else:
+        reason = "the model has no norm layers that track statistics"
+    if not is_optional:
+        raise RefreshError(f"there is nothing to refresh: {reason}", path=checkpoint.path)
+    log.info("there is nothing to refresh: %s", reason)
 
 
 def _warn_of_frozen(

@@ -53,7 +53,7 @@ class ImageFormat:
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def run(self, forward: Callable[[Any], object], batch: Any) -> None:  # noqa: ANN401
+    def call(self, forward: Callable[[Any], object], batch: Any) -> None:  # noqa: ANN401
         """Call `forward` with the batch, its images in the memory format.
 
         `view` and custom kernels do not take all memory formats: if `auto` chose one and the first

@@ -83,6 +83,8 @@ class RefreshCheckpointOptions(RefreshOptions):
         container: `last` writes the whole torch file with the new statistics in it, `weights` the
             state dict alone. In place it is always the whole.
         max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
+        is_optional: copy a checkpoint that has no norm statistics to refresh: its model has no norm
+            layers that track them, or all are frozen.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
         judge: evaluates the checkpoint before and after, and may keep the old statistics.
@@ -94,6 +96,7 @@ class RefreshCheckpointOptions(RefreshOptions):
     in_place: bool = False
     container: Literal["weights", "last"] = "weights"
     max_shard_size: int | None = None
+    is_optional: bool = False
     force: bool = False
     fsync: bool = True
     judge: Judge | None = None

@@ -1,7 +1,7 @@
-"""One pass of training data through a model, to reset its BatchNorm statistics.
+"""One pass of training data through a model, which recomputes its BatchNorm statistics.
 
-The statistics are written when the pass has ended well. Until then each call of a layer has buffers
-of its own, and all that the pass changes is put back whatever happens.
+During the pass each call of a norm layer writes to temporary buffers. Modes, hooks and buffers are
+put back whatever happens; the new statistics are written when the whole pass has succeeded.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ckptavg.batchnorm.capture import UnfitBatchError, capture
 from ckptavg.batchnorm.images import ImageFormat, MemoryFormat
-from ckptavg.batchnorm.layers import chosen_layers, unwrapped
+from ckptavg.batchnorm.layers import (
+    LeftLayer,
+    explained,
+    layers_to_refresh,
+    speak_of,
+    unwrapped,
+)
 from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, observe
 from ckptavg.batchnorm.report import RefreshReport
-from ckptavg.batchnorm.setting import TrainMode, prepared
-from ckptavg.batchnorm.storing import stored
+from ckptavg.batchnorm.setting import TrainMode, training_mode
+from ckptavg.batchnorm.storing import store
 from ckptavg.batchnorm.totals import PassTotals, until_converged
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
 from ckptavg.model.batches import default_forward, leading_size, on_device
 from ckptavg.model.factories import user_code
-from ckptavg.model.feeding import Feed, check_loader, cuts, known_length
+from ckptavg.model.feeding import Feed, check_loader, is_cut_short, known_length
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +46,7 @@ __all__ = ["RefreshReport", "refresh_norm"]
 Forward = Callable[[torch.nn.Module, Any], object]
 Precision = Literal["bf16"]
 Progress = Callable[[int, int | None], None]
-"""Called with the batches since the last call, and with the batches in all, None if unknown."""
+"""Called with the batches since the last call, and with all batches of this process or None."""
 
 
 def refresh_norm(
@@ -60,78 +66,91 @@ def refresh_norm(
     device: torch.device | str | None = None,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
+    left: Sequence[LeftLayer] = (),
 ) -> RefreshReport:
-    """Reset the running statistics of a model's norm layers with one pass over `batches`.
+    """Recompute the running statistics of a model's norm layers with one pass over `batches`.
 
     Izmailov et al. 2018, section 3.2. Unlike `torch.optim.swa_utils.update_bn`, only the norm
     layers are in training mode (dropout is off), a smaller last batch counts for less, and an
     exception leaves the model as it was. `BatchNorm` and `InstanceNorm` layers that track
-    statistics are refreshed, subclasses among them.
+    statistics are refreshed, subclasses among them. Layers that are frozen, by their class or by
+    the model's own `train()`, are not. A batch with less than two values per channel in a layer is
+    left out.
 
     Args:
         model: on its device, with its weights. Only its running statistics change.
-        batches: of training data; a tensor, or a list or tuple that begins with one, unless
-            `forward` is given.
+        batches: an iterable of training batches. Each is a tensor, or a list or tuple whose first
+            element is the model's input; anything if `forward` is given.
         estimator: `paper`, `torch` or `exact`; see `ckptavg.batchnorm.moments`.
         forward: called with model and batch in place of `model(batch)`.
-        layers: regular expressions; refresh only layers in whose names one of them is found.
+        layers: regular expressions that are searched in the names of layers, which alone are
+            refreshed, frozen ones too; empty for all.
         skip_layers: likewise, layers that keep their statistics and are in eval mode.
         memory_format: `auto` gives convolutional models their images in channels_last on the CPU,
-            and with `amp`; that rounds otherwise. `contiguous` gives torch's own bits.
+            and with `amp`, where that is faster. Results differ in their last bits: those of
+            `contiguous` are torch's own.
         amp: `bf16` runs the model in bfloat16 by `torch.autocast`; statistics stay in float32.
         train_mode: `full` puts the whole model into training mode, as `update_bn` does.
-        max_samples: stop after the batch that reaches this number of examples.
-        tol: stop when in every layer two standard errors of the mean and of the logarithm of the
-            standard deviation are below this; see `Moments.errors`.
+        max_samples: stop after the batch that reaches this number of examples, of all processes.
+        tol: stop once the estimates are precise enough: in every layer twice the standard error,
+            of the mean in standard deviations and of the logarithm of the standard deviation, is
+            at most this. None for all batches. See `Moments.errors`.
         strict: raise an error at a batch that gives NaN or Inf, instead of leaving it out.
         device: where batches are moved; None for the model's.
-        ranks: the processes that share the pass.
-        progress: called after each batch.
+        ranks: the processes that share the pass, each of which calls this with a loader of the
+            whole data. Each takes its share of the batches, and all get the same statistics.
+        progress: called after each batch with 1 and this process's number of batches, or None.
+        left: further layers that are left alone.
 
     Returns:
         What changed.
 
     Raises:
-        RefreshError: there were no usable batches, or the statistics are NaN or Inf.
+        RefreshError: an argument is wrong, there were no usable batches, no layer could be
+            refreshed, or the statistics are NaN or Inf.
         PeerError: another process has failed.
         UserCodeError: the model, the loader or `forward` raised.
     """
-    _check_choices(estimator, memory_format, train_mode, amp)
-    if tol is not None and not 0 < tol < math.inf:
-        raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
-    if max_samples is not None and max_samples < 1:
-        raise RefreshError(f"`max_samples` is at least 1, not {max_samples}")
     model = unwrapped(model)
     with ranks.together():
-        refreshed = chosen_layers(model, layers=layers, skip_layers=skip_layers)
-        if not refreshed:
-            return RefreshReport(estimator, 0, 0, 0, (), ())
+        _check_choices(
+            estimator=estimator, memory_format=memory_format, train_mode=train_mode, amp=amp
+        )
+        if tol is not None and not 0 < tol < math.inf:
+            raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
+        if max_samples is not None and max_samples < 1:
+            raise RefreshError(f"`max_samples` is at least 1, not {max_samples}")
+        chosen, left = layers_to_refresh(model, layers=layers, skip_layers=skip_layers, left=left)
+        if not chosen:
+            return _checked(RefreshReport(estimator, 0, 0, 0, (), left, processes=ranks.size))
+        speak_of(left)
         check_loader(
             batches, ranks, is_limited=max_samples is not None,
-            ends_early=tol is not None or cuts(batches, max_samples),
+            ends_early=tol is not None or is_cut_short(batches, max_samples),
         )  # fmt: skip
         feed = Feed(batches, ranks, max_samples=max_samples)
-        place = _device(device) or device_of(model)
-        channels = _channels(refreshed, estimator)
+        target_device = _device(device) or device_of(model)
+        channels = _channels(chosen, estimator)
         local = PassTotals(Moments.empty(channels))  # of this process
         progress = progress or (lambda _, __: None)
         length = known_length(batches)
         local_length = None if length is None else ranks.share(length)
         with (
             torch.no_grad(),
-            prepared(model, refreshed, train_mode),
-            capture(refreshed, model) as captured,
-            ImageFormat(model, memory_format, place, is_amp=amp is not None) as images,
+            training_mode(model, chosen, train_mode),
+            capture(chosen, model) as captured,
+            ImageFormat(model, memory_format, target_device, is_amp=amp is not None) as images,
         ):
 
-            def run(batch: Any) -> None:  # noqa: ANN401 - whatever the loader yields
-                captured.take()
-                with user_code("the forward pass"), _precision(amp, place):
+            def run_model(batch: Any) -> None:  # noqa: ANN401 - whatever the loader yields
+                captured.take()  # what is left of a batch that failed
+                with user_code("the forward pass"), _precision(amp, target_device):
                     (forward or default_forward)(model, batch)
 
-            for number, batch in until_converged(on_device(iter(feed), place), local, ranks, tol):
+            share = on_device(iter(feed), target_device)
+            for number, batch in until_converged(share, local, ranks, tol):
                 try:
-                    images.run(run, batch)
+                    images.call(run_model, batch)
                 except UnfitBatchError as error:
                     local.unfit[error.message] += 1
                 else:
@@ -139,23 +158,50 @@ def refresh_norm(
                     local.add(number, observation, leading_size(batch), strict=strict)
                 progress(1, local_length)
                 if ranks.has_failed_peer():
-                    break  # `gathered` raises
+                    break  # `gathered` raises PeerError
         local.fingerprint = feed.fingerprint()
         totals = local.gathered(ranks)
         totals.check()
-        new = stored(model, refreshed, totals.moments)
-    return RefreshReport(
-        estimator, totals.batches, totals.samples, totals.unfit.total(), new.layers, new.unused,
-        nonfinite=len(totals.nonfinite), processes=ranks.size, tol=tol,
-        converged=None if tol is None else totals.largest_error() <= tol,
-    )  # fmt: skip
+        reports = store(model, chosen, totals.moments)
+        refreshed = {report.name for report in reports}
+        not_called = [
+            LeftLayer(name, "not called", is_frozen=False)
+            for name in chosen
+            if name not in refreshed
+        ]
+        report = _checked(
+            RefreshReport(
+                estimator, totals.batches, totals.samples, totals.unfit.total(), reports,
+                (*left, *not_called), nonfinite=len(totals.nonfinite),
+                processes=ranks.size, tol=tol,
+                converged=None if tol is None else totals.largest_error() <= tol,
+            )
+        )  # fmt: skip
+        speak_of(not_called)
+        return report
 
 
-def _check_choices(*given: str | None) -> None:
-    kinds = (EstimatorName, MemoryFormat, TrainMode, Precision)
-    for value, choices in zip(given, kinds, strict=True):
-        if value is not None and value not in get_args(choices):
-            raise RefreshError(f"{value!r} is none of {', '.join(get_args(choices))}")
+def _checked(report: RefreshReport) -> RefreshReport:
+    """The report, unless there are stale statistics and none was refreshed.
+
+    Raises:
+        RefreshError: so it is.
+    """
+    stale = [layer for layer in report.left if not layer.is_frozen]
+    if stale and not report.layers:
+        raise RefreshError(f"no norm layer was refreshed: {explained(report.left)}")
+    return report
+
+
+def _check_choices(*, amp: str | None, **given: str) -> None:
+    kinds = (EstimatorName, MemoryFormat, TrainMode)
+    choices = dict(zip(given, map(get_args, kinds), strict=True))
+    choices["amp"] = (*get_args(Precision), None)
+    for name, value in {**given, "amp": amp}.items():
+        if value not in choices[name]:
+            raise RefreshError(
+                f"`{name}` is one of {', '.join(map(str, choices[name]))}, not {value!r}"
+            )
 
 
 def _channels(layers: Mapping[str, NormLayer], estimator: EstimatorName) -> Channels:

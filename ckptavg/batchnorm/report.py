@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ckptavg.batchnorm.layers import NormLayer
+    from ckptavg.batchnorm.layers import LeftLayer, NormLayer
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RefreshReport:
         samples: examples in them.
         skipped: batches that were left out, having less than two values per channel somewhere.
         layers: one for each layer that was refreshed, in the model's order.
-        unused: names of the layers that were never called and keep what they had.
+        left: the layers that keep their running statistics, with the reason.
         nonfinite: batches that were left out for NaN or Inf.
         processes: how many shared the pass.
         tol: the error at which the pass was to stop; None for none.
@@ -98,13 +98,19 @@ class RefreshReport:
     samples: int
     skipped: int
     layers: tuple[LayerReport, ...]
-    unused: tuple[str, ...]
+    left: tuple[LeftLayer, ...]
     nonfinite: int = 0
     processes: int = 1
     tol: float | None = None
     converged: bool | None = None
     verdict: Verdict | None = None
     written: bool = True
+
+    @property
+    def state(self) -> str:
+        """The state of the norm statistics: `partly refreshed` if a layer's still are stale."""
+        is_part = any(not layer.is_frozen for layer in self.left)
+        return "partly refreshed" if is_part else "refreshed"
 
     def largest(self, measure: Callable[[LayerReport], float]) -> LayerReport:
         """The layer that has most of something; of equals the first."""

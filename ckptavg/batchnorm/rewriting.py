@@ -117,12 +117,15 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
         state = entry.get("norm_stats", {"state": "unknown"})
     if report is not None and report.layers:
         state = {
-            "state": "refreshed",
+            "state": report.state,
             "estimator": report.estimator,
             "batches": report.batches,
             "samples": report.samples,
             "seed": seed,
         }
+        stale = [layer.name for layer in report.left if not layer.is_frozen]
+        if stale:
+            state["stale"] = stale
     return {**entry, "version": __version__, "norm_stats": state}
 
 

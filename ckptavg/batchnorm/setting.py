@@ -22,7 +22,7 @@ _SCALARS = (bool, int, float, str, type(None))
 
 
 @contextmanager
-def prepared(
+def training_mode(
     model: torch.nn.Module, layers: Mapping[str, NormLayer], train_mode: TrainMode
 ) -> Iterator[None]:
     """The model with the modes and buffers for a pass; all is put back at the end.

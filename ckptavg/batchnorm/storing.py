@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,29 +21,20 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.layers import NormLayer
     from ckptavg.batchnorm.moments import Moments
 
-log = logging.getLogger("ckptavg")
 
-
-@dataclass(frozen=True)
-class Stored:
-    """What was written.
-
-    Attributes:
-        layers: a report of each refreshed layer, in the model's order.
-        unused: names of the layers that were not called, and keep their statistics.
-    """
-
-    layers: tuple[LayerReport, ...]
-    unused: tuple[str, ...]
-
-
-def stored(model: torch.nn.Module, layers: Mapping[str, NormLayer], moments: Moments) -> Stored:
+def store(
+    model: torch.nn.Module, layers: Mapping[str, NormLayer], moments: Moments
+) -> tuple[LayerReport, ...]:
     """Write the statistics into the model; on an exception the old ones come back.
 
     Args:
         model: the model.
         layers: those of its layers that were captured, by name.
         moments: their statistics.
+
+    Returns:
+        A report of each layer that has new statistics, in the model's order. Layers that were not
+        called have none.
 
     Raises:
         RefreshError: a statistic is too large for a layer's dtype.
@@ -59,13 +48,6 @@ def stored(model: torch.nn.Module, layers: Mapping[str, NormLayer], moments: Mom
         used = {name: layer for name, layer in layers.items() if calls[name]}
         refreshed = used.keys() | _aggregate(model, used)
         undo.pop_all()
-    unused = tuple(name for name in layers if name not in refreshed)
-    if unused:
-        log.warning(
-            "%d norm layers took in no batch and keep their old statistics: %s",
-            len(unused),
-            ", ".join(map(printable, unused)),
-        )
     errors = (each.tolist() for each in moments.errors())
     errors_by_name = dict(zip(layers, zip(*errors, strict=True), strict=True))
     reports = []
@@ -80,7 +62,7 @@ def stored(model: torch.nn.Module, layers: Mapping[str, NormLayer], moments: Mom
                     old=old[name], new=new,
                 )
             )  # fmt: skip
-    return Stored(tuple(reports), unused)
+    return tuple(reports)
 
 
 def _store(layers: Mapping[str, NormLayer], calls: Mapping[str, int], moments: Moments) -> None:

@@ -70,7 +70,7 @@ def average_and_refresh(
             Path(summary.output), output, **vars(refresh),
             key=options.key if options.container == "last" else None,
             container=options.container, max_shard_size=options.max_shard_size,
-            force=options.force, fsync=options.fsync, ranks=options.ranks,
+            is_optional=True, force=options.force, fsync=options.fsync, ranks=options.ranks,
             progress=refresh_progress,
         )  # fmt: skip
     return of_both(summary, target, report), report
@@ -86,6 +86,6 @@ def _shared_folder_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
 
 def of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
     """The average's summary, made to speak of the file that the refresh has written."""
-    state = "refreshed" if report.layers else summary.norm_stats
+    state = report.state if report.layers else summary.norm_stats
     size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
     return replace(summary, output=str(output), norm_stats=state, bytes_written=size)

@@ -10,7 +10,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, fields_of, path_or_url
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size
-from ckptavg.errors import CkptAvgError, SelectionError, printable
+from ckptavg.errors import CkptAvgError, SelectionError, listed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,7 +195,10 @@ def _provenance(made: dict[str, Any] | None) -> str:
         return ""
     sources, statistics = made.get("sources"), made.get("norm_stats")
     count = len(sources) if isinstance(sources, list) else 0
-    state = statistics.get("state") if isinstance(statistics, dict) else "unknown"
+    statistics = statistics if isinstance(statistics, dict) else {"state": "unknown"}
+    state = statistics.get("state")
+    if isinstance(statistics.get("stale"), list):
+        state = f"{state} (stale: {listed(statistics['stale'])})"
     scheme = made.get("scheme")
     average = f"{scheme} average of {plural(count, 'checkpoint')}, " if scheme != "none" else ""
     return printable(f"ckptavg {made.get('version')}: {average}norm statistics {state}")

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 def say_report(console: Console, report: RefreshReport) -> None:
     """Print what a refresh changed, and how certain the new statistics are."""
     if not report.layers:
-        unused = "no norm layer was called: nothing was refreshed"
-        console.say(unused if report.unused else "no norm statistics to refresh")
+        console.say("no norm statistics to refresh")
         return
     shared = f" in {report.processes} processes" if report.processes > 1 else ""
     console.say(

@@ -319,6 +319,11 @@ def _write(
     unsynced = dataclasses.replace(options, fsync=False)
     summary = _Averager(inputs, unsynced).write(kept, output, make_folder=lambda: folder)
     report = refresh_checkpoint(
-        Path(summary.output), output, **vars(refresh), force=options.force, fsync=options.fsync
+        Path(summary.output),
+        output,
+        **vars(refresh),
+        is_optional=True,
+        force=options.force,
+        fsync=options.fsync,
     )
     return of_both(summary, Path(output), report), report

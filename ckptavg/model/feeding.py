@@ -56,7 +56,7 @@ def known_length(batches: Any) -> int | None:  # noqa: ANN401
         return None
 
 
-def cuts(batches: Iterable[Any], max_samples: int | None) -> bool:
+def is_cut_short(batches: Iterable[Any], max_samples: int | None) -> bool:
     """Whether the limit comes before the loader's end, as far as that is known."""
     known = known_length(_dataset(batches))
     return max_samples is not None and (known is None or max_samples < known)

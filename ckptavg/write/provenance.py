@@ -150,7 +150,7 @@ class Record:
         weights = Weights(scheme, tuple(member["weight"] for member in members), float(divisor))
         return Record(
             average.path, scheme, tuple(members), weights, checked, str(entry.get("version")),
-            state.get("state") == "refreshed",
+            state.get("state") in ("refreshed", "partly refreshed"),
         )  # fmt: skip
 
     @property

@@ -423,6 +423,8 @@ class TestEverythingElse:
         inputs = []
         for index in range(2):
             net.head.weight.data += index
+            net.bn.running_mean += index
+            net.norm.running_mean += index
             inputs.append(save(net.state_dict(), tmp_path / f"step_{index}.pt"))
         path = tmp_path / "a.safetensors"
         ckptavg.average(inputs, path, drop_aliases=True)
@@ -466,20 +468,21 @@ class TestWithoutNormLayers:
         state = net.conv.state_dict(prefix="conv.")
         path = save(state, tmp_path / f"a.{kind}")
         out = tmp_path / f"o.{kind}"
-        report = refresh_checkpoint(path, out, **options("train.py:Bare", "absent.py:loader"))
+        spec = options("train.py:Bare", "absent.py:loader")
+        report = refresh_checkpoint(path, out, **spec, is_optional=True)
         found = load(out)
         assert set(found) == set(state)
         assert all(same_bits(found[name], state[name]) for name in state)
         assert report.layers == ()
-        assert "no norm layers that track statistics: a plain copy" in caplog.text
+        assert "no norm layers that track statistics" in caplog.text
         assert provenance(out)["norm_stats"] == {"state": "none"}
 
-    def test_layers_that_are_all_idle_leave_the_provenance_stale(self, net, tmp_path, caplog):
+    def test_layers_that_are_all_idle_are_an_error(self, net, tmp_path):
         (tmp_path / "idle_train.py").write_text("def forward(model, batch):\n    pass\n")
         path = ours(net.state_dict(), tmp_path)
         before = load(path)
-        refresh_checkpoint(path, None, **options(forward="idle_train.py:forward"))
-        assert "2 norm layers took in no batch" in caplog.text
+        with pytest.raises(RefreshError, match=r"refreshed: 'bn', 'norm' \(not called\)"):
+            refresh_checkpoint(path, None, **options(forward="idle_train.py:forward"))
         assert provenance(path)["norm_stats"] == {"state": "stale"}
         assert all(same_bits(value, before[name]) for name, value in load(path).items())
 
@@ -1433,7 +1436,7 @@ class TestCommand:
         assert [layer["name"] for layer in found["layers"]] == ["bn", "norm"]
         assert all(layer["calls"] == 3 for layer in found["layers"])
         assert all(layer["mean_change"] > 0 < layer["variance_ratio"] for layer in found["layers"])
-        assert (found["skipped"], found["unused"]) == (0, [])
+        assert (found["skipped"], found["left"]) == (0, [])
         assert "with the prefix 'm.'" in found["notices"][0]
         assert "with the prefix 'm.'" in result.stderr
 
@@ -1500,10 +1503,12 @@ class TestCommand:
 
     def test_a_model_without_norm_layers_is_told_of(self, net, tmp_path):
         path = save(net.conv.state_dict(prefix="conv."), tmp_path / "a.pt")
-        result = run(
-            "bn-refresh", path, "-o", tmp_path / "o.pt", *SPECS, "--model", "train.py:Bare"
+        arguments = ("bn-refresh", path, "-o", tmp_path / "o.pt", *SPECS)
+        result = run(*arguments, "--model", "train.py:Bare", code=1)
+        assert "nothing to refresh: the model has no norm layers that track statistics" in (
+            str(result.exception)
         )
-        assert result.stdout.splitlines()[0] == "no norm statistics to refresh"
+        assert not (tmp_path / "o.pt").exists()
 
     @pytest.mark.parametrize(
         "arguments",
@@ -1647,7 +1652,7 @@ class Handmade(torch.nn.BatchNorm2d):
         return (input * 2 - mean[:, None, None]) / (variance[:, None, None] + self.eps).sqrt()
 
 
-def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path, caplog, monkeypatch):
+def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path):
     for step in range(2):
         state = {"0.running_mean": torch.randn(2), "0.running_var": torch.rand(2)}
         torch.save(state, tmp_path / f"{step}.pt")
@@ -1663,13 +1668,10 @@ def test_a_model_whose_norms_are_hidden_stays_stale(tmp_path, caplog, monkeypatc
     )
     ckptavg.average(tmp_path, tmp_path / "swa.safetensors")
     spec = str(tmp_path / "hidden.py")
-    refresh_checkpoint(
-        tmp_path / "swa.safetensors",
-        None,
-        model=f"{spec}:model",
-        loader=f"{spec}:loader",
-    )
-    assert "they stay as they are" in caplog.text
+    with pytest.raises(RefreshError, match=r"'0' \(Norm is of a kind that is not refreshed\)"):
+        refresh_checkpoint(
+            tmp_path / "swa.safetensors", None, model=f"{spec}:model", loader=f"{spec}:loader"
+        )
     made = open_checkpoint(tmp_path / "swa.safetensors").provenance
     assert made is not None
     assert made["norm_stats"] == {"state": "stale"}

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
-from ckptavg.batchnorm.layers import chosen_layers
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
 from tests.helpers_norm import (
@@ -63,13 +62,16 @@ class TestChosen:
         report = refresh_norm(model, data_for("mlp"), forward=through, **options)
         assert [layer.name for layer in report.layers] == expected
         before.check(but=[f"{name}.{key}" for name in expected for key in STATISTICS])
-        left = 4 - len(expected)
-        assert (f"{left} norm layers keep their statistics, as asked" in notices.text) is bool(left)
+        every = ["stem", "body.0", "body.1", "head"]
+        assert [each.name for each in report.left] == [
+            name for name in every if name not in expected
+        ]
+        assert ("alone (as asked): " in notices.text) is (expected != every)
 
     def test_others_work_with_what_they_have(self):
         model = blocks()
         report = refresh_norm(model, data_for("mlp"), forward=through, skip_layers=["stem"])
-        assert report.unused == ()
+        assert [(each.name, each.reason) for each in report.left] == [("stem", "as asked")]
         other = blocks()
         other["stem"].eval()
         with torch.no_grad():
@@ -87,7 +89,7 @@ class TestChosen:
             ({"layers": ["foot"]}, r"no norm layer matches 'foot'; they are 'stem', 'body.0'"),
             ({"skip_layers": ["foot"]}, r"no norm layer matches 'foot'"),
             ({"layers": ["("]}, r"'\(' is no regular expression: .*"),
-            ({"skip_layers": ["."]}, r"not one of the model's 4 norm layers is left"),
+            ({"skip_layers": ["."]}, r"no norm layer was refreshed: 'stem', .* \(as asked\)"),
         ],
         ids=str,
     )
@@ -96,7 +98,8 @@ class TestChosen:
             refresh_norm(blocks(), data_for("mlp"), forward=through, **options)
 
     def test_of_a_model_without_any_are_none_whatever_is_asked(self):
-        assert chosen_layers(nn.Linear(3, 3), layers=["x"]) == {}
+        report = refresh_norm(nn.Linear(3, 3), [torch.zeros(2, 3)], layers=["x"])
+        assert (report.layers, report.left) == ((), ())
 
 
 class FrozenNorm(Renorm):
@@ -112,14 +115,16 @@ class TestOthers:
         before.check(but=[f"{number}.{name}" for number in (0, 3) for name in STATISTICS])
         records = {one.getMessage(): one.levelno for one in notices.records}
         assert records == {
-            "1 layers keep their running statistics, of a kind that is not refreshed: "
-            "'1' (Renorm)": logging.WARNING,
-            "1 layers keep their running statistics, frozen: '2' (FrozenNorm)": logging.INFO,
+            "left 1 norm layer alone (Renorm is of a kind that is not refreshed): '1'": (
+                logging.WARNING
+            ),
+            "left 1 norm layer alone (frozen, as FrozenNorm says): '2'": logging.INFO,
         }
 
     def test_many_are_one_line(self, notices):
         refresh_norm(nn.Sequential(nn.BatchNorm1d(5), *map(Renorm, [5] * 9)), data_for("mlp"))
-        assert "'5' (Renorm) and 4 more" in notices.text
+        assert "left 9 norm layers alone" in notices.text
+        assert "'5' and 4 more" in notices.text
 
 
 SHAPES = {
@@ -237,7 +242,7 @@ class TestSubBatchNorm:
             ("1.split_bn", 3),
             ("2", 3),
         ]
-        assert report.unused == ()
+        assert report.left == ()
         before.check(but=STATISTICS)
         assert "trying contiguous images: view size is not" in notices.text
 
@@ -426,10 +431,10 @@ def test_a_layer_with_a_momentum_of_its_own_is_left_alone(notices):
     disturb(model)
     before = Snapshot(model)
     batches = [(draw((8,), 3, 20)[0], torch.ones(8, 20, dtype=torch.bool)) for _ in range(3)]
-    refresh_norm(model, batches, forward=lambda model, batch: model(*batch))
+    with pytest.raises(RefreshError, match=r"no norm layer was refreshed: '' \(not called\)"):
+        refresh_norm(model, batches, forward=lambda model, batch: model(*batch))
     before.check()
     assert "mixes its statistics with the old ones by a rule of its own" in notices.text
-    assert "took in no batch" in notices.text
 
 
 class Sometimes(Masked):
@@ -511,7 +516,7 @@ def test_a_layer_that_is_frozen_by_its_own_forward_is_left_alone(notices):
     before = Snapshot(model)
     refresh_norm(model, draw((8, 8), 3, 5, 4), estimator="exact")
     before.check(but=[f"{number}.{name}" for number in (0, 2) for name in STATISTICS])
-    assert "1 norm layers took in no batch and keep their old statistics: 1" in notices.text
+    assert "left 1 norm layer alone (not called): '1'" in notices.text
     other = copy.deepcopy(model).eval()
     other[0].train()
     with torch.no_grad():

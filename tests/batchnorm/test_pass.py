@@ -247,7 +247,7 @@ class TestPrecision:
         assert_same_statistics(model, other, 0.02)
 
     def test_of_16_bits_is_no_other(self):
-        with pytest.raises(RefreshError, match="'fp16' is none of bf16"):
+        with pytest.raises(RefreshError, match="`amp` is one of bf16, None, not 'fp16'"):
             refresh_norm(make("mlp"), data_for("mlp"), amp="fp16")  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from ckptavg.batchnorm.layers import LeftLayer
 from ckptavg.batchnorm.refresh import RefreshReport, refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
 from ckptavg.model.batches import default_forward, leading_size, moved
@@ -139,7 +140,7 @@ class TestAgainstUpdateBn:
         model, data = shared(), data_for("mlp")
         report = refresh_norm(model, data, estimator="torch", forward=forward)
         assert [(layer.name, layer.calls) for layer in report.layers] == [("one", 8)]
-        assert report.unused == ()
+        assert report.left == ()
         assert model["two"].running_mean is model["one"].running_mean
 
 
@@ -623,9 +624,8 @@ class TestModes:
         refresh_norm(model.eval(), data_for("mlp"), forward=forward, train_mode="full")
         assert seen == [{Mlp, nn.Linear, nn.ReLU, nn.BatchNorm1d}] * 4
 
-    def test_a_train_method_of_the_models_own_is_not_called(self):
-        """It may merge weights or refuse; a mode is only flags."""
-
+    @pytest.mark.parametrize("train_mode", ["norm", "full"])
+    def test_a_train_method_that_raises_is_the_users(self, train_mode):
         class Stubborn(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -634,45 +634,60 @@ class TestModes:
             def train(self, mode=True):  # noqa: ARG002, FBT002 - as in torch
                 explode()
 
-            def forward(self, values):
-                return self.body(values)
-
-        model, other = Stubborn(), make("mlp")
+        model = Stubborn()
         before = Snapshot(model)
-        refresh_norm(model, data_for("mlp"))
-        refresh_norm(other, data_for("mlp"))
-        assert_same_statistics(model, other, 1e-12)
-        before.check(but=STATISTICS)
         with pytest.raises(UserCodeError, match=r"train\(\) raised ZeroDivisionError"):
-            refresh_norm(model, data_for("mlp"), train_mode="full")
-        before.check(but=STATISTICS)
+            refresh_norm(model, data_for("mlp"), train_mode=train_mode)
+        before.check()
 
     @pytest.mark.parametrize("train_mode", ["norm", "full"])
-    @pytest.mark.parametrize("estimator", ["torch", "exact"])
-    def test_a_model_that_freezes_its_norm_layers_is_refreshed_all_the_same(
-        self, estimator, train_mode
+    @pytest.mark.parametrize("where", ["class", "object"])
+    def test_layers_that_the_models_train_keeps_in_eval_mode_are_left(
+        self, where, train_mode, notices
     ):
-        class Frozen(nn.Module):
+        """Mmdetection's `norm_eval`, or the `model.train = disabled_train` of diffusion models."""
+
+        class Partly(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.body = make("mlp")
+                self.backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))
+                self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
 
             def train(self, mode=True):  # noqa: FBT002 - as in torch
                 super().train(mode)
-                for layer in norms(self):
-                    layer.eval()
+                if where == "class":
+                    self.backbone.eval()
+                return self
 
             def forward(self, values):
-                for layer in norms(self):
-                    layer.eval()
-                return self.body(values)
+                return self.head(self.backbone(values))
 
-        model, other = Frozen(), make("mlp")
-        before = Snapshot(model)
-        refresh_norm(model, data_for("mlp"), estimator=estimator, train_mode=train_mode)
-        refresh_norm(other, data_for("mlp"), estimator=estimator)
-        assert_same_statistics(model, other, 1e-12)
-        before.check(but=STATISTICS)
+        model: Any = Partly()
+        disturb(model)
+        if where == "object":
+            model.backbone.eval()
+            model.backbone.train = lambda mode=True: model.backbone  # noqa: ARG005
+        expected = copy.deepcopy(model)
+        before, batches = Snapshot(model), draw((16, 16, 16), 5)
+        report = refresh_norm(model, batches, train_mode=train_mode)
+        before.check(but=[f"head.1.{name}" for name in STATISTICS])
+        assert [(each.name, each.is_frozen) for each in report.left] == [("backbone.1", True)]
+        reason = "kept in eval mode by the model's own train()"
+        assert f"left 1 norm layer alone ({reason}): 'backbone.1'" in notices.text
+        assert report.state == "refreshed"
+        expected.backbone.eval()
+        with torch.no_grad():
+            update_bn([expected.backbone(batch) for batch in batches], expected.head)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                getattr(model.head[1], name), getattr(expected.head[1], name)
+            )
+        report = refresh_norm(model, batches, layers=["1"])
+        assert [each.name for each in report.layers] == ["backbone.1", "head.1"]
+
+
+class FrozenBatchNorm(nn.BatchNorm1d):
+    """As detection models have it."""
 
 
 class TestLayers:
@@ -683,19 +698,29 @@ class TestLayers:
         before = Snapshot(model)
         report = refresh_norm(model, data_for("mlp"), forward=lambda _, batch: used(batch))
         before.check(but=["used." + name for name in STATISTICS])
-        assert report.unused == ("idle\n",)
+        assert report.left == (LeftLayer("idle\n", "not called", is_frozen=False),)
+        assert report.state == "partly refreshed"
         assert [layer.name for layer in report.layers] == ["used"]
-        assert "1 norm layers took in no batch and keep their old statistics: idle\\n" in (
-            notices.text
-        )
+        assert "left 1 norm layer alone (not called): 'idle\\n'" in notices.text
 
-    def test_none_of_them_called_changes_nothing(self, notices):
+    def test_none_of_them_called_is_an_error(self):
         model = make("mlp")
         before = Snapshot(model)
-        report = refresh_norm(model, data_for("mlp"), forward=lambda *_: None)
+        with pytest.raises(RefreshError, match=r"refreshed: '1', '4' \(not called\)"):
+            refresh_norm(model, data_for("mlp"), forward=lambda *_: None)
         before.check()
-        assert (report.layers, report.unused) == ((), ("1", "4"))
-        assert "2 norm layers took in no batch" in notices.text
+
+    def test_none_left_but_frozen_ones_is_none_to_refresh(self):
+        model = nn.Sequential(nn.Linear(5, 5), FrozenBatchNorm(5))
+        report = refresh_norm(model, data_for("mlp"))
+        assert report.layers == ()
+        assert [each.is_frozen for each in report.left] == [True]
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_of_torchscript_are_named(self):
+        model = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)))
+        with pytest.raises(RefreshError, match=r"'1' \(BatchNorm1d in TorchScript is of a kind"):
+            refresh_norm(model, data_for("mlp"))
 
     def test_one_without_statistics_is_none(self):
         model = nn.Sequential(
@@ -1230,7 +1255,7 @@ class TestReport:
 
 @pytest.mark.parametrize("option", ["estimator", "memory_format", "train_mode"])
 def test_an_unknown_choice_is_an_error(option):
-    with pytest.raises(RefreshError, match="'other' is none of "):
+    with pytest.raises(RefreshError, match=f"`{option}` is one of .*, not 'other'"):
         refresh_norm(make("mlp"), data_for("mlp"), **{option: "other"})  # type: ignore[arg-type]
 
 

@@ -255,7 +255,7 @@ class TestOptions:
         ("arguments", "key", "value"),
         [
             (("--tol", "0.9"), "tol", 0.9),
-            (("--layers", "1"), "unused", []),
+            (("--layers", "1"), "left", []),
             (("--amp", "bf16"), "nonfinite", 0),
             (("--strict",), "nonfinite", 0),
         ],
@@ -269,7 +269,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (("--skip-layers", "."), 1, "not one of the model's 1 norm layers is left"),
+            (("--skip-layers", "."), 1, "no norm layer was refreshed: '1' (as asked)"),
             (("--layers", "x"), 1, "no norm layer matches 'x'; they are '1'"),
             (("--tol", "0"), 2, "--tol"),
             (("--amp", "fp16"), 2, "--amp"),

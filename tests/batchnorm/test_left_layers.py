@@ -1,0 +1,188 @@
+"""Layers of a checkpoint whose statistics a refresh leaves: frozen, absent, not asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+import ckptavg
+from ckptavg.errors import RefreshError
+from ckptavg.formats import open_checkpoint
+from tests.helpers import run
+
+pytestmark = pytest.mark.usefixtures("no_fsync", "user_folder")
+BATCHES = torch.randn(12, 16, 5, generator=torch.Generator().manual_seed(7)) * 2 + 1
+
+
+class Net(nn.Module):
+    """A backbone that may be left out of the state dict, as Lightning's documentation shows."""
+
+    def __init__(self, *, hides_backbone: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone: Any = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout())
+        self.head: Any = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+        self.hides_backbone = hides_backbone
+
+    def forward(self, values):
+        return self.head(self.backbone(values))
+
+    def state_dict(self, *args: Any, **keywords: Any) -> Any:
+        state = super().state_dict(*args, **keywords)
+        for name in [name for name in state if self.hides_backbone]:
+            if name.startswith("backbone."):
+                del state[name]
+        return state
+
+
+def members(model: Net, *, frozen: bool = True) -> Path:
+    """A run in which the head is trained, and the backbone's norm layer unless it is frozen."""
+    folder = Path("run")
+    folder.mkdir()
+    with torch.no_grad():
+        for step in range(3):
+            model.head[0].weight += 0.3 * torch.randn(4, 6)
+            if not frozen and not model.hides_backbone:
+                model.backbone[0].weight += 0.3 * torch.randn(6, 5)
+                model.backbone[1].train()(torch.randn(16, 6) + step)
+            model.head[1].train()(torch.randn(16, 4) + step)
+            torch.save(model.state_dict(), folder / f"epoch_{step}.pt")
+    return folder
+
+
+def by_hand(model: Net, path: Path) -> dict[str, torch.Tensor]:
+    """The head's statistics by `update_bn`, behind a backbone in eval mode with the weights."""
+    model.load_state_dict(torch.load(path), strict=False)
+    model.backbone.eval()
+    with torch.no_grad():
+        update_bn([model.backbone(batch) for batch in BATCHES], model.head)
+    return {f"head.{name}": value for name, value in model.head.state_dict().items()}
+
+
+def norm_stats(path: Path) -> Any:
+    provenance = open_checkpoint(path).provenance
+    assert provenance is not None
+    return provenance["norm_stats"]
+
+
+def refresh(output: str, model: nn.Module, **options: Any) -> dict[str, torch.Tensor]:
+    ckptavg.refresh_checkpoint(
+        "swa.pt", output, model=model, loader=BATCHES, device="cpu", force=True, **options
+    )
+    state: dict[str, torch.Tensor] = torch.load(output)
+    return state
+
+
+@pytest.mark.parametrize("hides_backbone", [False, True], ids=["frozen", "not in the checkpoint"])
+def test_a_backbone_without_new_statistics_works_in_eval_mode(hides_backbone, notices):
+    ckptavg.average(members(Net(hides_backbone=hides_backbone)), "swa.pt")
+    state = refresh("new.pt", Net(hides_backbone=hides_backbone))
+    expected = by_hand(Net(hides_backbone=hides_backbone), Path("swa.pt"))
+    for name in expected:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-4)
+    old = torch.load("swa.pt")
+    for name in state.keys() - {f"head.1.{end}" for end in ("running_mean", "running_var")}:
+        assert torch.equal(state[name], old[name]) or name == "head.1.num_batches_tracked"
+    reason = "not in the checkpoint" if hides_backbone else "frozen: the same in all members"
+    assert f"left 1 norm layer alone ({reason}" in notices.text
+    assert norm_stats(Path("new.pt"))["state"] == "refreshed"
+
+
+def test_frozen_layers_that_are_named_are_refreshed():
+    ckptavg.average(members(Net()), "swa.pt")
+    old, new = torch.load("swa.pt"), refresh("new.pt", Net(), layers=["backbone"])
+    assert not torch.equal(new["backbone.1.running_mean"], old["backbone.1.running_mean"])
+    assert torch.equal(new["head.1.running_mean"], old["head.1.running_mean"])
+    assert norm_stats(Path("new.pt"))["state"] == "partly refreshed"
+
+
+class TestPartly:
+    @pytest.fixture
+    def average(self, user_folder: Path) -> None:
+        ckptavg.average(members(Net(), frozen=False), user_folder / "swa.pt")
+
+    @pytest.mark.usefixtures("average")
+    def test_refreshed_says_so_and_which_layers_are_stale(self):
+        refresh("new.pt", Net(), skip_layers=["backbone"])
+        assert norm_stats(Path("new.pt")) | {"seed": 0} == {
+            "state": "partly refreshed",
+            "estimator": "paper",
+            "batches": 12,
+            "samples": 192,
+            "seed": 0,
+            "stale": ["backbone.1"],
+        }
+        assert (
+            "norm statistics partly refreshed (stale: backbone.1)"
+            in run("inspect", "new.pt").stdout
+        )
+        run("verify", "new.pt", "run")
+
+    @pytest.mark.usefixtures("average")
+    def test_refreshed_is_refreshed_whole_in_a_second_pass(self):
+        refresh("new.pt", Net(), skip_layers=["backbone"])
+        ckptavg.refresh_checkpoint("new.pt", None, model=Net(), loader=BATCHES, device="cpu")
+        assert norm_stats(Path("new.pt"))["state"] == "refreshed"
+
+
+class TestNothing:
+    @pytest.fixture(autouse=True)
+    def _code(self, user_folder: Path) -> None:
+        (user_folder / "mine.py").write_text(
+            "import torch\n"
+            "from torch import nn\n"
+            "class EvoNorm(nn.Module):\n"
+            "    def __init__(self, channels):\n"
+            "        super().__init__()\n"
+            "        self.register_buffer('running_var', torch.ones(channels))\n"
+            "    def forward(self, values):\n"
+            "        return values / self.running_var.sqrt()\n"
+            "def evo(): return nn.Sequential(nn.Linear(5, 4), EvoNorm(4))\n"
+            "def net(): return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))\n"
+            "def plain(): return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))\n"
+            "def loader(): return torch.randn(3, 8, 5)\n"
+            "def forgets(model, batch): return model[0](batch)\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("model", "arguments", "message"),
+        [
+            ("evo", (), "'1' (EvoNorm is of a kind that is not refreshed)"),
+            ("net", ("--forward", "mine.py:forgets"), "'1' (not called)"),
+            ("net", ("--skip-layers", "1"), "'1' (as asked)"),
+            ("plain", (), "the model has no norm layers that track statistics"),
+        ],
+    )
+    def test_refreshed_is_exit_1_with_the_layers_and_the_reason(self, model, arguments, message):
+        torch.save(self.load(model).state_dict(), "a.pt")
+        specs = ("--model", f"mine.py:{model}", "--loader", "mine.py:loader")
+        result = run("bn-refresh", "a.pt", "-o", "b.pt", *specs, *arguments, code=1)
+        assert isinstance(result.exception, RefreshError)
+        assert message in str(result.exception)
+        assert not Path("b.pt").exists()
+
+    @pytest.mark.parametrize("model", ["plain", "net"])
+    def test_to_refresh_is_no_obstacle_to_an_average(self, model):
+        """A model without norm layers, or with frozen ones: the average is what was asked for."""
+        Path("run").mkdir()
+        state = self.load(model).state_dict()
+        for step in range(3):
+            state["0.weight"] = state["0.weight"] + step
+            torch.save(state, f"run/epoch_{step}.pt")
+        specs = ("--model", f"mine.py:{model}", "--loader", "mine.py:loader")
+        result = json.loads(run("average", "run", "-o", "a.pt", *specs, "--json").stdout)
+        assert Path("a.pt").exists()
+        assert any("there is nothing to refresh" in notice for notice in result["notices"])
+
+    @staticmethod
+    def load(name: str) -> nn.Module:
+        space: dict[str, Any] = {}
+        exec(Path("mine.py").read_text(), space)  # noqa: S102 - it is above
+        model: nn.Module = space[name]()
+        return model

@@ -31,7 +31,7 @@ from ckptavg.batchnorm.storing import store
 from ckptavg.batchnorm.totals import PassTotals, until_converged
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
-from ckptavg.model.batches import default_forward, leading_size, on_device
+from ckptavg.model.batches import count_examples, default_forward, on_device
 from ckptavg.model.factories import user_code
 from ckptavg.model.feeding import Feed, check_loader, is_cut_short, known_length
 
@@ -127,6 +127,7 @@ def refresh_norm(
         check_loader(
             batches, ranks, is_limited=max_samples is not None,
             ends_early=tol is not None or is_cut_short(batches, max_samples),
+            needs_mixed_batches=estimator != "exact",
         )  # fmt: skip
         feed = Feed(batches, ranks, max_samples=max_samples)
         target_device = _device(device) or device_of(model)
@@ -155,7 +156,7 @@ def refresh_norm(
                     local.unfit[error.message] += 1
                 else:
                     observation = observe(captured.take(), channels, estimator)
-                    local.add(number, observation, leading_size(batch), strict=strict)
+                    local.add(number, observation, count_examples(batch), strict=strict)
                 progress(1, local_length)
                 if ranks.has_failed_peer():
                     break  # `gathered` raises PeerError

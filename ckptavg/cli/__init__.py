@@ -62,7 +62,9 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = cli(standalone_mode=False)
+        arguments = sys.argv[1:]
+        sys.argv[1:] = []  # the user's own code may read its arguments
+        code = cli(arguments, standalone_mode=False)
     except PeerError:
         return _ERROR  # the process that failed says why
     except BaseException as error:  # noqa: BLE001 - an unknown one is raised again

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import datetime as dt
 import math
 import re
 import tomllib
@@ -275,14 +276,23 @@ def _metric(text: str) -> str:
 
 
 def _key_value(text: str) -> tuple[str, object]:
-    """A keyword argument: `KEY=VALUE`, the value a Python literal where it is one."""
+    """A keyword argument: `KEY=VALUE`, the value one of Python or TOML (`false`), else a string."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise click.BadParameter(f"{text!r} is not of the form KEY=VALUE")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+    for parse_value in (ast.literal_eval, _toml_value):
+        try:
+            parsed = parse_value(value)
+        except (ValueError, SyntaxError):
+            continue
+        if not isinstance(parsed, dt.date | dt.time):
+            return name, parsed
+    return name, value
+
+
+def _toml_value(text: str) -> object:
+    [value] = tomllib.loads(f"value = {text}").values()
+    return value
 
 
 def _as_dict(

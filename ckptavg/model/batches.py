@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -112,24 +112,64 @@ def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN4
     return model(given)
 
 
-def leading_size(batch: Any) -> int:  # noqa: ANN401
+def count_examples(batch: Any) -> int:  # noqa: ANN401
     """Examples in a batch: the leading dimension of the first tensor or array that has one.
 
-    A list without any counts its elements, and whatever else there is counts as one: limits on
-    the number of examples come to an end with every loader.
+    A batch of graphs tells how many it has. A list of images, each of a size of its own, counts its
+    elements, as does a list without tensors. Whatever else there is counts as one: limits on the
+    number of examples come to an end with every loader.
     """
-    return _leading_size(batch) or 1
+    return _count_examples(batch) or 1
 
 
-def _leading_size(batch: Any) -> int:  # noqa: ANN401
-    shape = getattr(batch, "shape", ())
-    if isinstance(shape, tuple) and shape:
-        return int(shape[0])
+def _count_examples(batch: Any) -> int:  # noqa: ANN401
+    stated = _stated_count(batch)
+    if stated is not None:
+        return stated
     elements = list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(elements, list | tuple):
         return 0
-    found = next((size for size in map(_leading_size, elements) if size), 0)
-    return found or (len(batch) if isinstance(batch, list) else 0)
+    if _are_images(elements):
+        return len(elements)
+    lists = [each for each in elements if isinstance(each, list | tuple)]
+    if lists and lists[0] is elements[0] and _are_alike(lists):
+        return len(lists[0])  # a list of images, and a list of what is on each
+    counted = next((count for count in map(_count_examples, elements) if count), 0)
+    return counted or (len(batch) if isinstance(batch, list) else 0)
+
+
+def _stated_count(batch: Any) -> int | None:  # noqa: ANN401
+    """What a batch of graphs, a packed sequence or an array says; None for containers."""
+    if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
+        return int(batch.batch_sizes[0])
+    for name in ("num_graphs", "batch_size"):  # of PyTorch Geometric; of DGL
+        count = getattr(batch, name, None)
+        if isinstance(count, int):
+            return count
+    shape = getattr(batch, "shape", ())
+    return int(shape[0]) if isinstance(shape, tuple) and shape else None
+
+
+_CHANNELS = (1, 3, 4)
+
+
+def _are_images(elements: Sequence[Any]) -> bool:
+    """Whether these are images `[channels, height, width]`, and not a batch and its targets."""
+    shapes: list[tuple[int, ...]] = [getattr(each, "shape", ()) for each in elements]
+    return (
+        bool(shapes)
+        and all(len(shape) == 3 and shape[0] in _CHANNELS for shape in shapes)  # noqa: PLR2004
+        and len({shape[0] for shape in shapes}) == 1
+    )
+
+
+def _are_alike(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether there are several lists of one length, the first of tensors."""
+    return (
+        len(lists) > 1
+        and len({len(each) for each in lists}) == 1
+        and all(isinstance(each, torch.Tensor) for each in lists[0])
+    )
 
 
 def on_device(batches: Numbered, device: torch.device) -> Numbered:

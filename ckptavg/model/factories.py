@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -35,7 +36,48 @@ def user_code(what: str) -> Iterator[None]:
     except CkptAvgError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserCodeError(f"{what} raised {type(error).__name__}: {error}") from error
+        text = f"{what} raised {type(error).__name__}: {_summary(error)}"
+        raise UserCodeError(text, remedy=_remedy(error)) from error
+
+
+def _summary(error: BaseException) -> str:
+    """The message of an exception; its last line if it quotes a traceback of a loader's worker."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return f"{text.rstrip().splitlines()[-1]} (in a worker process)"
+
+
+# What a user's exception and its message tell about the mistake, and what to do.
+_REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
+    (
+        SystemExit,
+        "",
+        'what ends the program, or runs a training, belongs under `if __name__ == "__main__":`',
+    ),
+    (
+        ImportError,
+        "attempted relative import",
+        "name the module as package.module:attr, from the folder that holds the package",
+    ),
+    (
+        TypeError,
+        r"(forward|call)\w*\(\) (missing|takes|got)",
+        "say how the model is called with a batch: `forward`, a function of model and batch",
+    ),
+    (
+        RuntimeError,
+        "does not require grad",
+        "no gradients are computed here: use torch.enable_grad() in a function given as `forward`",
+    ),
+)
+
+
+def _remedy(error: BaseException) -> str | None:
+    for kind, pattern, remedy in _REMEDIES:
+        if isinstance(error, kind) and re.search(pattern, str(error)):
+            return remedy
+    return None
 
 
 Model: TypeAlias = "str | torch.nn.Module | Callable[..., torch.nn.Module]"
@@ -79,9 +121,8 @@ def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
 
 
 def _load_module(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    with user_code(f"importing {name}"):
+    _look_in(Path.cwd())
+    with user_code(f"importing {name}"), _argv(name):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -104,20 +145,37 @@ def _load_file(path: Path) -> ModuleType:
     name = path.stem
     if name in sys.modules:
         name = f"ckptavg_user_{name}_{zlib.crc32(bytes(path)):08x}"
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    _look_in(Path.cwd())
+    _look_in(path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise CkptAvgError("cannot be imported", path=path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with user_code(f"importing {path}"):
+        with user_code(f"importing {path}"), _argv(str(path)):
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
         raise
     return module
+
+
+def _look_in(folder: Path) -> None:
+    """Have modules looked for in a folder, before all others."""
+    if str(folder) not in sys.path and not (folder == Path.cwd() and "" in sys.path):
+        sys.path.insert(0, str(folder))
+
+
+@contextlib.contextmanager
+def _argv(program: str) -> Iterator[None]:
+    """Have a module that reads the command line find no arguments there: they are ours."""
+    before = sys.argv
+    sys.argv = [program]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _imported(path: Path) -> ModuleType | None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from ckptavg.errors import RefreshError
-from ckptavg.model.batches import Numbered, leading_size, leaves
+from ckptavg.model.batches import Numbered, count_examples, leaves
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def limited(batches: Iterable[Any], max_samples: int | None = None) -> Iterator[
             except StopIteration:
                 return
         yield batch
-        drawn += leading_size(batch)
+        drawn += count_examples(batch)
         if max_samples is not None and drawn >= max_samples:
             return
 
@@ -67,15 +67,21 @@ def _dataset(batches: Any) -> Any:  # noqa: ANN401 - the user's own
 
 
 def check_loader(
-    batches: Iterable[Any], ranks: Ranks, *, is_limited: bool, ends_early: bool
+    batches: Iterable[Any],
+    ranks: Ranks,
+    *,
+    is_limited: bool,
+    ends_early: bool,
+    needs_mixed_batches: bool,
 ) -> None:
-    """Refuse what may have no end, and warn of limits that take the first of something ordered.
+    """Refuse what may have no end, and warn of a loader that does not shuffle.
 
     Args:
         batches: the loader.
         ranks: the processes.
         is_limited: the number of batches or examples is.
         ends_early: the pass may end before the loader does.
+        needs_mixed_batches: the result depends on how the examples come together in batches.
 
     Raises:
         RefreshError: it may be endless.
@@ -89,25 +95,64 @@ def check_loader(
             "the loader is an IterableDataset without a length, and may be endless",
             remedy="say where to stop with `max_samples`",
         )
-    sampler = _sampler(batches)
-    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > ranks.size:
+    dealt = _dealt_out_to(batches)
+    if dealt is not None and ranks.size == 1:
         log.warning(
-            "the loader's DistributedSampler gives one part of %d of the data, and no other "
-            "process has the rest",
-            sampler.num_replicas,
+            "the loader gives one part of %d of the data, and no other process has the rest",
+            dealt[0],
         )
-    if ends_early and _is_ordered(batches):
-        log.warning(
-            "the loader does not shuffle, and the pass may end before it does: the statistics are "
-            "of the first examples, which may be alike (shuffle=True)"
-        )
+    if _is_ordered(batches):
+        if ends_early:
+            log.warning(
+                "the loader does not shuffle, and the pass may end before it does: the statistics "
+                "are of the first examples, which may be alike (shuffle=True)"
+            )
+        elif needs_mixed_batches:
+            log.warning(
+                "the loader does not shuffle: if the data are sorted, by class for example, the "
+                "variances come out too small (shuffle=True, or `estimator=exact`)"
+            )
 
 
 def _is_ordered(batches: Iterable[Any]) -> bool:
-    sampler = _sampler(batches)
-    return isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    return any(
+        isinstance(part, SequentialSampler)
+        or (isinstance(part, DistributedSampler) and not part.shuffle)
+        for part in _parts(batches)
     )
+
+
+_PARTS = (
+    *("batch_sampler", "sampler", "dataset"),
+    *("base_dataloader", "state"),  # of accelerate
+    *("_dataloader", "_distributed"),  # of Fabric; of datasets
+)
+
+
+def _parts(loader: object, depth: int = 4) -> Iterator[object]:
+    """A loader, and what it draws from: samplers, the data set, what a wrapper wraps."""
+    yield loader
+    for name in _PARTS:
+        part = vars(loader).get(name) if hasattr(loader, "__dict__") else None
+        if part is not None and depth:
+            yield from _parts(part, depth - 1)
+
+
+def _dealt_out_to(batches: Iterable[Any]) -> tuple[int, int] | None:
+    """The number of processes that a loader's batches are dealt out to, and the number of this one.
+
+    By a `DistributedSampler`, accelerate, Lightning's Fabric or `split_dataset_by_node`.
+    """
+    for part in _parts(batches):
+        for size_name, rank_name in (
+            ("num_replicas", "rank"),
+            ("num_processes", "process_index"),
+            ("world_size", "rank"),
+        ):
+            size, rank = getattr(part, size_name, None), getattr(part, rank_name, None)
+            if isinstance(size, int) and isinstance(rank, int) and size > 1:
+                return size, rank
+    return None
 
 
 class Feed:
@@ -146,7 +191,7 @@ class Feed:
                 yield numbers.popleft(), batch
         else:
             every = enumerate(limited(self._batches))
-            for number, batch in self._up_to_limit(every, leading_size):
+            for number, batch in self._up_to_limit(every, count_examples):
                 if self._size > 1:
                     self._note(_beginning(batch))
                 if number % self._size == self._rank:
@@ -171,12 +216,12 @@ class Feed:
 
     def _dealt_out(self) -> Numbered:
         """What a sampler has left for this process; the limit is taken to be the same for all."""
-        log.info("the loader's DistributedSampler has dealt the batches out to the processes")
+        log.info("the loader has dealt the batches out to the processes")
         own = (
             (number * self._size + self._rank, batch)
             for number, batch in enumerate(limited(self._batches))
         )
-        yield from self._up_to_limit(own, lambda batch: leading_size(batch) * self._size)
+        yield from self._up_to_limit(own, lambda batch: count_examples(batch) * self._size)
 
     def _up_to_limit(self, numbered: Numbered, size: Callable[[Any], int]) -> Numbered:
         drawn = 0
@@ -205,29 +250,20 @@ def _beginning(batch: Any) -> bytes:  # noqa: ANN401
     return repr((first.shape, first.detach().flatten()[:16].tolist())).encode()
 
 
-def _sampler(batches: Iterable[Any]) -> object:
-    """What decides on the order of a DataLoader's examples."""
-    if not isinstance(batches, DataLoader):
-        return None
-    return getattr(batches.batch_sampler, "sampler", batches.batch_sampler) or batches.sampler
-
-
 def _deals_already(batches: Iterable[Any], ranks: Ranks) -> bool:
-    """Whether a DistributedSampler deals the batches out.
+    """Whether the loader's batches are dealt out to the processes.
 
     Raises:
-        RefreshError: to another number of processes.
+        RefreshError: they are dealt out to another number of processes.
     """
-    sampler = _sampler(batches)
-    if not isinstance(sampler, DistributedSampler) or sampler.num_replicas == 1:
-        return False
-    if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+    dealt = _dealt_out_to(batches)
+    if dealt is not None and dealt != (ranks.size, ranks.rank):
         raise RefreshError(
-            f"the loader's DistributedSampler is for process {sampler.rank} of "
-            f"{sampler.num_replicas}, and this is process {ranks.rank} of {ranks.size}",
-            remedy="let it find out by itself, or leave it out: batches are dealt out here",
+            f"the loader is for process {dealt[1]} of {dealt[0]}, and this is process "
+            f"{ranks.rank} of {ranks.size}",
+            remedy="leave it to ckptavg to deal out the batches of a plain loader",
         )
-    return True
+    return dealt is not None
 
 
 def _can_share(batches: Iterable[Any]) -> bool:

@@ -42,8 +42,9 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
     wanted = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
     names, prefix = match_names(wanted.keys(), checkpoint.tensors.keys())
     problems = [*_missing(wanted, names, checkpoint), *_unexpected(names, prefix, checkpoint)]
-    problems += _shapes(wanted, names, checkpoint)
-    if problems:
+    unlike = _shapes(wanted, names, checkpoint)
+    if problems or (unlike and not _may_adapt(model)):
+        problems += unlike
         raise MismatchError(
             f"{printable(checkpoint.path)} does not fit the model, {len(problems)} differences:",
             problems,
@@ -53,6 +54,21 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
         model.load_state_dict(state, strict=False)
     _check_arrival(model, state)
     return names
+
+
+def _may_adapt(model: torch.nn.Module) -> bool:
+    """Whether a part of the model loads tensors in a way of its own, and so may change its shapes.
+
+    As the observers of quantisation-aware training do. `load_state_dict` raises if it does not.
+    """
+    plain = torch.nn.Module
+    kinds = {type(module) for module in model.modules()}
+    return any(
+        kind._load_from_state_dict is not plain._load_from_state_dict  # noqa: SLF001
+        or kind.load_state_dict is not plain.load_state_dict
+        for kind in kinds
+        if not kind.__module__.startswith("torch.nn.modules.")
+    )
 
 
 def _check_arrival(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -186,3 +186,35 @@ class TestNothing:
         exec(Path("mine.py").read_text(), space)  # noqa: S102 - it is above
         model: nn.Module = space[name]()
         return model
+
+
+class Observer(nn.Module):
+    """Takes the shape of what it loads, as the observers of quantisation-aware training do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: torch.Tensor
+        self.register_buffer("scale", torch.ones(1))
+
+    def _load_from_state_dict(self, state, prefix, *args: Any) -> None:
+        if prefix + "scale" in state:
+            self.scale.resize_(state[prefix + "scale"].shape)
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def forward(self, values):
+        return values
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_a_model_that_adapts_shapes_as_it_loads_decides_itself(adapts):
+    model: Any = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), Observer() if adapts else Net())
+    if not adapts:
+        model[2] = nn.Identity()
+        model[2].register_buffer("scale", torch.ones(1))
+    state = model.state_dict() | {"2.scale": torch.rand(4)}
+    torch.save(state, "swa.pt")
+    if adapts:
+        assert torch.equal(refresh("new.pt", model)["2.scale"], state["2.scale"])
+    else:
+        with pytest.raises(ckptavg.CkptAvgError, match=r"2\.scale: shape \(1,\) in the model"):
+            refresh("new.pt", model)

@@ -188,22 +188,35 @@ class TestLoaders:
     @pytest.mark.parametrize(
         ("shuffle", "limit", "warned"),
         [
-            (False, {"max_samples": 20}, True),
-            (False, {"tol": 0.1}, True),
-            (False, {"max_samples": 40}, False),
-            (False, {"max_samples": 39}, True),
-            (False, {}, False),
-            (True, {"max_samples": 20}, False),
-            (True, {"tol": 0.1}, False),
+            (False, {"max_samples": 20}, "and the pass may end before it does"),
+            (False, {"tol": 0.1, "estimator": "exact"}, "and the pass may end before it does"),
+            (False, {"max_samples": 39}, "and the pass may end before it does"),
+            (False, {"max_samples": 40}, "if the data are sorted"),
+            (False, {}, "if the data are sorted"),
+            (False, {"estimator": "torch"}, "if the data are sorted"),
+            (False, {"estimator": "exact"}, None),
+            (True, {"max_samples": 20}, None),
+            (True, {"tol": 0.1}, None),
+            (True, {}, None),
         ],
         ids=str,
     )
-    def test_that_do_not_shuffle_are_warned_of_if_they_are_cut(
-        self, shuffle, limit, warned, notices
-    ):
+    def test_that_do_not_shuffle_are_warned_of(self, shuffle, limit, warned, notices):
         loader = DataLoader(TensorDataset(*draw((40,), 5)), batch_size=8, shuffle=shuffle)
         refresh_norm(make("mlp"), loader, **limit)
-        assert (ORDERED in notices.text) is warned
+        assert (ORDERED in notices.text) is (warned is not None)
+        assert (warned or "") in notices.text
+
+    def test_that_are_sorted_give_wrong_variances_but_for_exact(self):
+        """What the warning is about: classes apart, and batches of one class each."""
+        data = torch.cat([torch.randn(200, 5) + 8 * label for label in range(4)])
+        model: Any = nn.BatchNorm1d(5)
+        variances = {}
+        for estimator in ("paper", "exact"):
+            refresh_norm(model, DataLoader(TensorDataset(data), 25), estimator=estimator)
+            variances[estimator] = model.running_var.mean() / data.var(0).mean()
+        assert variances["paper"] < 0.1
+        assert variances["exact"] == pytest.approx(1, rel=0.01)
 
     def test_of_other_kinds_may_do_as_they_like(self, notices):
         refresh_norm(make("mlp"), data_for("mlp"), max_samples=20)

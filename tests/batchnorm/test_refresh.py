@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict, UserDict, namedtuple
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ckptavg.batchnorm.layers import LeftLayer
 from ckptavg.batchnorm.refresh import RefreshReport, refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
-from ckptavg.model.batches import default_forward, leading_size, moved
+from ckptavg.model.batches import count_examples, default_forward, moved
 from tests.helpers_norm import (
     MODELS,
     STATISTICS,
@@ -1182,6 +1183,15 @@ class TestMoved:
         ({"epoch": torch.tensor(3), "x": torch.zeros(7, 2)}, 7),
         ({"id": "abc", "more": [None, {"x": torch.zeros(7)}]}, 7),
         (torch.zeros(7).numpy(), 7),
+        (tuple(torch.zeros(3, 8 + size, 9) for size in range(5)), 5),
+        (([torch.zeros(3, 8, 9)] * 5, [{"boxes": torch.zeros(2, 4)}] * 5), 5),
+        (([torch.zeros(1, 8, 9)] * 5, torch.zeros(5)), 5),
+        (([torch.zeros(40), torch.zeros(30)], ["a", "b"]), 2),
+        (([torch.zeros(7, 2), torch.zeros(7, 3)], torch.zeros(7)), 7),
+        ({"image": torch.zeros(7, 3, 8, 8), "mask": torch.zeros(7, 8, 8)}, 7),
+        ((torch.zeros(3, 8, 9), torch.zeros(3)), 3),
+        (SimpleNamespace(num_graphs=4, x=torch.zeros(60, 2), to=None), 4),
+        (nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(2, 2)]), 2),
         (["a", "b", "c"], 3),
         ((["a", "b", "c"], [1, 2, 3]), 3),
         (torch.tensor(3), 1),
@@ -1191,8 +1201,8 @@ class TestMoved:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_leading_size(batch, size):
-    assert leading_size(batch) == size
+def test_the_examples_of_a_batch_are_counted(batch, size):
+    assert count_examples(batch) == size
 
 
 def test_default_forward_returns_what_the_model_does():

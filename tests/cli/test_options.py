@@ -177,3 +177,27 @@ def test_a_missing_option_may_stand_in_the_configuration(tmp_path):
 def test_unknown_weights_are_wrong_usage(ckpts):
     result = run("average", ckpts, "-o", "o.safetensors", "--weights", "best", code=2)
     assert "Invalid value for '--weights': unknown weights 'best'; they are" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("false", False),
+        ("False", False),
+        ("true", True),
+        ("None", None),
+        ("1e-3", 0.001),
+        ("[1, 2]", [1, 2]),
+        ("(1, 2)", (1, 2)),
+        ("{a = 1}", {"a": 1}),
+        ("resnet50", "resnet50"),
+        ("a=b", "a=b"),
+        ("2020-01-01", "2020-01-01"),
+        ("1\nother = 2", "1\nother = 2"),
+        ("", ""),
+    ],
+)
+def test_keyword_arguments_are_values_of_python_or_toml(text, value):
+    from ckptavg.cli.command import _key_value
+
+    assert _key_value(f"name={text}") == ("name", value)

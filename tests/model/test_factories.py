@@ -37,6 +37,26 @@ class TestModules:
         write(tmp_path / "factory_pack" / "sub" / "deep.py", "value = 4")
         assert load_object("factory_pack.sub.deep:value") == 4
 
+    @pytest.mark.parametrize("spec", ["pack_a.main:value", "pack_a/main.py:value"])
+    def test_of_a_package_import_it_from_the_working_directory(self, spec, tmp_path):
+        write(tmp_path / "pack_a" / "__init__.py", "")
+        write(tmp_path / "pack_a" / "parts.py", "value = 5")
+        write(tmp_path / "pack_a" / "main.py", "from pack_a.parts import value")
+        assert load_object(spec) == 5
+
+    @pytest.mark.parametrize("spec", ["argv_a:options", "argv_a.py:options"])
+    def test_find_no_arguments_on_the_command_line(self, spec, tmp_path, monkeypatch):
+        text = """
+            import argparse, sys
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--model", default="small")
+            options = [parser.parse_args().model, len(sys.argv)]
+        """
+        write(tmp_path / "argv_a.py", text)
+        monkeypatch.setattr(sys, "argv", ["ckptavg", "bn-refresh", "a.pt", "--model", "other"])
+        assert load_object(spec) == ["small", 1]
+        assert sys.argv[1] == "bn-refresh"
+
     def test_may_be_installed_ones(self):
         assert load_object("collections:OrderedDict.fromkeys")("ab") == {"a": None, "b": None}
 
@@ -178,12 +198,39 @@ class TestUserCode:
         with pytest.raises(CkptAvgError, match=r"^ours$"), user_code("it"):
             raise CkptAvgError("ours")
 
-    @pytest.mark.parametrize("error", [ValueError, StopIteration, SystemExit, MemoryError])
+    @pytest.mark.parametrize("error", [ValueError, StopIteration, MemoryError])
     def test_wraps_the_users(self, error):
         expected = pytest.raises(UserCodeError, match=f"^it raised {error.__name__}: his$")
         with expected as caught, user_code("it"):
             raise error("his")
         assert isinstance(caught.value.__cause__, error)
+
+    @pytest.mark.parametrize(
+        ("error", "remedy"),
+        [
+            (SystemExit(2), r"belongs under `if __name__ == \"__main__\":`"),
+            (
+                ImportError("attempted relative import with no known parent package"),
+                "package.module",
+            ),
+            (
+                TypeError("Net.forward() missing 1 required positional argument: 'mask'"),
+                "`forward`",
+            ),
+            (RuntimeError("element 0 of tensors does not require grad"), "torch.enable_grad"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_says_what_to_do(self, error, remedy):
+        with pytest.raises(UserCodeError, match=remedy), user_code("it"):
+            raise error
+
+    def test_quotes_the_last_line_of_a_worker(self):
+        quoted = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent "
+        quoted += 'call last):\n  File "data.py", line 3\nOSError: no such image\n'
+        expected = r"raised OSError: OSError: no such image \(in a worker process\)$"
+        with pytest.raises(UserCodeError, match=expected), user_code("it"):
+            raise OSError(quoted)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
     def test_lets_interrupts_pass(self, error):

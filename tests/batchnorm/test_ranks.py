@@ -84,7 +84,7 @@ class Slow(Dataset):
 
 
 def slow():
-    return DataLoader(Slow(), 16)
+    return DataLoader(Slow(), 16, shuffle=True)
 
 
 def long():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
+from ckptavg.model.feeding import limited
 from ckptavg.model.loading import load_weights
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
 from ckptavg.options import takes_fields_of
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ckptavg.batchnorm.layers import NormLayer
+    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
@@ -72,9 +75,11 @@ def refresh_checkpoint(
         checkpoint = open_checkpoint(path, key=options.key)
         rewriting = Rewriting(checkpoint, output, options)
         ranks.gather(None)  # all processes have checked the output before the first writes it
-        judge = options.judge if ranks.rank == 0 else None
+        judge = options.judge if ranks.rank == 0 and not options.dry_run else None
         before = None if judge is None else judge.measure(checkpoint)
         refreshed, report = _refreshed(checkpoint, options)
+        if options.dry_run:
+            return replace(report, written=False)
         if judge is not None and before is not None:
             report = replace(report, verdict=judge.verdict(before, judge.measure(refreshed)))
         keeps_old = report.verdict is not None and report.verdict.kept == "old"
@@ -98,14 +103,16 @@ def _refreshed(
     import_all(options.seed, options.model)
     model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
-    left = _layers_to_leave(unwrapped(model), names, checkpoint, is_chosen=bool(options.layers))
+    left = layers_to_leave(model, names, checkpoint, options)
     layers = norm_layers(unwrapped(model))
     batches: Iterable[Any] = ()
     forward = None
     if len(left) < len(layers):
         with random_state_kept():
             import_all(options.seed, options.model, options.loader, options.forward)
-        batches = make_batches(options.loader, options.loader_args)
+        batches = make_batches(options.loader, options.loader_args, for_refresh=True)
+        if options.dry_run:
+            batches = list(islice(limited(batches), 1))
         forward = load_object(options.forward) if options.forward else None
     report = refresh_norm(
         model, batches, forward=forward, left=left,
@@ -118,30 +125,33 @@ def _refreshed(
     return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report
 
 
-def _layers_to_leave(
-    model: torch.nn.Module, names: Mapping[str, str], checkpoint: Checkpoint, *, is_chosen: bool
+def layers_to_leave(
+    model: torch.nn.Module,
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    options: RefreshOptions,
 ) -> list[LeftLayer]:
     """The layers whose statistics are not in the checkpoint, or were frozen in the training.
 
     Args:
-        model: the model.
-        names: its names of tensors, with the checkpoint's.
-        checkpoint: the checkpoint, which may record what was frozen.
-        is_chosen: whether the user has named the layers to refresh: then he knows.
+        model: the model, with the checkpoint's weights.
+        names: the names of its tensors, with the checkpoint's.
+        checkpoint: the checkpoint, whose provenance may record what was frozen.
+        options: frozen layers are refreshed if the layers are named.
     """
     names_by_place: dict[object, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in names and isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
             names_by_place[tensor.data_ptr()] = names[name]
     left = []
-    for name, layer in norm_layers(model).items():
+    for name, layer in norm_layers(unwrapped(model)).items():
         assert layer.running_mean is not None  # noqa: S101 - see `tracks`
         place = None if is_lazy(layer.running_mean) else layer.running_mean.data_ptr()
         given = names_by_place.get(place) or names.get(f"{name}.running_mean")
         if given is None:
             reason = "not in the checkpoint"
             left.append(LeftLayer(name, reason, is_frozen=True))
-        elif not is_chosen and _was_frozen(given.rpartition(".")[0], checkpoint):
+        elif not options.layers and _was_frozen(given.rpartition(".")[0], checkpoint):
             reason = "frozen: the same in all members of the average"
             left.append(LeftLayer(name, reason, is_frozen=True))
     return left

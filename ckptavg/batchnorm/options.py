@@ -85,6 +85,7 @@ class RefreshCheckpointOptions(RefreshOptions):
         max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
         is_optional: copy a checkpoint that has no norm statistics to refresh: its model has no norm
             layers that track them, or all are frozen.
+        dry_run: try one batch, and write nothing.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
         judge: evaluates the checkpoint before and after, and may keep the old statistics.
@@ -97,6 +98,7 @@ class RefreshCheckpointOptions(RefreshOptions):
     container: Literal["weights", "last"] = "weights"
     max_shard_size: int | None = None
     is_optional: bool = False
+    dry_run: bool = False
     force: bool = False
     fsync: bool = True
     judge: Judge | None = None

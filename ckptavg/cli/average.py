@@ -63,9 +63,8 @@ _OUTPUT, *_TENSORS = parse(f"""
 --hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
                            once more.
 """)
-_EXPECT, _DRY_RUN = parse("""
+[_EXPECT] = parse("""
 --expect N    Fail unless N checkpoints are taken.
--n --dry-run  Show what would be read and written, and write nothing.
 """)
 
 
@@ -118,7 +117,7 @@ _NO_EFFECT = (
             *(*_TENSORS, options.NO_FSYNC),
         ),
         "Refresh of the norm statistics": options.REFRESH,
-        RUNNING: (_DRY_RUN, options.THREADS, *options.COMMON),
+        RUNNING: (options.DRY_RUN, options.THREADS, *options.COMMON),
     },
     no_effect=_NO_EFFECT,
 )

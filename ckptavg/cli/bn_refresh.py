@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ckptavg.batchnorm.report import Verdict
+    from ckptavg.batchnorm.report import RefreshReport, Verdict
     from ckptavg.evaluation.judging import Judge
 
 _EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = parse("""
@@ -52,7 +52,7 @@ _OUTPUT, _IN_PLACE = parse("""
             *(options.KEY, _OUTPUT, _IN_PLACE, options.FORCE, options.CONTAINER),
             *(options.MAX_SHARD_SIZE, options.NO_FSYNC),
         ),
-        RUNNING: options.COMMON,
+        RUNNING: (options.DRY_RUN, *options.COMMON),
     },
     no_effect=[
         without("eval_loader", *names_of(_EVALUATION)),
@@ -85,6 +85,10 @@ def bn_refresh(
         result = refresh_checkpoint(
             checkpoint, output, **fields, judge=judge, ranks=ranks, progress=progress
         )
+    if params["dry_run"]:
+        _say_layers(console, result)
+        console.result(result)
+        return
     say_report(console, result)
     if result.verdict is not None:
         _say_verdict(console, result.verdict)
@@ -104,6 +108,14 @@ def _judge(params: Mapping[str, Any]) -> Judge | None:
     return Judge(
         EvaluationOptions(**fields), keep_better=params["keep_better"], mode=params.get("mode")
     )
+
+
+def _say_layers(console: Console, report: RefreshReport) -> None:
+    """Print what would become of each layer."""
+    rows = [(layer.name, "would be refreshed") for layer in report.layers]
+    rows += [(layer.name, f"would be left alone ({layer.reason})") for layer in report.left]
+    console.say_table([("layer", "in a refresh"), *((printable(a), printable(b)) for a, b in rows)])
+    console.say("tried one batch, and wrote nothing")
 
 
 def _say_verdict(console: Console, verdict: Verdict) -> None:

@@ -73,8 +73,9 @@ FORCE, CONTAINER, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 --no-fsync                Do not wait until the output is on the disk.
 """)
 
-[THREADS] = parse("""
+THREADS, DRY_RUN = parse("""
 -j --threads N  Threads to use.  [default: the processors, at most 4; 16 for URLs]
+-n --dry-run    Show what would be read and written, and write nothing.
 """)
 COMMON = (
     click.Option(

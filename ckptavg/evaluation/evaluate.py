@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 from torch.nn.parameter import is_lazy
 
+from ckptavg.batchnorm.files import layers_to_leave
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
@@ -231,10 +232,11 @@ class Evaluator:
             self._model.train()
         for module, name, values in self._passing:
             module._buffers[name] = values.clone()  # noqa: SLF001
-        load_weights(self._model, checkpoint)
+        names = load_weights(self._model, checkpoint)
         if refresh is not None:
-            batches = self._batches(refresh.loader, refresh.loader_args)
-            refresh_norm(self._model, batches, forward=self._forward, **refresh.keywords)
+            left = layers_to_leave(self._model, names, checkpoint, refresh)
+            batches = self._batches(refresh.loader, refresh.loader_args, for_refresh=True)
+            refresh_norm(self._model, batches, forward=self._forward, left=left, **refresh.keywords)
         with user_code("the model's eval()"):
             self._model.eval()
 
@@ -247,7 +249,7 @@ class Evaluator:
         """
         options = self._options
         held_out = _Batches(
-            self._batches(loader, arguments), device_of(self._model),
+            self._batches(loader, arguments, for_refresh=False), device_of(self._model),
             max_samples=options.max_samples,
         )  # fmt: skip
         # Not inference mode: what a model makes in it cannot be loaded into again.
@@ -269,14 +271,16 @@ class Evaluator:
             )
         return next(iter(metrics.values()))
 
-    def _batches(self, spec: Loader, arguments: Mapping[str, Any]) -> Iterable[Any]:
+    def _batches(
+        self, spec: Loader, arguments: Mapping[str, Any], *, for_refresh: bool
+    ) -> Iterable[Any]:
         """The loader, made anew with the same random numbers.
 
         Raises:
             CkptAvgError: it is what the last checkpoint has used up.
         """
         self._random.restore()
-        made = make_batches(spec, arguments)
+        made = make_batches(spec, arguments, for_refresh=for_refresh)
         if isinstance(made, Iterator) and any(made is used for used in self._used):
             raise CkptAvgError(
                 f"{name_of(spec)} can be gone through only once, and is needed for each checkpoint",

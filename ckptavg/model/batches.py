@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 
-from ckptavg.errors import RefreshError
+from ckptavg.errors import RefreshError, listed
 from ckptavg.model.factories import user_code
 
 Numbered = Iterator[tuple[int, Any]]
@@ -95,21 +96,37 @@ def _like(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
 
 
 def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN401
-    """Call the model with a tensor, or with the first element of a list or tuple.
+    """Call the model with a batch.
+
+    With a tensor, or the first element of a list or tuple; with the values of a dict by their keys
+    if the model's `forward` takes them all.
 
     Raises:
         RefreshError: the batch is something else.
     """
+    if isinstance(batch, Mapping) and _takes(model, batch):
+        return model(**batch)
     given = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(given, torch.Tensor):
-        what = "a dict" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+        what = f"a {type(given).__name__}"
+        if isinstance(given, Mapping):
+            what = f"a dict of {listed(given)}"
         if given is not batch:
             what = f"a {type(batch).__name__} that begins with {what}"
         raise RefreshError(
             f"the loader yields {what}, and it is unclear how the model is called with it",
-            remedy="say so with --forward FILE.py:FUNCTION, called with the model and the batch",
+            remedy="say so with `forward`, a function of the model and the batch",
         )
     return model(given)
+
+
+def _takes(model: torch.nn.Module, batch: Mapping[Any, Any]) -> bool:
+    """Whether the keys of a batch are what the model's `forward` wants."""
+    try:
+        inspect.signature(model.forward).bind(**batch)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def count_examples(batch: Any) -> int:  # noqa: ANN401

@@ -104,12 +104,13 @@ def make_model(
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
 
 
-def make_batches(spec: Loader, arguments: Mapping[str, Any]) -> Iterable[Any]:
+def make_batches(spec: Loader, arguments: Mapping[str, Any], *, for_refresh: bool) -> Iterable[Any]:
     """The iterable of batches that a spec names, or that the callable returns which it names.
 
     Args:
         spec: an iterable, a callable that returns it, or the spec of either.
         arguments: keywords for the callable.
+        for_refresh: whether training data are wanted: a Lightning data module has them.
 
     Raises:
         RefreshError: it is no iterable.
@@ -121,6 +122,11 @@ def make_batches(spec: Loader, arguments: Mapping[str, Any]) -> Iterable[Any]:
     elif callable(made):
         with user_code(name_of(spec)):
             made = made(**arguments)
+    if for_refresh and callable(getattr(made, "train_dataloader", None)):
+        with user_code(f"{name_of(spec)}.train_dataloader()"):
+            made.prepare_data()
+            made.setup("fit")
+            made = made.train_dataloader()
     if not hasattr(made, "__iter__") or isinstance(made, type):
         raise RefreshError(
             f"{name_of(spec)} is a {type(made).__name__}, which gives no batches",

@@ -218,3 +218,85 @@ def test_a_model_that_adapts_shapes_as_it_loads_decides_itself(adapts):
     else:
         with pytest.raises(ckptavg.CkptAvgError, match=r"2\.scale: shape \(1,\) in the model"):
             refresh("new.pt", model)
+
+
+class TestDryRun:
+    def test_lists_the_layers_after_one_batch_and_writes_nothing(self, user_folder):
+        ckptavg.average(members(Net()), "swa.pt")
+        (user_folder / "mine.py").write_text(
+            "from tests.batchnorm.test_left_layers import BATCHES, Net\n"
+            "def loader():\n"
+            "    yield BATCHES[0]\n"
+            "    raise AssertionError('one batch is enough')\n"
+        )
+        specs = ("--model", "mine.py:Net", "--loader", "mine.py:loader")
+        before = Path("swa.pt").read_bytes()
+        lines = run("bn-refresh", "swa.pt", *specs, "--dry-run").stdout.splitlines()
+        assert [line.split() for line in lines[:2]] == [
+            ["layer", "in", "a", "refresh"],
+            ["head.1", "would", "be", "refreshed"],
+        ]
+        assert "backbone.1  would be left alone (frozen: the same in all members" in lines[2]
+        assert lines[3] == "tried one batch, and wrote nothing"
+        assert Path("swa.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("hides_backbone", [False, True], ids=["frozen", "not in the checkpoint"])
+def test_an_evaluation_with_a_refresh_leaves_the_same_layers(hides_backbone):
+    ckptavg.average(members(Net(hides_backbone=hides_backbone)), "swa.pt")
+    model = Net(hides_backbone=hides_backbone)
+    expected = by_hand(Net(hides_backbone=hides_backbone), Path("swa.pt"))
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(model: nn.Module, batches: object) -> float:
+        seen.update({name: value.clone() for name, value in model.named_buffers()})
+        return 0.0
+
+    refresh = ckptavg.RefreshOptions(model=model, loader=BATCHES, device="cpu")
+    before = {name: value.clone() for name, value in model.backbone.named_buffers()}
+    ckptavg.evaluate("swa.pt", model=model, loader=[0], metric=look, refresh=refresh, device="cpu")
+    for name in ("head.1.running_mean", "head.1.running_var"):
+        torch.testing.assert_close(seen[name], expected[name], rtol=1e-4, atol=1e-4)
+    if hides_backbone:
+        assert all(torch.equal(seen[f"backbone.{name}"], value) for name, value in before.items())
+
+
+class TestBatches:
+    def test_that_are_dicts_of_the_models_arguments_are_its_keywords(self):
+        class Keywords(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm1d(5)
+
+            def forward(self, values, mask=None):
+                return self.norm(values * mask)
+
+        model, mask = Keywords(), torch.rand(16, 5)
+        batches = [{"mask": mask, "values": batch} for batch in BATCHES]
+        ckptavg.refresh_norm(model, batches, estimator="exact")
+        expected = (BATCHES * mask).flatten(0, 1).mean(0)
+        torch.testing.assert_close(model.norm.running_mean, expected)
+
+    def test_that_are_other_dicts_ask_for_a_function(self):
+        with pytest.raises(RefreshError, match=r"yields a dict of image, label, .*; .*`forward`"):
+            ckptavg.refresh_norm(Net(), [{"image": BATCHES[0], "label": 0}])
+
+    def test_of_a_data_module_are_those_of_its_training(self):
+        class Data:
+            """What Lightning's data modules have."""
+
+            def prepare_data(self):
+                self.is_prepared = True
+
+            def setup(self, stage):
+                assert self.is_prepared
+                self.stage = stage
+
+            def train_dataloader(self):
+                assert self.stage == "fit"
+                return BATCHES
+
+        torch.save(Net().state_dict(), "swa.pt")
+        expected = refresh("a.pt", Net())
+        ckptavg.refresh_checkpoint("swa.pt", "b.pt", model=Net, loader=Data(), device="cpu")  # type: ignore[arg-type]
+        assert all(torch.equal(value, expected[name]) for name, value in torch.load("b.pt").items())

@@ -1012,7 +1012,9 @@ class TestBatches:
     def test_of_anything_else_are_a_clear_error(self, batch, what):
         model = make("mlp")
         before = Snapshot(model)
-        with pytest.raises(RefreshError, match=rf"the loader yields {what}, and.*--forward") as one:
+        with pytest.raises(
+            RefreshError, match=rf"the loader yields {what}.*, and .*`forward`"
+        ) as one:
             refresh_norm(model, [batch])
         assert one.value.__cause__ is None
         before.check()

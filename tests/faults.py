@@ -207,7 +207,7 @@ def tree(path: Path) -> dict[str, bytes | None] | None:
 def _import_all(*, torch: bool) -> None:
     """Import what the commands need, so that no run has to."""
     rooms = {"average", "cli", "distributed", "formats", "select", "merge", "write"}
-    rooms |= {"norm"} if torch else set()
+    rooms |= {"batchnorm", "model"} if torch else set()
     for module in pkgutil.walk_packages(ckptavg.__path__, "ckptavg."):
         if module.name.split(".")[1] in rooms:
             importlib.import_module(module.name)

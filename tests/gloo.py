@@ -1,14 +1,9 @@
-"""Four processes that save sharded checkpoints with torch.distributed itself.
-
-`save_all` starts them once; each runs `python -m tests.gloo RANK FOLDER`.
-"""
+"""Four processes that save sharded checkpoints with torch.distributed itself."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from tests.oracle import StateDict
+from tests.ranks import Job
 
 RANKS = 4
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the host's name may resolve to nothing
 SHAPES: dict[str, tuple[int, ...]] = {
     "grid": (8, 6),
     "uneven": (7, 5),
@@ -61,23 +56,7 @@ def model() -> nn.Module:
 
 def save_all(folder: Path) -> None:
     """Save every kind; the folders are named after it."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gloo", str(rank), str(folder)],
-            env=os.environ | {"GLOO_SOCKET_IFNAME": LOOPBACK},
-            cwd=Path(__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    Job([partial(main, rank, folder) for rank in range(RANKS)], folder).finish(*[0] * RANKS)
 
 
 def sharded(state: StateDict, mesh: DeviceMesh, *placements: Placement) -> dict[str, Any]:
@@ -110,6 +89,7 @@ def turn(tensor: DTensor) -> DTensor:
 
 def main(rank: int, folder: Path) -> None:
     """What each process does."""
+    warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )
@@ -163,8 +143,3 @@ def train(folder: Path, mesh: DeviceMesh, rank: int) -> None:
         full = get_model_state_dict(network, options=options)
         if rank == 0:
             torch.save(full, folder / f"fsdp-{step}.pt")
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ckptavg
+from ckptavg.distributed import launched_ranks
+from ckptavg.errors import CkptAvgError
 from ckptavg.formats import open_checkpoint
-from tests.gloo import LOOPBACK
+from tests.helpers import run
 from tests.oracle import same_bits
+from tests.ranks import LOOPBACK, Job, command, variables
 
 RANKS = 3
 
@@ -35,39 +39,14 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-_PYTHON = (sys.executable, "-m", "ckptavg", "average")
-
-
-def start(*arguments, by_rank=False, python=_PYTHON):
+def start(folder, *arguments, **environment):
     """Start the command in so many processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ours = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ours |= {"TORCHELASTIC_RUN_ID": "none"}
-    ours |= {"GLOO_SOCKET_IFNAME": LOOPBACK}
-    return [
-        subprocess.Popen(
-            [*python, *map(str, arguments[rank] if by_rank else arguments)],
-            env=os.environ | ours | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
+    return Job([command("average", *arguments)] * RANKS, folder, **environment)
 
 
-def launch(*arguments, code=0, by_rank=False):
+def launch(folder, *arguments, code=0, **environment):
     """Run the command in so many processes; returns what each has printed."""
-    return finish(start(*arguments, by_rank=by_rank), [code] * RANKS)
-
-
-def finish(processes, codes):
-    """What each process has printed in the end."""
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == codes, outputs
-    return outputs
+    return start(folder, *arguments, **environment).finish(*[code] * RANKS)
 
 
 @pytest.mark.parametrize("name", ["o.safetensors", "o.pt", "o/"])
@@ -76,7 +55,7 @@ def test_the_same_bytes_as_those_of_one_process(checkpoints, tmp_path, name):
     output.mkdir()
     alone.mkdir()
     sharded = ["--max-shard-size", "3MB"] if name.endswith("/") else []
-    outputs = launch(checkpoints, "-o", f"{output}/{name}", "--quiet", *sharded)
+    outputs = launch(tmp_path, checkpoints, "-o", f"{output}/{name}", "--quiet", *sharded)
     assert all(out == "" for out, _ in outputs)
     ckptavg.average(checkpoints, f"{alone}/{name}", max_shard_size=3_000_000 if sharded else None)
     found, expected = (
@@ -92,50 +71,63 @@ def test_the_same_bytes_as_those_of_one_process(checkpoints, tmp_path, name):
 
 
 def test_one_of_them_speaks(checkpoints, tmp_path):
-    outputs = launch(checkpoints, "-o", tmp_path / "o.safetensors")
+    outputs = launch(tmp_path, checkpoints, "-o", tmp_path / "o.safetensors")
     assert outputs[0][0].startswith("averaged 3 checkpoints")
     assert [out for out, _ in outputs[1:]] == ["", ""]
 
 
 def test_a_failure_of_one_ends_all_and_leaves_nothing(checkpoints, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
+    folder = tmp_path / "run"
+    folder.mkdir()
     for path in checkpoints.iterdir():
-        (run / path.name).write_bytes(path.read_bytes())
-    with (run / "step_1.safetensors").open("r+b") as file:
+        (folder / path.name).write_bytes(path.read_bytes())
+    with (folder / "step_1.safetensors").open("r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(b"\xff" * 64)  # NaN in the last chunk alone
-    outputs = launch(run, "-o", tmp_path / "o.safetensors", code=1)
-    [error] = [err for _, err in outputs if err]
+    words = [sys.executable, "-m", "ckptavg", "average", folder, "-o", tmp_path / "o.safetensors"]
+    common = os.environ | variables(2)
+    processes = [  # no forks: how the interpreters end counts as well
+        subprocess.Popen(words, env=common | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    [error] = [err for err in outputs if err]
     assert "step_1.safetensors" in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_error_keeps_nothing_alive_that_its_frames_held():
+def test_an_error_keeps_nothing_alive_that_its_frames_held(tmp_path):
     """What torch's frames held would live until the interpreter exits, which then may abort."""
-    script = (
-        "import weakref\n"
-        "from ckptavg.distributed import launched_ranks\n"
-        "class Held: pass\n"
-        "held = []\n"
-        "def failing():\n"
-        "    local = Held()\n"
-        "    held.append(weakref.ref(local))\n"
-        "    raise ValueError('first')\n"
-        "def second():\n"
-        "    try:\n"
-        "        failing()\n"
-        "    except ValueError as error:\n"
-        "        raise KeyError('second') from error\n"
-        "try:\n"
-        "    with launched_ranks():\n"
-        "        second()\n"
-        "except Exception as error:\n"
-        "    print(held[0]() is None)\n"
-    )
-    outputs = finish(start(script, python=(sys.executable, "-c")), [0] * RANKS)
+    outputs = Job([fail_by_holding] * RANKS, tmp_path).finish(*[0] * RANKS)
     assert [out.split()[-1] for out, _ in outputs] == ["True"] * RANKS
+
+
+def fail_by_holding():
+    """Fail in a frame that holds something, and print whether it is gone afterwards."""
+
+    class Held:
+        pass
+
+    held = []
+
+    def failing():
+        local = Held()
+        held.append(weakref.ref(local))
+        raise ValueError("first")
+
+    def second():
+        try:
+            failing()
+        except ValueError as error:
+            raise KeyError("second") from error
+
+    try:
+        with launched_ranks():
+            second()
+    except (ValueError, KeyError, CkptAvgError) as error:
+        print(error, held[0]() is None)
 
 
 def test_what_a_rank_starts_by_itself_is_alone():
@@ -143,11 +135,11 @@ def test_what_a_rank_starts_by_itself_is_alone():
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     ours = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     environment = os.environ | ours
-    for command, expected in ((script, "False"), (code, "True")):
+    for program, expected in ((script, "False"), (code, "True")):
         if expected == "False" and not Path("/proc/self").is_dir():
             continue
         result = subprocess.run(
-            [sys.executable, "-c", command],
+            [sys.executable, "-c", program],
             env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert result.stdout.strip() == expected
@@ -159,16 +151,18 @@ def test_processes_that_see_other_checkpoints_end_at_once(checkpoints, tmp_path)
     for path in sorted(checkpoints.iterdir())[1:]:
         (more / path.name).hardlink_to(path)
     output = tmp_path / "o.safetensors"
-    each = [(folder, "-o", output) for folder in (checkpoints, more, checkpoints)]
-    outputs = launch(*each, code=1, by_rank=True)
+    calls = [
+        command("average", folder, "-o", output) for folder in (checkpoints, more, checkpoints)
+    ]
+    outputs = Job(calls, tmp_path).finish(1, 1, 1)
     assert any("not the same" in err for _, err in outputs), outputs
     assert [path.name for path in tmp_path.iterdir()] == ["more"]
 
 
 def test_variables_of_something_else_are_no_reason_to_wait(checkpoints, tmp_path):
     ours = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    command = [*_PYTHON, checkpoints, "-o", tmp_path / "o.safetensors", "--quiet"]
-    subprocess.run(command, env=os.environ | ours, check=True, timeout=30)
+    call = command("average", checkpoints, "-o", tmp_path / "o.safetensors", "--quiet")
+    Job([call], tmp_path, **ours).finish(0)
     assert (tmp_path / "o.safetensors").exists()
 
 
@@ -252,14 +246,12 @@ def trained(tmp_path_factory):
     """Checkpoints of a model with norm layers, and its code."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.py").write_text(TRAIN)
-    code = """
-import pathlib, torch, train
-pathlib.Path("run").mkdir()
-for step in range(3):
-    torch.manual_seed(step)
-    torch.save(train.Net().state_dict(), f"run/step_{step}.pt")
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    (folder / "run").mkdir()
+    space: dict[str, Any] = {"__file__": str(folder / "train.py")}
+    exec(TRAIN, space)  # noqa: S102
+    for step in range(3):
+        torch.manual_seed(step)
+        torch.save(space["Net"]().state_dict(), folder / "run" / f"step_{step}.pt")
     return folder
 
 
@@ -274,14 +266,13 @@ class TestRefresh:
     @pytest.mark.parametrize("name", ["o.pt", "o/"])
     def test_makes_what_one_process_makes(self, trained, tmp_path, name):
         arguments = (trained / "run", "-o", f"{tmp_path}/{name}", *specs(trained))
-        outputs = launch(*arguments)
+        outputs = launch(tmp_path, *arguments)
         assert outputs[0][0].startswith("averaged 3 checkpoints")
         assert "12 batches of 96 samples in all in 3 processes" in outputs[0][0]
         assert outputs[1:] == [("", "")] * 2
         assert [path.name for path in tmp_path.iterdir()] == [name.rstrip("/")]
         alone = tmp_path / "alone.safetensors"
-        command = [*_PYTHON, trained / "run", "-o", alone, *specs(trained)]
-        subprocess.run(command, check=True, capture_output=True)
+        run("average", trained / "run", "-o", alone, *specs(trained))
         path = tmp_path / name
         found = torch.load(path) if name == "o.pt" else load_file(path / "model.safetensors")
         expected = load_file(alone)
@@ -297,7 +288,7 @@ class TestRefresh:
         old = [trained / "run" / f"step_{step}.pt" for step in range(2)]
         ckptavg.average(old, swa)
         new = trained / "run" / "step_2.pt"
-        launch(swa, new, "--update", "-o", swa, "--force", *specs(trained))
+        launch(tmp_path, swa, new, "--update", "-o", swa, "--force", *specs(trained))
         entry = open_checkpoint(swa).provenance
         assert entry is not None
         assert len(entry["sources"]) == 3
@@ -305,7 +296,9 @@ class TestRefresh:
 
     @pytest.mark.parametrize("loader", ["failing", "absent", "circular"])
     def test_that_fails_ends_all_with_one_message(self, trained, tmp_path, loader):
-        outputs = launch(trained / "run", "-o", tmp_path / "o.pt", *specs(trained, loader), code=1)
+        outputs = launch(
+            tmp_path, trained / "run", "-o", tmp_path / "o.pt", *specs(trained, loader), code=1
+        )
         lines = [line for _, error in outputs for line in error.splitlines()]
         [message] = [line for line in lines if line.startswith("ckptavg: error: ")]
         what = {
@@ -328,24 +321,23 @@ class TestRefresh:
         for path in begun:
             path.unlink(missing_ok=True)
         output = tmp_path / "o.pt"
-        processes = start(trained / "run", "-o", output, *specs(trained, "long"))
+        job = start(tmp_path, trained / "run", "-o", output, *specs(trained, "long"))
         while not all(path.exists() for path in begun):
-            assert all(process.poll() is None for process in processes)
+            assert all(process.is_alive() for process in job.processes)
             time.sleep(0.05)
         assert len(list(tmp_path.iterdir())) == 1  # the average waits for its statistics
-        processes[rank].send_signal(number)
-        outputs = finish(processes, codes)
+        os.kill(job.processes[rank].pid, number)
+        outputs = job.finish(*codes)
         assert "another process is gone" in outputs[0][1]
         assert "Traceback" not in "".join(error for _, error in outputs)
         assert list(tmp_path.iterdir()) == []
 
-    def test_writes_when_all_have_found_the_place_free(self, trained, tmp_path, monkeypatch):
-        monkeypatch.setenv("LATE", "1")
-        run = tmp_path / "run"
-        run.mkdir()
+    def test_writes_when_all_have_found_the_place_free(self, trained, tmp_path):
+        folder = tmp_path / "run"
+        folder.mkdir()
         for step in range(2):
-            torch.save(torch.nn.Linear(6, 8).state_dict(), run / f"step_{step}.pt")
-        launch(run, "-o", tmp_path / "o.pt", *specs(trained, model="LATE"))
+            torch.save(torch.nn.Linear(6, 8).state_dict(), folder / f"step_{step}.pt")
+        launch(tmp_path, folder, "-o", tmp_path / "o.pt", *specs(trained, model="LATE"), LATE="1")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["o.pt", "run"]
 
 

@@ -8,10 +8,7 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,8 +29,8 @@ from ckptavg.landscape.plane import plane
 from ckptavg.landscape.rays import rays
 from ckptavg.landscape.segment import segment
 from ckptavg.write import temporary
-from tests.gloo import LOOPBACK
 from tests.helpers import run
+from tests.ranks import Job, command
 
 SETUP = '''
 import os, signal
@@ -342,12 +339,9 @@ def arguments(kind, paths, *more, output="o"):
     return ["landscape", kind, *names, *spec, "-o", output, *more]
 
 
-def start(*words, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "ckptavg", *words],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(*words, size=1, **environment):
+    """The command in processes of their own."""
+    return Job([command(*words)] * size, Path.cwd(), **environment)
 
 
 LOGGED = ("--metric", "setup.py:logged", "--no-plots")
@@ -359,18 +353,13 @@ class TestResuming:
     def test_a_killed_run_goes_on_and_evaluates_no_point_twice(self):
         words = arguments("rays", PATHS[:2], *COUNTED)
         for at in (3, 7):
-            process = start(*words, KILL_AT=str(at))
-            process.communicate(timeout=60)
-            assert process.returncode == -signal.SIGKILL
+            start(*words, KILL_AT=str(at)).finish(-signal.SIGKILL)
             assert len(Path("log-0").read_text().splitlines()) == at
-        process = start(*words)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 0, said
+        start(*words).finish(0)
         lines = Path("log-0").read_text().splitlines()
         assert len(lines) == len(set(lines)) == 2 * (1 + 2 * 2)
         again = Path("o/rays.json").read_bytes()
-        process = start(*words)
-        process.communicate(timeout=60)
+        start(*words).finish(0)
         assert Path("log-0").read_text().splitlines() == lines
         assert Path("o/rays.json").read_bytes() == again
 
@@ -381,22 +370,11 @@ class TestResuming:
         assert len(Path("log-0").read_text().splitlines()) == 3
 
     def test_two_processes_share_the_points(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        common = {
-            "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "GLOO_SOCKET_IFNAME": LOOPBACK,
-        }  # fmt: skip
-        words = arguments("rays", PATHS[:2], *COUNTED)
-        processes = [start(*words, **common, RANK=str(rank)) for rank in range(2)]
-        said = [process.communicate(timeout=120) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], said
+        said = start(*arguments("rays", PATHS[:2], *COUNTED), size=2).finish(0, 0)
         logs = [Path(f"log-{rank}").read_text().splitlines() for rank in range(2)]
         assert [len(log) for log in logs] == [5, 5]
         assert not set(logs[0]) & set(logs[1])
-        alone = start(*arguments("rays", PATHS[:2], *COUNTED, output="alone"))
-        alone.communicate(timeout=60)
+        start(*arguments("rays", PATHS[:2], *COUNTED, output="alone")).finish(0)
         assert Path("o/rays.json").read_bytes() == Path("alone/rays.json").read_bytes()
         assert said[1] == ("", "")
 

@@ -35,6 +35,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.model.loading import as_torch, load_weights, match_names
 from tests.helpers import process, run, save_dcp, save_engine
 from tests.oracle import same_bits
+from tests.ranks import Job, command
 
 TRAIN = """
 import torch
@@ -1579,10 +1580,10 @@ class TestProcess:
     def test_shows_the_traceback_of_the_users_model_and_ends_with_1(self, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)
         before = path.read_bytes()
-        done = process("bn-refresh", path, *SPECS, "--model", "train.py:broken", cwd=tmp_path)
-        assert done.returncode == 1
-        assert done.stdout == ""
-        lines = done.stderr.splitlines()
+        call = command("bn-refresh", path, *SPECS, "--model", "train.py:broken")
+        [(output, errors)] = Job([call], tmp_path).finish(1)
+        assert output == ""
+        lines = errors.splitlines()
         assert lines[0] == "Traceback (most recent call last):"
         assert any('train.py", line' in line for line in lines)
         assert "ZeroDivisionError: deliberately" in lines
@@ -1593,11 +1594,11 @@ class TestProcess:
 
     def test_shows_no_traceback_of_ours(self, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)
-        done = process("bn-refresh", path, *SPECS, "--loader", "train.py:dicts", cwd=tmp_path)
-        assert done.returncode == 1
-        assert done.stderr.startswith("ckptavg: error: the loader yields a dict")
-        assert "--forward" in done.stderr
-        assert done.stderr.count("\n") == 1
+        call = command("bn-refresh", path, *SPECS, "--loader", "train.py:dicts")
+        [(_, errors)] = Job([call], tmp_path).finish(1)
+        assert errors.startswith("ckptavg: error: the loader yields a dict")
+        assert "--forward" in errors
+        assert errors.count("\n") == 1
 
     def test_does_as_it_does_in_this_process(self, net, tmp_path):
         path = ours(net.state_dict(), tmp_path)

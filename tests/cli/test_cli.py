@@ -18,7 +18,7 @@ import ckptavg
 from ckptavg import cli
 from ckptavg.cli.average import DTYPES
 from ckptavg.cli.console import plural, size
-from tests.helpers import process, run
+from tests.helpers import outcome, process, run
 from tests.oracle import random_state_dicts, save_run
 
 STALE = (
@@ -99,10 +99,10 @@ class TestAverage:
 def test_messages_of_the_library_speak_of_options_here(tmp_path):
     save_run(tmp_path / "ckpts", random_state_dicts(2))
     words = ["average", str(tmp_path / "ckpts"), "-o", str(tmp_path / "o.safetensors")]
-    assert process(*words).returncode == 0
-    result = process(*words)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith("o.safetensors: exists already; --force replaces it")
+    assert outcome(*words)[0] == 0
+    code, _, said = outcome(*words)
+    assert code == 1
+    assert said.strip().endswith("o.safetensors: exists already; --force replaces it")
 
 
 class TestExitCodes:
@@ -117,9 +117,9 @@ class TestExitCodes:
 
     def test_differences_are_listed_a_line_each(self, tmp_path):
         save_run(tmp_path / "run", [{"a": torch.ones(1)}, {"b": torch.ones(1)}])
-        done = process("average", tmp_path / "run", "-o", tmp_path / "o.safetensors")
-        assert done.returncode == 1
-        assert len(done.stderr.splitlines()) == 3
+        code, _, said = outcome("average", tmp_path / "run", "-o", tmp_path / "o.safetensors")
+        assert code == 1
+        assert len(said.splitlines()) == 3
 
     @pytest.mark.parametrize(
         "arguments",
@@ -278,10 +278,10 @@ class TestInspect:
 
     def test_a_damaged_file_does_not_hide_the_others(self, ckpts):
         (ckpts / "step_1.safetensors").write_bytes(b"\xff" * 100)
-        done = process("inspect", ckpts)
-        assert done.returncode == 1
-        assert len(done.stdout.splitlines()) == 3
-        assert "step_1.safetensors" in done.stderr
+        code, told, said = outcome("inspect", ckpts)
+        assert code == 1
+        assert len(told.splitlines()) == 3
+        assert "step_1.safetensors" in said
 
     def test_an_unclear_choice_shows_each_state_dict(self, tmp_path):
         content = {"generator": {"w": torch.ones(1)}, "discriminator": {"w": torch.ones(2)}}

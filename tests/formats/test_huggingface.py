@@ -16,7 +16,7 @@ from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.huggingface import weight_files
 from ckptavg.formats.jsontext import read_json
-from tests.helpers import process, run, save_dcp
+from tests.helpers import outcome, run, save_dcp
 from tests.oracle import StateDict, naive_mean, same_bits
 
 INDEX = "model.safetensors.index.json"
@@ -212,9 +212,9 @@ class TestConfiguration:
     def test_that_is_a_link_to_nothing_is_an_error(self, tmp_path):
         two_models(tmp_path / "run")
         (tmp_path / "run" / "checkpoint-1" / "config.json").symlink_to(tmp_path / "absent")
-        result = process("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
-        assert result.returncode == 1
-        assert result.stderr == (
+        code, _, said = outcome("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
+        assert code == 1
+        assert said == (
             f"ckptavg: error: {tmp_path}/run/checkpoint-1/config.json: is no regular file, or a "
             "link to nothing\n"
         )

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import ckptavg
-from tests.helpers import process, run
+from tests.helpers import outcome, run
 from tests.layouts.libraries import differ, llama, tokenizer, trainer
 from tests.oracle import StateDict, assert_mean
 
@@ -443,10 +443,10 @@ DAMAGE = {
 def test_damaged_shards_are_an_error_that_names_the_file(shards, tmp_path, damage):
     path, what = damage(shards / "step-1")
     before = names(tmp_path)
-    result = process("average", shards, "-o", f"{tmp_path}/out/")
-    assert result.returncode == 1, result.stderr
-    *_, line = result.stderr.splitlines()
-    assert "Traceback" not in result.stderr
+    code, _, said = outcome("average", shards, "-o", f"{tmp_path}/out/")
+    assert code == 1, said
+    *_, line = said.splitlines()
+    assert "Traceback" not in said
     assert line.startswith(f"ckptavg: error: {path}: ")
     assert what in line
     assert names(tmp_path) == before
@@ -470,8 +470,8 @@ def two_models(tmp_path: Path) -> Path:
 
 
 def test_two_models_in_one_directory_are_an_error_that_lists_what_differs(two_models, tmp_path):
-    result = process("average", two_models, "-o", f"{tmp_path}/out/")
-    assert result.returncode == 1
-    assert "the checkpoints are not of one model" in result.stderr
-    assert "model.embed_tokens.weight: shape (200, 32) in" in result.stderr
+    code, _, said = outcome("average", two_models, "-o", f"{tmp_path}/out/")
+    assert code == 1
+    assert "the checkpoints are not of one model" in said
+    assert "model.embed_tokens.weight: shape (200, 32) in" in said
     assert not (tmp_path / "out").exists()

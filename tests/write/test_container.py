@@ -21,7 +21,7 @@ import ckptavg
 from ckptavg.errors import OutputError, SelectionError, ValueRangeError
 from ckptavg.formats import open_checkpoint
 from tests import oracle
-from tests.helpers import process, run
+from tests.helpers import outcome, run
 from tests.oracle import StateDict, naive_mean, random_state_dicts, same_bits, save_run
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -242,9 +242,9 @@ def test_views_that_share_bytes_are_an_error_that_names_both(tmp_path, one, othe
 
     save_states(tmp_path / "run", make)
     out = tmp_path / "out.pt"
-    result = process("average", tmp_path / "run", "-o", out, "--container", "last")
-    assert result.returncode == 1
-    [line] = result.stderr.splitlines()
+    code, _, said = outcome("average", tmp_path / "run", "-o", out, "--container", "last")
+    assert code == 1
+    [line] = said.splitlines()
     pairs = ("one: shares bytes with other", "other: shares bytes with one")
     assert line.startswith(tuple(f"ckptavg: error: {out}: {pair} in the last" for pair in pairs))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

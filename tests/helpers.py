@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,13 +63,11 @@ def outcome(*arguments: object) -> tuple[int, str, str]:
         mock.patch("signal.signal"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
     ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            assert isinstance(end.code, int)
-            return end.code, out.getvalue(), err.getvalue()
-    raise AssertionError("the command did not end by itself")
+        cli.main()
+    assert isinstance(end.value.code, int)
+    return end.value.code, out.getvalue(), err.getvalue()
 
 
 def process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -80,6 +79,11 @@ def process(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
         cwd=cwd,
         check=False,
     )
+
+
+def all_but_slow(kinds: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Parameters, of which those that are slow are marked so."""
+    return [pytest.param(kind, marks=pytest.mark.slow) if kind in slow else kind for kind in kinds]
 
 
 def random_tensor(shape, dtype=torch.float32, seed=0):

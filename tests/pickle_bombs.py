@@ -1,6 +1,7 @@
 """Pickles that are small and want much time or memory, and a process to set them off in.
 
-`python -m tests.pickle_bombs` loads each in a fork of its own and prints what came of it as JSON.
+`python -m tests.pickle_bombs` loads those that it is asked for, each in a fork of its own, and
+prints what came of it as JSON.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import pickle
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.unpickler import PickleError, load
@@ -229,6 +234,43 @@ BODIES = {
 
 
 BOMBS = {kind: stop(body) for kind, body in BODIES.items()}
+TELLING = (
+    *("LONG_BINPUT", "BINBYTES8", "deep dicts", "DAG as key", "DAG to be printed"),
+    *("colliding members", "digits without end", "laughing parameters", "laughing Size() of text"),
+    *("a chain of attributes", "wrapped without end"),
+)
+"""One for each bound. Whatever is within a file, the unpickler's own tests set off all of them."""
+
+
+class Asked:
+    """A small process of its own that answers what comes of a kind.
+
+    Args:
+        module: runs `answer`.
+        arguments: of the process.
+    """
+
+    def __init__(self, module: str, *arguments: object) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self, kind: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(kind, file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+
+def answer(what_comes_of: Callable[[str], Any]) -> None:
+    """What such a process does."""
+    for line in sys.stdin:
+        print(json.dumps(what_comes_of(line.rstrip("\n"))), flush=True)
 
 
 def explode(pickled, load):
@@ -270,4 +312,4 @@ def assert_bounded(outcome, seconds, memory):
 
 
 if __name__ == "__main__":
-    json.dump({kind: in_a_fork(pickled) for kind, pickled in BOMBS.items()}, sys.stdout)
+    answer(lambda kind: in_a_fork(BOMBS[kind]))

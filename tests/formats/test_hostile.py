@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,26 +11,22 @@ from safetensors.torch import save_file
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats import open_checkpoint
-from tests.helpers import assert_read_or_refused
-from tests.hostile_files import KINDS, MEMORY, SECONDS, _every_cut
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import all_but_slow, assert_read_or_refused
+from tests.hostile_files import ALIKE, KINDS, MEMORY, SECONDS, _every_cut
+from tests.pickle_bombs import Asked
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What came of each, in processes of their own."""
-    folder = tmp_path_factory.mktemp("hostile")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile_files", str(folder)],
-        check=True, capture_output=True, cwd=ROOT,
-    )  # fmt: skip
-    return json.loads(done.stdout)
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    """What comes of a kind, in processes of their own."""
+    asked = Asked("tests.hostile_files", tmp_path_factory.mktemp("hostile"))
+    yield asked
+    asked.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_is_one_line_and_nothing_else(outcomes, kind):
-    code, said, seconds, memory, nothing_left = outcomes[kind]
+@pytest.mark.parametrize("kind", all_but_slow(KINDS, ALIKE))
+def test_is_one_line_and_nothing_else(asked, kind):
+    code, said, seconds, memory, nothing_left = asked(kind)
     assert code == "1", said
     assert said.startswith("ckptavg: error: ")
     assert said.endswith("\n")

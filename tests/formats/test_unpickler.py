@@ -11,7 +11,6 @@ import datetime as dt
 import enum
 import functools
 import io
-import json
 import os
 import pathlib
 import pickle
@@ -20,6 +19,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,8 @@ from ckptavg.formats.pickled import Placeholder, UnreadableTensor
 from ckptavg.formats.recorded import training_facts, training_record
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.unpickler import InertUnpickler, PickleError, load, run
-from tests.pickle_bombs import BOMBS, assert_bounded, get, named, stack_global, stop, text
+from tests.pickle_bombs import BOMBS, Asked, assert_bounded, get, named, stack_global, stop, text
 
-ROOT = pathlib.Path(__file__).parents[2]
 PROTOCOLS = range(1, pickle.HIGHEST_PROTOCOL + 1)
 
 
@@ -519,18 +518,17 @@ def test_a_pickle_longer_than_any_is_refused_unread(monkeypatch):
 # What cannot blow up
 
 
-@pytest.fixture(scope="session")
-def outcomes():
-    """What came of each bomb, in a process that may take no more than it should."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pickle_bombs"], check=True, capture_output=True, cwd=ROOT
-    )
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def asked() -> Iterator[Asked]:
+    """What comes of a bomb, in a process that may take no more than it should."""
+    asked = Asked("tests.pickle_bombs")
+    yield asked
+    asked.close()
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_no_pickle_takes_more_than_its_share(outcomes, kind):
-    assert_bounded(*outcomes[kind])
+def test_no_pickle_takes_more_than_its_share(asked, kind):
+    assert_bounded(*asked(kind))
 
 
 # What chance makes of it

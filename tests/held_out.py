@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,25 +103,32 @@ once = iter(batches())
 """
 
 
-def trained(train: Any, kind: str, count: int, *, rate: float = 0.3) -> list[StateDict]:
+def trained(kind: str, count: int) -> list[StateDict]:
     """The state dicts of a short run at a rate that is too high: some are better than others."""
+    return copy.deepcopy(_trained(kind, count))
+
+
+@functools.cache
+@torch.random.fork_rng(devices=[])  # nobody sees which test was the first
+def _trained(kind: str, count: int) -> list[StateDict]:
+    train: dict[str, Any] = {}
+    exec(TRAIN, train)  # noqa: S102
     torch.manual_seed(0)
-    model = getattr(train, kind)()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    model = train[kind]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     states = []
     for _ in range(count):
-        for images, classes in train.training():
+        for images, classes in train["training"]():
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), classes).backward()
             optimizer.step()
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-    train.MADE.clear()
     return states
 
 
-def save_trained(train: Any, folder: Path, kind: str = "Net", count: int = 5) -> list[StateDict]:
+def save_trained(folder: Path, kind: str = "Net", count: int = 5) -> list[StateDict]:
     """The same, saved."""
-    states = trained(train, kind, count)
+    states = trained(kind, count)
     save_run(folder, states, "pt")
     return states
 

@@ -22,7 +22,7 @@ from typing import Any
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.unpickler import PickleError, load
 
-SECONDS = 5
+SECONDS = 20  # of a core
 MEMORY = 300 << 20
 
 

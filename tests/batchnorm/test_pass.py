@@ -33,12 +33,21 @@ def wide_net():
     )
 
 
+class Rows(TensorDataset):
+    """Examples of which a loader takes a batch at once."""
+
+    def __getitems__(self, indices):
+        return self.tensors[0][indices]
+
+
 def shuffled(count, size, seed=0, factors=256):
     made = torch.Generator().manual_seed(seed)
     data = torch.randn(count, factors, generator=made)
     if factors < 256:
         data = data @ torch.randn(factors, 256, generator=made)
-    return DataLoader(TensorDataset(data), size, shuffle=True, generator=made)
+    return DataLoader(
+        Rows(data), size, shuffle=True, generator=made, collate_fn=lambda batch: batch
+    )
 
 
 def distance(model, other):
@@ -75,13 +84,13 @@ class TestTolerance:
         full = wide_net()
         refresh_norm(full, shuffled(40_000, 500, factors=factors))
         kept = []
-        for seed in range(25):
+        for seed in range(15):
             model, loader = wide_net(), shuffled(40_000, 100, factors=factors)
             assert loader.generator is not None
             loader.generator.manual_seed(1000 + seed)
             refresh_norm(model, loader, tol=0.03)
             kept.append(max(distance(model, full)) <= 0.03)
-        assert sum(kept) >= 22
+        assert sum(kept) >= 13
 
     def test_asks_for_2048_examples_and_8_batches(self):
         still = [torch.tensor([[1.0] * 5, [2.0] * 5] * 64)] * 40

@@ -27,7 +27,7 @@ from tests.oracle import save_run
 
 @pytest.fixture(autouse=True)
 def states(train):
-    return save_trained(train, Path("run"))
+    return save_trained(Path("run"))
 
 
 def options(model="train.py:Net", loader="train.py:batches", **others) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class TestValues:
     @pytest.mark.parametrize("kind", ["Net", "Linear"])
     def test_are_those_of_a_plain_loop_over_examples(self, kind, train):
         """83 examples in batches of 16: the last one has 3."""
-        states = save_trained(train, Path("run"), kind)
+        states = save_trained(Path("run"), kind)
         found = metrics(model=f"train.py:{kind}")
         for state, one in zip(states, found, strict=True):
             expected = naive_metrics(getattr(train, kind)(), state, train.batches())
@@ -418,5 +418,5 @@ class TestCommand:
 
 def test_training_gives_checkpoints_that_differ(train):
     """Or else these tests would show little."""
-    first, *others = trained(train, "Net", 3)
+    first, *others = trained("Net", 3)
     assert all(not torch.equal(first["head.weight"], one["head.weight"]) for one in others)

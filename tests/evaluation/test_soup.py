@@ -29,7 +29,7 @@ OUT = Path("soup.safetensors")
 
 @pytest.fixture(autouse=True)
 def states(train):
-    return save_trained(train, Path("run"), count=6)
+    return save_trained(Path("run"), count=6)
 
 
 def options(metric="loss", loader="train.py:batches", **others) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class TestRecipe:
     @pytest.mark.parametrize("metric", ["loss", "accuracy"])
     def test_keeps_and_writes_what_the_naive_one_does(self, kind, metric, train):
         """Low is good for the one, high for the other."""
-        states = save_trained(train, Path("run"), kind, count=6)
+        states = save_trained(Path("run"), kind, count=6)
         model, batches = getattr(train, kind)(), train.batches()
         expected = naive_greedy(
             states,

@@ -160,7 +160,7 @@ def test_many_names_of_one_big_mapping_take_no_longer_than_it(inside):
     find_state_dicts(dict.fromkeys(names, big))
     find_state_dicts(dict.fromkeys(names, dict.fromkeys(names, big)))
     find_state_dicts({"w": TENSOR} | dict.fromkeys(names, big))
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30
 
 
 # Choosing

@@ -260,7 +260,7 @@ class Stage:
         """Numbers of calls, each so-manieth: those that give names are always among them."""
         calls = [call for call in self.calls if call.kind in kinds]
         if every > 1 and self.scene.torch:
-            every *= 2  # these take five times as long
+            every *= 3  # these take five times as long
         return [
             number
             for number, call in enumerate(calls, 1)

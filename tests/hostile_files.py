@@ -372,7 +372,8 @@ def _made(folder: Path, kind: str) -> Path:
 
 def main() -> None:
     """Average those that are asked for, and print what comes of it."""
-    import ckptavg.average  # noqa: F401 - once, and not in every fork
+    import ckptavg.average
+    import ckptavg.cli  # noqa: F401 - once, and not in every fork
 
     def what_comes_of(kind: str) -> tuple[object, ...]:
         folder = Path(tempfile.mkdtemp(dir=sys.argv[1]))

@@ -14,12 +14,16 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ckptavg.errors import FormatError
+from ckptavg.formats.parts import open_source
 from ckptavg.formats.statedict import find_state_dicts
+from ckptavg.formats.torchlegacy import LegacyFile
 from ckptavg.formats.unpickler import PickleError, load
 
 SECONDS = 20  # of a core
@@ -273,6 +277,34 @@ def answer(what_comes_of: Callable[[str], Any]) -> None:
         print(json.dumps(what_comes_of(line.rstrip("\n"))), flush=True)
 
 
+def write_legacy(path, pickled, storages, **changed):
+    """A legacy file of this pickle and storages: key to number of elements and bytes."""
+    parts = {
+        "magic": 0x1950A86A20F9469CFC6C,
+        "version": 1001,
+        "system": {"protocol_version": 1001, "little_endian": True, "type_sizes": {}},
+        "keys": list(storages),
+    } | changed
+    content = b"".join(pickle.dumps(parts[name], 2) for name in ("magic", "version", "system"))
+    content += pickled + pickle.dumps(parts["keys"], 2)
+    for count, data in storages.values():
+        content += struct.pack("<q", count) + data
+    path.write_bytes(content)
+    return path
+
+
+def load_legacy(pickled):
+    """What comes of the pickle within such a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_legacy(Path(folder, "x.pt"), pickled, {"0": (1, bytes(4))})
+        # A budget that went by the size of the file would be none.
+        os.truncate(path, 1 << 40)
+        try:
+            return LegacyFile(open_source(path)).root
+        except FormatError as error:
+            raise PickleError(str(error)) from error
+
+
 def explode(pickled, load):
     """Load it within bounds; returns the outcome, seconds of a core and bytes of memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -312,4 +344,4 @@ def assert_bounded(outcome, seconds, memory):
 
 
 if __name__ == "__main__":
-    answer(lambda kind: in_a_fork(BOMBS[kind]))
+    answer(lambda kind: in_a_fork(BOMBS[kind], load_legacy if "legacy" in sys.argv else load))

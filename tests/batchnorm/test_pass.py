@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -40,14 +41,17 @@ class Rows(TensorDataset):
         return self.tensors[0][indices]
 
 
+@functools.cache
+def rows(count, factors):
+    made = torch.Generator().manual_seed(0)
+    data = torch.randn(count, factors, generator=made)
+    return data if factors == 256 else data @ torch.randn(factors, 256, generator=made)
+
+
 def shuffled(count, size, seed=0, factors=256):
     made = torch.Generator().manual_seed(seed)
-    data = torch.randn(count, factors, generator=made)
-    if factors < 256:
-        data = data @ torch.randn(factors, 256, generator=made)
-    return DataLoader(
-        Rows(data), size, shuffle=True, generator=made, collate_fn=lambda batch: batch
-    )
+    data = Rows(rows(count, factors))
+    return DataLoader(data, size, shuffle=True, generator=made, collate_fn=lambda batch: batch)
 
 
 def distance(model, other):

@@ -180,6 +180,7 @@ class TestExitCodes:
         save_run(tmp_path / "ckpts", [{"w": torch.randn(1000)} for _ in range(2)])
         script = (
             "import os, signal, sys\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever ours is
             f"signal.signal(signal.SIGHUP, signal.{hangup.name})\n"
             "from ckptavg.write.output import Output\n"
             "import threading\n"

@@ -19,10 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ckptavg
-from ckptavg.errors import FormatError, SelectionError
-from ckptavg.formats import open_checkpoint, torchlegacy
-from ckptavg.formats.parts import File, open_source
-from ckptavg.formats.unpickler import PickleError
+from ckptavg.errors import SelectionError
+from ckptavg.formats import open_checkpoint
+from ckptavg.formats.parts import File
 from tests.helpers import (
     DTYPES,
     all_but_slow,
@@ -39,12 +38,13 @@ from tests.pickle_bombs import (
     BOMBS,
     TELLING,
     Asked,
-    answer,
     assert_bounded,
-    in_a_fork,
     named,
     stop,
     text,
+)
+from tests.pickle_bombs import (
+    write_legacy as write,
 )
 
 
@@ -239,22 +239,6 @@ def test_nothing_of_the_optimizer_is_read(tmp_path, monkeypatch):
 
 
 # Files that older versions wrote, made by hand
-
-
-def write(path, pickled, storages, **changed):
-    """A file with this pickle and these storages: key to number of elements and bytes."""
-    parts = {
-        "magic": torch.serialization.MAGIC_NUMBER,
-        "version": 1001,
-        "system": {"protocol_version": 1001, "little_endian": True, "type_sizes": {}},
-        "keys": list(storages),
-    } | changed
-    content = b"".join(pickle.dumps(parts[name], 2) for name in ("magic", "version", "system"))
-    content += pickled + pickle.dumps(parts["keys"], 2)
-    for count, data in storages.values():
-        content += struct.pack("<q", count) + data
-    path.write_bytes(content)
-    return path
 
 
 def plain(value):
@@ -482,22 +466,10 @@ def test_a_string_as_long_as_a_huge_file_is_not_read(tmp_path):
     assert "its pickle has more than" in refusal(path)
 
 
-def load_legacy(pickled):
-    """What comes of the pickle within such a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(pathlib.Path(folder, "x.pt"), pickled, {"0": (1, bytes(4))})
-        # A budget that went by the size of the file would be none.
-        os.truncate(path, 1 << 40)
-        try:
-            return torchlegacy.LegacyFile(open_source(path)).root
-        except FormatError as error:
-            raise PickleError(str(error)) from error
-
-
 @pytest.fixture(scope="module")
 def asked() -> Iterator[Asked]:
     """What comes of a bomb, in a process that may take no more than it should."""
-    asked = Asked("tests.formats.test_legacy")
+    asked = Asked("tests.pickle_bombs", "legacy")
     yield asked
     asked.close()
 
@@ -505,7 +477,3 @@ def asked() -> Iterator[Asked]:
 @pytest.mark.parametrize("kind", all_but_slow(BOMBS, set(BOMBS) - set(TELLING)))
 def test_no_pickle_takes_more_than_its_share(asked, kind):
     assert_bounded(*asked(kind))
-
-
-if __name__ == "__main__":
-    answer(lambda kind: in_a_fork(BOMBS[kind], load_legacy))

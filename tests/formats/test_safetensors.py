@@ -468,7 +468,7 @@ HEADER_END = 8 + int.from_bytes(WHOLE[:8], "little")
 
 
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.tuples(st.integers(0, HEADER_END - 1), st.integers(0, 255)), min_size=1))
 def test_flipped_bytes_are_refused_or_read_as_the_reference_reads_them(tmp_path, flips):
@@ -507,7 +507,7 @@ ENTRIES = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.dictionaries(st.sampled_from(["a", "b", "c"]), ENTRIES, max_size=3), st.integers(0, 4))
 def test_the_reader_and_the_reference_library_take_the_same_headers(tmp_path, header, size):

@@ -567,7 +567,7 @@ TOKENS = st.one_of(
 )
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(TOKENS, max_size=40), st.sampled_from([b"", b"\x80\2", b"\x80\4"]))
 def test_opcode_soup_gives_a_result_or_a_pickle_error(tokens, head):
     with contextlib.suppress(PickleError):
@@ -594,7 +594,7 @@ def a_checkpoints_pickle():
 WHOLE = a_checkpoints_pickle()
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -421,10 +421,11 @@ class TestCommand:
         assert Path(f"o/{kind}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in Path(f"o/{kind}.svg").read_text()
         assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in PATHS} == before
-        files = [Path(f"o/{kind}.{ending}") for ending in ("png", "svg", "json", "csv")]
-        first = [path.read_bytes() for path in files]
-        run(*words)
-        assert [path.read_bytes() for path in files] == first
+        if kind == "plane":  # which has everything that the others draw, and contours
+            files = [Path(f"o/{kind}.{ending}") for ending in ("png", "svg", "json", "csv")]
+            first = [path.read_bytes() for path in files]
+            run(*words)
+            assert [path.read_bytes() for path in files] == first
 
     def test_says_in_words_how_the_weights_compare(self):
         words = arguments("rays", PATHS[:2], "--directions", "3", "--distances", "0,1")

@@ -451,7 +451,9 @@ def test_any_tensors_come_back_from_the_real_libraries(tmp_path, wanted):
 # Large
 
 
-def test_more_records_than_a_plain_zip_can_count(tmp_path):
+@pytest.mark.parametrize("ours", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_more_records_than_a_plain_zip_can_count(tmp_path, ours):
+    """To read the pickle of so many tensors, as `ours` does, takes most of the time."""
     count = 70_000
     tensors = [
         OutputTensor((f"layer.{index}",), BY_NAME["uint16"], (1,), 2) for index in range(count)
@@ -465,9 +467,10 @@ def test_more_records_than_a_plain_zip_can_count(tmp_path):
         assert archive.read("archive/data/69999") == contents[-1]
     reader = torch._C.PyTorchFileReader(str(path))
     assert len(reader.get_all_records()) == count + 3
-    opened = open_checkpoint(path)
-    assert len(opened.tensors) == count
-    assert opened.read("layer.69999").tobytes() == contents[-1]
+    if ours:
+        opened = open_checkpoint(path)
+        assert len(opened.tensors) == count
+        assert opened.read("layer.69999").tobytes() == contents[-1]
 
 
 def write_sparse(path, layout, contents):

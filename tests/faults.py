@@ -208,9 +208,12 @@ def _import_all(*, torch: bool) -> None:
     """Import what the commands need, so that no run has to."""
     rooms = {"average", "cli", "distributed", "formats", "select", "merge", "write"}
     rooms |= {"batchnorm", "model"} if torch else set()
+    assert rooms <= {module.name for module in pkgutil.iter_modules(ckptavg.__path__)}
     for module in pkgutil.walk_packages(ckptavg.__path__, "ckptavg."):
         if module.name.split(".")[1] in rooms:
             importlib.import_module(module.name)
+    if torch:
+        importlib.import_module("numpy.random")  # whose generator a refresh seeds
 
 
 def _serve() -> None:

@@ -621,14 +621,14 @@ def test_flipped_bytes_give_a_result_or_a_pickle_error(flips):
     assert printed.isprintable()
 
 
-@pytest.mark.parametrize("name", sorted(dir(builtins)))
 @pytest.mark.parametrize("call", [b"\x85R", b"\x85}\x92"])
-def test_a_call_of_any_builtin_does_nothing(name, call, tmp_path, monkeypatch, capfd):
+def test_a_call_of_any_builtin_does_nothing(call, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     code = text("open('ran', 'w').write(input())")
-    for start in (stack_global("builtins", name), named("builtins", name)):
-        with contextlib.suppress(PickleError):
-            made = load(stop(start + code + call))
-            assert isinstance(made, Placeholder | set | frozenset | dict), type(made)
+    for name in dir(builtins):
+        for start in (stack_global("builtins", name), named("builtins", name)):
+            with contextlib.suppress(PickleError):
+                made = load(stop(start + code + call))
+                assert isinstance(made, Placeholder | set | frozenset | dict), (name, type(made))
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")

@@ -49,7 +49,7 @@ class Ranks:
         self.size = 1 if group is None else group.size()
 
     def share(self, batches: int) -> int:
-        """The largest number of batches that a process has, of so many in all."""
+        """The most batches that a process has when so many are divided among all."""
         return -(-batches // self.size)
 
     def gather(self, value: Value) -> list[Value]:

@@ -11,7 +11,6 @@ is called with copies and momentum 1, and what it leaves in them counts.
 from __future__ import annotations
 
 import inspect
-import logging
 import threading
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,15 +21,20 @@ from torch.nn import functional
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
-from ckptavg.batchnorm.layers import NormLayer, is_aggregating
+from ckptavg.batchnorm.layers import (
+    MIXING,
+    NOT_CALLED,
+    UNCHANGED,
+    KeptLayer,
+    NormLayer,
+    is_aggregating,
+)
 from ckptavg.batchnorm.moments import CallStatistics, instance_statistics, merged
-from ckptavg.errors import RefreshError, printable
+from ckptavg.errors import RefreshError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-
-log = logging.getLogger("ckptavg")
+    from collections.abc import Set as AbstractSet
 
 
 class UnfitBatchError(RefreshError):
@@ -77,6 +81,7 @@ class _Layer:
         start: the buffer of the running mean that its current call began with.
         pieces: what the kernel computed in its current call.
         calls: the statistics of its calls since they were last taken.
+        was_called: whether a call of it has ended well.
         obeys: whether a layer without a kernel leaves the statistics of a call in its buffers if
             its momentum is 1; None before its first such call.
     """
@@ -88,6 +93,7 @@ class _Layer:
     start: torch.Tensor
     pieces: list[CallStatistics] = field(default_factory=list)
     calls: list[CallStatistics] = field(default_factory=list)
+    was_called: bool = False
     obeys: bool | None = None
 
     def old_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +131,20 @@ class Capture(TorchFunctionMode):
         self._by_address.clear()
         return taken
 
+    def unheard(self, names: AbstractSet[str]) -> list[KeptLayer]:
+        """The layers that have no new statistics, with the reason.
+
+        Args:
+            names: those of the layers that have some.
+        """
+        kept = []
+        for known in self._layers.values():
+            if known.name not in names:
+                reason = UNCHANGED if known.was_called else NOT_CALLED
+                reason = MIXING if known.obeys is False else reason
+                kept.append(KeptLayer(known.name, reason, is_intended=reason == UNCHANGED))
+        return kept
+
     def before(self, layer: NormLayer, _: tuple[Any, ...]) -> None:
         """Prepare a layer for a call. The user's own hooks have run."""
         known = self._layers.get(layer)
@@ -155,6 +175,7 @@ class Capture(TorchFunctionMode):
         self._by_address.pop(known.start.data_ptr(), None)
         if result is None:
             return
+        known.was_called = True
         if known.pieces:
             known.calls.append(merged(known.pieces, is_instance=known.is_instance))
             return
@@ -167,11 +188,6 @@ class Capture(TorchFunctionMode):
             return  # the layer works with what it holds
         if known.obeys is None:
             known.obeys = _obeys_momentum(layer, args, kwargs)
-            if not known.obeys:
-                log.warning(
-                    "layer %s mixes its statistics with the old ones by a rule of its own",
-                    printable(repr(known.name)),
-                )
         if known.obeys:
             count = values.numel() // max(1, mean.numel())
             known.calls.append(CallStatistics(mean, variance, count, len(values)))

@@ -21,7 +21,15 @@ except ModuleNotFoundError as error:
 
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batchnorm.layers import LeftLayer, explained, norm_layers, unwrapped
+from ckptavg.batchnorm.layers import (
+    NOT_IN_CHECKPOINT,
+    SAME_IN_ALL_MEMBERS,
+    KeptLayer,
+    explained,
+    holds_statistics,
+    norm_layers,
+    unwrapped,
+)
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
@@ -41,7 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from ckptavg.batchnorm.layers import NormLayer
-    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
@@ -77,7 +84,7 @@ def refresh_checkpoint(
         ranks.gather(None)  # all processes have checked the output before the first writes it
         judge = options.judge if ranks.rank == 0 and not options.dry_run else None
         before = None if judge is None else judge.measure(checkpoint)
-        refreshed, report = _refreshed(checkpoint, options)
+        refreshed, report, names = _refreshed(checkpoint, options)
         if options.dry_run:
             return replace(report, written=False)
         if judge is not None and before is not None:
@@ -86,7 +93,7 @@ def refresh_checkpoint(
         if keeps_old and rewriting.replaces:
             report = replace(report, written=False)
         elif ranks.rank == 0:
-            entry = provenance(checkpoint, None if keeps_old else report, options.seed)
+            entry = provenance(checkpoint, None if keeps_old else report, names, options.seed)
             rewriting.write(checkpoint if keeps_old else refreshed, entry)
         ranks.gather(None)  # no process returns before the output is there
     return report
@@ -94,20 +101,23 @@ def refresh_checkpoint(
 
 def _refreshed(
     checkpoint: Checkpoint, options: RefreshCheckpointOptions
-) -> tuple[Checkpoint, RefreshReport]:
+) -> tuple[Checkpoint, RefreshReport, dict[str, str]]:
     """The checkpoint with other norm statistics.
 
+    Returns:
+        The checkpoint, the report, and the model's names of tensors to the checkpoint's.
+
     Raises:
-        RefreshError: there are none, unless that is asked for.
+        RefreshError: no layer was refreshed, unless that `is_optional`.
     """
     import_all(options.seed, options.model)
     model = make_model(options.model, options.model_args, options.device)
     names = load_weights(model, checkpoint)
-    left = layers_to_leave(model, names, checkpoint, options)
+    kept = layers_to_keep(model, names, checkpoint)
     layers = norm_layers(unwrapped(model))
     batches: Iterable[Any] = ()
     forward = None
-    if len(left) < len(layers):
+    if layers:
         with random_state_kept():
             import_all(options.seed, options.model, options.loader, options.forward)
         batches = make_batches(options.loader, options.loader_args, for_refresh=True)
@@ -115,46 +125,44 @@ def _refreshed(
             batches = list(islice(limited(batches), 1))
         forward = load_object(options.forward) if options.forward else None
     report = refresh_norm(
-        model, batches, forward=forward, left=left,
+        model, batches, forward=forward, kept=kept,
         ranks=options.ranks, progress=options.progress, **options.keywords,
     )  # fmt: skip
     if not report.layers:
         _explain_nothing(report, checkpoint, is_optional=options.is_optional)
     used = [layers[layer.name] for layer in report.layers]
-    _warn_of_frozen(report, layers, names)
-    return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report
+    _warn_of_uncounted(report, layers, names)
+    return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report, names
 
 
-def layers_to_leave(
-    model: torch.nn.Module,
-    names: Mapping[str, str],
-    checkpoint: Checkpoint,
-    options: RefreshOptions,
-) -> list[LeftLayer]:
+def layers_to_keep(
+    model: torch.nn.Module, names: Mapping[str, str], checkpoint: Checkpoint
+) -> list[KeptLayer]:
     """The layers whose statistics are not in the checkpoint, or were frozen in the training.
 
     Args:
         model: the model, with the checkpoint's weights.
         names: the names of its tensors, with the checkpoint's.
         checkpoint: the checkpoint, whose provenance may record what was frozen.
-        options: frozen layers are refreshed if the layers are named.
     """
     names_by_place: dict[object, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in names and isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
             names_by_place[tensor.data_ptr()] = names[name]
-    left = []
-    for name, layer in norm_layers(unwrapped(model)).items():
-        assert layer.running_mean is not None  # noqa: S101 - see `tracks`
-        place = None if is_lazy(layer.running_mean) else layer.running_mean.data_ptr()
-        given = names_by_place.get(place) or names.get(f"{name}.running_mean")
-        if given is None:
-            reason = "not in the checkpoint"
-            left.append(LeftLayer(name, reason, is_frozen=True))
-        elif not options.layers and _was_frozen(given.rpartition(".")[0], checkpoint):
-            reason = "frozen: the same in all members of the average"
-            left.append(LeftLayer(name, reason, is_frozen=True))
-    return left
+    kept = []
+    for name, module in unwrapped(model).named_modules():
+        if not holds_statistics(module):
+            continue
+        buffers = list(module.named_buffers(recurse=False))
+        places = [None if is_lazy(buffer) else buffer.data_ptr() for _, buffer in buffers]
+        own_names = [f"{name}.{end}" if name else end for end, _ in buffers]
+        given = [names_by_place[place] for place in places if place in names_by_place]
+        given += [names[each] for each in own_names if each in names]
+        if not given:
+            kept.append(KeptLayer(name, NOT_IN_CHECKPOINT, is_intended=True))
+        elif _was_frozen(given[0].rpartition(".")[0], checkpoint):
+            kept.append(KeptLayer(name, SAME_IN_ALL_MEMBERS, is_intended=True))
+    return kept
 
 
 def _was_frozen(layer: str, checkpoint: Checkpoint) -> bool:
@@ -170,23 +178,18 @@ def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_option
     """Say why nothing was refreshed.
 
     Raises:
-        RefreshError: unless that is all right.
+        RefreshError: `is_optional` is False, or the model does not show its norm layers.
     """
-    if report.left:
-        reason = explained(report.left)
-    elif any(map(is_norm_statistic, checkpoint.tensors)):
-        raise RefreshError(
-            "the checkpoint has running statistics and the model no norm layer that tracks any",
-            path=checkpoint.path,
-        )
-    else:
-        reason = "the model has no norm layers that track statistics"
-    if not is_optional:
+    reason = explained(report.kept) or "the model has no norm layers that track statistics"
+    is_hidden = not report.kept and any(map(is_norm_statistic, checkpoint.tensors))
+    if is_hidden:
+        reason += ", though the checkpoint has such statistics"
+    if is_hidden or not is_optional:
         raise RefreshError(f"there is nothing to refresh: {reason}", path=checkpoint.path)
     log.info("there is nothing to refresh: %s", reason)
 
 
-def _warn_of_frozen(
+def _warn_of_uncounted(
     report: RefreshReport, layers: Mapping[str, NormLayer], names: Mapping[str, str]
 ) -> None:
     """Speak of layers without a counter, as torchvision's frozen ones are in a checkpoint."""
@@ -199,8 +202,8 @@ def _warn_of_frozen(
     ]
     if uncounted:
         log.warning(
-            "the checkpoint counts no batches for %d of the refreshed layers, as of frozen ones: "
-            "if they were, leave them out with `skip_layers` (the first is %s)",
+            "%d refreshed layers have no num_batches_tracked in the checkpoint, as frozen layers "
+            "of torchvision have none: if they were frozen, use `skip_layers` (the first is %s)",
             len(uncounted),
             printable(repr(uncounted[0])),
         )

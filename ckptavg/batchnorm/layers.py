@@ -1,4 +1,4 @@
-"""Which of a model's layers are refreshed, and which only hold statistics."""
+"""Choose the norm layers to refresh, and say why the others keep their statistics."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
+_STATISTIC = re.compile(r"running_(\w+_)?(mean|m2|var|covar|std|norm)s?")
+
 NormLayer = _BatchNorm | _InstanceNorm
 """A layer of torch's, or of a class derived from it, that may track statistics."""
 
@@ -39,19 +41,28 @@ def tracks(module: torch.nn.Module) -> TypeGuard[NormLayer]:
     )
 
 
+AS_ASKED = "as asked"
+IN_EVAL_MODE = "kept in eval mode by the model's own train()"
+MIXING = "mixes its statistics with the old ones by a rule of its own"
+NOT_CALLED = "not called"
+NOT_IN_CHECKPOINT = "not in the checkpoint"
+SAME_IN_ALL_MEMBERS = "frozen: the same in all members of the average"
+UNCHANGED = "works with its old statistics in training mode too"
+
+
 @dataclass(frozen=True)
-class LeftLayer:
+class KeptLayer:
     """A layer that keeps its running statistics.
 
     Attributes:
         name: its name in the model.
-        reason: why it keeps them, such as `not called`.
-        is_frozen: whether it is meant to keep them.
+        reason: why it keeps them, such as `NOT_CALLED`.
+        is_intended: whether it is meant to keep them: frozen, or not a part of the checkpoint.
     """
 
     name: str
     reason: str
-    is_frozen: bool
+    is_intended: bool
 
 
 def layers_to_refresh(
@@ -59,66 +70,72 @@ def layers_to_refresh(
     *,
     layers: Sequence[str] = (),
     skip_layers: Sequence[str] = (),
-    left: Sequence[LeftLayer] = (),
-) -> tuple[dict[str, NormLayer], tuple[LeftLayer, ...]]:
+    kept: Sequence[KeptLayer] = (),
+) -> tuple[dict[str, NormLayer], tuple[KeptLayer, ...]]:
     """The layers to refresh by name, and those that keep their running statistics.
 
     Args:
         model: the model.
         layers: regular expressions; only layers with one of them somewhere in their names, even
-            if the model's own `train` keeps them in eval mode.
-        skip_layers: likewise, of layers that are left alone.
-        left: further layers that are left alone.
+            those that were frozen in the training.
+        skip_layers: regular expressions; not the layers with one of them in their names.
+        kept: layers that must keep their statistics.
 
     Raises:
-        RefreshError: an expression is none, or matches no layer; or a layer cannot be refreshed.
+        RefreshError: an expression is not valid, or matches no layer; a layer cannot be refreshed.
     """
     layers, skip_layers = ([one] if isinstance(one, str) else one for one in (layers, skip_layers))
     known = norm_layers(model)
     if not known:
         layers = skip_layers = ()
-    reasons = {each.name: each for each in (*_other_layers(model, known), *left)}
-    able = {name: layer for name, layer in known.items() if name not in reasons}
     wanted, unwanted = _matching(known, layers), _matching(known, skip_layers)
-    in_eval = set() if layers else kept_in_eval(model, able)
-    for name in able:
+    reasons = {each.name: each for each in _of_other_kinds(model, known)}
+    for name in kept_in_eval(model, known):
+        reasons[name] = KeptLayer(name, IN_EVAL_MODE, is_intended=True)
+    reasons |= {each.name: each for each in kept}
+    for name in wanted - unwanted:
+        if name in reasons and reasons[name].reason in (IN_EVAL_MODE, SAME_IN_ALL_MEMBERS):
+            del reasons[name]
+    for name in known:
         if name in unwanted or (layers and name not in wanted):
-            reasons[name] = LeftLayer(name, "as asked", is_frozen=False)
-        elif name in in_eval:
-            reason = "kept in eval mode by the model's own train()"
-            reasons[name] = LeftLayer(name, reason, is_frozen=True)
-    chosen = {name: layer for name, layer in able.items() if name not in reasons}
+            reasons.setdefault(name, KeptLayer(name, AS_ASKED, is_intended=False))
+    chosen = {name: layer for name, layer in known.items() if name not in reasons}
     _refuse_impossible(chosen)
     return chosen, tuple(reasons[name] for name, _ in model.named_modules() if name in reasons)
 
 
-def speak_of(left: Sequence[LeftLayer]) -> None:
+def speak_of(kept: Sequence[KeptLayer]) -> None:
     """Log which layers keep their statistics, a line for each reason."""
-    for reason in dict.fromkeys(each.reason for each in left):
-        alike = [each for each in left if each.reason == reason]
-        is_asked = alike[0].is_frozen or reason == "as asked"
-        names = listed(repr(each.name) for each in alike)
+    for reason, alike in _by_reason(kept).items():
+        is_expected = alike[0].is_intended or reason == AS_ASKED
         log.log(
-            logging.INFO if is_asked else logging.WARNING,
+            logging.INFO if is_expected else logging.WARNING,
             "left %d norm layer%s alone (%s): %s",
-            len(alike), "" if len(alike) == 1 else "s", reason, names,
+            len(alike), "" if len(alike) == 1 else "s", reason, _names(alike),
         )  # fmt: skip
 
 
-def explained(left: Sequence[LeftLayer]) -> str:
-    """The reasons and the names of layers that keep their statistics, as a part of a sentence."""
-    reasons = dict.fromkeys(each.reason for each in left)
-    return "; ".join(
-        f"{listed(repr(each.name) for each in left if each.reason == reason)} ({reason})"
-        for reason in reasons
-    )
+def explained(kept: Sequence[KeptLayer]) -> str:
+    """The names of layers that keep their statistics, with the reasons, for a message."""
+    return "; ".join(f"{_names(alike)} ({reason})" for reason, alike in _by_reason(kept).items())
+
+
+def _by_reason(kept: Sequence[KeptLayer]) -> dict[str, list[KeptLayer]]:
+    reasons: dict[str, list[KeptLayer]] = {}
+    for each in kept:
+        reasons.setdefault(each.reason, []).append(each)
+    return reasons
+
+
+def _names(layers: Sequence[KeptLayer]) -> str:
+    return listed(repr(each.name) for each in layers)
 
 
 def kept_in_eval(model: torch.nn.Module, layers: Mapping[str, NormLayer]) -> set[str]:
     """The names of the layers that the model's own `train` keeps in eval mode.
 
     The model is asked only if a class or an object above a norm layer has a `train` of its own:
-    that may do more, such as to undo the merge of weights.
+    that may do more, such as to undo the merge of weights. So it is asked to go back, too.
     """
     parts = {id(layer) for layer in layers.values()}
     if not any(
@@ -127,12 +144,15 @@ def kept_in_eval(model: torch.nn.Module, layers: Mapping[str, NormLayer]) -> set
     ):
         return set()
     modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    with user_code("the model's train()"):
-        model.train()
-        in_eval = {name for name, layer in layers.items() if not layer.training}
-        model.train(modes[0][1])
-    for module, mode in modes:
-        module.training = mode
+    was_training = model.training
+    try:
+        with user_code("the model's train()"):
+            model.train()
+            in_eval = {name for name, layer in layers.items() if not layer.training}
+            model.train(was_training)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return in_eval
 
 
@@ -155,7 +175,7 @@ def _matching(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
     """The names in which one of the expressions is found.
 
     Raises:
-        RefreshError: an expression is none, or is found nowhere.
+        RefreshError: an expression is not valid, or is found nowhere.
     """
     names, found = list(names), set()
     for expression in expressions:
@@ -192,27 +212,27 @@ def _refuse_impossible(layers: Mapping[str, NormLayer]) -> None:
             )
 
 
-def _other_layers(model: torch.nn.Module, known: Mapping[str, NormLayer]) -> Iterator[LeftLayer]:
-    """What holds running statistics, and is frozen or of a kind that is not refreshed.
+def _of_other_kinds(model: torch.nn.Module, known: Mapping[str, NormLayer]) -> Iterator[KeptLayer]:
+    """What holds running statistics, and is frozen by its class or of a kind not refreshed.
 
     In eval mode such layers work with what they have, which belongs to other weights, unless they
     are frozen on purpose.
     """
     for name, module in model.named_modules():
-        if name not in known and not _holds_statistics(module):
+        if name not in known and not holds_statistics(module):
             continue
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             kind = f"{module.original_name} in TorchScript"
         if "frozen" in kind.lower():
-            yield LeftLayer(name, f"frozen, as {kind} says", is_frozen=True)
+            yield KeptLayer(name, f"frozen, as {kind} says", is_intended=True)
         elif name not in known:
-            reason = f"{kind} is of a kind that is not refreshed"
-            yield LeftLayer(name, reason, is_frozen=False)
+            yield KeptLayer(name, f"{kind} is of a kind that is not refreshed", is_intended=False)
 
 
-def _holds_statistics(module: torch.nn.Module) -> bool:
-    return any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False))
+def holds_statistics(module: torch.nn.Module) -> bool:
+    """Whether a module has a buffer such as `running_mean`, `running_var` or `running_avg_std`."""
+    return any(_STATISTIC.fullmatch(name) for name, _ in module.named_buffers(recurse=False))
 
 
 def is_aggregating(module: torch.nn.Module) -> bool:

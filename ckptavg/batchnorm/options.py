@@ -83,8 +83,8 @@ class RefreshCheckpointOptions(RefreshOptions):
         container: `last` writes the whole torch file with the new statistics in it, `weights` the
             state dict alone. In place it is always the whole.
         max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
-        is_optional: copy a checkpoint that has no norm statistics to refresh: its model has no norm
-            layers that track them, or all are frozen.
+        is_optional: write an unchanged copy if the model has no norm layer to refresh, instead of
+            raising an error.
         dry_run: try one batch, and write nothing.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.

@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ckptavg.batchnorm.capture import UnfitBatchError, capture
 from ckptavg.batchnorm.images import ImageFormat, MemoryFormat
 from ckptavg.batchnorm.layers import (
-    LeftLayer,
+    KeptLayer,
     explained,
     layers_to_refresh,
     speak_of,
@@ -66,7 +66,7 @@ def refresh_norm(
     device: torch.device | str | None = None,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
-    left: Sequence[LeftLayer] = (),
+    kept: Sequence[KeptLayer] = (),
 ) -> RefreshReport:
     """Recompute the running statistics of a model's norm layers with one pass over `batches`.
 
@@ -100,10 +100,11 @@ def refresh_norm(
         ranks: the processes that share the pass, each of which calls this with a loader of the
             whole data. Each takes its share of the batches, and all get the same statistics.
         progress: called after each batch with 1 and this process's number of batches, or None.
-        left: further layers that are left alone.
+        kept: layers that must keep their statistics, with the reason.
 
     Returns:
-        What changed.
+        A report of each refreshed layer, and of the layers that keep their statistics. None is
+        refreshed if the model has no norm layers, or only such as are meant to keep theirs.
 
     Raises:
         RefreshError: an argument is wrong, there were no usable batches, no layer could be
@@ -113,21 +114,18 @@ def refresh_norm(
     """
     model = unwrapped(model)
     with ranks.together():
-        _check_choices(
-            estimator=estimator, memory_format=memory_format, train_mode=train_mode, amp=amp
-        )
+        _check_choices(estimator, memory_format, train_mode, amp)
         if tol is not None and not 0 < tol < math.inf:
             raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
         if max_samples is not None and max_samples < 1:
             raise RefreshError(f"`max_samples` is at least 1, not {max_samples}")
-        chosen, left = layers_to_refresh(model, layers=layers, skip_layers=skip_layers, left=left)
+        chosen, kept = layers_to_refresh(model, layers=layers, skip_layers=skip_layers, kept=kept)
         if not chosen:
-            return _checked(RefreshReport(estimator, 0, 0, 0, (), left, processes=ranks.size))
-        speak_of(left)
+            return _checked(RefreshReport(estimator, 0, 0, 0, (), kept, processes=ranks.size))
+        speak_of(kept)
         check_loader(
             batches, ranks, is_limited=max_samples is not None,
             ends_early=tol is not None or is_cut_short(batches, max_samples),
-            needs_mixed_batches=estimator != "exact",
         )  # fmt: skip
         feed = Feed(batches, ranks, max_samples=max_samples)
         target_device = _device(device) or device_of(model)
@@ -138,7 +136,7 @@ def refresh_norm(
         local_length = None if length is None else ranks.share(length)
         with (
             torch.no_grad(),
-            training_mode(model, chosen, train_mode),
+            training_mode(model, chosen, kept, train_mode),
             capture(chosen, model) as captured,
             ImageFormat(model, memory_format, target_device, is_amp=amp is not None) as images,
         ):
@@ -164,45 +162,36 @@ def refresh_norm(
         totals = local.gathered(ranks)
         totals.check()
         reports = store(model, chosen, totals.moments)
-        refreshed = {report.name for report in reports}
-        not_called = [
-            LeftLayer(name, "not called", is_frozen=False)
-            for name in chosen
-            if name not in refreshed
-        ]
-        report = _checked(
-            RefreshReport(
-                estimator, totals.batches, totals.samples, totals.unfit.total(), reports,
-                (*left, *not_called), nonfinite=len(totals.nonfinite),
-                processes=ranks.size, tol=tol,
-                converged=None if tol is None else totals.largest_error() <= tol,
-            )
+        unheard = captured.unheard({report.name for report in reports})
+        report = RefreshReport(
+            estimator, totals.batches, totals.samples, totals.unfit.total(), reports,
+            (*kept, *unheard), nonfinite=len(totals.nonfinite), processes=ranks.size, tol=tol,
+            converged=None if tol is None else totals.largest_error() <= tol,
         )  # fmt: skip
-        speak_of(not_called)
-        return report
+        speak_of(unheard)
+        return _checked(report)
 
 
 def _checked(report: RefreshReport) -> RefreshReport:
-    """The report, unless there are stale statistics and none was refreshed.
+    """The report.
 
     Raises:
-        RefreshError: so it is.
+        RefreshError: no layer was refreshed, and at least one has stale statistics.
     """
-    stale = [layer for layer in report.left if not layer.is_frozen]
-    if stale and not report.layers:
-        raise RefreshError(f"no norm layer was refreshed: {explained(report.left)}")
+    if not report.layers and report.state == "partly refreshed":
+        raise RefreshError(f"no norm layer was refreshed: {explained(report.kept)}")
     return report
 
 
-def _check_choices(*, amp: str | None, **given: str) -> None:
-    kinds = (EstimatorName, MemoryFormat, TrainMode)
-    choices = dict(zip(given, map(get_args, kinds), strict=True))
-    choices["amp"] = (*get_args(Precision), None)
-    for name, value in {**given, "amp": amp}.items():
-        if value not in choices[name]:
-            raise RefreshError(
-                f"`{name}` is one of {', '.join(map(str, choices[name]))}, not {value!r}"
-            )
+def _check_choices(estimator: str, memory_format: str, train_mode: str, amp: str | None) -> None:
+    for name, value, choices in (
+        ("estimator", estimator, get_args(EstimatorName)),
+        ("memory_format", memory_format, get_args(MemoryFormat)),
+        ("train_mode", train_mode, get_args(TrainMode)),
+        ("amp", amp, (*get_args(Precision), None)),
+    ):
+        if value not in choices:
+            raise RefreshError(f"`{name}` is one of {', '.join(map(str, choices))}, not {value!r}")
 
 
 def _channels(layers: Mapping[str, NormLayer], estimator: EstimatorName) -> Channels:

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ckptavg.batchnorm.layers import LeftLayer, NormLayer
+    from ckptavg.batchnorm.layers import KeptLayer, NormLayer
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class RefreshReport:
         samples: examples in them.
         skipped: batches that were left out, having less than two values per channel somewhere.
         layers: one for each layer that was refreshed, in the model's order.
-        left: the layers that keep their running statistics, with the reason.
+        kept: the layers that keep their running statistics, with the reason.
         nonfinite: batches that were left out for NaN or Inf.
         processes: how many shared the pass.
         tol: the error at which the pass was to stop; None for none.
@@ -98,7 +98,7 @@ class RefreshReport:
     samples: int
     skipped: int
     layers: tuple[LayerReport, ...]
-    left: tuple[LeftLayer, ...]
+    kept: tuple[KeptLayer, ...]
     nonfinite: int = 0
     processes: int = 1
     tol: float | None = None
@@ -109,7 +109,7 @@ class RefreshReport:
     @property
     def state(self) -> str:
         """The state of the norm statistics: `partly refreshed` if a layer's still are stale."""
-        is_part = any(not layer.is_frozen for layer in self.left)
+        is_part = any(not layer.is_intended for layer in self.kept)
         return "partly refreshed" if is_part else "refreshed"
 
     def largest(self, measure: Callable[[LayerReport], float]) -> LayerReport:

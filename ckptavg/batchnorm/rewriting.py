@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
+from ckptavg.batchnorm.layers import SAME_IN_ALL_MEMBERS
 from ckptavg.errors import OutputError, without_notices
 from ckptavg.formats import huggingface
 from ckptavg.formats.checkpoint import PROVENANCE
@@ -22,6 +23,7 @@ from ckptavg.write.writing import check_output, check_vacant, refuse_own_input, 
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     from ckptavg.batchnorm.options import RefreshCheckpointOptions
     from ckptavg.batchnorm.report import RefreshReport
@@ -99,12 +101,15 @@ class Rewriting:
         return plan, layout
 
 
-def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) -> dict[str, Any]:
+def provenance(
+    checkpoint: Checkpoint, report: RefreshReport | None, names: Mapping[str, str], seed: int
+) -> dict[str, Any]:
     """The checkpoint's provenance, brought up to date.
 
     Args:
         checkpoint: as it was.
         report: what the refresh did; None if the old statistics stay.
+        names: the model's names of tensors to the checkpoint's.
         seed: of the random numbers.
     """
     entry = checkpoint.provenance or {
@@ -123,10 +128,19 @@ def provenance(checkpoint: Checkpoint, report: RefreshReport | None, seed: int) 
             "samples": report.samples,
             "seed": seed,
         }
-        stale = [layer.name for layer in report.left if not layer.is_frozen]
-        if stale:
-            state["stale"] = stale
+        stale = [each.name for each in report.kept if not each.is_intended]
+        frozen = [each.name for each in report.kept if each.reason == SAME_IN_ALL_MEMBERS]
+        for key, layers in (("stale", stale), ("frozen", frozen)):
+            if layers:
+                state[key] = [_name_in_checkpoint(name, names) for name in layers]
     return {**entry, "version": __version__, "norm_stats": state}
+
+
+def _name_in_checkpoint(layer: str, names: Mapping[str, str]) -> str:
+    """A layer's name in the checkpoint; that in the model if it has another in both."""
+    tensors = (f"{layer}.{end}" if layer else end for end in ("running_mean", "running_var"))
+    found = next((names[tensor] for tensor in tensors if tensor in names), None)
+    return layer if found is None else found.rpartition(".")[0]
 
 
 def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:

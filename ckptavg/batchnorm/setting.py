@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batchnorm.layers import NormLayer, is_aggregating, norm_layers
+from ckptavg.batchnorm.layers import KeptLayer, NormLayer, is_aggregating, norm_layers
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 TrainMode = Literal["norm", "full"]
@@ -23,18 +23,22 @@ _SCALARS = (bool, int, float, str, type(None))
 
 @contextmanager
 def training_mode(
-    model: torch.nn.Module, layers: Mapping[str, NormLayer], train_mode: TrainMode
+    model: torch.nn.Module,
+    layers: Mapping[str, NormLayer],
+    kept: Sequence[KeptLayer],
+    train_mode: TrainMode,
 ) -> Iterator[None]:
     """The model with the modes and buffers for a pass; all is put back at the end.
 
     Args:
         model: the model.
         layers: those of its norm layers that are under refresh, by name.
+        kept: layers that keep their statistics, and are in eval mode.
         train_mode: what is in training mode beside them: nothing, or all.
     """
     with ExitStack() as undo:
         keep_buffers(model, undo)
-        _set_mode(model, layers, train_mode, undo)
+        _set_mode(model, layers, kept, train_mode, undo)
         undo.enter_context(_not_compiled())
         undo.enter_context(_not_synchronised())
         yield
@@ -102,6 +106,7 @@ def _not_synchronised() -> Iterator[None]:
 def _set_mode(
     model: torch.nn.Module,
     layers: Mapping[str, NormLayer],
+    kept: Sequence[KeptLayer],
     train_mode: TrainMode,
     undo: ExitStack,
 ) -> None:
@@ -121,3 +126,6 @@ def _set_mode(
             module.training = is_aggregating(module)
     for name, layer in norm_layers(model).items():
         layer.training = name in layers
+    for each in kept:
+        with suppress(AttributeError, RuntimeError):  # frozen TorchScript has no mode
+            model.get_submodule(each.name).training = False

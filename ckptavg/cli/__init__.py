@@ -63,7 +63,7 @@ def main() -> None:
 def _run() -> int:
     try:
         arguments = sys.argv[1:]
-        sys.argv[1:] = []  # the user's own code may read its arguments
+        sys.argv[1:] = []  # functions of the user's may read them later than their module
         code = cli(arguments, standalone_mode=False)
     except PeerError:
         return _ERROR  # the process that failed says why

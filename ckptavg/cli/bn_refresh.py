@@ -113,7 +113,7 @@ def _judge(params: Mapping[str, Any]) -> Judge | None:
 def _say_layers(console: Console, report: RefreshReport) -> None:
     """Print what would become of each layer."""
     rows = [(layer.name, "would be refreshed") for layer in report.layers]
-    rows += [(layer.name, f"would be left alone ({layer.reason})") for layer in report.left]
+    rows += [(layer.name, f"would be left alone ({layer.reason})") for layer in report.kept]
     console.say_table([("layer", "in a refresh"), *((printable(a), printable(b)) for a, b in rows)])
     console.say("tried one batch, and wrote nothing")
 

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batchnorm.files import layers_to_leave
+from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
@@ -234,9 +234,9 @@ class Evaluator:
             module._buffers[name] = values.clone()  # noqa: SLF001
         names = load_weights(self._model, checkpoint)
         if refresh is not None:
-            left = layers_to_leave(self._model, names, checkpoint, refresh)
+            kept = layers_to_keep(self._model, names, checkpoint)
             batches = self._batches(refresh.loader, refresh.loader_args, for_refresh=True)
-            refresh_norm(self._model, batches, forward=self._forward, left=left, **refresh.keywords)
+            refresh_norm(self._model, batches, forward=self._forward, kept=kept, **refresh.keywords)
         with user_code("the model's eval()"):
             self._model.eval()
 

@@ -6,6 +6,7 @@ those of the combination.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
+
+log = logging.getLogger("ckptavg")
 
 _BITS = 32
 _CHUNK = 1 << 20
@@ -69,6 +72,11 @@ class Space:
     ) -> None:
         self._checkpoints, self._seed = checkpoints, seed
         self._vectors = power_iteration_vectors(checkpoints[0].tensors)
+        if self._vectors:
+            log.info(
+                "%d vectors of spectral norm are those of the checkpoint with the largest part",
+                len(self._vectors),
+            )
         parameters = [name for name in parameters if name not in self._vectors]
         self._parameters = tuple(parameters)
         self._drawn_as = {name: name for name in parameters} | dict(aliases or {})

@@ -288,8 +288,8 @@ def decide_roles(
 ) -> dict[str, Role]:
     """The role of each tensor, by name.
 
-    Integers are kept where all members have the same, and norm statistics are. Other integers, and
-    the vectors of spectral norm's power iteration, which shrink in a mean, are the last member's.
+    Integers and norm statistics that are equal in all members are kept. Other integers, and the
+    vectors of spectral norm's power iteration, which would shrink in a mean, are the last member's.
 
     Args:
         members: checkpoints of one model, in order.
@@ -303,36 +303,52 @@ def decide_roles(
     vectors = power_iteration_vectors(first.tensors)
     if vectors and others:
         log.info("%d vectors of spectral norm are the last checkpoint's", len(vectors))
+    opaque = {name for name in first.tensors if is_extra_state(name) or name in vectors}
+    comparable = {
+        name
+        for name, tensor in first.tensors.items()
+        if name not in opaque
+        and (not tensor.dtype.averaged or (is_norm_statistic(name) and others and is_mean))
+    }
+    differing: dict[str, Checkpoint] = {}  # with the first checkpoint that has another value
+    for other in others:
+        same = [name for name in first.tensors if name in comparable and name not in differing]
+        differing |= dict.fromkeys(differing_tensors(same, first, other), other)
+    if options.ints != "last":
+        _refuse_differing_integers(first, differing)
     roles: dict[str, Role] = {}
     for name, tensor in first.tensors.items():
-        is_last = is_norm_statistic(name) and options.norm_stats == "last"
-        if is_last or is_extra_state(name) or name in vectors:
+        if name in opaque:
             roles[name] = "last"
+        elif name in comparable and name not in differing:
+            roles[name] = "kept"
         elif options.lora == "exact" and is_lora_factor(name):
             roles[name] = "joined"
-        elif tensor.dtype.averaged and not (others and is_mean and is_norm_statistic(name)):
-            roles[name] = "averaged"
+        elif options.norm_stats == "last" and is_norm_statistic(name):
+            roles[name] = "last"
         else:
-            roles[name] = "kept"
-    problems: dict[str, str] = {}
-    for other in others:
-        kept = [name for name, role in roles.items() if role == "kept"]
-        for name in differing_tensors(kept, first, other):
-            tensor = first.tensors[name]
             roles[name] = "averaged" if tensor.dtype.averaged else "last"
-            if roles[name] == "last" and tensor.count > 1 and options.ints != "last":
-                problems.setdefault(
-                    name,
-                    f"{printable(name)}: {tensor.dtype.name} {tensor.shape} differs between "
-                    f"{printable(first.path)} and {printable(other.path)}",
-                )
+    return roles
+
+
+def _refuse_differing_integers(first: Checkpoint, differing: Mapping[str, Checkpoint]) -> None:
+    """Refuse integer tensors that differ from the first checkpoint's, save for counters.
+
+    Raises:
+        MismatchError: there are such tensors.
+    """
+    problems = [
+        f"{printable(name)}: {tensor.dtype.name} {tensor.shape} differs between "
+        f"{printable(first.path)} and {printable(other.path)}"
+        for name, other in differing.items()
+        if not (tensor := first.tensors[name]).dtype.averaged and tensor.count > 1
+    ]
     if problems:
         raise MismatchError(
             "integer tensors differ, and integers are not averaged "
             "(`ints=last` takes them from the last checkpoint):",
-            list(problems.values()),
+            problems,
         )
-    return roles
 
 
 def _planned_tensors(

@@ -130,11 +130,12 @@ def _takes(model: torch.nn.Module, batch: Mapping[Any, Any]) -> bool:
 
 
 def count_examples(batch: Any) -> int:  # noqa: ANN401
-    """Examples in a batch: the leading dimension of the first tensor or array that has one.
+    """Examples in a batch: the leading dimension of its first tensor or array.
 
-    A batch of graphs tells how many it has. A list of images, each of a size of its own, counts its
-    elements, as does a list without tensors. Whatever else there is counts as one: limits on the
-    number of examples come to an end with every loader.
+    A batch of graphs says how many it has. A list of tensors, and lists of its length beside it,
+    hold an example in each element, unless all tensors share their leading dimension, as those of
+    a collated batch do. Whatever else there is counts as one: limits on the number of examples come
+    to an end with every loader.
     """
     return _count_examples(batch) or 1
 
@@ -146,11 +147,13 @@ def _count_examples(batch: Any) -> int:  # noqa: ANN401
     elements = list(batch.values()) if isinstance(batch, Mapping) else batch
     if not isinstance(elements, list | tuple):
         return 0
-    if _are_images(elements):
-        return len(elements)
     lists = [each for each in elements if isinstance(each, list | tuple)]
-    if lists and lists[0] is elements[0] and _are_alike(lists):
-        return len(lists[0])  # a list of images, and a list of what is on each
+    of_arrays = [each for each in lists if each and _are_arrays(each)]
+    is_collated = len(of_arrays) == len(lists) and len(set(_leading_sizes(elements))) == 1
+    if of_arrays and len({len(each) for each in lists}) == 1 and not is_collated:
+        return len(of_arrays[0])
+    if len(elements) > 1 and all(isinstance(each, Mapping) for each in elements):
+        return len(elements)
     counted = next((count for count in map(_count_examples, elements) if count), 0)
     return counted or (len(batch) if isinstance(batch, list) else 0)
 
@@ -159,6 +162,8 @@ def _stated_count(batch: Any) -> int | None:  # noqa: ANN401
     """What a batch of graphs, a packed sequence or an array says; None for containers."""
     if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
         return int(batch.batch_sizes[0])
+    if isinstance(batch, torch.Tensor):
+        return int(batch.size(0)) if batch.dim() else None
     for name in ("num_graphs", "batch_size"):  # of PyTorch Geometric; of DGL
         count = getattr(batch, name, None)
         if isinstance(count, int):
@@ -167,26 +172,18 @@ def _stated_count(batch: Any) -> int | None:  # noqa: ANN401
     return int(shape[0]) if isinstance(shape, tuple) and shape else None
 
 
-_CHANNELS = (1, 3, 4)
+def _leading_sizes(batch: Any) -> Iterator[int]:  # noqa: ANN401
+    """The leading dimension of each array in the batch."""
+    stated = _stated_count(batch)
+    if stated is not None:
+        yield stated
+    elif isinstance(batch, Mapping | list | tuple):
+        for each in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _leading_sizes(each)
 
 
-def _are_images(elements: Sequence[Any]) -> bool:
-    """Whether these are images `[channels, height, width]`, and not a batch and its targets."""
-    shapes: list[tuple[int, ...]] = [getattr(each, "shape", ()) for each in elements]
-    return (
-        bool(shapes)
-        and all(len(shape) == 3 and shape[0] in _CHANNELS for shape in shapes)  # noqa: PLR2004
-        and len({shape[0] for shape in shapes}) == 1
-    )
-
-
-def _are_alike(lists: Sequence[Sequence[Any]]) -> bool:
-    """Whether there are several lists of one length, the first of tensors."""
-    return (
-        len(lists) > 1
-        and len({len(each) for each in lists}) == 1
-        and all(isinstance(each, torch.Tensor) for each in lists[0])
-    )
+def _are_arrays(elements: Sequence[Any]) -> bool:
+    return all(_stated_count(each) is not None for each in elements)
 
 
 def on_device(batches: Numbered, device: torch.device) -> Numbered:

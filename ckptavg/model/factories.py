@@ -37,15 +37,20 @@ def user_code(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         text = f"{what} raised {type(error).__name__}: {_summary(error)}"
-        raise UserCodeError(text, remedy=_remedy(error)) from error
+        is_import = what.startswith("importing")
+        remedy = None if isinstance(error, SystemExit) and not is_import else _remedy(error)
+        raise UserCodeError(text, remedy=remedy) from error
 
 
 def _summary(error: BaseException) -> str:
-    """The message of an exception; its last line if it quotes a traceback of a loader's worker."""
+    """The message of an exception, without the traceback of a loader's worker that it may quote."""
     text = str(error)
     if "Original Traceback" not in text:
         return text
-    return f"{text.rstrip().splitlines()[-1]} (in a worker process)"
+    lines = text.rstrip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    message = "\n".join(lines[max(frames, default=0) + 1 :])
+    return f"{message} (in a worker process)"
 
 
 # What a user's exception and its message tell about the mistake, and what to do.
@@ -169,7 +174,7 @@ def _look_in(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _argv(program: str) -> Iterator[None]:
-    """Have a module that reads the command line find no arguments there: they are ours."""
+    """Set `sys.argv` to the program's name: the arguments on the command line are ckptavg's."""
     before = sys.argv
     sys.argv = [program]
     try:

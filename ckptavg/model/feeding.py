@@ -72,22 +72,20 @@ def check_loader(
     *,
     is_limited: bool,
     ends_early: bool,
-    needs_mixed_batches: bool,
 ) -> None:
     """Refuse what may have no end, and warn of a loader that does not shuffle.
 
     Args:
         batches: the loader.
         ranks: the processes.
-        is_limited: the number of batches or examples is.
-        ends_early: the pass may end before the loader does.
-        needs_mixed_batches: the result depends on how the examples come together in batches.
+        is_limited: whether `max_samples` is given.
+        ends_early: whether the pass may end before the loader does.
 
     Raises:
-        RefreshError: it may be endless.
+        RefreshError: the loader is an `IterableDataset` without a length, and is not limited.
     """
     if (
-        isinstance(_dataset(batches), IterableDataset)
+        any(isinstance(part, IterableDataset) for part in _parts(batches))
         and known_length(batches) is None
         and not is_limited
     ):
@@ -102,16 +100,14 @@ def check_loader(
             dealt[0],
         )
     if _is_ordered(batches):
-        if ends_early:
-            log.warning(
-                "the loader does not shuffle, and the pass may end before it does: the statistics "
-                "are of the first examples, which may be alike (shuffle=True)"
-            )
-        elif needs_mixed_batches:
-            log.warning(
-                "the loader does not shuffle: if the data are sorted, by class for example, the "
-                "variances come out too small (shuffle=True, or `estimator=exact`)"
-            )
+        log.warning(
+            "the loader does not shuffle%s",
+            ", and the pass may end before it does: the statistics are of the first examples, "
+            "which may be alike (shuffle=True)"
+            if ends_early
+            else ": if the data are sorted, by class for example, the statistics come out wrong "
+            "(shuffle=True)",
+        )
 
 
 def _is_ordered(batches: Iterable[Any]) -> bool:
@@ -132,10 +128,12 @@ _PARTS = (
 def _parts(loader: object, depth: int = 4) -> Iterator[object]:
     """A loader, and what it draws from: samplers, the data set, what a wrapper wraps."""
     yield loader
+    held = vars(loader) if hasattr(loader, "__dict__") else {}
     for name in _PARTS:
-        part = vars(loader).get(name) if hasattr(loader, "__dict__") else None
-        if part is not None and depth:
-            yield from _parts(part, depth - 1)
+        # Beside a batch sampler torch gives a loader a sampler that it does not use.
+        is_used = name != "sampler" or held.get("batch_sampler") is None
+        if depth and is_used and held.get(name) is not None:
+            yield from _parts(held[name], depth - 1)
 
 
 def _dealt_out_to(batches: Iterable[Any]) -> tuple[int, int] | None:
@@ -261,7 +259,7 @@ def _deals_already(batches: Iterable[Any], ranks: Ranks) -> bool:
         raise RefreshError(
             f"the loader is for process {dealt[1]} of {dealt[0]}, and this is process "
             f"{ranks.rank} of {ranks.size}",
-            remedy="leave it to ckptavg to deal out the batches of a plain loader",
+            remedy="pass a plain DataLoader: ckptavg divides its batches among the processes",
         )
     return dealt is not None
 

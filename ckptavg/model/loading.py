@@ -57,9 +57,10 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, st
 
 
 def _may_adapt(model: torch.nn.Module) -> bool:
-    """Whether a part of the model loads tensors in a way of its own, and so may change its shapes.
+    """Whether a part of the model loads tensors in a way of its own, and so may change shapes.
 
-    As the observers of quantisation-aware training do. `load_state_dict` raises if it does not.
+    Observers of quantisation-aware training resize their buffers. If a module does not,
+    `load_state_dict` raises.
     """
     plain = torch.nn.Module
     kinds = {type(module) for module in model.modules()}
@@ -72,7 +73,7 @@ def _may_adapt(model: torch.nn.Module) -> bool:
 
 
 def _check_arrival(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """A model's own `load_state_dict` may do what it likes, but not nothing.
+    """Check that at least one tensor was loaded.
 
     Raises:
         RefreshError: not one of the tensors is in the model.

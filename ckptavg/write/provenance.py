@@ -237,7 +237,8 @@ class Summary:
         roles: the number of tensors that are `averaged`, the `last` checkpoint's, `kept` or
             `joined`.
         norm_stats: `none` where the model has no running statistics; `stale` in an average of
-            several members; else the state of the only member's statistics.
+            several members, `frozen` if all of them have the same statistics; `refreshed` or
+            `partly refreshed` after a refresh; else the state of the only member's statistics.
         bytes_read: bytes of tensors that are read, for all outputs of the command.
         bytes_written: bytes of the output.
         memory: bytes of memory at the peak, an estimate.

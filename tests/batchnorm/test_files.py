@@ -1439,7 +1439,7 @@ class TestCommand:
         assert [layer["name"] for layer in found["layers"]] == ["bn", "norm"]
         assert all(layer["calls"] == 3 for layer in found["layers"])
         assert all(layer["mean_change"] > 0 < layer["variance_ratio"] for layer in found["layers"])
-        assert (found["skipped"], found["left"]) == (0, [])
+        assert (found["skipped"], found["kept"]) == (0, [])
         assert "with the prefix 'm.'" in found["notices"][0]
         assert "with the prefix 'm.'" in result.stderr
 

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
@@ -207,7 +214,7 @@ class TestLoaders:
             (False, {"max_samples": 40}, "if the data are sorted"),
             (False, {}, "if the data are sorted"),
             (False, {"estimator": "torch"}, "if the data are sorted"),
-            (False, {"estimator": "exact"}, None),
+            (False, {"estimator": "exact"}, "if the data are sorted"),
             (True, {"max_samples": 20}, None),
             (True, {"tol": 0.1}, None),
             (True, {}, None),
@@ -363,3 +370,12 @@ class TestReport:
                 assert held.mean == tuple(state[f"{name}.running_mean"].tolist())
                 assert held.variance == tuple(state[f"{name}.running_var"].tolist())
                 assert held.batches == int(state[f"{name}.num_batches_tracked"])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_batch_sampler_of_the_users_tells_whether_it_shuffles(shuffle, notices):
+    data = TensorDataset(*draw((40,), 5))
+    sampler = RandomSampler(data) if shuffle else SequentialSampler(data)
+    loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+    refresh_norm(make("mlp"), loader)
+    assert (ORDERED in notices.text) is not shuffle

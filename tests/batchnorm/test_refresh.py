@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ckptavg.batchnorm.layers import LeftLayer
+from ckptavg.batchnorm.layers import KeptLayer
 from ckptavg.batchnorm.refresh import RefreshReport, refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
 from ckptavg.model.batches import count_examples, default_forward, moved
@@ -141,7 +141,7 @@ class TestAgainstUpdateBn:
         model, data = shared(), data_for("mlp")
         report = refresh_norm(model, data, estimator="torch", forward=forward)
         assert [(layer.name, layer.calls) for layer in report.layers] == [("one", 8)]
-        assert report.left == ()
+        assert report.kept == ()
         assert model["two"].running_mean is model["one"].running_mean
 
 
@@ -672,7 +672,7 @@ class TestModes:
         before, batches = Snapshot(model), draw((16, 16, 16), 5)
         report = refresh_norm(model, batches, train_mode=train_mode)
         before.check(but=[f"head.1.{name}" for name in STATISTICS])
-        assert [(each.name, each.is_frozen) for each in report.left] == [("backbone.1", True)]
+        assert [(each.name, each.is_intended) for each in report.kept] == [("backbone.1", True)]
         reason = "kept in eval mode by the model's own train()"
         assert f"left 1 norm layer alone ({reason}): 'backbone.1'" in notices.text
         assert report.state == "refreshed"
@@ -699,7 +699,7 @@ class TestLayers:
         before = Snapshot(model)
         report = refresh_norm(model, data_for("mlp"), forward=lambda _, batch: used(batch))
         before.check(but=["used." + name for name in STATISTICS])
-        assert report.left == (LeftLayer("idle\n", "not called", is_frozen=False),)
+        assert report.kept == (KeptLayer("idle\n", "not called", is_intended=False),)
         assert report.state == "partly refreshed"
         assert [layer.name for layer in report.layers] == ["used"]
         assert "left 1 norm layer alone (not called): 'idle\\n'" in notices.text
@@ -715,7 +715,7 @@ class TestLayers:
         model = nn.Sequential(nn.Linear(5, 5), FrozenBatchNorm(5))
         report = refresh_norm(model, data_for("mlp"))
         assert report.layers == ()
-        assert [each.is_frozen for each in report.left] == [True]
+        assert [each.is_intended for each in report.kept] == [True]
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
     def test_of_torchscript_are_named(self):
@@ -1185,7 +1185,14 @@ class TestMoved:
         ({"epoch": torch.tensor(3), "x": torch.zeros(7, 2)}, 7),
         ({"id": "abc", "more": [None, {"x": torch.zeros(7)}]}, 7),
         (torch.zeros(7).numpy(), 7),
-        (tuple(torch.zeros(3, 8 + size, 9) for size in range(5)), 5),
+        ((tuple(torch.zeros(3, 8 + size, 9) for size in range(5)), torch.zeros(5)), 5),
+        (((torch.zeros(32, 2), torch.zeros(32)), (torch.zeros(32), torch.zeros(32, 4))), 32),
+        ([torch.zeros(4, 16, 5)], 4),
+        ([torch.zeros(4, 16, 5), torch.zeros(4, 16, 2)], 4),
+        (([torch.zeros(6, 8, 9)] * 8, [{"boxes": torch.zeros(5, 4)}] * 8), 8),
+        (([torch.zeros(20, 30)] * 8, torch.zeros(8)), 8),
+        ({"targets": [{"boxes": torch.zeros(5, 4)}] * 8, "images": [torch.zeros(3, 8, 9)] * 8}, 8),
+        ([{"image": torch.zeros(3, 8, 9)}, {"image": torch.zeros(3, 7, 9)}], 2),
         (([torch.zeros(3, 8, 9)] * 5, [{"boxes": torch.zeros(2, 4)}] * 5), 5),
         (([torch.zeros(1, 8, 9)] * 5, torch.zeros(5)), 5),
         (([torch.zeros(40), torch.zeros(30)], ["a", "b"]), 2),

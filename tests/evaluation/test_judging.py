@@ -255,7 +255,7 @@ class TestOptions:
         ("arguments", "key", "value"),
         [
             (("--tol", "0.9"), "tol", 0.9),
-            (("--layers", "1"), "left", []),
+            (("--layers", "1"), "kept", []),
             (("--amp", "bf16"), "nonfinite", 0),
             (("--strict",), "nonfinite", 0),
         ],

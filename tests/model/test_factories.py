@@ -222,13 +222,13 @@ class TestUserCode:
         ids=lambda value: type(value).__name__,
     )
     def test_says_what_to_do(self, error, remedy):
-        with pytest.raises(UserCodeError, match=remedy), user_code("it"):
+        with pytest.raises(UserCodeError, match=remedy), user_code("importing it"):
             raise error
 
     def test_quotes_the_last_line_of_a_worker(self):
         quoted = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent "
-        quoted += 'call last):\n  File "data.py", line 3\nOSError: no such image\n'
-        expected = r"raised OSError: OSError: no such image \(in a worker process\)$"
+        quoted += 'call last):\n  File "data.py", line 3\nOSError: no such image\nor another\n'
+        expected = r"raised OSError: OSError: no such image\nor another \(in a worker process\)$"
         with pytest.raises(UserCodeError, match=expected), user_code("it"):
             raise OSError(quoted)
 

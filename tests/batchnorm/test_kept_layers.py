@@ -224,7 +224,7 @@ class TestDryRun:
     def test_lists_the_layers_after_one_batch_and_writes_nothing(self, user_folder):
         ckptavg.average(members(Net()), "swa.pt")
         (user_folder / "mine.py").write_text(
-            "from tests.batchnorm.test_left_layers import BATCHES, Net\n"
+            "from tests.batchnorm.test_kept_layers import BATCHES, Net\n"
             "def loader():\n"
             "    yield BATCHES[0]\n"
             "    raise AssertionError('one batch is enough')\n"
@@ -300,3 +300,37 @@ class TestBatches:
         expected = refresh("a.pt", Net())
         ckptavg.refresh_checkpoint("swa.pt", "b.pt", model=Net, loader=Data(), device="cpu")  # type: ignore[arg-type]
         assert all(torch.equal(value, expected[name]) for name, value in torch.load("b.pt").items())
+
+
+def test_frozen_layers_stay_frozen_in_a_second_refresh():
+    ckptavg.average(members(Net()), "swa.pt")
+    first = refresh("new.pt", Net())
+    assert norm_stats(Path("new.pt"))["frozen"] == ["backbone.1"]
+    ckptavg.refresh_checkpoint("new.pt", None, model=Net(), loader=BATCHES + 1, device="cpu")
+    second = torch.load("new.pt")
+    assert torch.equal(second["backbone.1.running_mean"], first["backbone.1.running_mean"])
+    assert not torch.equal(second["head.1.running_mean"], first["head.1.running_mean"])
+
+
+@pytest.mark.parametrize("options", [{"layers": ["head"]}, {"skip_layers": ["backbone"]}], ids=str)
+def test_frozen_layers_that_are_not_asked_for_are_not_stale(options):
+    ckptavg.average(members(Net()), "swa.pt")
+    refresh("new.pt", Net(), **options)
+    assert norm_stats(Path("new.pt"))["state"] == "refreshed"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_layers_are_recorded_by_their_names_in_the_checkpoint(prefix):
+    run_folder = members(Net(), frozen=False)
+    for path in run_folder.iterdir():
+        state = torch.load(path)
+        torch.save({"state_dict": {prefix + name: value for name, value in state.items()}}, path)
+    ckptavg.average(run_folder, "swa.pt")
+    refresh("new.pt", Net(), skip_layers=["backbone"])
+    assert norm_stats(Path("new.pt"))["stale"] == [f"{prefix}backbone.1"]
+
+
+def test_statistics_of_the_last_member_are_frozen_too_if_all_are_equal():
+    summary = ckptavg.average(members(Net()), "swa.pt", norm_stats="last")
+    assert summary.norm_stats == "stale"
+    assert norm_stats(Path("swa.pt"))["frozen"] == ["backbone.1"]

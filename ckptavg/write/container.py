@@ -13,7 +13,7 @@ import logging
 import struct
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import CkptAvgError, FormatError, OutputError, printable
+from ckptavg.errors import CkptAvgError, FormatError, OutputError, listed, printable
 from ckptavg.formats import open_checkpoint, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements, without_wrappers
 from ckptavg.formats.parts import ByteSource
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 _CENTRAL_SIZE, _LENGTHS = 46, 28  # of an entry in the zip's directory
+# The weights in files whose `state_dict` is an average: see `statedict.weights_beside_average`.
+_BESIDE_AVERAGE = ("current_model_state", "ema_state_dict")
 _DESCRIPTOR = b"PK\7\x08"
 _HAS_DESCRIPTOR = 1 << 3
 
@@ -53,7 +55,7 @@ def lay_out_container(
         tensors: the tensors with other values.
         metadata: strings; the file has no place for any but the provenance.
         last: the last checkpoint.
-        mirrored: write the tensors to the average that Lightning keeps in the file as well.
+        mirrored: write the tensors as well to the average that Lightning or MMEngine keeps there.
 
     Raises:
         OutputError: two tensors share bytes, so that each cannot have a value of its own.
@@ -63,7 +65,7 @@ def lay_out_container(
         raise OutputError("its bytes are in no file", path=last.path)
     targets = [[last.tensors[tensor.names[0]]] for tensor in tensors]
     for key in last.other_keys:
-        if mirrored and (last.key, key) == ("current_model_state", "state_dict"):
+        if mirrored and (last.key in _BESIDE_AVERAGE and key == "state_dict"):
             _add_twins(path, tensors, targets, open_checkpoint(last.path, key=key))
         else:
             _mention_other(last, key)
@@ -109,15 +111,17 @@ def _add_twins(
 def _mention_other(last: Checkpoint, key: str) -> None:
     """Warn of what becomes of another state dict. Tensors that both share are in the file once."""
     with contextlib.suppress(CkptAvgError):
-        others = open_checkpoint(last.path, key=key).tensors.values()
-        if not any(tensor.dtype.averaged for tensor in others):
+        others = open_checkpoint(last.path, key=key).tensors
+        if not any(tensor.dtype.averaged for tensor in others.values()):
             return  # counters, as in Lightning's `averaging_state`
         weights = sorted({_span(tensor) for tensor in last.tensors.values() if tensor.count})
-        if any(_overlaps(weights, _span(tensor)) for tensor in others if tensor.count):
+        shared = [n for n, each in others.items() if each.count and _overlaps(weights, _span(each))]
+        if shared:
             log.warning(
-                "%s in the container shares tensors with the weights, and changes with them",
-                printable(key),
+                "%s in the container shares %d of %d tensors with the weights, which change: %s",
+                *(printable(key), len(shared), len(others), listed(shared)),
             )
+        if len(shared) == len(others):
             return
     log.warning("%s in the container stays the last checkpoint's", printable(key))
 

@@ -331,7 +331,9 @@ def test_a_state_dict_that_shares_the_weights_has_the_average_and_a_warning(tmp_
         save(tmp_path / "run" / f"step_{step}.pt", root)
     out = tmp_path / "out.pt"
     result = run("average", tmp_path / "run", "-o", out, "--container", "last")
-    assert "warning: best_ema in the container shares tensors with the weights" in result.stderr
+    assert (
+        "warning: best_ema in the container shares 1 of 1 tensors with the weights" in result.stderr
+    )
     assert torch.load(out)["best_ema"]["w"].tolist() == [0.5] * 3
 
 
@@ -494,7 +496,9 @@ def test_a_state_dict_that_overlaps_the_weights_is_not_said_to_stay(tmp_path, vi
         root = {"state_dict": {"w": flat[:100]}, "best_ema": {"x": view(flat)}}
         save(tmp_path / "run" / f"step_{step}.pt", root, legacy=legacy)
     result = run("average", tmp_path / "run", "-o", tmp_path / "o.pt", "--container", "last")
-    assert "warning: best_ema in the container shares tensors with the weights" in result.stderr
+    assert (
+        "warning: best_ema in the container shares 1 of 1 tensors with the weights" in result.stderr
+    )
     assert "stays" not in result.stderr
     assert 0.5 in torch.load(tmp_path / "o.pt")["best_ema"]["x"].tolist()
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import OutputError, SelectionError, printable
+from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE, check_one_model, fingerprint
 from ckptavg.formats.lora_config import CONFIG
@@ -21,7 +21,7 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.options import takes_fields_of
-from ckptavg.select.order import sort_checkpoints
+from ckptavg.select.order import sort_checkpoints, unordered
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.directory import with_dtype
@@ -287,10 +287,10 @@ def _check_order(run: Run, plan: Plan, averages: Sequence[tuple[Recipe, Destinat
     ):
         what = "the output contains other entries of the last one"
     if what is not None:
-        names = ", ".join(printable(member.name) for member in plan.members)
+        names = listed(member.name for member in plan.members)
         raise SelectionError(
             f"only some of the checkpoints have a step, and {what}: {names}",
-            remedy="put the step into every name",
+            remedy=unordered(plan.members),
         )
 
 

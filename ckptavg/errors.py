@@ -17,6 +17,7 @@ _USER = re.compile(r"(://)[^/\s]*@")
 # The query is optional here. If it were required, a name full of `://` would take quadratic time.
 _QUERY = re.compile(r"(://[^?\n]*)(?:\?\S*)?")
 _LONGEST_NAME = 300
+_MOST_DIFFERENCES = 16
 
 
 def printable(name: object) -> str:
@@ -95,6 +96,10 @@ class SelectionError(CkptAvgError):
         self.choices = tuple(choices)
 
 
+class NoStateDictError(SelectionError):
+    """A file holds no state dict: that of an optimizer, for example."""
+
+
 class MismatchError(CkptAvgError):
     """The checkpoints are not of one model: names, shapes or dtypes of their tensors differ.
 
@@ -107,7 +112,9 @@ class MismatchError(CkptAvgError):
         self.differences = tuple(differences)
 
     def __str__(self) -> str:
-        return "\n  ".join([self.message, *self.differences])
+        lines, more = self.differences[:_MOST_DIFFERENCES], self.differences[_MOST_DIFFERENCES:]
+        rest = [f"and {len(more)} more differences"] if more else []
+        return "\n  ".join([self.message, *lines, *rest])
 
 
 class ValueRangeError(CkptAvgError):

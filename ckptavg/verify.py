@@ -29,7 +29,8 @@ from ckptavg.formats.tensors import is_batch_counter, is_norm_statistic
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import AverageOptions, Recipe
-from ckptavg.select.run import Run, find_candidates
+from ckptavg.select.candidates import find_candidates
+from ckptavg.select.run import Run
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.provenance import Record
 from ckptavg.write.temporary import temporary_beside

@@ -88,7 +88,9 @@ def test_complex128_goes_to_a_torch_file_and_not_to_safetensors(tmp_path):
 def test_copies_of_one_checkpoint_give_its_bits(tmp_path, dtype):
     state = {"w": torch.randn(100_000).to(dtype), "zero": torch.tensor([-0.0, 0.0]).to(dtype)}
     for step in range(5):
-        save_file(state, tmp_path / f"{step}.safetensors", {"step": str(step)})
+        # Copies count once: one tensor tells them apart.
+        named = state | {"step": torch.tensor(float(step))}
+        save_file(named, tmp_path / f"{step}.safetensors")
     summary = ckptavg.average(tmp_path, tmp_path / "out.safetensors")
     assert len(summary.sources) == 5
     result = load_file(tmp_path / "out.safetensors")

@@ -9,14 +9,17 @@ import click
 
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, fields_of, path_or_url
-from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size
-from ckptavg.errors import CkptAvgError, SelectionError, listed, printable
+from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size, with_options
+from ckptavg.errors import CkptAvgError, SelectionError, listed, printable, without_notices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.select.rules import Verdict
+    from ckptavg.select.run import Run
+    from ckptavg.select.series import Candidate, Series
 
 
 @click.command(
@@ -36,80 +39,158 @@ def inspect(
 ) -> None:
     """Show what checkpoints hold, from their headers alone; nothing in them is run.
 
-    PATH is a checkpoint, or a directory of them. With rules such as --last or --lr-minima, show
-    which checkpoints `average` would take, and why not the others.
+    PATH is a checkpoint, or a directory of them. Of a directory, show which files `average` would
+    take, and why not the others; with rules such as --last or --lr-minima, those that they take.
     """
-    if any(params.values()):
-        _show_choice(console, paths, key, params)
+    from ckptavg.select.candidates import find_candidates
+
+    with without_notices():
+        are_runs = any(folder is not None for folder in find_candidates(paths).values())
+    if are_runs or any(params.values()):
+        _show_run(console, paths, key, params)
     else:
         _show_content(console, paths, key)
 
 
-def _show_choice(
-    console: Console, paths: Sequence[Path], key: str | None, params: dict[str, Any]
+def _show_run(
+    console: Console,
+    paths: Sequence[Path],
+    key: str | None,
+    params: dict[str, Any],
 ) -> None:
-    """Show which checkpoints the rules take, and why not the others."""
-    from ckptavg.formats.parts import shown
-    from ckptavg.select.rules import Selection, select
-    from ckptavg.select.run import find_run
+    """Show the series of a run and its members, and which of them the rules take."""
+    from ckptavg.select.rules import Selection, Verdict, select
+    from ckptavg.select.run import survey_run
 
     rules = Selection(**fields_of(Selection, params))
-    run = find_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
-    verdicts = select(run, rules)
-    checkpoints: list[dict[str, Any]] = [
-        {
-            "path": shown(each.checkpoint.path),
-            "step": each.step,
-            "rate": each.checkpoint.training.learning_rate if each.rate is None else each.rate,
-            "metric": each.metric,
-            "bytes": each.checkpoint.size,
-            "taken": each.is_chosen,
-            "reason": each.reason,
-        }
-        for each in verdicts
-    ]
+    run = survey_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
+    if run.error is None:
+        verdicts = select(run, rules)
+    else:
+        opened = [each.checkpoint for each in run.candidates if each.is_open]
+        verdicts = [Verdict(each, "step") for each in opened if each is not None]
+    members = [_member(verdict) for verdict in verdicts]
+    others = [_other(each) for each in run.candidates if each.reason]
+    series = [_series(each, run) for each in run.series]
+    _say_series(console, series)
+    unit, metric = verdicts[0].unit if verdicts else "step", rules.metric or "metric"
+    if any(params.values()) and members:
+        _say_choice(console, members, unit, metric)
+    elif members:
+        _say_members(console, members, unit)
+    error = None if run.error is None else with_options(str(run.error))
+    if error and not any(each.what == "damaged" for each in run.candidates):
+        console.say("none is taken: " + error.partition(":\n")[0])
+    console.result({"series": series, "checkpoints": [*members, *others], "error": error})
+    _raise_damages([each.fault for each in run.candidates if each.fault and each.reason])
+
+
+def _member(verdict: Verdict) -> dict[str, Any]:
+    """What is shown of a checkpoint of the run."""
+    recorded = verdict.checkpoint.training.learning_rate
+    rate = recorded if verdict.rate is None else verdict.rate
+    return _content(verdict.checkpoint) | {
+        "step": verdict.step,
+        "rate": rate,
+        "metric": verdict.metric,
+        "bytes": verdict.checkpoint.size,
+        "taken": verdict.is_chosen,
+        "reason": str(verdict.fault or verdict.reason),
+    }
+
+
+def _other(candidate: Candidate) -> dict[str, Any]:
+    """What is shown of a file that is no checkpoint of the run."""
+    from ckptavg.formats.parts import shown
+
     unknown = dict.fromkeys(("step", "rate", "metric", "bytes"))
-    checkpoints += [
-        {"path": shown(path), **unknown, "taken": False, "reason": reason}
-        for path, reason in run.left_out.items()
-    ]
-    rows = [
+    return {"path": shown(candidate.path), **unknown, "taken": False, "reason": candidate.reason}
+
+
+_WHAT = {"member": "members", "copy": "copies", "piece": "pieces", "unclear": "checkpoints"}
+
+
+def _series(series: Series, run: Run) -> dict[str, Any]:
+    """What is shown of a series."""
+    unclear = [each for each in run.series if each.what == "unclear"]
+    is_unclear, is_member = series.what == "unclear", series.what == "member"
+    reason = with_options(series.arguments(unclear)) if is_unclear else series.reasons
+    return {
+        "name": series.name,
+        "count": len(series.candidates),
+        "steps": series.steps,
+        "what": series.kind if is_unclear and series.kind else _WHAT.get(series.what, series.what),
+        "taken": is_member and run.error is None,
+        "reason": "beside an error" if is_member and run.error is not None else reason,
+    }
+
+
+def _say_series(console: Console, series: Sequence[dict[str, Any]]) -> None:
+    rows = [("series", "files", "steps", "what", "taken", "why not")]
+    for row in series:
+        steps = "-" if row["steps"] is None else "{:,} to {:,}".format(*row["steps"])
+        taken = "yes" if row["taken"] else "no"
+        rows.append(
+            (printable(row["name"]), cell(row["count"]), steps, row["what"], taken, row["reason"])
+        )
+    console.say_table(rows)
+    console.say("")
+
+
+def _say_choice(
+    console: Console, members: Sequence[dict[str, Any]], unit: str, metric: str
+) -> None:
+    """Show which members the rules take, and why not the others."""
+    rows = [("path", unit, "rate", metric, "bytes", "taken", "why not")]
+    rows += [
         (
             printable(row["path"]),
             cell(row["step"]),
             *(cell(row["rate"], ".4g"), cell(row["metric"], ".4g"), size(row["bytes"])),
             *("yes" if row["taken"] else "no", printable(row["reason"])),
         )
-        for row in checkpoints
+        for row in members
     ]
-    unit, metric = verdicts[0].unit, rules.metric or "metric"
-    console.say_table([("path", unit, "rate", metric, "bytes", "taken", "why not"), *rows])
-    count = sum(verdict.is_chosen for verdict in verdicts)
-    console.say(f"{count} of {plural(len(rows), 'checkpoint')} taken")
-    console.result({"checkpoints": checkpoints})
+    console.say_table(rows)
+    count = sum(row["taken"] for row in members)
+    console.say(f"{count} of {plural(len(members), 'checkpoint')} taken")
+
+
+def _say_members(console: Console, members: Sequence[dict[str, Any]], unit: str) -> None:
+    """Show what the members hold."""
+    header = ("path", unit, "rate", "state dict", "tensors", "bytes", "dtypes", "norm layers")
+    rows = [header]
+    rows += [
+        (
+            *(printable(row["path"]), cell(row["step"]), cell(row["rate"], "g")),
+            *(printable(row["state_dict"]) or "-", cell(row["tensors"]), size(row["tensor_bytes"])),
+            *(",".join(row["dtypes"]), cell(row["norm_layers"])),
+        )
+        for row in members
+    ]
+    console.say_table(rows)
 
 
 def _show_content(console: Console, paths: Sequence[Path], key: str | None) -> None:
     """Show what each checkpoint holds; one that cannot be read does not hide the others."""
-    from ckptavg.select.run import find_candidates
-
-    files = list(find_candidates(paths))
     contents: list[dict[str, Any]] = []
     failures: list[CkptAvgError] = []
-    for path in files:
+    for path in dict.fromkeys(paths):
         try:
             contents += map(_content, _state_dicts(path, key))
         except CkptAvgError as error:
-            if len(files) == 1:
-                raise
             failures.append(error)
     if len(contents) == 1:
         _say_one(console, contents[0])
     elif contents:
         _say_several(console, contents)
-    else:
-        console.say("no checkpoints found")
-    console.result({"checkpoints": contents})
+    if contents or len(failures) > 1:
+        console.result({"checkpoints": contents})
+    _raise_damages(failures)
+
+
+def _raise_damages(failures: Sequence[CkptAvgError]) -> None:
+    """Say what is wrong with each file, and raise the last of these errors."""
     for failure in failures[:-1]:
         say_on_stderr(f"error: {failure}")
     if failures:

@@ -21,6 +21,7 @@ PROVENANCE = "ckptavg"
 _PIECE = 1 << 20
 # Prefixes that DistributedDataParallel, torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
+_COUNTERS = ("n_averaged", "steps")
 STEP_FACTS = ("global_step", "step", "epoch")
 SAMPLE_BYTES = 512
 _SAMPLES_OF_FINGERPRINT = 32
@@ -41,6 +42,8 @@ class TrainingRecord:
         logged_rate: rate that the trainer logged at the checkpoint's step (Hugging Face).
         logged_before: rate that it logged one step earlier.
         metrics: name to value, NaN and Inf included.
+        has_optimizer_state: whether the optimizer has momenta or the like; None if not recorded.
+        averaged_models: the counter of Lightning's `StochasticWeightAveraging`; 0 without it.
     """
 
     epochs_from_zero: bool = False
@@ -50,6 +53,8 @@ class TrainingRecord:
     logged_rate: float | None = None
     logged_before: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    has_optimizer_state: bool | None = None
+    averaged_models: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +221,8 @@ def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Checkpoint, str]:
     """Remove the prefix that DistributedDataParallel, torch.compile or AveragedModel add to names.
 
-    The counter of `AveragedModel`, `n_averaged` beside names in `module.`, is not part of the model
-    and is removed in any case.
+    The counters of torch's `AveragedModel` and of MMEngine's averages, `n_averaged` and `steps`
+    beside names in `module.`, are not part of the model and are removed in any case.
 
     Returns:
         The checkpoint and the prefix that was removed; empty where there was none.
@@ -225,8 +230,8 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
     wrapper, names = "", list(checkpoint.tensors)
     while True:
         for prefix in _WRAPPERS:
-            counter = f"{wrapper}n_averaged" if prefix == "module." else None
-            inside = [name for name in names if name != counter]
+            counters = {wrapper + each for each in _COUNTERS} if prefix == "module." else ()
+            inside = [name for name in names if name not in counters]
             if inside and all(name.startswith(wrapper + prefix) for name in inside):
                 wrapper, names = wrapper + prefix, inside
                 break

@@ -31,6 +31,7 @@ _MOST_METRICS = 1_000
 _MOST_SCALARS = 32
 _MOST_METRICS_DICTS = 10
 _MOST_CALLBACKS = 10
+_MOST_STATES = 10
 _MOST_SCORES = 100_000
 _MOST_VALUES = 1_000
 _MOST_LEVELS = 5
@@ -49,13 +50,24 @@ def training_facts(root: object) -> dict[str, int | float]:
     if not isinstance(root, Mapping):
         return {}
     values = {name: root.get(name) for name in STEP_FACTS}
-    if is_deepspeed(root) and values["global_step"] is None:
-        values["global_step"] = root.get("global_steps")
+    if values["global_step"] is None:
+        values["global_step"] = root.get("global_steps") if is_deepspeed(root) else _updates(root)
     counts = {name: _count(value) for name, value in values.items()}
-    facts: dict[str, int | float] = {name: n for name, n in counts.items() if n is not None}
+    # A negative one, as in ultralytics' final files, is no step.
+    facts: dict[str, int | float] = {
+        name: n for name, n in counts.items() if n is not None and n >= 0
+    }
     if rates := _rates(root):
         facts["learning_rate"] = rates[0]
     return facts
+
+
+def _updates(root: Mapping[Any, object]) -> object:
+    """The number of updates in fairseq's files; None in others."""
+    match root.get("optimizer_history"):
+        case [*_, {"num_updates": updates}]:
+            return updates
+    return root.get("num_updates")
 
 
 def training_record(
@@ -80,7 +92,29 @@ def training_record(
         other_rates=rates[1:],
         scheduler=_scheduler(root),
         metrics=_numbers({**values, **scalars}),
+        has_optimizer_state=_has_optimizer_state(root),
+        averaged_models=_averaged_models(root, read_scalars),
     )
+
+
+def _averaged_models(root: Mapping[Any, object], read_scalars: ReadScalars) -> int:
+    """The counter of Lightning's `StochasticWeightAveraging`, a number or a tensor."""
+    match root.get("callbacks"):
+        case {"StochasticWeightAveraging": {"n_averaged": PickledTensor() as counter}}:
+            return int(read_scalars({"n_averaged": counter}).get("n_averaged", 0))
+        case {"StochasticWeightAveraging": {"n_averaged": counter}}:
+            return _count(counter) or 0
+    return 0
+
+
+def _has_optimizer_state(root: Mapping[Any, object]) -> bool | None:
+    """Whether an optimizer has taken a step, by its state; None without an optimizer."""
+    states = [
+        optimizer["state"]
+        for optimizer in islice(_first_states(root, "optim"), _MOST_STATES)
+        if isinstance(optimizer, Mapping) and isinstance(optimizer.get("state"), Mapping)
+    ]
+    return any(states) if states else None
 
 
 def trainer_record(state: Mapping[str, Any], scheduler: object) -> TrainingRecord:
@@ -168,9 +202,21 @@ def _rates(root: Mapping[Any, object]) -> tuple[float, ...]:
 
 
 def _scheduler(root: Mapping[Any, object]) -> dict[str, Any] | None:
-    """The first scheduler's state; it may have been saved as a whole object."""
-    schedules = (_schedule(value) for value in _first_states(root, "sched"))
-    return next((schedule for schedule in schedules if schedule is not None), None)
+    """The first scheduler's state; it may have been saved as a whole object.
+
+    Where torch's `SWALR` has taken over from it, both are one sequence, as in `SequentialLR`.
+    """
+    states = (_schedule(value) for value in islice(_first_states(root, "sched"), _MOST_STATES))
+    schedules = [schedule for schedule in states if schedule is not None]
+    swa = next((each for each in schedules if "anneal_epochs" in each), {})
+    first = next((each for each in schedules if each is not swa), swa) or None
+    match first, swa:
+        case {"last_epoch": int(before)}, {"last_epoch": int(after)} if first is not swa and after:
+            return {
+                "_schedulers": [first, swa], "_milestones": [before],
+                "last_epoch": before + after, "_last_lr": swa.get("_last_lr"),
+            }  # fmt: skip
+    return first
 
 
 def _first_states(root: Mapping[Any, object], word: str) -> Iterator[object]:

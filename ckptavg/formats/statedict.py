@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ckptavg.errors import FormatError, SelectionError, printable
+from ckptavg.errors import FormatError, NoStateDictError, SelectionError, printable
 from ckptavg.formats.pickled import ModuleReader, Placeholder, is_module, is_tensor
+from ckptavg.formats.words import is_average
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,8 +18,6 @@ StateDicts = dict[str, Mapping[str, object]]
 
 # Names under which trainers store the weights themselves.
 _PLAIN = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
-# Words in the names of averages and the like: `state_dict_ema`, `swa_state_dict`, `model_ema`.
-_AVERAGES = ("ema", "swa", "avg", "average", "averaged", "shadow", "teacher")
 # Words begin like this in the names of what holds tensors that are no weights.
 _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler", "criterion")
 # One of these stands beside the weights in a file that DeepSpeed's engine wrote.
@@ -43,6 +42,8 @@ def find_state_dicts(root: object, path: Path | None = None, key: str | None = N
         return {}
     if finder.is_state_dict(root):
         return {"": root}
+    if not key and root.keys() >= {"state", "param_groups"}:
+        return {}  # an optimizer's state dict
     finder.search(root)
     found = finder.at_the_top(root) | finder.found
     if key and key not in found:
@@ -153,11 +154,6 @@ def is_training(name: str) -> bool:
     return any(word.startswith(_TRAINING) for word in _words(name))
 
 
-def is_average(name: str) -> bool:
-    """Whether a state dict's name says that it is an average of others already."""
-    return any(word in _AVERAGES for word in _words(name))
-
-
 def _words(name: str) -> list[str]:
     return re.split(r"[\W_]+", name.lower())
 
@@ -204,19 +200,35 @@ def _is_partitioned(root: Mapping[Any, object]) -> bool:
     )
 
 
+def weights_beside_average(found: StateDicts) -> str | None:
+    """The weights in a file whose `state_dict` is an average of them; None in other files.
+
+    Lightning's WeightAveraging and MMEngine's EMAHook put their running average there when they
+    save. The hook exchanges it with the weights in its `ema_state_dict`, which has its counter.
+    """
+    if "state_dict" in found and "current_model_state" in found:
+        return "current_model_state"
+    names = found.get("ema_state_dict", {}).keys() - {"steps"}
+    is_of_hook = names and all(name.startswith("module.") for name in names)
+    if "state_dict" in found and is_of_hook and "steps" in found["ema_state_dict"]:
+        return "ema_state_dict"
+    return None
+
+
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
     """Choose the state dict that is meant; SelectionError where that is unclear."""
     if key is not None and key in found:
         return key
     if not found:
-        raise SelectionError("no state dict found in it", path=path)
+        raise NoStateDictError("no state dict found in it", path=path)
     top = "the tensors at the top" if len(found) > 1 else "the whole file"
     names = ", ".join(printable(name) or top for name in found)
     if key is not None:
-        raise SelectionError(f"no state dict {key!r} in it; there are: {names}", path=path)
-    if "current_model_state" in found and "state_dict" in found:
-        # Lightning's WeightAveraging: `state_dict` is its running average, this the weights.
-        return "current_model_state"
+        message = f"no state dict {key!r} in it; there are: {names}"
+        raise SelectionError(message, path=path, choices=tuple(found))
+    weights = weights_beside_average(found)
+    if weights is not None:
+        return weights
     # In this order: the only one, the only one that is no average, the only one of a usual name.
     no_averages = [name for name in found if not is_average(name)]
     for names_left in (list(found), no_averages, [n for n in no_averages if n in _PLAIN]):

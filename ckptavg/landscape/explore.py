@@ -26,7 +26,7 @@ from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
 from ckptavg.model.factories import name_of, user_code
 from ckptavg.model.loading import load_weights
-from ckptavg.select.order import relative_names
+from ckptavg.select.names import relative_names
 
 if TYPE_CHECKING:
     from ckptavg.distributed import Ranks

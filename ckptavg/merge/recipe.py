@@ -12,7 +12,7 @@ from ckptavg.errors import SelectionError, printable
 from ckptavg.formats.checkpoint import fingerprint
 from ckptavg.formats.tensors import BY_NAME, is_extra_state
 from ckptavg.merge.weights import Weights
-from ckptavg.select.order import relative_names
+from ckptavg.select.names import relative_names
 from ckptavg.select.rules import Selection, chosen, select
 
 if TYPE_CHECKING:
@@ -181,8 +181,6 @@ def recipes_of(
     for count in rules.counts:
         narrowed = replace(rules, last=count)
         verdicts = chosen(select(run, narrowed))
-        if count is not None and len(verdicts) < count and rules.every is None:
-            log.info("of the last %d there are only %d", count, len(verdicts))
         recipes += [_recipe(verdicts, scheme, narrowed, options) for scheme in schemes]
     return recipes
 

@@ -17,7 +17,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from ckptavg.errors import SelectionError, listed
+from ckptavg.errors import SelectionError, listed, printable
+from ckptavg.formats.checkpoint import STEP_FACTS
+from ckptavg.select.names import steps_in_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,6 +147,7 @@ Reading = Literal["used", "next"]
 _ALTERNATIVES = "choose by cycle, steps or every instead"
 _UNSURE = "it cannot be told whether the learning rate in %s is the one used or the next one"
 _NEXT = "the learning rate in %s is the next one, and the one used is not recorded"
+_UNKNOWN = "the learning rate of the last update of %s is recorded nowhere"
 
 
 class _Rate(NamedTuple):
@@ -195,6 +198,7 @@ def rates_and_minima(
             remedy=_ALTERNATIVES,
         )
     chosen = _chosen(rates)
+    _check_first(names, rates)
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
     lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:
@@ -255,13 +259,15 @@ def _last_rates(checkpoints: Sequence[Checkpoint], recorded: Reading | None) -> 
         if training.logged_rate is not None and steps_taken(training.scheduler)
     }
     logs_next = len(logs) > 1 and all(logged == rate for logged, rate in logs)
-    rates, missing = [], []
+    rates, missing = list[_Rate](), []
     earlier: dict[int, float] = {}  # recorded so far, by the steps that the scheduler had taken
     for checkpoint, reading in zip(checkpoints, readings, strict=True):
         training, steps = checkpoint.training, steps_taken(checkpoint.training.scheduler)
         logged = training.logged_before if logs_next else training.logged_rate
         if logged is not None:
             rates.append(_Rate(logged))
+        elif reading == "next" and training.scheduler is None:
+            rates.append(_rate_before(checkpoints, len(rates)))
         elif training.learning_rate is not None:
             rates.append(_last_rate(training.learning_rate, training.scheduler, reading, earlier))
         else:
@@ -272,6 +278,35 @@ def _last_rates(checkpoints: Sequence[Checkpoint], recorded: Reading | None) -> 
         what = f"{listed(missing)} record no" if rates else "none of the checkpoints records a"
         raise SelectionError(f"{what} learning rate", remedy=_ALTERNATIVES)
     return rates
+
+
+def _rate_before(checkpoints: Sequence[Checkpoint], place: int) -> _Rate:
+    """The rate that the checkpoint one unit earlier recorded, or a SelectionError without that.
+
+    The first one was updated with an unknown rate, for which the rate that it records stands.
+    """
+    source = checkpoints[max(place - 1, 0)]
+    rate = source.training.learning_rate
+    if rate is not None and (place == 0 or _is_one_later(source, checkpoints[place])):
+        return _Rate(rate, doubt="" if place else _UNKNOWN)
+    what = _UNKNOWN % printable(checkpoints[place].name)
+    raise SelectionError(f"{what}: the step or epoch before was not saved", remedy=_ALTERNATIVES)
+
+
+def _is_one_later(first: Checkpoint, second: Checkpoint) -> bool:
+    """Whether a step or an epoch, as recorded or in the names, is one more."""
+    steps = [(first.facts.get(fact, 0), second.facts.get(fact, 0)) for fact in STEP_FACTS]
+    numbers = steps_in_names((first.name, second.name)) or (0, 0)
+    return any(later - earlier == 1 for earlier, later in [*steps, numbers])
+
+
+def _check_first(names: Sequence[str], rates: Sequence[_Rate]) -> None:
+    """Raise a SelectionError if the choice depends on the first rate, which is unknown."""
+    values = [rate.value for rate in rates]
+    higher = [v for v in values if not nearly_equal(v, values[0], max(values))]
+    if rates[0].doubt == _UNKNOWN and higher and higher[0] > values[0]:
+        what = f"{_UNKNOWN % printable(names[0])}, and the choice depends on it"
+        raise SelectionError(what, remedy=_ALTERNATIVES)
 
 
 def _last_rate(

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import SelectionError, printable
-from ckptavg.formats import SUFFIXES
+from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.checkpoint import STEP_FACTS
-from ckptavg.formats.parts import absolute, is_remote
+from ckptavg.select.names import (
+    Step,
+    is_one_series,
+    natural_key,
+    order_in_names,
+    parse_name,
+    steps_in_names,
+    whole_steps,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-
-DIGITS = re.compile(r"(\d+)")
-# Words before the step in names: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`.
-_LABELS = {
-    "step": r"(?:global_?step|steps?|iter(?:ation)?s?|it|updates?)",
-    "checkpoint": r"(?:checkpoint|ckpt)",
-    "epoch": r"(?:epochs?|ep)",
-}
 
 
 @dataclass(frozen=True)
@@ -71,16 +67,20 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         steps = tuple(int(each.facts[unit]) for each in checkpoints)
         units.remove(unit)
     elif unit == "number":
-        return Timeline(unit, steps_in_names(names) or ())
+        # Where the steps begin anew in each epoch, they do not tell how much was done.
+        places = [place for place in order_in_names(names) or [] if len(place) == 1]
+        return Timeline(unit, whole_steps([place[0] for place in places]))
     else:
         named = steps_in_names(names, "epoch" if unit == "epoch" else "step")
         if named is None or (unit == "step" and restarts):
             lacking = [each.name for each in checkpoints if unit not in each.facts]
             why = f"{printable(lacking[0])} does not" if lacking else "it begins anew in each epoch"
             raise SelectionError(f"not all checkpoints record the {unit}: {why}")
-        steps, units = named, []
+        steps, units = whole_steps(named), []
+    starts = saved_before_training(checkpoints, steps)
     from_zero = unit == "epoch" and (
-        0 in steps or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
+        any(step == 0 and c not in starts for c, step in zip(checkpoints, steps, strict=True))
+        or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
     )
     return Timeline(unit, steps, from_zero, tuple(units))
 
@@ -93,20 +93,57 @@ def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint
         step. If none has one, any order will do.
     """
     ordered = sorted(checkpoints, key=lambda checkpoint: natural_key(checkpoint.name))
-    times = timeline(ordered)
-    if times.steps:
-        # Where all record epochs and steps and count in epochs, the steps begin anew in each.
-        restarts = times.unit == "epoch" and all("step" in each.facts for each in ordered)
-        places = {
-            each: (step, each.facts["step"] if restarts else 0)
-            for each, step in zip(ordered, times.steps, strict=True)
-        }
-        ordered.sort(key=places.__getitem__)
-        known = len(set(places.values())) == len(ordered)
+    names = [checkpoint.name for checkpoint in ordered]
+    places = places_in_training(ordered)
+    if places is not None:
+        by_checkpoint = dict(zip(ordered, places, strict=True))
+        ordered.sort(key=by_checkpoint.__getitem__)
+        known = len(set(places)) == len(ordered)
     else:
         recorded = any(each.step is not None for each in ordered)
-        known = not recorded and not _have_numbers_apart([each.name for each in ordered])
-    return ordered, known or _differ_in_numbers_only([each.name for each in ordered])
+        known = not recorded and not _have_numbers_apart(names)
+    return ordered, known or is_one_series(names)
+
+
+def places_in_training(checkpoints: Sequence[Checkpoint]) -> list[tuple[Step, ...]] | None:
+    """The place of each checkpoint: its step, or its epoch and the step within that.
+
+    None if they have no steps of one kind.
+    """
+    times = timeline(checkpoints)
+    if times.unit == "number":
+        return order_in_names([each.name for each in checkpoints])
+    # Where all record epochs and steps and count in epochs, the steps begin anew in each.
+    restarts = times.unit == "epoch" and all("step" in each.facts for each in checkpoints)
+    return [
+        (step, each.facts["step"]) if restarts else (step,)
+        for each, step in zip(checkpoints, times.steps, strict=True)
+    ]
+
+
+def unordered(checkpoints: Sequence[Checkpoint]) -> str:
+    """What keeps checkpoints from having an order, and what to do: the remedy of an error."""
+    names = [each.name for each in checkpoints]
+    without = [
+        each.name for each in checkpoints if not each.step and not parse_name(each.name).numbers
+    ]
+    if without:
+        return f"{listed(without)}: no step in the name, and none is recorded; leave that out"
+    if is_one_series(names):
+        return "their steps begin anew in each epoch, or are the same: choose by `unit` epoch"
+    return f"the names are not of one series, as {listed(names, 2)}: choose with `include`"
+
+
+def saved_before_training(
+    checkpoints: Sequence[Checkpoint], steps: Sequence[Step]
+) -> frozenset[Checkpoint]:
+    """The checkpoints of step 0 whose optimizer has no state, where that of another has."""
+    if not any(each.training.has_optimizer_state for each in checkpoints):
+        return frozenset()
+    pairs = zip(checkpoints, steps, strict=False)
+    return frozenset(
+        each for each, step in pairs if step == 0 and each.training.has_optimizer_state is False
+    )
 
 
 def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -115,63 +152,7 @@ def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
     return any(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(pairs))
 
 
-def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[int, ...] | None:
-    """The step in each name; None if not all names have one.
-
-    It is the number behind `step` in all names, else behind `checkpoint`, else behind `epoch`. If
-    the names differ in numbers only, it is else the first number that differs.
-
-    Args:
-        names: the checkpoints' names.
-        label: `step` or `epoch`, to look for numbers behind this word only.
-    """
-    for pattern in _LABELS.values() if label is None else (_LABELS[label],):
-        labelled = re.compile(rf"(?<![a-z]){pattern}[=_-]?(\d+)", re.IGNORECASE)
-        matches = [labelled.findall(name) for name in names]
-        if all(matches):
-            numbers = tuple(int(numbers[-1]) for numbers in matches)
-            if len(set(numbers)) > 1 or len(names) == 1 or label is not None:
-                return numbers
-    if label is not None or not _differ_in_numbers_only(names):
-        return None
-    columns = zip(*(map(int, DIGITS.findall(_stem(name))) for name in names), strict=True)
-    return next((column for column in columns if len(set(column)) > 1 or len(names) == 1), None)
-
-
-def _differ_in_numbers_only(names: Sequence[str]) -> bool:
-    return len({DIGITS.sub("#", _stem(name)) for name in names}) <= 1
-
-
 def _have_numbers_apart(names: Sequence[str]) -> bool:
     """Whether a name has a number that another lacks, unlike `resnet50` and `resnet50_best`."""
-    numbers = [set(DIGITS.findall(_stem(name))) for name in names]
-    return any(each - set.intersection(*numbers) for each in numbers)
-
-
-def _stem(name: str) -> str:
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
-    """A sort key with `step_100` before `step_1000` and after `step_20`."""
-    return tuple(
-        (0, int(piece)) if piece.isdecimal() else (1, piece)
-        for piece in DIGITS.split(text)
-        if piece
-    )
-
-
-def relative_names(paths: Collection[Path]) -> dict[Path, str]:
-    """For each path the one relative to the deepest folder that all have in common.
-
-    URLs have a common folder of their own, apart from that of the paths on this machine.
-    """
-    names: dict[Path, str] = {}
-    for remote in (False, True):
-        group = {path: absolute(path) for path in paths if is_remote(path) is remote}
-        parents = [path.parent for path in group.values()]
-        folder = os.path.commonpath(parents) if parents else ""
-        names |= {path: full.relative_to(folder).as_posix() for path, full in group.items()}
-    return names
+    numbers = [frozenset(number.text for number in parse_name(name).numbers) for name in names]
+    return any(each - frozenset.intersection(*numbers) for each in numbers)

@@ -6,7 +6,7 @@ or lr_minima, best, last, every.
 
 from __future__ import annotations
 
-import fnmatch
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -17,15 +17,19 @@ from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.parts import absolute
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, indices_of_best, metric_in_name, mode_of, read_metrics
-from ckptavg.select.order import timeline
+from ckptavg.select.order import timeline, unordered
+from ckptavg.select.series import matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from ckptavg.errors import CkptAvgError
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.select.order import Timeline
     from ckptavg.select.run import Run
+
+log = logging.getLogger("ckptavg")
 
 _PERCENT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*%", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}", re.ASCII)
@@ -99,11 +103,10 @@ class Selection:
 
     def exclusion_reason(self, name: str) -> str | None:
         """The reason to leave out a checkpoint of this name; None if there is none."""
-        if self.include and not _matching_pattern(name, self.include):
+        if self.include and not any(matches(name, pattern) for pattern in self.include):
             return "its name does not match include"
-        if pattern := _matching_pattern(name, self.exclude):
-            return f"its name matches exclude {pattern}"
-        return None
+        pattern = next((each for each in self.exclude if matches(name, each)), None)
+        return pattern and f"its name matches exclude {pattern}"
 
     def as_dict(self) -> dict[str, Any]:
         """The rules that were given, for the provenance: no paths."""
@@ -113,14 +116,6 @@ class Selection:
             for name, value in (vars(self) | {"metrics": file_name}).items()
             if value
         }
-
-
-def _matching_pattern(name: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern that matches the name or its last part."""
-    for pattern in patterns:
-        if any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.rpartition("/")[2])):
-            return pattern
-    return None
 
 
 @dataclass(eq=False)
@@ -134,6 +129,7 @@ class Verdict:
         done: the number of units that were done; None if unknown.
         rate: the learning rate of its last update; None if no rule needs it.
         metric: its metric; None if it has none, or no rule needs it.
+        fault: why it cannot be averaged, which is an error if it is chosen.
         reason: why it is not chosen; empty if it is chosen.
     """
 
@@ -143,6 +139,7 @@ class Verdict:
     done: int | None = None
     rate: float | None = None
     metric: float | None = None
+    fault: CkptAvgError | None = None
     reason: str = ""
 
     @property
@@ -162,7 +159,8 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
         SelectionError: the rules need what the checkpoints do not record.
     """
     times = timeline(run.checkpoints, rules.unit)
-    verdicts = [Verdict(checkpoint, times.unit) for checkpoint in run.checkpoints]
+    faults = run.faults
+    verdicts = [Verdict(each, times.unit, fault=faults.get(each)) for each in run.checkpoints]
     # The timeline has no steps if a checkpoint lacks one.
     for verdict, step in zip(verdicts, times.steps, strict=False):
         verdict.step, verdict.done = step, step + times.from_zero
@@ -188,7 +186,7 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """The verdicts on the chosen checkpoints.
 
     Raises:
-        SelectionError: no checkpoint is chosen.
+        SelectionError: no checkpoint is chosen, or one lacks the state dict that is asked for.
     """
     left = _remaining(verdicts)
     if not left:
@@ -198,6 +196,9 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
             f"{printable(last.checkpoint.name)}: {last.reason}",
             remedy="`ckptavg inspect` with the same rules says why for each",
         )
+    for verdict in left:
+        if verdict.fault is not None:
+            raise verdict.fault
     return left
 
 
@@ -207,24 +208,19 @@ def _remaining(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 def _require_order(run: Run, rule: str) -> None:
     if not run.order_is_known:
-        raise SelectionError(
-            f"`{rule}` needs to know the order of the checkpoints, and only some have a step",
-            remedy="put the step into every name",
-        )
+        what = f"`{rule}` needs to know the order of the checkpoints"
+        raise SelectionError(what, remedy=unordered(run.checkpoints))
 
 
-def _require_steps(times: Timeline, rule: str) -> None:
+def _require_steps(verdicts: Sequence[Verdict], times: Timeline, rule: str) -> None:
     if not times.steps:
-        raise SelectionError(
-            f"`{rule}` needs to know the step of each checkpoint: not all record one, and their "
-            "names do not tell",
-            remedy="put the step into every name",
-        )
+        what = f"`{rule}` needs to know the step of each checkpoint"
+        raise SelectionError(what, remedy=unordered([each.checkpoint for each in verdicts]))
 
 
 def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> int:
     """Reject checkpoints before the start, and return the number of units done at the start."""
-    _require_steps(times, "start")
+    _require_steps(verdicts, times, "start")
     if percent := _PERCENT.fullmatch(start):
         # A fraction is exact: 55 % of 100 is 55, not 55.00000000000001.
         threshold = Fraction(percent[1]) * max(times.done) / 100
@@ -242,7 +238,7 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
 
 def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> None:
     """Reject checkpoints whose step is not in a list or a range."""
-    _require_steps(times, "steps")
+    _require_steps(verdicts, times, "steps")
     wanted: range | set[int]
     if ends := _RANGE.fullmatch(steps):
         stride = int(ends[3] or 1)
@@ -265,14 +261,20 @@ def _apply_cycle(
     verdicts: Sequence[Verdict], times: Timeline, cycle: int, start: int, *, is_unit_given: bool
 ) -> None:
     """Reject all but the ends of cycles: `mod(i - start, c) = 0` (Izmailov et al. 2018, Alg. 1)."""
-    _require_steps(times, "cycle")
+    _require_steps(verdicts, times, "cycle")
     if not is_unit_given and "epoch" in times.other_units:
         raise SelectionError(
             f"cycle may be counted in {times.unit} or in epochs: the checkpoints record both",
             remedy=f"set `unit` to {times.unit} or to epoch",
         )
+    if times.unit == "epoch" and times.from_zero and not start:
+        log.info(
+            "epochs are counted from 0: cycles end with epoch %d, %d, ...", cycle - 1, 2 * cycle - 1
+        )
     for verdict, done in zip(verdicts, times.done, strict=True):
-        if (done - start) % cycle:
+        if done == 0:
+            verdict.reject("saved before the training")
+        elif (done - start) % cycle:
             verdict.reject("not at the end of a cycle")
 
 
@@ -315,6 +317,8 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             + "name a file of it with `metrics`",
         )
     winners = indices_of_best(values, rules.best, mode)
+    if len(winners) < rules.best:
+        log.info("of the best %d by %s there are only %d", rules.best, metric, len(winners))
     for place, verdict in enumerate(left):
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"
@@ -337,7 +341,10 @@ def _apply_last(verdicts: Sequence[Verdict], run: Run, counts: Iterable[int | No
     """Reject all but the last checkpoints, by the largest of the numbers."""
     _require_order(run, "last")
     last = max(count for count in counts if count is not None)
-    for verdict in _remaining(verdicts)[:-last]:
+    left = _remaining(verdicts)
+    if len(left) < last:
+        log.info("of the last %d there are only %d", last, len(left))
+    for verdict in left[:-last]:
         verdict.reject(f"not among the last {last}")
 
 

@@ -15,8 +15,8 @@ from ckptavg.errors import FormatError, OutputError, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.parts import open_source
+from ckptavg.formats.words import is_no_checkpoint
 from ckptavg.merge.jobs import Copy, FileLayout, Layout
-from ckptavg.select.run import is_no_checkpoint
 from ckptavg.write.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:

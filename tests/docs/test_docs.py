@@ -18,7 +18,7 @@ from ckptavg import formats
 from ckptavg.cli import cli
 from ckptavg.errors import FormatError
 from ckptavg.formats import files, safetensors, torchlegacy, torchzip
-from ckptavg.select import run
+from ckptavg.select import candidates, names
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +65,8 @@ def npz(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "npz", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(files, "FILES", (safetensors, module, torchzip, torchlegacy))
-    monkeypatch.setattr(run, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
+    for each in (candidates, names):
+        monkeypatch.setattr(each, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
     return module
 
 

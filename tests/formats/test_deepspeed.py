@@ -13,7 +13,7 @@ import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.statedict import check_kind
-from ckptavg.select.run import find_candidates
+from ckptavg.select.candidates import find_candidates
 from tests.helpers import save_engine
 from tests.oracle import naive_mean, same_bits
 
@@ -32,7 +32,7 @@ def test_a_run_of_the_engine(tmp_path):
 
 def test_a_directory_is_one_checkpoint(tmp_path):
     folder = save_engine(tmp_path / "global_step7", {"w": torch.ones(2)})
-    assert find_candidates([folder]) == {folder: True}
+    assert find_candidates([folder]) == {folder: None}
     assert open_checkpoint(folder).path == folder
 
 
@@ -43,7 +43,7 @@ def test_beside_a_model_of_the_trainers_it_is_not_a_further_checkpoint(tmp_path)
     assert open_checkpoint(folder).read("w").tolist() == [1, 1]
     torch.save({"w": torch.full((2,), 2.0)}, folder / "pytorch_model.bin")
     assert open_checkpoint(folder).read("w").tolist() == [2, 2]
-    assert find_candidates([folder]) == {folder: True}
+    assert find_candidates([folder]) == {folder: None}
 
 
 def test_partitioned_weights_are_refused_with_the_way_out(tmp_path):
@@ -64,7 +64,7 @@ def test_the_engine_s_folder_in_another_trainer_s_checkpoint_has_the_weights(tmp
     folder = save_engine(tmp_path / "step_7" / name, {"w": torch.full((2,), 7.0)}).parent
     (folder / "random_states_0.pkl").touch()
     (folder / "scheduler.bin").touch()
-    assert find_candidates([folder]) == {folder: True}
+    assert find_candidates([folder]) == {folder: None}
     opened = open_checkpoint(folder)
     assert (opened.path, opened.read("w").tolist()) == (folder, [7, 7])
 

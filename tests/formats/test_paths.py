@@ -9,7 +9,7 @@ import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.parts import absolute, as_path, is_remote, remote_errors
-from ckptavg.select.order import relative_names
+from ckptavg.select.names import relative_names
 
 ADDRESS = "memory://user:secret@bucket/run/step_1.pt?token=secret"
 

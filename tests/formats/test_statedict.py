@@ -10,8 +10,9 @@ import pytest
 
 from ckptavg.errors import SelectionError
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
-from ckptavg.formats.statedict import choose, find_state_dicts, is_average
+from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.tensors import BY_NAME
+from ckptavg.formats.words import is_average
 
 PATH = Path("run.pt")
 TENSOR = PickledTensor(Storage("0", BY_NAME["float32"]), BY_NAME["float32"], 0, (4,), (1,))

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 import ckptavg
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.select.run import find_candidates, is_no_checkpoint
+from ckptavg.formats.words import is_no_checkpoint
+from ckptavg.select.candidates import find_candidates
 from tests.helpers import run, save_dcp, save_engine
 
 
@@ -50,7 +51,7 @@ class TestDirectory:
             "model.fp16.safetensors",
         ):
             save(folder / name)
-        assert find_candidates([folder]) == {folder: True}
+        assert find_candidates([folder]) == {folder: None}
 
     def test_with_shards_does_not_leave_them_out(self, tmp_path):
         folder = tmp_path / "x"
@@ -90,7 +91,7 @@ class TestEntries:
 
     def test_named_twice_count_once_as_named(self, tmp_path):
         path = save(tmp_path / "step_1.safetensors")
-        assert find_candidates([tmp_path, path]) == {path: True}
+        assert find_candidates([tmp_path, path]) == {path: None}
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into everything")
     def test_that_cannot_be_looked_into_are_left_out(self, tmp_path):
@@ -140,7 +141,7 @@ class TestFolders:
         folder = save(tmp_path / "checkpoint-5" / "model.safetensors").parent
         save_engine(folder / "global_step5", {"w": torch.ones(2)})
         (folder / "trainer_state.json").write_text("{}")
-        assert find_candidates([folder]) == {folder: True}
+        assert find_candidates([folder]) == {folder: None}
 
     def test_of_deepspeed_beside_a_configuration_are_the_checkpoints(self, tmp_path):
         for step in (10, 5):
@@ -159,7 +160,7 @@ class TestFolders:
         save_dcp({"model": {"w": torch.full((2,), 7.0)}}, folder / "pytorch_model_fsdp_0")
         save_dcp({"optimizer": {"w": torch.zeros(2)}}, folder / "optimizer_0")
         (folder / beside).write_text('{"global_step": 7}')
-        assert find_candidates([folder]) == {folder: True}
+        assert find_candidates([folder]) == {folder: None}
         opened = open_checkpoint(folder)
         assert opened.read("w").tolist() == [7, 7]
         assert opened.path == folder

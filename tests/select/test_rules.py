@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, SelectionError
-from ckptavg.select.order import steps_in_names
+from ckptavg.select.names import steps_in_names
 from ckptavg.select.rules import chosen, select
 from ckptavg.select.run import find_run
 from tests import helpers
@@ -146,11 +146,14 @@ def test_loops_that_begin_with_epoch_0_count_from_it(tmp_path):
 def test_numbers_that_are_no_steps(tmp_path):
     for number, name in enumerate(("a_100", "a_200", "a_300", "best_model_0.9")):
         save(tmp_path / "run" / f"{name}.pt", number)
+    # best_model_0.9 is left out beside the series a_#, whose numbers are steps.
+    assert taken(tmp_path / "run", steps="100,300") == [0, 2]
+    named = find_run(sorted((tmp_path / "run").iterdir()))
     with pytest.raises(SelectionError, match=r"a_100\.pt does not"):
-        taken(tmp_path / "run", unit="epoch")
-    for rules in ({"cycle": 100}, {"start": 100}, {"steps": "100"}):
-        with pytest.raises(SelectionError, match="their names do not tell"):
-            taken(tmp_path / "run", **rules)
+        select(named, Selection(unit="epoch"))
+    for rule in ({"cycle": 100}, {"start": 100}, {"steps": "100"}):
+        with pytest.raises(SelectionError, match=r"not of one series, as a_100\.pt, a_200\.pt"):
+            select(named, Selection(**rule))
 
 
 def test_metrics_of_another_run_are_not_taken(tmp_path):
@@ -317,11 +320,10 @@ def test_links_and_earlier_averages_do_not_count(run, tmp_path):
 
 
 def test_the_choice_needs_an_order(tmp_path):
-    save(tmp_path / "run" / "a.pt", 1, global_step=5)
-    save(tmp_path / "run" / "b_3.pt", 2)
+    paths = [save(tmp_path / "a.pt", 1, global_step=5), save(tmp_path / "b.pt", 2)]
     for rules in ({"last": 1}, {"every": 2}, {"lr_minima": True}):
-        with pytest.raises(SelectionError, match="order"):
-            taken(tmp_path / "run", **rules)
+        with pytest.raises(SelectionError, match=r"order.*; b\.pt: no step in the name"):
+            select(find_run(paths), Selection(**rules))
 
 
 def test_checkpoints_of_another_model_do_no_harm_unless_they_are_taken(run):
@@ -383,7 +385,11 @@ class TestInspect:
 
     def test_is_a_table_on_a_terminal(self, run):
         result = helpers.run("inspect", run, "--last", "2")
-        lines = result.output.splitlines()
+        series, members = result.output.split("\n\n")
+        head, row = (" ".join(line.split()) for line in series.splitlines())
+        assert head == "series files steps what taken why not"
+        assert row == "step_#.pt 10 100 to 1,000 members yes"
+        lines = members.splitlines()
         assert lines[0].split() == [
             "path",
             "global_step",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
 from ckptavg.formats.checkpoint import check_one_model
-from ckptavg.select.order import natural_key
+from ckptavg.select.names import natural_key
 from ckptavg.select.run import find_run, log_other_state_dicts
 from tests.oracle import save_run
 
@@ -84,7 +84,7 @@ class TestOrder:
         ckptavg.average(plain, tmp_path / "a.safetensors")
         for options in ({"norm_stats": "average"}, {"weights": [1, 2]}):
             folder = counted if "norm_stats" in options else plain
-            with pytest.raises(SelectionError, match=r"first\.pt, other\.pt; put the step"):
+            with pytest.raises(SelectionError, match=r"first\.pt, other\.pt; first\.pt: no step"):
                 ckptavg.average(folder, tmp_path / "b.safetensors", **options)
 
     def test_numbers_in_folders_order_files_of_one_name(self, tmp_path):
@@ -131,12 +131,9 @@ class TestOrder:
         assert collect([tmp_path / "c1.pt", tmp_path / "c2.pt"]).order_is_known
 
     def test_a_step_that_only_some_record_does_not_order_those_of_one_epoch(self, tmp_path):
-        for name, facts in (
-            ("final.pt", {"epoch": 3}),
-            ("e3_mid.pt", {"epoch": 3, "step": 50}),
-            ("e2_x.pt", {"epoch": 2}),
-        ):
-            torch.save({"model": {"w": torch.randn(2)}, **facts}, tmp_path / name)
+        facts = {"x.pt": {"epoch": 3}, "y.pt": {"epoch": 3, "step": 50}, "z.pt": {"epoch": 2}}
+        for name, recorded in facts.items():
+            torch.save({"model": {"w": torch.randn(2)}, **recorded}, tmp_path / name)
         assert not collect([tmp_path]).order_is_known
 
     @given(st.lists(st.text(alphabet="ab01-_ .²", max_size=6), max_size=6))
@@ -157,7 +154,7 @@ class TestDuplicates:
         os.link(run / "checkpoint-1.pt", run / "model_best.pt")
         with caplog.at_level("INFO", "ckptavg"):
             assert names(run) == ["checkpoint-1.pt", "checkpoint-2.pt"]
-        assert "last.pt is the same checkpoint as checkpoint-2.pt: counted once" in caplog.text
+        assert "counted once: last.pt is the same checkpoint as checkpoint-2.pt" in caplog.text
 
     def test_symlinks_count_once(self, run):
         (run / "best.pt").symlink_to("checkpoint-1.pt")
@@ -218,10 +215,10 @@ class TestDuplicates:
         assert len(find_run([tmp_path]).checkpoints) == 1
         assert hashed < 100_000
 
-    def test_same_weights_at_another_step_are_two(self, tmp_path):
+    def test_same_weights_at_another_step_count_once(self, tmp_path):
         for step in (1, 2):
             torch.save({"model": state(0), "step": step}, tmp_path / f"s{step}.pt")
-        assert len(names(tmp_path)) == 2
+        assert names(tmp_path) == ["s1.pt"]
 
 
 class TestDiscovery:
@@ -231,7 +228,7 @@ class TestDiscovery:
             ckptavg.average(tmp_path, tmp_path / output)
         with caplog.at_level("INFO", "ckptavg"):
             assert names(tmp_path) == ["1.pt", "2.pt"]
-        assert "avg_5.safetensors is an average made earlier: left out" in caplog.text
+        assert "left out as averages: avg_5.safetensors, avg_6.pt" in caplog.text
         assert "avg_6.pt" in names(tmp_path, tmp_path / "avg_6.pt")
 
     def test_what_trainers_leave_beside_is_no_checkpoint(self, tmp_path):

@@ -332,17 +332,16 @@ def test_a_wrapper_s_prefix_is_taken_off_its_name(tmp_path, prefix):
 
 
 def test_where_the_last_one_is_not_known_it_is_an_error(tmp_path):
-    (tmp_path / "run").mkdir()
-    for name, value in (("best.pt", 0.0), ("step_1.pt", 1.0)):
-        root = {"weight": torch.full((2,), value), "_extra_state": {"of": name}}
-        torch.save(root, tmp_path / "run" / name)
+    inputs = [tmp_path / "a.pt", tmp_path / "step_1.pt"]
+    for path, value in zip(inputs, (0.0, 1.0), strict=True):
+        torch.save({"weight": torch.full((2,), value), "_extra_state": {"of": path.name}}, path)
     with pytest.raises(
-        SelectionError, match=r"other entries of the last one: best\.pt, step_1\.pt; put the step"
+        SelectionError, match=r"other entries of the last one: a\.pt, step_1\.pt; a\.pt: no step"
     ):
-        ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+        ckptavg.average(inputs, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
     # Which one it is does not matter for the weights alone.
-    ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    ckptavg.average(inputs, tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["weight"].tolist() == [0.5, 0.5]
 
 

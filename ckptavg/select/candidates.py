@@ -1,0 +1,135 @@
+"""What in a directory may be a checkpoint of its run, by names alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import SelectionError, listed, printable
+from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
+from ckptavg.formats.parts import is_remote, remote_errors
+from ckptavg.formats.words import is_no_checkpoint
+from ckptavg.select.names import natural_key, parse_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+log = logging.getLogger("ckptavg")
+
+_NUMBERED = re.compile(
+    r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
+)
+_DEPTH_OF_HINT = 3
+_MOST_NAMES = 10
+_LEVELS = 2  # of folders with a number: `iter_0001000/mp_rank_00/model.pt`
+
+
+def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
+    """The candidates among the inputs, each with its directory; None for those that were named.
+
+    Args:
+        inputs: candidates, and directories of candidates.
+
+    Raises:
+        SelectionError: an input does not exist, or is a directory without candidates.
+    """
+    candidates: dict[Path, Path | None] = {}
+    ignored: list[str] = []
+    for path in inputs:
+        with remote_errors(path):
+            entries = []
+            if path.is_dir():
+                entries = _candidates_in(path, ignored)
+                if not entries and not is_checkpoint_directory(path):
+                    what = f"no checkpoint found in {printable(path)}"
+                    raise SelectionError(what, remedy=_hint(path))
+            elif not path.exists():
+                raise SelectionError("does not exist", path=path)
+            for entry in entries:
+                candidates.setdefault(entry, path)
+            if not entries:
+                candidates[path] = None
+    if ignored:
+        log.info("left out: %s", listed(dict.fromkeys(ignored), _MOST_NAMES))
+    return candidates
+
+
+def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
+    """The candidates in a directory, in natural order; empty if it is a checkpoint itself.
+
+    A directory with weights is a checkpoint unless numbered checkpoints are in it. Its own weights
+    are then those that a Trainer saved at the end.
+
+    Args:
+        folder: the directory.
+        ignored: a list to which the names of ignored entries are appended.
+    """
+    is_checkpoint = is_checkpoint_directory(folder)
+    candidates = [*_entries_of(folder, 0 if is_checkpoint else _LEVELS, ignored)]
+    if not is_checkpoint:
+        return candidates
+    numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
+    kept = frozenset(entry.name for entry in numbered) or _weight_files(folder)
+    ignored += [entry.name for entry in candidates if entry.name not in kept]
+    return numbered
+
+
+def _entries_of(folder: Path, levels: int, ignored: list[str]) -> Iterator[Path]:
+    """The candidates in a directory, and so many levels down in folders with a number."""
+    # A folder of samples may have a million files: they are not even sorted.
+    entries = [each for each in folder.iterdir() if each.suffix in SUFFIXES or each.is_dir()]
+    for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
+        if is_no_checkpoint(entry.name):
+            ignored.append(entry.name)
+        elif not entry.name.startswith("."):
+            try:
+                yield from _below(entry, levels, ignored)
+            except PermissionError:
+                log.info("%s cannot be looked into: left out", printable(entry.name))
+
+
+def _below(entry: Path, levels: int, ignored: list[str]) -> Iterator[Path]:
+    """The entry if it is a candidate, else the candidates in it."""
+    if not entry.is_dir():
+        if entry.suffix in SUFFIXES:
+            yield entry
+    elif is_checkpoint_directory(entry):
+        yield entry
+    elif levels and parse_name(entry.name).numbers:
+        yield from _entries_of(entry, levels - 1, ignored)
+
+
+def _is_numbered(entry: Path, folder: Path) -> bool:
+    """Whether an entry of a directory with weights is a numbered checkpoint.
+
+    DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that checkpoint.
+    """
+    is_part = entry.name.startswith("global_step") and huggingface.has_trainer_state(folder)
+    return _NUMBERED.fullmatch(entry.name) is not None and not is_part
+
+
+def _weight_files(folder: Path) -> frozenset[str]:
+    """The names of the files with a directory's own weights."""
+    if huggingface.matches(folder):
+        return huggingface.weight_files(folder)
+    return frozenset(entry.name for entry in folder.iterdir())
+
+
+def _hint(folder: Path) -> str:
+    """A remedy for a directory without checkpoints: a folder in it that has some."""
+    inner = next(_folders_with_candidates(folder, _DEPTH_OF_HINT), None)
+    if inner is not None:
+        return f"there are checkpoints in {printable(inner)}"
+    return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
+
+
+def _folders_with_candidates(folder: Path, depth: int) -> Iterator[Path]:
+    if is_remote(folder) or not folder.is_dir():
+        return
+    if _candidates_in(folder, []):
+        yield folder
+    elif depth:
+        for entry in sorted(folder.iterdir()):
+            yield from _folders_with_candidates(entry, depth - 1)

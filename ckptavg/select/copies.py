@@ -1,0 +1,78 @@
+"""Copies: checkpoints whose tensors are equal in every byte count once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from ckptavg.formats.checkpoint import SAMPLE_BYTES, differences, differing_tensors, fingerprint
+from ckptavg.formats.lora_config import scales_beside
+from ckptavg.formats.tensors import has_lora_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Sequence
+
+    from ckptavg.formats.checkpoint import Checkpoint
+
+_THREADS = 4
+
+
+def find_copies(checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, Checkpoint]:
+    """The checkpoints that are copies, each with its original, whatever step they record.
+
+    Hard links and symlinks are copies, for which no tensor is read. Of the others a sample of one
+    tensor is read. Those with equal samples are compared by their fingerprints, and in full only
+    if these are equal too.
+
+    Args:
+        checkpoints: of two equal ones, the first is the original.
+    """
+    copies: dict[Checkpoint, Checkpoint] = {}
+    by_files: dict[Hashable, Checkpoint] = {}
+    by_sample: defaultdict[Hashable, list[Checkpoint]] = defaultdict(list)
+    for checkpoint in checkpoints:
+        files = tuple(part.identity for part in checkpoint.parts)
+        if files in by_files:
+            copies[checkpoint] = by_files[files]
+        else:
+            by_files[files] = checkpoint
+            by_sample[_sample(checkpoint)].append(checkpoint)
+    for alike in by_sample.values():
+        copies |= _copies_among(alike)
+    return copies
+
+
+def _sample(checkpoint: Checkpoint) -> Hashable:
+    """What copies have in common, for one small read: the first bytes of one of the tensors."""
+    names = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.count)
+    name = names[len(names) // 2] if names else ""
+    data = b"".join(checkpoint.pieces(name, SAMPLE_BYTES)) if names else b""
+    # With another alpha, equal LoRA factors make another adapter.
+    is_lora = has_lora_factors(checkpoint.tensors)
+    return len(names), name, data, scales_beside(checkpoint.path) if is_lora else ()
+
+
+def _copies_among(alike: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoint]:
+    """The copies among checkpoints with equal samples."""
+    copies: dict[Checkpoint, Checkpoint] = {}
+    originals: defaultdict[str, list[Checkpoint]] = defaultdict(list)
+    for checkpoint in alike if len(alike) > 1 else ():
+        rivals = originals[fingerprint(checkpoint)]
+        original = next((each for each in rivals if _have_equal_tensors(each, checkpoint)), None)
+        if original is None:
+            rivals.append(checkpoint)
+        else:
+            copies[checkpoint] = original
+    return copies
+
+
+def _have_equal_tensors(first: Checkpoint, other: Checkpoint) -> bool:
+    """Whether names, shapes, dtypes and bytes of all tensors are equal."""
+    if next(differences(first, other), None) is not None:
+        return False
+    # A job for each tensor: a difference, or a signal, waits only for those under way.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return not any(
+            pool.map(lambda name: any(differing_tensors((name,), first, other)), first.tensors)
+        )

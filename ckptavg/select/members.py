@@ -1,0 +1,200 @@
+"""The members of a run among its candidates: the rules of docs/members.md, in their order."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import FormatError, SelectionError, listed, printable
+from ckptavg.formats.words import kind_of_word, words_in
+from ckptavg.select.copies import find_copies
+from ckptavg.select.names import natural_key, order_in_names, parse_name
+from ckptavg.select.order import places_in_training, saved_before_training, timeline
+from ckptavg.select.pieces import mark_pieces
+from ckptavg.select.series import group, is_last_save, several
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ckptavg.errors import CkptAvgError
+    from ckptavg.select.series import Candidate, Series, What
+
+log = logging.getLogger("ckptavg")
+
+_LEFT_OUT: dict[What, str] = {
+    "unfinished": "left out as unfinished saves",
+    "no weights": "left out, since they hold no weights",
+    "average": "left out as averages",
+    "pointer": "left out beside the numbered checkpoints",
+    "start": "left out as the start of the training",
+}
+_BESIDE = ("average", "pointer", "start")
+_COUNTED_ONCE = "counted once"
+_MOST_NAMES = 10
+
+
+def mark_unfinished(candidates: Iterable[Candidate]) -> None:
+    """Leave out saves that were interrupted, by a word in their names."""
+    for each in candidates:
+        words = words_in(each.name)
+        word = next((word for word in words if kind_of_word(word) == "unfinished"), None)
+        if word and each.folder is not None:
+            each.leave_out("unfinished", f"an unfinished save ({word} in its name)")
+
+
+def find_members(candidates: Sequence[Candidate]) -> CkptAvgError | None:
+    """Leave out the candidates that are no members, and return what keeps the rest from being some.
+
+    Candidates that the user named are only left out if they are copies.
+    """
+    error: CkptAvgError | None = mark_pieces([each for each in candidates if each.is_open])
+    _mark_copies(candidates)
+    by_folder: defaultdict[object, list[Candidate]] = defaultdict(list)
+    for each in candidates:
+        if each.folder is not None:
+            by_folder[each.folder].append(each)
+    for inside in by_folder.values():
+        _mark_recorded_averages(inside)
+        error = error or _choose_series(inside)
+        _mark_starts(inside)
+        error = error or _without_weights(inside) or _same_step_twice(inside)
+    _log_left_out(candidates)
+    return error
+
+
+def _mark_copies(candidates: Sequence[Candidate]) -> None:
+    """Leave out copies: the original is the one in a plain series that records most."""
+    opened = [each for each in candidates if each.is_open and each.fault is None]
+    ordered = [each.checkpoint for each in sorted(opened, key=_preference)]
+    copies = find_copies(each for each in ordered if each is not None)
+    names = {each.checkpoint: each.name for each in opened}
+    for each in opened:
+        if each.checkpoint in copies:
+            original = names[copies[each.checkpoint]]
+            each.leave_out("copy", f"the same checkpoint as {printable(original)}")
+
+
+def _preference(candidate: Candidate) -> tuple[object, ...]:
+    """A sort key that puts originals before their copies."""
+    checkpoint, path = candidate.checkpoint, candidate.path
+    assert checkpoint is not None  # noqa: S101
+    special = any(kind_of_word(word) in _BESIDE for word in words_in(path.name))
+    numbers = parse_name(path.name).numbers
+    is_plain = any(not number.role for number in numbers) and not special
+    recorded = len(checkpoint.facts) + checkpoint.other_content
+    return not is_plain, not numbers, path.is_symlink(), -recorded, natural_key(str(path))
+
+
+def _mark_recorded_averages(candidates: Sequence[Candidate]) -> None:
+    """Leave out what Lightning's StochasticWeightAveraging wrote after the last update.
+
+    It adds an epoch in which the model holds the average. Its counter of averaged models grows in
+    each epoch but this one.
+    """
+    pairs = [
+        (each.checkpoint.facts["epoch"], each.checkpoint.training.averaged_models, each)
+        for each in candidates
+        if each.is_open and each.checkpoint and "epoch" in each.checkpoint.facts
+    ]
+    pairs.sort(key=lambda pair: pair[:2])
+    for (before, count, _), (epoch, counted, each) in itertools.pairwise(pairs):
+        if counted == count > 0 and epoch > before:
+            each.leave_out("average", "the average of Lightning's StochasticWeightAveraging")
+
+
+def _choose_series(candidates: Sequence[Candidate]) -> SelectionError | None:
+    """Leave out all but the run's series in a directory; an error if that is not clear."""
+    series = group([each for each in candidates if each.is_open])
+    plain = [each for each in series if each.kind is None and each.is_numbered]
+    if plain:
+        choices = [each for each in series if not _leave_out_beside(each, plain)]
+        is_clear = len(choices) == 1
+    else:
+        choices = series
+        is_clear = len({each.kind for each in series}) == 1 and (
+            len(series) == 1 or not any(each.is_numbered or each.is_of_run for each in series)
+        )
+    if is_clear or not choices:
+        return None
+    for candidate in itertools.chain.from_iterable(each.candidates for each in choices):
+        candidate.leave_out("unclear", "in one of several series")
+    return several(choices)
+
+
+def _mark_starts(candidates: Sequence[Candidate]) -> None:
+    """Leave out what was saved before the training: step 0, an optimizer without state."""
+    opened = [each for each in candidates if each.is_open]
+    checkpoints = [each.checkpoint for each in opened if each.checkpoint is not None]
+    starts = saved_before_training(checkpoints, timeline(checkpoints).steps) if opened else ()
+    for each in opened:
+        if each.checkpoint in starts:
+            each.leave_out("start", "saved before the training: its optimizer has no state")
+
+
+def _without_weights(candidates: Sequence[Candidate]) -> FormatError | None:
+    """The error about a file without a state dict that is named like the members."""
+    patterns = {parse_name(each.name).pattern for each in candidates if each.is_open}
+    for each in candidates:
+        if each.what == "no weights" and parse_name(each.name).pattern in patterns:
+            remedy = "leave it out with `exclude`"
+            return FormatError("holds no state dict, as others do", path=each.path, remedy=remedy)
+    return None
+
+
+def _leave_out_beside(series: Series, plain: Sequence[Series]) -> bool:
+    """Leave out what stands beside a plain series: pointers, starts, a single average."""
+    kind = series.kind
+    if (
+        kind is None
+        and not series.is_numbered
+        and any(is_last_save(series, each) for each in plain)
+    ):
+        kind = "pointer"
+    if kind is None or (kind == "average" and len(series.candidates) > 1):
+        return False
+    for each in series.candidates:
+        each.leave_out(kind, each.reason or _REASONS[kind])
+    return True
+
+
+_REASONS = {
+    "average": "an average, by its name or by what it records",
+    "pointer": "a copy or a later save beside numbered checkpoints, by its name",
+    "start": "the start of the training, by its name",
+}
+
+
+def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
+    """The error about two members of one step."""
+    members = [each for each in candidates if each.is_open]
+    checkpoints = [each.checkpoint for each in members if each.checkpoint is not None]
+    names = [each.name for each in members]
+    if len(members) < 2 or not any(parse_name(name).numbers for name in names):  # noqa: PLR2004
+        return None  # a soup
+    places = places_in_training(checkpoints)
+    if places is not None and len(set(places)) == 1:
+        places = order_in_names(names)  # each the last of its training
+    steps: defaultdict[str, list[str]] = defaultdict(list)
+    for place, name in zip(places or (), names, strict=False):
+        steps[" ".join(map(str, place))].append(name)
+    for step, same in steps.items():
+        if len(same) > 1:
+            return SelectionError(
+                f"the same step twice: {listed(same)} are all of step {step}",
+                path=members[0].folder,
+                remedy="leave the wrong ones out with `exclude`, or name the files to average",
+            )
+    return None
+
+
+def _log_left_out(candidates: Sequence[Candidate]) -> None:
+    """One notice for each kind of what is left out."""
+    copies = [f"{each.name} is {each.reason}" for each in candidates if each.what == "copy"]
+    if copies:
+        log.info("%s: %s", _COUNTED_ONCE, listed(copies, _MOST_NAMES))
+    for what, text in _LEFT_OUT.items():
+        names = [each.name for each in candidates if each.what == what]
+        if names:
+            log.info("%s: %s", text, listed(names, _MOST_NAMES))

@@ -1,0 +1,259 @@
+"""Names of checkpoints: the numbers in them, and which of these is the step."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from ckptavg.formats import SUFFIXES
+from ckptavg.formats.parts import absolute, is_remote
+from ckptavg.formats.words import kind_of_word, words_in
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from pathlib import Path
+
+Step = int | float
+"""A step, an epoch, a number of tokens: whole numbers are int."""
+
+# `20240517`, `2024-05-17_10-30-00`: when something was saved.
+_DATE = (
+    r"(?<!\d)(?:19|20)\d\d(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])"
+    r"(?:[-_T ]{0,2}(?:[01]\d|2[0-3])(?P<colon>[-_:.h]?)[0-5]\d(?:(?P=colon)[0-5]\d)?)?(?!\d)"
+)
+# `0.5`, `5e3`, `1e-05`, `10k`, and behind `=` `-0.5` and `nan`. In `checkpoint.3.500` and `1.2.3`
+# dots part whole numbers.
+_NUMBER = (
+    r"(?<==)[-+]?(?:nan|inf|NaN|Inf)(?![A-Za-z])|(?:(?<==)[-+])?(?P<digits>"
+    r"(?:(?<![.\d])\d+\.\d+(?!\.?\d)|\d+)(?:[eE][-+]?\d{1,2}(?![A-Za-z\d]))?)"
+    r"(?P<unit>[kKMBT](?![A-Za-z]))?"
+)
+_PARTS = re.compile(rf"(?P<date>{_DATE})|{_NUMBER}", re.ASCII)
+_UNITS = {"k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
+# Words before the step in names: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`, `ba2000`.
+_LABELS = {
+    "step": r"(?:global_?step|steps?|iter(?:ation)?s?|it|updates?|ba|batch)",
+    "checkpoint": r"(?:checkpoint|ckpt)",
+    "epoch": r"(?:epochs?|ep)",
+}
+_LABEL_ENDS = {
+    label: re.compile(rf"(?<![a-z]){pattern}[=_.-]?", re.IGNORECASE)
+    for label, pattern in _LABELS.items()
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a name.
+
+    Attributes:
+        text: as it stands in the name.
+        value: with its unit, 1.25B is 1250000000; None for dates, NaN and Inf.
+        role: `date`, `run` or `piece` for what counts no steps; else empty.
+        label: the word for a step before it: `step`, `checkpoint`, `epoch`; else empty.
+    """
+
+    text: str
+    value: Step | None
+    role: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name taken apart.
+
+    Attributes:
+        texts: what stands before, between and behind the numbers, without the suffix.
+        numbers: one fewer than the texts.
+        suffix: `.pth.tar`, or empty.
+    """
+
+    texts: tuple[str, ...]
+    numbers: tuple[Number, ...]
+    suffix: str
+
+    def joined(self, numbers: Sequence[str]) -> str:
+        """The name with other texts in the place of its numbers."""
+        pairs = zip(self.texts, [*numbers, self.suffix], strict=True)
+        return "".join(part for pair in pairs for part in pair)
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """What names of one series have in common: all but steps and dates."""
+        fixed = [each.text if each.role in ("run", "piece") else "#" for each in self.numbers]
+        return (*self.texts, *fixed)
+
+
+@lru_cache(maxsize=1 << 14)
+def parse_name(name: str) -> Name:
+    """Take a name apart."""
+    stem = without_suffix(name)
+    texts, numbers, end = [], list[Number](), 0
+    for match in _PARTS.finditer(stem):
+        before = stem[end : match.start()]
+        texts.append(before)
+        numbers.append(_number(match, before, stem))
+        end = match.end()
+    return Name((*texts, stem[end:]), tuple(numbers), name[len(stem) :])
+
+
+def _number(match: re.Match[str], before: str, stem: str) -> Number:
+    label = next((name for name, end in _LABEL_ENDS.items() if _ends(end, before)), "")
+    if match["date"] and not (label in ("step", "epoch") and match[0].isdecimal()):
+        return Number(match[0], None, "date")
+    word = [*words_in(before)][-1:] if before[-1:].isalpha() or before[-1:] in "-_=." else []
+    kind = kind_of_word(word[0]) if word else None
+    behind = stem[match.end() :]
+    if word == ["v"] and behind:
+        kind = None  # only at the end
+    if word != ["of"] and re.match(r"-of-\d", behind):
+        kind = "piece"
+    role = kind if kind in ("run", "piece") else ""
+    return Number(match[0], _value(match), role or "", label)
+
+
+def _ends(pattern: re.Pattern[str], text: str) -> bool:
+    """Whether a text ends with the pattern."""
+    return any(match.end() == len(text) for match in pattern.finditer(text))
+
+
+def _value(match: re.Match[str]) -> Step | None:
+    if match["date"]:
+        return int(match[0])
+    if not match["digits"]:
+        return None
+    unit = _UNITS[match["unit"]] if match["unit"] else 0
+    sign = -1 if match[0].startswith("-") else 1
+    value = sign * Decimal(match["digits"]).scaleb(unit)
+    return int(value) if value == value.to_integral_value() else float(value)
+
+
+def without_suffix(name: str) -> str:
+    """A name without the suffix of its format."""
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def is_one_series(names: Collection[str]) -> bool:
+    """Whether names differ in numbers only, and in their suffixes."""
+    return len({parse_name(name).pattern for name in names}) <= 1
+
+
+def common_name(names: Sequence[str]) -> str:
+    """The name that alike names have in common, with `#` for the numbers that differ."""
+    parsed = [parse_name(name) for name in names]
+    first = parsed[0]
+    columns = zip(*([number.text for number in each.numbers] for each in parsed), strict=True)
+    numbers = [column[0] if len(set(column)) == 1 else "#" for column in columns]
+    return first.joined(numbers) if _one_suffix(parsed) else f"{first.joined(numbers)}*"
+
+
+def _one_suffix(parsed: Sequence[Name]) -> bool:
+    return len({each.suffix for each in parsed}) == 1
+
+
+def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step, ...] | None:
+    """The step in each name; None if not all names have one.
+
+    It is the number behind `step` in all names, else behind `checkpoint`, else behind `epoch`. If
+    the names differ in numbers only, it is else the first number that differs. Where such a number
+    is the same in some names and a later one is not, it is the later one:
+    `checkpoint_1_500`, `checkpoint_1_1000`.
+
+    Args:
+        names: the checkpoints' names.
+        label: `step` or `epoch`, to look for numbers behind this word only.
+    """
+    parsed = [parse_name(name) for name in names]
+    for wanted in _LABELS if label is None else (label,):
+        columns = [[n for n in each.numbers if n.label == wanted and not n.role] for each in parsed]
+        if all(columns):
+            steps = _as_steps([column[-1] for column in columns])
+            if steps and (len(set(steps)) > 1 or len(names) == 1 or label is not None):
+                return steps if label else _finer(parsed, steps) or steps
+    if label is not None or not is_one_series(names):
+        return None
+    for column in _columns(parsed):
+        if len(set(column)) > 1 or len(names) == 1:
+            return _finer(parsed, column) or column
+    return None
+
+
+def order_in_names(names: Sequence[str]) -> list[tuple[Step, ...]] | None:
+    """The place of each name in the training; None if not all names have one.
+
+    It is the step, or the epoch and the step where steps begin anew in each epoch.
+    """
+    steps = steps_in_names(names)
+    if steps is None:
+        return None
+    places: list[tuple[Step, ...]] = [(step,) for step in steps]
+    epochs = steps_in_names(names, "epoch")
+    if epochs is None or len(set(places)) == len(places):
+        return places
+    pairs: list[tuple[Step, ...]] = [*zip(epochs, steps, strict=True)]
+    return pairs if len(set(pairs)) == len(pairs) else places
+
+
+def _as_steps(numbers: Sequence[Number]) -> tuple[Step, ...]:
+    """The values of numbers that may be steps; empty if one may not, such as -1."""
+    values = (each.value for each in numbers if not each.role)
+    steps = tuple(value for value in values if value is not None and value >= 0)
+    return steps if len(steps) == len(numbers) else ()
+
+
+def _columns(parsed: Sequence[Name]) -> list[tuple[Step, ...]]:
+    """The numbers in alike names that may be steps, each for all names."""
+    columns = (_as_steps(column) for column in zip(*(each.numbers for each in parsed), strict=True))
+    return [column for column in columns if column]
+
+
+def _finer(parsed: Sequence[Name], steps: tuple[Step, ...]) -> tuple[Step, ...] | None:
+    """The number that tells names apart where the step is the same in some of them.
+
+    It grows with the step, as an update does within epochs and a metric hardly ever.
+    """
+    if len(set(steps)) == len(steps) or len({each.pattern for each in parsed}) != 1:
+        return None
+    for column in _columns(parsed):
+        pairs = sorted(zip(steps, column, strict=True))
+        finer = [value for _, value in pairs]
+        if len(set(finer)) == len(finer) and finer == sorted(finer) and whole_steps(finer):
+            return column
+    return None
+
+
+def whole_steps(steps: Sequence[Step]) -> tuple[int, ...]:
+    """Steps that are whole numbers; empty if some are fractions, which only tell an order."""
+    whole = tuple(step for step in steps if isinstance(step, int))
+    return whole if len(whole) == len(steps) else ()
+
+
+def natural_key(text: str) -> tuple[tuple[int, Step | str], ...]:
+    """A sort key with `step_100` before `step_1000` and after `step_20`, 1.25 before 1.5."""
+    name = parse_name(text)
+    key: list[tuple[int, Step | str]] = []
+    for before, number in zip(name.texts, name.numbers, strict=False):
+        key.append((1, before))
+        key.append((0, number.value) if number.value is not None else (1, number.text))
+    return (*key, (1, name.texts[-1]), (1, name.suffix))
+
+
+def relative_names(paths: Collection[Path]) -> dict[Path, str]:
+    """For each path the one relative to the deepest folder that all have in common.
+
+    URLs have a common folder of their own, apart from that of the paths on this machine.
+    """
+    names: dict[Path, str] = {}
+    for remote in (False, True):
+        group = {path: absolute(path) for path in paths if is_remote(path) is remote}
+        parents = [path.parent for path in group.values()]
+        folder = os.path.commonpath(parents) if parents else ""
+        names |= {path: full.relative_to(folder).as_posix() for path, full in group.items()}
+    return names

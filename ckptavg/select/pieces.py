@@ -1,0 +1,75 @@
+"""Pieces of one model in several files, which are no checkpoints each."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import FormatError, listed
+from ckptavg.select.names import parse_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.select.series import Candidate
+
+_SHARDING_INFO = "DCP_SHARDING_INFO"
+_TOOLS = (
+    (r"consolidated", "transformers' convert_llama_weights_to_hf.py joins them"),
+    (r"mp_rank|model_optim_rng", "Megatron-LM's tools/checkpoint/convert.py joins them"),
+    (r"world_size_\d+_rank", "`python -m verl.model_merger merge` joins them"),
+    (r"rank-\d+-part", "vLLM split them from a checkpoint: average that"),
+    (r"-of-\d", "name their directory with its index"),
+)
+_OTHER_TOOL = "join them with the tool of the trainer that wrote them"
+_FLAT = "save with FSDP's FULL_STATE_DICT, or join them with the trainer's tool"
+_DCP = "torch's consolidate_safetensors_files joins them"
+
+
+def mark_pieces(candidates: Sequence[Candidate]) -> FormatError | None:
+    """Mark the pieces of models among candidates, and return the error about them.
+
+    Files are pieces if their names differ in a number of ranks or shards, or if they hold the flat
+    parameters of FSDP or record that they are shards.
+    """
+    groups: defaultdict[str, list[Candidate]] = defaultdict(list)
+    pieces: dict[Candidate, str] = {}
+    for each in candidates:
+        remedy = _remedy_by_content(each.checkpoint) if each.checkpoint else ""
+        if remedy:
+            pieces[each] = remedy
+        if any(number.role == "piece" for number in parse_name(each.name).numbers):
+            groups[_without_rank(each.name)].append(each)
+    for group in groups.values():
+        if len(group) > 1:
+            for each in group:
+                pieces.setdefault(each, _remedy_by_name(each.name))
+    if not pieces:
+        return None
+    for each in pieces:
+        each.leave_out("piece", "a piece of one model")
+    first, names = next(iter(pieces)), listed(each.name for each in pieces)
+    return FormatError(
+        f"holds pieces of one model, not checkpoints: {names}",
+        path=first.folder or first.path,
+        remedy=pieces[first],
+    )
+
+
+def _without_rank(name: str) -> str:
+    parsed = parse_name(name)
+    return parsed.joined(["#" if n.role == "piece" else n.text for n in parsed.numbers])
+
+
+def _remedy_by_name(name: str) -> str:
+    return next((tool for pattern, tool in _TOOLS if re.search(pattern, name)), _OTHER_TOOL)
+
+
+def _remedy_by_content(checkpoint: Checkpoint) -> str:
+    """How to join the pieces that a checkpoint is one of; empty if it is none."""
+    if _SHARDING_INFO in checkpoint.metadata:
+        return _DCP
+    is_flat = any(name.rpartition(".")[2].startswith("_flat_param") for name in checkpoint.tensors)
+    return _FLAT if is_flat else ""

@@ -1,0 +1,211 @@
+"""Series: candidates whose names differ in numbers only, and what each of them is."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+from ckptavg.errors import SelectionError, listed, printable
+from ckptavg.formats.words import Kind, kind_of_word, words_in
+from ckptavg.select.names import Step, common_name, natural_key, parse_name
+from ckptavg.select.order import timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from ckptavg.errors import CkptAvgError
+    from ckptavg.formats.checkpoint import Checkpoint
+
+What = Kind | Literal["member", "copy", "excluded", "damaged", "unclear"]
+
+_MOST_SERIES = 8
+
+
+@dataclass(eq=False)
+class Candidate:
+    """What may be a checkpoint of the run.
+
+    Attributes:
+        path: the file or directory.
+        name: its path below the folder that all candidates have in common.
+        folder: the directory among the inputs that it is in; None if the user named it.
+        checkpoint: None if it is not opened.
+        what: what it is; `unclear` if the user has to choose among several series.
+        reason: why it is no member; empty for members.
+        fault: why it cannot be a member, if it is chosen.
+        is_average: whether it records that it is an average.
+    """
+
+    path: Path
+    name: str
+    folder: Path | None
+    checkpoint: Checkpoint | None = None
+    what: What = "member"
+    reason: str = ""
+    fault: CkptAvgError | None = None
+    is_average: bool = False
+
+    def leave_out(self, what: What, reason: str) -> None:
+        """Say that it is no member."""
+        self.what, self.reason = what, reason
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is opened and may still be a member."""
+        return self.checkpoint is not None and self.what == "member"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Candidates of one directory whose names differ in numbers only.
+
+    Attributes:
+        candidates: in natural order; all of them are the same thing.
+        kind: what a word in their names says: `average`, `pointer`, `start`; None for checkpoints.
+    """
+
+    candidates: tuple[Candidate, ...]
+    kind: Kind | None = None
+
+    @cached_property
+    def name(self) -> str:
+        """The name that they have in common, with `#` for the numbers that differ."""
+        return common_name([each.name for each in self.candidates])
+
+    @property
+    def what(self) -> What:
+        """What its candidates are."""
+        return self.candidates[0].what
+
+    @property
+    def reasons(self) -> str:
+        """Why they are no members."""
+        return listed(dict.fromkeys(each.reason for each in self.candidates if each.reason), 2)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether numbers tell its checkpoints apart, or stand behind a word such as `epoch`."""
+        numbers = parse_name(self.candidates[0].name).numbers
+        return len(self.candidates) > 1 or any(each.label and not each.role for each in numbers)
+
+    @property
+    def is_of_run(self) -> bool:
+        """Whether its names have the number of a run, a seed or a fold."""
+        return any(each.role == "run" for each in parse_name(self.candidates[0].name).numbers)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that are opened."""
+        return [each.checkpoint for each in self.candidates if each.checkpoint is not None]
+
+    @property
+    def steps(self) -> tuple[Step, Step] | None:
+        """The first and the last step, as recorded or in the names; None if unknown."""
+        steps = timeline(self.checkpoints).steps if self.checkpoints else ()
+        return (min(steps), max(steps)) if steps else None
+
+    @property
+    def glob(self) -> str:
+        """A pattern that matches the names of its candidates."""
+        return "*".join(map(glob.escape, self.name.split("#")))
+
+    def arguments(self, others: Iterable[Series]) -> str:
+        """The arguments that select it from among other series."""
+        wrong = [each for each in others if each is not self and each.is_matched_by(self.glob)]
+        excludes = [
+            f" `exclude` '{each.glob}'" for each in wrong if not self.is_matched_by(each.glob)
+        ]
+        return f"`include` '{self.glob}'" + "".join(excludes)
+
+    def is_matched_by(self, pattern: str) -> bool:
+        """Whether a pattern matches one of the names."""
+        return any(matches(each.name, pattern) for each in self.candidates)
+
+    def described(self, others: Iterable[Series]) -> str:
+        """A line of an error that lists several series."""
+        count = len(self.candidates)
+        steps = "" if self.steps is None else ", steps {} to {}".format(*self.steps)
+        noun = f"{self.kind or 'checkpoint'}{'s' if count > 1 else ''}"
+        return f"{printable(self.name)}: {count} {noun}{steps}: {self.arguments(others)}"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of `include` or `exclude` matches a name or its last part."""
+    return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.rpartition("/")[2]))
+
+
+def group(candidates: Sequence[Candidate]) -> list[Series]:
+    """The series among candidates, in natural order of their names."""
+    common = _common_words(candidates)
+    groups: defaultdict[tuple[object, ...], list[Candidate]] = defaultdict(list)
+    kinds = {each: _kind(each, common) for each in candidates}
+    for each in sorted(candidates, key=lambda each: natural_key(each.name)):
+        name = parse_name(each.name)
+        pattern = name.texts if each.what == "piece" else name.pattern
+        groups[each.folder, each.what, kinds[each], pattern].append(each)
+    parts = [part for members in groups.values() for part in _by_run(members)]
+    return [Series(tuple(part), kinds[part[0]]) for part in parts]
+
+
+def _kind(candidate: Candidate, common: frozenset[str]) -> Kind | None:
+    """What the words in a name say, apart from those that all names have."""
+    if candidate.is_average:
+        return "average"
+    kinds = {kind_of_word(word) for word in words_in(candidate.name) if word not in common}
+    order: tuple[Kind, ...] = ("average", "start", "pointer")
+    return next((kind for kind in order if kind in kinds), None)
+
+
+def _common_words(candidates: Sequence[Candidate]) -> frozenset[str]:
+    """The words that the names of all candidates have: they tell none of them apart."""
+    words = [frozenset(words_in(each.name)) for each in candidates]
+    return frozenset.intersection(*words) if len(words) > 1 else frozenset()
+
+
+def _by_run(members: list[Candidate]) -> list[list[Candidate]]:
+    """Members by folder, and by date, where several of them have one and not all have the same."""
+    for origin in (_folder, _dates):
+        values = Counter(map(origin, members))
+        if 1 < len(values) < len(members):
+            parts = [[each for each in members if origin(each) == value] for value in values]
+            return [inner for part in parts for inner in _by_run(part)]
+    return [members]
+
+
+def _folder(candidate: Candidate) -> str:
+    return candidate.name.rpartition("/")[0]
+
+
+def _dates(candidate: Candidate) -> str:
+    return " ".join(n.text for n in parse_name(candidate.name).numbers if n.role == "date")
+
+
+def is_last_save(series: Series, numbered: Series) -> bool:
+    """Whether it is the last save of a numbered series, named like the others but for the number.
+
+    Such are `lora.safetensors` beside `lora-000004.safetensors`, and `model.pt` of `model_5.pt`.
+    """
+    return _letters(series) == _letters(numbered)
+
+
+def _letters(series: Series) -> str:
+    texts = parse_name(series.name.replace("#", "0")).texts
+    return re.sub(r"[\W\d_]+", "", "".join(texts))
+
+
+def several(series: Sequence[Series]) -> SelectionError:
+    """The error that lists several series, each with the arguments that select it."""
+    series = sorted(series, key=lambda each: each.kind is not None)
+    lines = [each.described(series) for each in series[:_MOST_SERIES]]
+    if len(series) > _MOST_SERIES:
+        lines.append(f"and {len(series) - _MOST_SERIES} more")
+    same = len({each.steps for each in series}) == 1 and series[0].steps is not None
+    text = f"{len(series)} series of checkpoints{', of the same steps' if same else ''}"
+    lines = [f"{text}:", *lines, "take one of them, or name the files to average"]
+    return SelectionError("\n  ".join(lines), path=series[0].candidates[0].folder)

@@ -68,7 +68,8 @@ def _show_run(
         verdicts = select(run, rules)
     else:
         opened = [each.checkpoint for each in run.candidates if each.is_open]
-        verdicts = [Verdict(each, "step") for each in opened if each is not None]
+        reason = "beside an error"
+        verdicts = [Verdict(each, "step", reason=reason) for each in opened if each is not None]
     members = [_member(verdict) for verdict in verdicts]
     others = [_other(each) for each in run.candidates if each.reason]
     series = [_series(each, run) for each in run.series]

@@ -73,6 +73,7 @@ class Checkpoint:
         key: name of the state dict that has the tensors; empty where it is the whole file.
         other_keys: names of the other state dicts in the file.
         other_content: whether the file holds more than that state dict, such as an optimizer.
+        is_trainers_average: whether the state dict is an average that the trainer made.
         names: names of the state dict's tensors and other entries in its own order, where that may
             differ from the order of the bytes.
         other_entries: entries of the state dict that are not tensors (`_extra_state`), by name, as
@@ -93,6 +94,7 @@ class Checkpoint:
     key: str = ""
     other_keys: tuple[str, ...] = ()
     other_content: bool = False
+    is_trainers_average: bool = False
     names: tuple[str, ...] = ()
     other_entries: Mapping[str, object] = field(default_factory=dict)
     inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)

@@ -215,6 +215,14 @@ def weights_beside_average(found: StateDicts) -> str | None:
     return None
 
 
+def is_trainers_average(found: StateDicts, name: str) -> bool:
+    """Whether one of a file's state dicts is an average that the trainer made."""
+    weights = weights_beside_average(found)
+    if weights is not None:
+        return name == "state_dict"
+    return is_average(name) or "n_averaged" in found[name]
+
+
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
     """Choose the state dict that is meant; SelectionError where that is unclear."""
     if key is not None and key in found:

@@ -12,7 +12,7 @@ from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor, is_tensor
 from ckptavg.formats.recorded import training_facts, training_record
-from ckptavg.formats.statedict import check_kind, choose, find_state_dicts
+from ckptavg.formats.statedict import check_kind, choose, find_state_dicts, is_trainers_average
 from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def describe(
         key=chosen,
         other_keys=tuple(name for name in state_dicts if name != chosen),
         other_content=entries is not root,
+        is_trainers_average=is_trainers_average(state_dicts, chosen),
         names=tuple(entries),
         other_entries=others,
         inner_tensors={inner[label]: t for label, t in locate(container, inner).items()},

@@ -171,14 +171,18 @@ def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step
         label: `step` or `epoch`, to look for numbers behind this word only.
     """
     parsed = [parse_name(name) for name in names]
+    constant: tuple[Step, ...] = ()
     for wanted in _LABELS if label is None else (label,):
         columns = [[n for n in each.numbers if n.label == wanted and not n.role] for each in parsed]
         if all(columns):
             steps = _as_steps([column[-1] for column in columns])
             if steps and (len(set(steps)) > 1 or len(names) == 1 or label is not None):
                 return steps if label else _finer(parsed, steps) or steps
+            constant = constant or steps
     if label is not None or not is_one_series(names):
         return None
+    if constant:
+        return _finer(parsed, constant) or constant
     for column in _columns(parsed):
         if len(set(column)) > 1 or len(names) == 1:
             return _finer(parsed, column) or column

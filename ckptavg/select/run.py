@@ -17,7 +17,6 @@ from ckptavg.errors import (
 )
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
-from ckptavg.formats.words import is_average
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.members import find_members, mark_unfinished
 from ckptavg.select.names import relative_names
@@ -205,10 +204,12 @@ def _log_averages(candidates: Sequence[Candidate]) -> None:
     averages = [
         each.name
         for each in candidates
-        if each.is_open and each.checkpoint and (each.is_average or is_average(each.checkpoint.key))
+        if each.is_open
+        and each.checkpoint is not None
+        and (each.is_average or each.checkpoint.is_trainers_average)
     ]
     if averages:
-        log.info("averages themselves, of which this is an average: %s", listed(averages))
+        log.info("these are averages already: %s", listed(averages))
 
 
 def _no_checkpoint(inputs: Sequence[Path], candidates: Sequence[Candidate]) -> SelectionError:

@@ -43,7 +43,8 @@ class TrainingRecord:
         logged_before: rate that it logged one step earlier.
         metrics: name to value, NaN and Inf included.
         has_optimizer_state: whether the optimizer has momenta or the like; None if not recorded.
-        averaged_models: the counter of Lightning's `StochasticWeightAveraging`; 0 without it.
+        averaged: the number of models in the average of Lightning's `StochasticWeightAveraging`,
+            and the epoch of its last update.
     """
 
     epochs_from_zero: bool = False
@@ -54,7 +55,7 @@ class TrainingRecord:
     logged_before: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     has_optimizer_state: bool | None = None
-    averaged_models: int = 0
+    averaged: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

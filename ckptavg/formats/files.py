@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
 
 _HEAD_BYTES = 512
+_LFS = b"version https://git-lfs"
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 
@@ -39,10 +40,14 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
         if module.matches(path, head):
             checkpoint: Checkpoint = module.open_checkpoint(file, key)
             return checkpoint
+    remedy = None
     if not head:
         problem = "is empty: was the disk full when it was written?"
+    elif head.startswith(_LFS):
+        problem = "is a pointer of Git LFS without the file itself: `git lfs pull` downloads that"
     elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         problem = "is a tar archive, not a torch file"
     else:
         problem = "is neither safetensors nor a torch file (or is damaged at its start)"
-    raise FormatError(problem, path=path)
+        remedy = "leave it out with `exclude` if it is no checkpoint"
+    raise FormatError(problem, path=path, remedy=remedy)

@@ -93,18 +93,18 @@ def training_record(
         scheduler=_scheduler(root),
         metrics=_numbers({**values, **scalars}),
         has_optimizer_state=_has_optimizer_state(root),
-        averaged_models=_averaged_models(root, read_scalars),
+        averaged=_averaged(root, read_scalars),
     )
 
 
-def _averaged_models(root: Mapping[Any, object], read_scalars: ReadScalars) -> int:
-    """The counter of Lightning's `StochasticWeightAveraging`, a number or a tensor."""
+def _averaged(root: Mapping[Any, object], read_scalars: ReadScalars) -> tuple[int, int] | None:
+    """The counter of Lightning's `StochasticWeightAveraging`, and the epoch of its last update."""
     match root.get("callbacks"):
-        case {"StochasticWeightAveraging": {"n_averaged": PickledTensor() as counter}}:
-            return int(read_scalars({"n_averaged": counter}).get("n_averaged", 0))
-        case {"StochasticWeightAveraging": {"n_averaged": counter}}:
-            return _count(counter) or 0
-    return 0
+        case {"StochasticWeightAveraging": {"n_averaged": counter, **others}}:
+            if isinstance(counter, PickledTensor):
+                counter = read_scalars({"n_averaged": counter}).get("n_averaged")
+            return int(_number(counter) or 0), _count(others.get("latest_update_epoch")) or 0
+    return None
 
 
 def _has_optimizer_state(root: Mapping[Any, object]) -> bool | None:

@@ -53,6 +53,7 @@ WORDS = (
     Word("pp", "piece", _RANK, "model_tp0_pp1.pt"),
     Word("shard", "piece", _RANK, "model-shard-0.pt"),
     Word("part", "piece", _RANK, "model-rank-0-part-0.safetensors"),
+    Word("gpu", "piece", _RANK, "checkpoint_gpu_0.pt"),
     Word("consolidated", "piece", _RANK, "consolidated.00.pth"),
     Word("of", "piece", "numbers around it count the pieces", "model-00001-of-00002.safetensors"),
     Word("ema", "average", _AVERAGE, "ema_0.9999_001000.pt"),

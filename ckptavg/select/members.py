@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import FormatError, SelectionError, listed, printable
 from ckptavg.formats.words import kind_of_word, words_in
 from ckptavg.select.copies import find_copies
-from ckptavg.select.names import natural_key, order_in_names, parse_name
+from ckptavg.select.names import (
+    is_one_series,
+    natural_key,
+    order_in_names,
+    parse_name,
+    without_suffix,
+)
 from ckptavg.select.order import places_in_training, saved_before_training, timeline
 from ckptavg.select.pieces import mark_pieces
 from ckptavg.select.series import group, is_last_save, several
@@ -30,7 +36,11 @@ _LEFT_OUT: dict[What, str] = {
     "pointer": "left out beside the numbered checkpoints",
     "start": "left out as the start of the training",
 }
-_BESIDE = ("average", "pointer", "start")
+_BESIDE: dict[What, str] = {
+    "average": "an average, by its name or by what it records",
+    "pointer": "a copy or a later save beside numbered checkpoints, by its name",
+    "start": "the start of the training, by its name",
+}
 _COUNTED_ONCE = "counted once"
 _MOST_NAMES = 10
 
@@ -90,17 +100,21 @@ def _preference(candidate: Candidate) -> tuple[object, ...]:
 def _mark_recorded_averages(candidates: Sequence[Candidate]) -> None:
     """Leave out what Lightning's StochasticWeightAveraging wrote after the last update.
 
-    It adds an epoch in which the model holds the average. Its counter of averaged models grows in
-    each epoch but this one.
+    It adds an epoch in which the model holds the average: the counter of averaged models does not
+    grow, and the last update is further back than in other checkpoints.
     """
-    pairs = [
-        (each.checkpoint.facts["epoch"], each.checkpoint.training.averaged_models, each)
+    updates = [
+        (each.checkpoint.facts["epoch"], *each.checkpoint.training.averaged, each)
         for each in candidates
         if each.is_open and each.checkpoint and "epoch" in each.checkpoint.facts
+        if each.checkpoint.training.averaged and each.checkpoint.training.averaged[0]
     ]
-    pairs.sort(key=lambda pair: pair[:2])
-    for (before, count, _), (epoch, counted, each) in itertools.pairwise(pairs):
-        if counted == count > 0 and epoch > before:
+    first = {
+        count: min(epoch for epoch, n, *_ in updates if n == count) for _, count, *_ in updates
+    }
+    lag = min((epoch - update for epoch, _, update, _ in updates), default=0)
+    for epoch, count, update, each in updates:
+        if epoch > first[count] or epoch - update > lag:
             each.leave_out("average", "the average of Lightning's StochasticWeightAveraging")
 
 
@@ -109,18 +123,26 @@ def _choose_series(candidates: Sequence[Candidate]) -> SelectionError | None:
     series = group([each for each in candidates if each.is_open])
     plain = [each for each in series if each.kind is None and each.is_numbered]
     if plain:
-        choices = [each for each in series if not _leave_out_beside(each, plain)]
-        is_clear = len(choices) == 1
-    else:
-        choices = series
-        is_clear = len({each.kind for each in series}) == 1 and (
-            len(series) == 1 or not any(each.is_numbered or each.is_of_run for each in series)
-        )
-    if is_clear or not choices:
+        _leave_out_beside(series, plain)
+        series = [each for each in series if each.what == "member"]
+    is_soup = len({each.kind for each in series}) == 1 and not any(
+        each.is_numbered or each.is_of_run for each in series
+    )
+    if len(series) < 2 or is_soup:  # noqa: PLR2004
         return None
-    for candidate in itertools.chain.from_iterable(each.candidates for each in choices):
+    for candidate in itertools.chain.from_iterable(each.candidates for each in series):
         candidate.leave_out("unclear", "in one of several series")
-    return several(choices)
+    return several(series)
+
+
+def _leave_out_beside(series: Sequence[Series], plain: Sequence[Series]) -> None:
+    """Leave out what stands beside a plain series: pointers, starts, a single average."""
+    for each in series:
+        is_last = each.kind is None and any(is_last_save(each, other) for other in plain)
+        kind = "pointer" if is_last else each.kind
+        if kind is not None and (kind != "average" or len(each.candidates) == 1):
+            for candidate in each.candidates:
+                candidate.leave_out(kind, _BESIDE[kind])
 
 
 def _mark_starts(candidates: Sequence[Candidate]) -> None:
@@ -143,46 +165,21 @@ def _without_weights(candidates: Sequence[Candidate]) -> FormatError | None:
     return None
 
 
-def _leave_out_beside(series: Series, plain: Sequence[Series]) -> bool:
-    """Leave out what stands beside a plain series: pointers, starts, a single average."""
-    kind = series.kind
-    if (
-        kind is None
-        and not series.is_numbered
-        and any(is_last_save(series, each) for each in plain)
-    ):
-        kind = "pointer"
-    if kind is None or (kind == "average" and len(series.candidates) > 1):
-        return False
-    for each in series.candidates:
-        each.leave_out(kind, each.reason or _REASONS[kind])
-    return True
-
-
-_REASONS = {
-    "average": "an average, by its name or by what it records",
-    "pointer": "a copy or a later save beside numbered checkpoints, by its name",
-    "start": "the start of the training, by its name",
-}
-
-
 def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
     """The error about two members of one step."""
     members = [each for each in candidates if each.is_open]
     checkpoints = [each.checkpoint for each in members if each.checkpoint is not None]
     names = [each.name for each in members]
-    if len(members) < 2 or not any(parse_name(name).numbers for name in names):  # noqa: PLR2004
-        return None  # a soup
-    places = places_in_training(checkpoints)
+    places = places_in_training(checkpoints) if is_one_series(names) and members else None
     if places is not None and len(set(places)) == 1:
         places = order_in_names(names)  # each the last of its training
-    steps: defaultdict[str, list[str]] = defaultdict(list)
-    for place, name in zip(places or (), names, strict=False):
-        steps[" ".join(map(str, place))].append(name)
-    for step, same in steps.items():
+    steps: defaultdict[object, list[str]] = defaultdict(list)
+    for number, name in enumerate(names):
+        steps[places[number] if places else without_suffix(name)].append(name)
+    for same in steps.values():
         if len(same) > 1:
             return SelectionError(
-                f"the same step twice: {listed(same)} are all of step {step}",
+                f"the same step twice: {listed(same)}",
                 path=members[0].folder,
                 remedy="leave the wrong ones out with `exclude`, or name the files to average",
             )

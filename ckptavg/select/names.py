@@ -23,7 +23,8 @@ Step = int | float
 # `20240517`, `2024-05-17_10-30-00`: when something was saved.
 _DATE = (
     r"(?<!\d)(?:19|20)\d\d(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])"
-    r"(?:[-_T ]{0,2}(?:[01]\d|2[0-3])(?P<colon>[-_:.h]?)[0-5]\d(?:(?P=colon)[0-5]\d)?)?(?!\d)"
+    r"(?:[-_T +]{0,2}(?:[01]\d|2[0-3])(?P<colon>[-_:.h]?)[0-5]\d(?:(?P=colon)[0-5]\d)?"
+    r"(?:\+\d\d)?)?(?!\d)"
 )
 # `0.5`, `5e3`, `1e-05`, `10k`, and behind `=` `-0.5` and `nan`. In `checkpoint.3.500` and `1.2.3`
 # dots part whole numbers.

@@ -17,6 +17,7 @@ from ckptavg.errors import (
 )
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
+from ckptavg.formats.words import is_average
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.members import find_members, mark_unfinished
 from ckptavg.select.names import relative_names
@@ -58,11 +59,6 @@ class Run:
     def series(self) -> list[Series]:
         """The candidates by name and by what they are."""
         return group(self.candidates)
-
-    @property
-    def left_out(self) -> Mapping[Path, str]:
-        """For each candidate that is not among the checkpoints the reason, by path."""
-        return {each.path: each.reason for each in self.candidates if each.reason}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -206,7 +202,7 @@ def _log_averages(candidates: Sequence[Candidate]) -> None:
         for each in candidates
         if each.is_open
         and each.checkpoint is not None
-        and (each.is_average or each.checkpoint.is_trainers_average)
+        and (each.is_average or each.checkpoint.is_trainers_average or is_average(each.name))
     ]
     if averages:
         log.info("these are averages already: %s", listed(averages))

@@ -92,7 +92,8 @@ class Series:
     def is_numbered(self) -> bool:
         """Whether numbers tell its checkpoints apart, or stand behind a word such as `epoch`."""
         numbers = parse_name(self.candidates[0].name).numbers
-        return len(self.candidates) > 1 or any(each.label and not each.role for each in numbers)
+        counts = [each for each in numbers if each.role in ("", "date")]
+        return bool(counts) and (len(self.candidates) > 1 or any(each.label for each in counts))
 
     @property
     def is_of_run(self) -> bool:
@@ -130,7 +131,9 @@ class Series:
     def described(self, others: Iterable[Series]) -> str:
         """A line of an error that lists several series."""
         count = len(self.candidates)
-        steps = "" if self.steps is None else ", steps {} to {}".format(*self.steps)
+        first, last = self.steps or (None, None)
+        steps = f", step {first}" if first == last else f", steps {first} to {last}"
+        steps = "" if first is None else steps
         noun = f"{self.kind or 'checkpoint'}{'s' if count > 1 else ''}"
         return f"{printable(self.name)}: {count} {noun}{steps}: {self.arguments(others)}"
 
@@ -191,7 +194,8 @@ def is_last_save(series: Series, numbered: Series) -> bool:
 
     Such are `lora.safetensors` beside `lora-000004.safetensors`, and `model.pt` of `model_5.pt`.
     """
-    return _letters(series) == _letters(numbered)
+    has_number = bool(parse_name(series.candidates[0].name).numbers)
+    return not has_number and _letters(series) == _letters(numbered)
 
 
 def _letters(series: Series) -> str:

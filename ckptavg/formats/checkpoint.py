@@ -55,7 +55,7 @@ class TrainingRecord:
     logged_before: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     has_optimizer_state: bool | None = None
-    averaged: tuple[int, int] | None = None
+    averaged: tuple[int, int | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

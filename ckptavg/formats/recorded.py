@@ -97,13 +97,15 @@ def training_record(
     )
 
 
-def _averaged(root: Mapping[Any, object], read_scalars: ReadScalars) -> tuple[int, int] | None:
+def _averaged(
+    root: Mapping[Any, object], read_scalars: ReadScalars
+) -> tuple[int, int | None] | None:
     """The counter of Lightning's `StochasticWeightAveraging`, and the epoch of its last update."""
     match root.get("callbacks"):
         case {"StochasticWeightAveraging": {"n_averaged": counter, **others}}:
             if isinstance(counter, PickledTensor):
                 counter = read_scalars({"n_averaged": counter}).get("n_averaged")
-            return int(_number(counter) or 0), _count(others.get("latest_update_epoch")) or 0
+            return int(_number(counter) or 0), _count(others.get("latest_update_epoch"))
     return None
 
 

@@ -104,17 +104,15 @@ def _mark_recorded_averages(candidates: Sequence[Candidate]) -> None:
     grow, and the last update is further back than in other checkpoints.
     """
     updates = [
-        (each.checkpoint.facts["epoch"], *each.checkpoint.training.averaged, each)
+        (int(each.checkpoint.facts["epoch"]), *each.checkpoint.training.averaged, each)
         for each in candidates
         if each.is_open and each.checkpoint and "epoch" in each.checkpoint.facts
         if each.checkpoint.training.averaged and each.checkpoint.training.averaged[0]
     ]
-    first = {
-        count: min(epoch for epoch, n, *_ in updates if n == count) for _, count, *_ in updates
-    }
-    lag = min((epoch - update for epoch, _, update, _ in updates), default=0)
-    for epoch, count, update, each in updates:
-        if epoch > first[count] or epoch - update > lag:
+    lag = min((epoch - last for epoch, _, last, _ in updates if last is not None), default=0)
+    for epoch, count, last, each in updates:
+        grew = epoch == min(other for other, n, *_ in updates if n == count)
+        if not grew or (last is not None and epoch - last > lag):
             each.leave_out("average", "the average of Lightning's StochasticWeightAveraging")
 
 

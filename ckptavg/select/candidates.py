@@ -36,12 +36,11 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
         SelectionError: an input does not exist, or is a directory without candidates.
     """
     candidates: dict[Path, Path | None] = {}
-    ignored: list[str] = []
     for path in inputs:
         with remote_errors(path):
             entries = []
             if path.is_dir():
-                entries = _candidates_in(path, ignored)
+                entries = _candidates_in(path)
                 if not entries and not is_checkpoint_directory(path):
                     what = f"no checkpoint found in {printable(path)}"
                     raise SelectionError(what, remedy=_hint(path))
@@ -51,54 +50,46 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
                 candidates.setdefault(entry, path)
             if not entries:
                 candidates[path] = None
-    if ignored:
-        log.info("left out: %s", listed(dict.fromkeys(ignored), _MOST_NAMES))
     return candidates
 
 
-def _candidates_in(folder: Path, ignored: list[str]) -> list[Path]:
+def _candidates_in(folder: Path) -> list[Path]:
     """The candidates in a directory, in natural order; empty if it is a checkpoint itself.
 
     A directory with weights is a checkpoint unless numbered checkpoints are in it. Its own weights
     are then those that a Trainer saved at the end.
-
-    Args:
-        folder: the directory.
-        ignored: a list to which the names of ignored entries are appended.
     """
     is_checkpoint = is_checkpoint_directory(folder)
-    candidates = [*_entries_of(folder, 0 if is_checkpoint else _LEVELS, ignored)]
-    if not is_checkpoint:
-        return candidates
-    numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
-    kept = frozenset(entry.name for entry in numbered) or _weight_files(folder)
-    ignored += [entry.name for entry in candidates if entry.name not in kept]
-    return numbered
+    candidates = [*_entries_of(folder, 0 if is_checkpoint else _LEVELS)]
+    if is_checkpoint:
+        numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
+        kept = frozenset(entry.name for entry in numbered) or _weight_files(folder)
+        others = [entry.name for entry in candidates if entry.name not in kept]
+        if others:
+            log.info("left out: %s", listed(others, _MOST_NAMES))
+        return numbered
+    return candidates if any(not is_no_checkpoint(each.name) for each in candidates) else []
 
 
-def _entries_of(folder: Path, levels: int, ignored: list[str]) -> Iterator[Path]:
+def _entries_of(folder: Path, levels: int) -> Iterator[Path]:
     """The candidates in a directory, and so many levels down in folders with a number."""
     # A folder of samples may have a million files: they are not even sorted.
     entries = [each for each in folder.iterdir() if each.suffix in SUFFIXES or each.is_dir()]
     for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
-        if is_no_checkpoint(entry.name):
-            ignored.append(entry.name)
-        elif not entry.name.startswith("."):
-            try:
-                yield from _below(entry, levels, ignored)
-            except PermissionError:
-                log.info("%s cannot be looked into: left out", printable(entry.name))
+        try:
+            if not entry.name.startswith("."):
+                yield from _below(entry, levels)
+        except PermissionError:
+            log.info("%s cannot be looked into: left out", printable(entry.name))
 
 
-def _below(entry: Path, levels: int, ignored: list[str]) -> Iterator[Path]:
+def _below(entry: Path, levels: int) -> Iterator[Path]:
     """The entry if it is a candidate, else the candidates in it."""
-    if not entry.is_dir():
-        if entry.suffix in SUFFIXES:
-            yield entry
-    elif is_checkpoint_directory(entry):
+    is_folder = entry.is_dir()
+    if is_checkpoint_directory(entry) if is_folder else entry.suffix in SUFFIXES:
         yield entry
-    elif levels and parse_name(entry.name).numbers:
-        yield from _entries_of(entry, levels - 1, ignored)
+    elif is_folder and levels and parse_name(entry.name).numbers:
+        yield from _entries_of(entry, levels - 1)
 
 
 def _is_numbered(entry: Path, folder: Path) -> bool:
@@ -128,7 +119,7 @@ def _hint(folder: Path) -> str:
 def _folders_with_candidates(folder: Path, depth: int) -> Iterator[Path]:
     if is_remote(folder) or not folder.is_dir():
         return
-    if _candidates_in(folder, []):
+    if _candidates_in(folder):
         yield folder
     elif depth:
         for entry in sorted(folder.iterdir()):

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 State = Mapping[str, Any]
 
-
 # The keys of a scheduler's state dict tell its class. The formulas are those of
 # https://docs.pytorch.org/docs/stable/optim.html.
 
@@ -138,7 +137,6 @@ _FACTORS: dict[str, Callable[[State, int], float]] = {
     "power total_iters": lambda state, n: (1.0 - _share(state, n)) ** float(state["power"]),
 }
 
-
 log = logging.getLogger("ckptavg")
 
 Reading = Literal["used", "next"]
@@ -199,6 +197,9 @@ def rates_and_minima(
         )
     chosen = _chosen(rates)
     _check_first(names, rates)
+    is_told = any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
+    if recorded is None and not is_told and len(set(values)) > 1:
+        log.info("the recorded learning rates count as the ones used: see `lr_recorded`")
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
     lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, SelectionError, listed, printable
-from ckptavg.formats.words import kind_of_word, words_in
+from ckptavg.formats.words import is_no_checkpoint, kind_of_word, words_in
 from ckptavg.select.copies import find_copies
 from ckptavg.select.names import (
     is_one_series,
@@ -45,12 +45,16 @@ _COUNTED_ONCE = "counted once"
 _MOST_NAMES = 10
 
 
-def mark_unfinished(candidates: Iterable[Candidate]) -> None:
-    """Leave out saves that were interrupted, by a word in their names."""
+def mark_by_name(candidates: Iterable[Candidate]) -> None:
+    """Leave out interrupted saves, and the state of optimizers and the like, by their names."""
     for each in candidates:
         words = words_in(each.name)
         word = next((word for word in words if kind_of_word(word) == "unfinished"), None)
-        if word and each.folder is not None:
+        if each.what != "member" or each.folder is None:
+            continue
+        if is_no_checkpoint(each.path.name):
+            each.leave_out("no weights", "the state of the training, by its name")
+        elif word:
             each.leave_out("unfinished", f"an unfinished save ({word} in its name)")
 
 

@@ -19,7 +19,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import without_wrappers
 from ckptavg.formats.words import is_average
 from ckptavg.select.candidates import find_candidates
-from ckptavg.select.members import find_members, mark_unfinished
+from ckptavg.select.members import find_members, mark_by_name
 from ckptavg.select.names import relative_names
 from ckptavg.select.order import sort_checkpoints
 from ckptavg.select.series import Candidate, group
@@ -115,7 +115,7 @@ def survey_run(
     for each in candidates:
         if reason := exclusion_reason(each.name):
             each.leave_out("excluded", reason)
-    mark_unfinished(candidates)
+    mark_by_name(candidates)
     waiting = [each for each in candidates if each.what == "member"]
     faults = [each.fault for each in waiting if not _open(each, key)]
     _unwrap(waiting, keep_prefix=keep_prefix)

@@ -29,8 +29,9 @@ def save(path: Path, value: float = 1.0) -> Path:
 
 
 def found(folder: Path) -> list[str]:
-    """What a directory stands for: paths below it, `.` for itself."""
-    return [path.relative_to(folder).as_posix() for path in find_candidates([folder])]
+    """What a directory stands for: paths below it, `.` for itself, apart from optimizers."""
+    paths = [path for path in find_candidates([folder]) if not is_no_checkpoint(path.name)]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 class TestDirectory:

@@ -361,7 +361,27 @@ def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
         0.1,
         0.2,
     ]
-    assert not caplog.messages
+    assert caplog.messages == [
+        "the recorded learning rates count as the ones used: see `lr_recorded`"
+    ]
+
+
+class TestTheNextRateWithoutAScheduler:
+    def test_is_what_the_checkpoint_before_recorded(self):
+        records = [saved(rate, epoch=epoch) for epoch, rate in enumerate([2, 1, 3, 2, 1, 3])]
+        rates, minima = rates_and_minima(records, "next")
+        assert rates[1:] == [2, 1, 3, 2, 1]
+        assert minima == [False, False, True, False, False, True]
+
+    def test_is_an_error_where_that_one_was_not_saved(self):
+        records = [saved(rate, epoch=epoch) for epoch, rate in ((0, 3), (5, 2), (10, 1))]
+        with pytest.raises(SelectionError, match="the step or epoch before was not saved"):
+            rates_and_minima(records, "next")
+
+    def test_of_the_first_is_unknown_which_matters_where_the_rate_then_rises(self):
+        records = [saved(rate, epoch=epoch) for epoch, rate in enumerate([1, 2, 1, 3])]
+        with pytest.raises(SelectionError, match="recorded nowhere, and the choice depends on it"):
+            rates_and_minima(records, "next")
 
 
 def test_the_state_of_another_optimizer_s_scheduler_says_nothing():
@@ -476,7 +496,7 @@ def test_a_slow_descent_is_not_flat():
 def test_a_last_one_on_its_way_down_is_said(caplog):
     caplog.set_level(logging.INFO)
     assert rates_and_minima([saved(3), saved(2), saved(1)])[1] == [False, False, True]
-    assert "still falling" in caplog.messages[0]
+    assert "still falling" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -495,7 +515,7 @@ def test_nothing_is_said_where_it_is_none(caplog, rates, scheduler):
     state = scheduler and RESTARTS | scheduler | {"_last_lr": [rates[-1]]}
     records.append(saved(rates[-1], state, global_step=3))
     assert rates_and_minima(records)[1][-1] == (rates[-1] == min(rates))
-    assert not caplog.messages
+    assert "still falling" not in caplog.text
 
 
 # Hostile values

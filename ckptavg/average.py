@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError, SelectionError, listed, printable
-from ckptavg.formats import SUFFIXES
+from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.checkpoint import PROVENANCE, check_one_model, fingerprint
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.parts import as_paths
@@ -21,6 +21,8 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.options import takes_fields_of
+from ckptavg.select.candidates import find_candidates
+from ckptavg.select.names import relative_names
 from ckptavg.select.order import sort_checkpoints, unordered
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
@@ -145,18 +147,29 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
         CkptAvgError: there is no checkpoint, or one cannot be read.
     """
     paths, excludes = as_paths(inputs), options.select.exclusion_reason
-    if not options.update:
-        return find_run(
-            paths, key=options.key, keep_prefix=options.keep_prefix, exclusion_reason=excludes
-        )
     # include and exclude do not apply to the average that is updated: the user named it.
-    run = find_run(paths, key=options.key, keep_prefix=options.keep_prefix)
+    averages = _named_averages(paths) if options.update else ()
+    run = find_run(
+        paths, key=options.key, keep_prefix=options.keep_prefix,
+        exclusion_reason=lambda name: None if name in averages else excludes(name),
+    )  # fmt: skip
+    if not options.update:
+        return run
     base = find_base(run.checkpoints)
-    others = [each for each in run.checkpoints if each is not base and not excludes(each.name)]
-    if not others:
-        raise SelectionError("there is nothing to fold into it", path=base.path)
+    others = [each for each in run.checkpoints if each is not base]
     ordered, order_is_known = sort_checkpoints(others)
     return replace(run, checkpoints=tuple(ordered), order_is_known=order_is_known, base=base)
+
+
+def _named_averages(paths: Sequence[Path]) -> set[str]:
+    """The names, in their run, of earlier averages that the user named."""
+    folders = find_candidates(paths)
+    names, averages = relative_names(folders), set()
+    for path in (path for path, folder in folders.items() if folder is None):
+        with contextlib.suppress(SelectionError):  # it holds several state dicts, and no average
+            if open_checkpoint(path).is_average:
+                averages.add(names[path])
+    return averages
 
 
 def _file_name(recipe: Recipe, options: AverageOptions) -> str:

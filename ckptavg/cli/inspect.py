@@ -68,11 +68,11 @@ def _show_run(
         verdicts = select(run, rules)
     else:
         opened = [each.checkpoint for each in run.candidates if each.is_open]
-        reason = "beside an error"
-        verdicts = [Verdict(each, "step", reason=reason) for each in opened if each is not None]
+        verdicts = [Verdict(each, "step", reason=_BESIDE_ERROR) for each in opened if each]
     members = [_member(verdict) for verdict in verdicts]
     others = [_other(each) for each in run.candidates if each.reason]
-    series = [_series(each, run) for each in run.series]
+    all_series = run.series
+    series = [_series(each, all_series, run) for each in all_series]
     _say_series(console, series)
     unit, metric = verdicts[0].unit if verdicts else "step", rules.metric or "metric"
     if any(params.values()) and members:
@@ -95,8 +95,8 @@ def _member(verdict: Verdict) -> dict[str, Any]:
         "rate": rate,
         "metric": verdict.metric,
         "bytes": verdict.checkpoint.size,
-        "taken": verdict.is_chosen,
-        "reason": str(verdict.fault or verdict.reason),
+        "taken": verdict.is_chosen and verdict.fault is None,
+        "reason": verdict.reason or str(verdict.fault or ""),
     }
 
 
@@ -108,21 +108,26 @@ def _other(candidate: Candidate) -> dict[str, Any]:
     return {"path": shown(candidate.path), **unknown, "taken": False, "reason": candidate.reason}
 
 
+_BESIDE_ERROR = "beside an error"
 _WHAT = {"member": "members", "copy": "copies", "piece": "pieces", "unclear": "checkpoints"}
 
 
-def _series(series: Series, run: Run) -> dict[str, Any]:
+def _series(series: Series, others: Sequence[Series], run: Run) -> dict[str, Any]:
     """What is shown of a series."""
-    unclear = [each for each in run.series if each.what == "unclear"]
-    is_unclear, is_member = series.what == "unclear", series.what == "member"
-    reason = with_options(series.arguments(unclear)) if is_unclear else series.reasons
+    what, reason = _WHAT.get(series.what, series.what), series.reasons
+    is_taken = series.what == "member" and run.error is None
+    if series.what == "unclear":
+        what = series.kind or what
+        reason = with_options(series.arguments(each for each in others if each.what == "unclear"))
+    elif series.what == "member" and not is_taken:
+        reason = _BESIDE_ERROR
     return {
         "name": series.name,
         "count": len(series.candidates),
         "steps": series.steps,
-        "what": series.kind if is_unclear and series.kind else _WHAT.get(series.what, series.what),
-        "taken": is_member and run.error is None,
-        "reason": "beside an error" if is_member and run.error is not None else reason,
+        "what": what,
+        "taken": is_taken,
+        "reason": reason,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import re
+import shlex
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,10 +120,13 @@ class Series:
     def arguments(self, others: Iterable[Series]) -> str:
         """The arguments that select it from among other series."""
         wrong = [each for each in others if each is not self and each.is_matched_by(self.glob)]
-        excludes = [
-            f" `exclude` '{each.glob}'" for each in wrong if not self.is_matched_by(each.glob)
-        ]
-        return f"`include` '{self.glob}'" + "".join(excludes)
+        excludes = [each.glob for each in wrong if not self.is_matched_by(each.glob)]
+        return " ".join(
+            [
+                f"`include` {_quoted(self.glob)}",
+                *(f"`exclude` {_quoted(each)}" for each in excludes),
+            ]
+        )
 
     def is_matched_by(self, pattern: str) -> bool:
         """Whether a pattern matches one of the names."""
@@ -136,6 +140,12 @@ class Series:
         steps = "" if first is None else steps
         noun = f"{self.kind or 'checkpoint'}{'s' if count > 1 else ''}"
         return f"{printable(self.name)}: {count} {noun}{steps}: {self.arguments(others)}"
+
+
+def _quoted(pattern: str) -> str:
+    """A pattern in quotes for a shell, without control codes."""
+    text = printable(pattern)
+    return shlex.quote(text) if "'" in text else f"'{text}'"
 
 
 def matches(name: str, pattern: str) -> bool:

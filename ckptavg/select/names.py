@@ -152,11 +152,8 @@ def common_name(names: Sequence[str]) -> str:
     first = parsed[0]
     columns = zip(*([number.text for number in each.numbers] for each in parsed), strict=True)
     numbers = [column[0] if len(set(column)) == 1 else "#" for column in columns]
-    return first.joined(numbers) if _one_suffix(parsed) else f"{first.joined(numbers)}*"
-
-
-def _one_suffix(parsed: Sequence[Name]) -> bool:
-    return len({each.suffix for each in parsed}) == 1
+    is_of_one_format = len({each.suffix for each in parsed}) == 1
+    return first.joined(numbers) + ("" if is_of_one_format else "*")
 
 
 def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step, ...] | None:
@@ -184,8 +181,9 @@ def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step
         return None
     if constant:
         return _finer(parsed, constant) or constant
-    for column in _columns(parsed):
-        if len(set(column)) > 1 or len(names) == 1:
+    for numbers in zip(*(each.numbers for each in parsed), strict=True):
+        column = _as_steps(numbers)
+        if len(set(column)) > 1 or (column and len(names) == 1):
             return _finer(parsed, column) or column
     return None
 
@@ -213,24 +211,20 @@ def _as_steps(numbers: Sequence[Number]) -> tuple[Step, ...]:
     return steps if len(steps) == len(numbers) else ()
 
 
-def _columns(parsed: Sequence[Name]) -> list[tuple[Step, ...]]:
-    """The numbers in alike names that may be steps, each for all names."""
-    columns = (_as_steps(column) for column in zip(*(each.numbers for each in parsed), strict=True))
-    return [column for column in columns if column]
-
-
 def _finer(parsed: Sequence[Name], steps: tuple[Step, ...]) -> tuple[Step, ...] | None:
     """The number that tells names apart where the step is the same in some of them.
 
-    It grows with the step, as an update does within epochs and a metric hardly ever.
+    It stands right behind another number and grows with the step, as updates do within epochs.
     """
     if len(set(steps)) == len(steps) or len({each.pattern for each in parsed}) != 1:
         return None
-    for column in _columns(parsed):
-        pairs = sorted(zip(steps, column, strict=True))
-        finer = [value for _, value in pairs]
-        if len(set(finer)) == len(finer) and finer == sorted(finer) and whole_steps(finer):
-            return column
+    columns = zip(*(each.numbers for each in parsed), strict=True)
+    for before, column in zip(parsed[0].texts, columns, strict=False):
+        finer = _as_steps(column) if not any(map(str.isalpha, before)) else ()
+        values = [value for _, value in sorted(zip(steps, finer, strict=False))]
+        is_growing = len(set(values)) == len(steps) and values == sorted(values)
+        if is_growing and whole_steps(finer):
+            return finer
     return None
 
 

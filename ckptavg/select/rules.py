@@ -17,7 +17,7 @@ from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.parts import absolute
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, indices_of_best, metric_in_name, mode_of, read_metrics
-from ckptavg.select.order import timeline, unordered
+from ckptavg.select.order import saved_before_training, timeline, unordered
 from ckptavg.select.series import matches
 
 if TYPE_CHECKING:
@@ -271,8 +271,9 @@ def _apply_cycle(
         log.info(
             "epochs are counted from 0: cycles end with epoch %d, %d, ...", cycle - 1, 2 * cycle - 1
         )
+    starts = saved_before_training([each.checkpoint for each in verdicts], times.steps)
     for verdict, done in zip(verdicts, times.done, strict=True):
-        if done == 0:
+        if verdict.checkpoint in starts:
             verdict.reject("saved before the training")
         elif (done - start) % cycle:
             verdict.reject("not at the end of a cycle")

@@ -365,6 +365,7 @@ class TestSeveralSeries:
         "names",
         [
             "epoch=3-loss=0.5.ckpt epoch=3-loss=0.6.ckpt epoch=4-loss=0.1.ckpt",
+            "epoch=3-acc=71.ckpt epoch=3-acc=72.ckpt",
             "epoch_1.pt epoch_01.pt",
             "epoch_1.pt epoch_1.safetensors epoch_2.pt",
         ],

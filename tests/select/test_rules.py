@@ -426,3 +426,44 @@ def test_minima_of_a_cyclic_rate_from_a_real_loop(tmp_path):
     assert taken(tmp_path / "run", lr_minima=True) == lows == [3, 7, 11]
     assert taken(tmp_path / "run", lr_minima=True, start="60%") == [7, 11]
     np.testing.assert_allclose(rates[lows[0]], min(rates))
+
+
+def test_a_named_checkpoint_from_before_the_training_ends_no_cycle(tmp_path):
+    paths = []
+    for epoch in range(11):
+        state = {0: {"momentum_buffer": torch.ones(3)}} if epoch else {}
+        optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        path = tmp_path / f"checkpoint-{epoch}.pt"
+        paths.append(save(path, epoch, epoch=epoch, optimizer=optimizer))
+    verdicts = select(find_run(paths), Selection(cycle=5))
+    assert [each.step for each in verdicts if each.is_chosen] == [5, 10]
+    assert verdicts[0].reason == "saved before the training"
+
+
+def test_where_cycles_are_counted_from_epoch_0_it_is_said(tmp_path, caplog):
+    for epoch in range(4):
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", epoch, epoch=epoch)
+    with caplog.at_level("INFO", "ckptavg"):
+        assert taken(tmp_path / "run", cycle=2) == [1, 3]
+    assert "epochs are counted from 0: cycles end with epoch 1, 3, ..." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers"),
+    [
+        (["tokens_1B.pt", "tokens_1.25B.pt"], (10**9, 1_250_000_000)),
+        (["m-500M.pt", "m-10k.pt"], (500_000_000, 10_000)),
+        (["x5e3.pt", "x1e4.pt"], (5000, 10_000)),
+        (["ep0-ba2000-rank0.pt", "ep0-ba4000-rank0.pt"], (2000, 4000)),
+        (["checkpoint_1_500.pt", "checkpoint_1_1000.pt"], (500, 1000)),
+        (["epoch=-1.ckpt", "epoch=2.ckpt"], None),
+        (["a_20240517_1.pt", "a_20240518_2.pt"], (1, 2)),
+        (["2024-05-17_10-30-00.pt", "2024-05-17_11-30-00.pt"], None),
+        (["step_20240517.pt", "step_20240518.pt"], (20240517, 20240518)),
+        (["epoch=1-elbo=-0.5.ckpt", "epoch=2-elbo=nan.ckpt"], (1, 2)),
+        (["checkpoint.3.pt", "checkpoint.10.pt"], (3, 10)),
+        (["lr1e-05_step1.pt", "lr1e-05_step2.pt"], (1, 2)),
+    ],
+)
+def test_numbers_with_units_exponents_and_dates(names, numbers):
+    assert steps_in_names(names) == numbers

@@ -45,11 +45,11 @@ def inspect(
     from ckptavg.select.candidates import find_candidates
 
     with without_notices():
-        are_runs = any(folder is not None for folder in find_candidates(paths).values())
-    if are_runs or any(params.values()):
+        [first, *others] = find_candidates(paths).items()
+    if others or first[1] is not None or any(params.values()):
         _show_run(console, paths, key, params)
     else:
-        _show_content(console, paths, key)
+        _show_content(console, first[0], key)
 
 
 def _show_run(
@@ -177,22 +177,12 @@ def _say_members(console: Console, members: Sequence[dict[str, Any]], unit: str)
     console.say_table(rows)
 
 
-def _show_content(console: Console, paths: Sequence[Path], key: str | None) -> None:
-    """Show what each checkpoint holds; one that cannot be read does not hide the others."""
-    contents: list[dict[str, Any]] = []
-    failures: list[CkptAvgError] = []
-    for path in dict.fromkeys(paths):
-        try:
-            contents += map(_content, _state_dicts(path, key))
-        except CkptAvgError as error:
-            failures.append(error)
-    if len(contents) == 1:
-        _say_one(console, contents[0])
-    elif contents:
-        _say_several(console, contents)
-    if contents or len(failures) > 1:
-        console.result({"checkpoints": contents})
-    _raise_damages(failures)
+def _show_content(console: Console, path: Path, key: str | None) -> None:
+    """Show what a checkpoint holds."""
+    contents = [*map(_content, _state_dicts(path, key))]
+    for content in contents:
+        _say_one(console, content)
+    console.result({"checkpoints": contents})
 
 
 def _raise_damages(failures: Sequence[CkptAvgError]) -> None:
@@ -255,25 +245,6 @@ def _say_one(console: Console, content: dict[str, Any]) -> None:
     for label, text in lines.items():
         if text:
             console.say(f"  {label:<12} {text}")
-
-
-def _say_several(console: Console, contents: Sequence[dict[str, Any]]) -> None:
-    from ckptavg.formats.checkpoint import STEP_FACTS
-
-    header = ("path", "state dict", "step", "rate", "tensors", "bytes", "dtypes", "norm layers")
-    rows = [(*header, "made by")]
-    for content in contents:
-        facts = content["facts"]
-        step = next((f"{name} {facts[name]}" for name in STEP_FACTS if name in facts), "-")
-        row = (
-            *(printable(content["path"]), printable(content["state_dict"]) or "-"),
-            *(step, cell(facts.get("learning_rate"), "g")),
-            *(cell(content["tensors"]), size(content["tensor_bytes"])),
-            *(",".join(content["dtypes"]), cell(content["norm_layers"])),
-            _provenance(content["provenance"]) or "-",
-        )
-        rows.append(row)
-    console.say_table(rows)
 
 
 def _provenance(made: dict[str, Any] | None) -> str:

@@ -109,9 +109,15 @@ def _weight_files(folder: Path) -> frozenset[str]:
 
 
 def _hint(folder: Path) -> str:
-    """A remedy for a directory without checkpoints: a folder in it that has some."""
-    inner = next(_folders_with_candidates(folder, _DEPTH_OF_HINT), None)
-    if inner is not None:
+    """A remedy for a directory without checkpoints: a folder in it that has some, or each of them.
+
+    Where several folders have a file of one name, it is the pattern of these files.
+    """
+    for inner in _folders_with_candidates(folder, _DEPTH_OF_HINT):
+        first, *others = _candidates_in(inner)
+        pattern = "/".join(["*" for _ in inner.relative_to(folder).parts] + [first.name])
+        if not others and len(list(folder.glob(pattern))) > 1:
+            return f"name them: {printable(folder / pattern)}"
         return f"there are checkpoints in {printable(inner)}"
     return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
 

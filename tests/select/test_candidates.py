@@ -68,6 +68,16 @@ class TestDirectory:
             find_candidates([tmp_path])
         assert str(caught.value).endswith(f"; there are checkpoints in {tmp_path}/a/b/c")
 
+    def test_with_one_file_in_each_of_its_folders_is_an_error_that_names_them(self, tmp_path):
+        for value, name in enumerate("ab"):
+            save(tmp_path / "run" / name / "model.pt", float(value))
+        with pytest.raises(SelectionError, match=r"; name them: (.*)") as caught:
+            find_candidates([tmp_path / "run"])
+        pattern = str(caught.value).partition("name them: ")[2]
+        assert pattern == f"{tmp_path}/run/*/model.pt"
+        paths = sorted((tmp_path / "run").glob("*/model.pt"))
+        assert len(ckptavg.average(paths, tmp_path / "out.pt").sources) == 2
+
     def test_with_checkpoints_further_down_is_told_what_is_looked_for(self, tmp_path):
         save(tmp_path / "a" / "b" / "c" / "d" / "step_1.safetensors")
         with pytest.raises(SelectionError, match=r"; files ending with .*\.safetensors"):

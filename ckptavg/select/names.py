@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ _NUMBER = (
     r"(?P<unit>[kKMBT](?![A-Za-z]))?"
 )
 _PARTS = re.compile(rf"(?P<date>{_DATE})|{_NUMBER}", re.ASCII)
+_LONGEST = 300  # characters of a number
 _UNITS = {"k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
 # Words before the step in names: `epoch=3-step=400`, `checkpoint-500`, `iter_0001000`, `ba2000`.
 _LABELS = {
@@ -126,12 +127,12 @@ def _ends(pattern: re.Pattern[str], text: str) -> bool:
 def _value(match: re.Match[str]) -> Step | None:
     if match["date"]:
         return int(match[0])
-    if not match["digits"]:
+    if not match["digits"] or len(match[0]) > _LONGEST:
         return None
     unit = _UNITS[match["unit"]] if match["unit"] else 0
     sign = -1 if match[0].startswith("-") else 1
-    value = sign * Decimal(match["digits"]).scaleb(unit)
-    return int(value) if value == value.to_integral_value() else float(value)
+    value = sign * Fraction(match["digits"]) * 10**unit
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def without_suffix(name: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 import torch
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ckptavg
+from ckptavg.cli import cli
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.words import WORDS, Word
 from tests.oracle import naive_mean, same_bits
@@ -70,10 +73,14 @@ def test_the_mean_of_the_plain_series_or_an_error(template, numbers, others):
         for value, (name, word) in enumerate(names.items(), 100):
             if name not in series:
                 put(folder / name, value + 0.5, is_weightless=word.kind == "no weights")
+        shown = CliRunner().invoke(cli, ["inspect", "--json", str(folder)])
+        rows = json.loads(shown.stdout)["checkpoints"] if shown.exit_code == 0 else []
+        taken = [row["path"] for row in rows if row["taken"]]
         try:
-            ckptavg.average(folder, out)
+            summary = ckptavg.average(folder, out)
         except CkptAvgError as error:
             text = str(error)
+            assert not taken
             assert len(text.splitlines()) <= 20
             assert any(
                 said in text
@@ -85,5 +92,6 @@ def test_the_mean_of_the_plain_series_or_an_error(template, numbers, others):
                 )
             )
         else:
+            assert [source.path for source in summary.sources] == taken
             expected = naive_mean([torch.full((3,), value) for value in sorted(series.values())])
             assert same_bits(load_file(out)["w"], expected), names

@@ -117,13 +117,14 @@ def survey_run(
             each.leave_out("excluded", reason)
     mark_by_name(candidates)
     waiting = [each for each in candidates if each.what == "member"]
-    faults = [each.fault for each in waiting if not _open(each, key)]
+    for each in waiting:
+        _open(each, key)
     _unwrap(waiting, keep_prefix=keep_prefix)
     error = find_members(candidates)
     members = [each.checkpoint for each in candidates if each.is_open and each.checkpoint]
     if error is None and not members:
         error = _no_checkpoint(inputs, candidates)
-    error = next((fault for fault in faults if fault is not None), error)
+    error = next((each.fault for each in candidates if each.what == "damaged"), error)
     if error is not None:
         return Run((), candidates=tuple(candidates), error=error)
     _log_averages(candidates)
@@ -131,29 +132,24 @@ def survey_run(
     return Run(tuple(ordered), order_is_known, tuple(candidates))
 
 
-def _open(candidate: Candidate, key: str | None) -> bool:
-    """Open a candidate, or say why it is none; False if it is damaged."""
+def _open(candidate: Candidate, key: str | None) -> None:
+    """Open a candidate, or say why it is none."""
     is_named = candidate.folder is None
     try:
         checkpoint = _open_or_defer(candidate, key)
-    except NoStateDictError as error:
-        if is_named:
+    except CkptAvgError as error:
+        if isinstance(error, NoStateDictError) and not is_named:
+            candidate.leave_out("no weights", "no state dict in it")
+        else:
             candidate.leave_out("damaged", error.message)
             candidate.fault = error
-            return False
-        candidate.leave_out("no weights", "no state dict in it")
-        return True
-    except CkptAvgError as error:
-        candidate.leave_out("damaged", error.message)
-        candidate.fault = error
-        return False
+        return
     candidate.checkpoint = replace(checkpoint, name_in_run=candidate.name)
     if checkpoint.is_average and not is_named:
         candidate.leave_out("average", MADE_EARLIER)
     elif checkpoint.is_average:
         name = printable(candidate.name)
         log.info("%s is an average made earlier: taken, since it was named", name)
-    return True
 
 
 def _open_or_defer(candidate: Candidate, key: str | None) -> Checkpoint:

@@ -98,7 +98,7 @@ def _preference(candidate: Candidate) -> tuple[object, ...]:
     numbers = parse_name(path.name).numbers
     is_plain = any(not number.role for number in numbers) and not special
     recorded = len(checkpoint.facts) + checkpoint.other_content
-    return not is_plain, not numbers, path.is_symlink(), -recorded, natural_key(str(path))
+    return not is_plain, not numbers, path.is_symlink(), -recorded, natural_key(candidate.name)
 
 
 def _mark_recorded_averages(candidates: Sequence[Candidate]) -> None:

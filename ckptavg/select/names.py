@@ -43,7 +43,7 @@ _LABELS = {
     "epoch": r"(?:epochs?|ep)",
 }
 _LABEL_ENDS = {
-    label: re.compile(rf"(?<![a-z]){pattern}[=_.-]?", re.IGNORECASE)
+    label: re.compile(rf"(?<![a-z]){pattern}[=_.-]?\Z", re.IGNORECASE)
     for label, pattern in _LABELS.items()
 }
 
@@ -105,7 +105,7 @@ def parse_name(name: str) -> Name:
 
 
 def _number(match: re.Match[str], before: str, stem: str) -> Number:
-    label = next((name for name, end in _LABEL_ENDS.items() if _ends(end, before)), "")
+    label = next((name for name, end in _LABEL_ENDS.items() if end.search(before)), "")
     if match["date"] and not (label in ("step", "epoch") and match[0].isdecimal()):
         return Number(match[0], None, "date")
     word = [*words_in(before)][-1:] if before[-1:].isalpha() or before[-1:] in "-_=." else []
@@ -117,11 +117,6 @@ def _number(match: re.Match[str], before: str, stem: str) -> Number:
         kind = "piece"
     role = kind if kind in ("run", "piece") else ""
     return Number(match[0], _value(match), role or "", label)
-
-
-def _ends(pattern: re.Pattern[str], text: str) -> bool:
-    """Whether a text ends with the pattern."""
-    return any(match.end() == len(text) for match in pattern.finditer(text))
 
 
 def _value(match: re.Match[str]) -> Step | None:

@@ -34,11 +34,11 @@ def make(names: str) -> None:
             torch.save({"w": torch.full((2,), float(value))}, Path("run", name))
 
 
-@pytest.mark.parametrize(("names", "session"), EXAMPLES)
-def test_every_message_is_what_the_command_prints(tmp_path, monkeypatch, names, session):
+@pytest.mark.parametrize(("names", "transcript"), EXAMPLES)
+def test_every_message_is_what_the_command_prints(tmp_path, monkeypatch, names, transcript):
     monkeypatch.chdir(tmp_path)
     make(names)
-    for part in session.split("\n$ "):
+    for part in transcript.split("\n$ "):
         command, _, expected = part.strip().partition("\n")
         arguments = shlex.split(command)[1:]
         code = 1 if "error: " in expected else 0

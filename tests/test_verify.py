@@ -360,6 +360,7 @@ class TestCommand:
         for step in range(3):
             torch.manual_seed(step)
             model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+            model(torch.randn(8, 3))
             states.append(model.state_dict())
         save_run(tmp_path / "run", states)
         (tmp_path / "m.py").write_text(

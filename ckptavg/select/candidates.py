@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable
@@ -21,6 +22,7 @@ log = logging.getLogger("ckptavg")
 _NUMBERED = re.compile(
     r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
 )
+_FOLDERS_OF_HINT = 4
 _DEPTH_OF_HINT = 3
 _MOST_NAMES = 10
 _LEVELS = 2  # of folders with a number: `iter_0001000/mp_rank_00/model.pt`
@@ -109,16 +111,17 @@ def _weight_files(folder: Path) -> frozenset[str]:
 
 
 def _hint(folder: Path) -> str:
-    """A remedy for a directory without checkpoints: a folder in it that has some, or each of them.
+    """A remedy for a directory without checkpoints: the folders in it that have some.
 
     Where several folders have a file of one name, it is the pattern of these files.
     """
-    for inner in _folders_with_candidates(folder, _DEPTH_OF_HINT):
-        first, *others = _candidates_in(inner)
-        pattern = "/".join(["*" for _ in inner.relative_to(folder).parts] + [first.name])
+    folders = list(islice(_folders_with_candidates(folder, _DEPTH_OF_HINT), _FOLDERS_OF_HINT))
+    if folders:
+        first, *others = _candidates_in(folders[0])
+        pattern = "/".join(["*" for _ in folders[0].relative_to(folder).parts] + [first.name])
         if not others and len(list(folder.glob(pattern))) > 1:
             return f"name them: {printable(folder / pattern)}"
-        return f"there are checkpoints in {printable(inner)}"
+        return f"there are checkpoints in {listed(folders)}"
     return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
 
 

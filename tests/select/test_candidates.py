@@ -68,6 +68,18 @@ class TestDirectory:
             find_candidates([tmp_path])
         assert str(caught.value).endswith(f"; there are checkpoints in {tmp_path}/a/b/c")
 
+    def test_without_any_names_several_folders_that_have_some(self, tmp_path):
+        """As Lightning leaves them: a run has begun twice."""
+        for version in range(2):
+            folder = tmp_path / f"version_{version}" / "checkpoints"
+            folder.mkdir(parents=True)
+            for epoch in range(2):
+                (folder / f"epoch={epoch}.ckpt").touch()
+        with pytest.raises(SelectionError) as caught:
+            find_candidates([tmp_path])
+        folders = [f"{tmp_path}/version_{version}/checkpoints" for version in range(2)]
+        assert str(caught.value).endswith(f"there are checkpoints in {', '.join(folders)}")
+
     def test_with_one_file_in_each_of_its_folders_is_an_error_that_names_them(self, tmp_path):
         for value, name in enumerate("ab"):
             save(tmp_path / "run" / name / "model.pt", float(value))

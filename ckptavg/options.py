@@ -41,7 +41,10 @@ def takes_fields_of(options: Callable[_Fields, _Options_co]) -> _Decorator[_Fiel
 
         @functools.wraps(function)
         def with_fields(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401 - see `_Decorator`
-            given = signature.bind(*args, **keywords).arguments
+            try:
+                given = signature.bind(*args, **keywords).arguments
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
             first = [given.pop(parameter.name) for parameter in leading]
             return function(*first, options(**given))  # type: ignore[call-arg]
 

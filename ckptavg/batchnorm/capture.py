@@ -31,6 +31,7 @@ from ckptavg.batchnorm.layers import (
 )
 from ckptavg.batchnorm.moments import CallStatistics, instance_statistics, merged
 from ckptavg.errors import RefreshError
+from ckptavg.model.batches import cloned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -150,7 +151,10 @@ class Capture(TorchFunctionMode):
         known = self._layers.get(layer)
         if known is None:  # a copy of a layer
             return
-        layer.training = layer.track_running_stats = True
+        if not layer.training:  # the model itself has put it into eval mode
+            known.was_called = True
+            return
+        layer.track_running_stats = True
         with suppress(AttributeError):
             layer.momentum = 1.0
         known.start, variance = known.old_statistics()
@@ -232,7 +236,7 @@ def _obeys_momentum(layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str
                 running_mean=torch.full_like(mean, mean_start),
                 running_var=torch.full_like(variance, variance_start),
             )
-            layer.forward(*args, **kwargs)
+            layer.forward(*cloned(args), **cloned(dict(kwargs)))  # it may work in place
             left.append(torch.cat([layer.running_mean, layer.running_var]))  # type: ignore[list-item]
     layer._buffers.update(held)  # noqa: SLF001
     return torch.allclose(left[0], left[1], rtol=1e-3, atol=1e-6, equal_nan=True)

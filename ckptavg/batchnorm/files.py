@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
 from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.layers import (
+    COPIED,
     NOT_IN_CHECKPOINT,
     SAME_IN_ALL_MEMBERS,
     KeptLayer,
@@ -46,7 +47,7 @@ from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from ckptavg.batchnorm.layers import NormLayer
     from ckptavg.batchnorm.report import RefreshReport
@@ -136,7 +137,10 @@ def _refreshed(
 
 
 def layers_to_keep(
-    model: torch.nn.Module, names: Mapping[str, str], checkpoint: Checkpoint
+    model: torch.nn.Module,
+    names: Mapping[str, str],
+    checkpoint: Checkpoint,
+    frozen: Collection[str] = (),
 ) -> list[KeptLayer]:
     """The layers whose statistics are not in the checkpoint, or were frozen in the training.
 
@@ -144,6 +148,7 @@ def layers_to_keep(
         model: the model, with the checkpoint's weights.
         names: the names of its tensors, with the checkpoint's.
         checkpoint: the checkpoint, whose provenance may record what was frozen.
+        frozen: names in the checkpoint of layers that are known to be frozen.
     """
     names_by_place: dict[object, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -153,25 +158,31 @@ def layers_to_keep(
     for name, module in unwrapped(model).named_modules():
         if not holds_statistics(module):
             continue
-        buffers = list(module.named_buffers(recurse=False))
-        places = [None if is_lazy(buffer) else buffer.data_ptr() for _, buffer in buffers]
-        own_names = [f"{name}.{end}" if name else end for end, _ in buffers]
+        buffers = dict(module.named_buffers(recurse=False))
+        places = [each.data_ptr() for each in buffers.values() if not is_lazy(each)]
         given = [names_by_place[place] for place in places if place in names_by_place]
-        given += [names[each] for each in own_names if each in names]
-        if not given:
+        is_named = any((f"{name}.{end}" if name else end) in names for end in buffers)
+        if not given and is_named and names_by_place:
+            kept.append(KeptLayer(name, COPIED, is_intended=False))
+        elif not given and not is_named:
             kept.append(KeptLayer(name, NOT_IN_CHECKPOINT, is_intended=True))
-        elif _was_frozen(given[0].rpartition(".")[0], checkpoint):
+        elif given and _was_frozen(given[0].rpartition(".")[0], checkpoint, frozen):
             kept.append(KeptLayer(name, SAME_IN_ALL_MEMBERS, is_intended=True))
     return kept
 
 
-def _was_frozen(layer: str, checkpoint: Checkpoint) -> bool:
-    """Whether a layer had the same statistics in all members of the average, by its provenance."""
+def _was_frozen(layer: str, checkpoint: Checkpoint, known: Collection[str]) -> bool:
+    """Whether a layer is known to be frozen, or by the checkpoint's provenance."""
     entry = (checkpoint.provenance or {}).get("norm_stats")
     if not isinstance(entry, dict):
-        return False
-    frozen = entry.get("frozen")
-    return entry.get("state") == "frozen" or (isinstance(frozen, list) and layer in frozen)
+        entry = {}
+    recorded = entry.get("frozen")
+    if not isinstance(recorded, list):
+        recorded = []
+    # A container keeps the wrapper's prefix, which the average's names do not have.
+    return entry.get("state") == "frozen" or any(
+        layer == each or layer.endswith(f".{each}") for each in (*known, *recorded)
+    )
 
 
 def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_optional: bool) -> None:

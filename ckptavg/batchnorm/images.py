@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import UserCodeError
 from ckptavg.model.batches import Formats, cloned, in_formats, leaves
@@ -113,7 +114,8 @@ def _fitting_formats(
         return formats
     images = [leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor)]
     pixels = [image[:, :1].numel() for image in images if image.dim() in formats]
-    weights = sum(module.weight.numel() for module in convolutions)
+    filters = [module._parameters.get("weight") for module in convolutions]  # noqa: SLF001
+    weights = sum(each.numel() for each in filters if each is not None and not is_lazy(each))
     is_small = pixels and max(pixels) * _WEIGHTS_PER_PIXEL < weights
     return {} if is_small else formats
 

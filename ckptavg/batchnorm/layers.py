@@ -13,7 +13,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import RefreshError, listed, printable
-from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ def tracks(module: torch.nn.Module) -> TypeGuard[NormLayer]:
 
 
 AS_ASKED = "as asked"
+COPIED = "the model's state_dict holds a copy of its statistics"
 IN_EVAL_MODE = "kept in eval mode by the model's own train()"
 MIXING = "mixes its statistics with the old ones by a rule of its own"
 NOT_CALLED = "not called"
@@ -90,8 +90,6 @@ def layers_to_refresh(
         layers = skip_layers = ()
     wanted, unwanted = _matching(known, layers), _matching(known, skip_layers)
     reasons = {each.name: each for each in _of_other_kinds(model, known)}
-    for name in kept_in_eval(model, known):
-        reasons[name] = KeptLayer(name, IN_EVAL_MODE, is_intended=True)
     reasons |= {each.name: each for each in kept}
     for name in wanted - unwanted:
         if name in reasons and reasons[name].reason in (IN_EVAL_MODE, SAME_IN_ALL_MEMBERS):
@@ -129,37 +127,6 @@ def _by_reason(kept: Sequence[KeptLayer]) -> dict[str, list[KeptLayer]]:
 
 def _names(layers: Sequence[KeptLayer]) -> str:
     return listed(repr(each.name) for each in layers)
-
-
-def kept_in_eval(model: torch.nn.Module, layers: Mapping[str, NormLayer]) -> set[str]:
-    """The names of the layers that the model's own `train` keeps in eval mode.
-
-    The model is asked only if a class or an object above a norm layer has a `train` of its own:
-    that may do more, such as to undo the merge of weights. So it is asked to go back, too.
-    """
-    parts = {id(layer) for layer in layers.values()}
-    if not any(
-        _has_own_train(module) and any(id(part) in parts for part in module.modules())
-        for module in model.modules()
-    ):
-        return set()
-    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-    was_training = model.training
-    try:
-        with user_code("the model's train()"):
-            model.train()
-            in_eval = {name for name, layer in layers.items() if not layer.training}
-            model.train(was_training)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return in_eval
-
-
-def _has_own_train(module: torch.nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    return "train" in vars(module) or type(module).train is not torch.nn.Module.train
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ckptavg.distributed import ALONE, Ranks
+from ckptavg.errors import RefreshError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -104,3 +105,12 @@ class RefreshCheckpointOptions(RefreshOptions):
     judge: Judge | None = None
     ranks: Ranks = ALONE
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown choice.
+
+        Raises:
+            RefreshError: there is one.
+        """
+        if self.container not in ("weights", "last"):
+            raise RefreshError(f"`container` is weights or last, not {self.container!r}")

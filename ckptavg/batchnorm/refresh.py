@@ -26,7 +26,7 @@ from ckptavg.batchnorm.layers import (
 )
 from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, observe
 from ckptavg.batchnorm.report import RefreshReport
-from ckptavg.batchnorm.setting import TrainMode, training_mode
+from ckptavg.batchnorm.setting import TrainMode, kept_in_eval, training_mode
 from ckptavg.batchnorm.storing import store
 from ckptavg.batchnorm.totals import PassTotals, until_converged
 from ckptavg.distributed import ALONE, Ranks
@@ -119,8 +119,10 @@ def refresh_norm(
             raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
         if max_samples is not None and max_samples < 1:
             raise RefreshError(f"`max_samples` is at least 1, not {max_samples}")
+        kept = (*kept_in_eval(model), *kept)
         chosen, kept = layers_to_refresh(model, layers=layers, skip_layers=skip_layers, kept=kept)
         if not chosen:
+            speak_of(kept)
             return _checked(RefreshReport(estimator, 0, 0, 0, (), kept, processes=ranks.size))
         speak_of(kept)
         check_loader(

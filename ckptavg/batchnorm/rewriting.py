@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.merge.jobs import Layout
-    from ckptavg.merge.plan import Plan, Role
+    from ckptavg.merge.plan import Plan
+    from ckptavg.merge.roles import Role
     from ckptavg.write.layouts import Destination
 
 log = logging.getLogger("ckptavg")
@@ -121,19 +122,29 @@ def provenance(
     if any(map(is_norm_statistic, checkpoint.tensors)):
         state = entry.get("norm_stats", {"state": "unknown"})
     if report is not None and report.layers:
-        state = {
-            "state": report.state,
-            "estimator": report.estimator,
-            "batches": report.batches,
-            "samples": report.samples,
-            "seed": seed,
-        }
-        stale = [each.name for each in report.kept if not each.is_intended]
-        frozen = [each.name for each in report.kept if each.reason == SAME_IN_ALL_MEMBERS]
-        for key, layers in (("stale", stale), ("frozen", frozen)):
-            if layers:
-                state[key] = [_name_in_checkpoint(name, names) for name in layers]
+        state = _refreshed_state(report, names, seed, before=state)
     return {**entry, "version": __version__, "norm_stats": state}
+
+
+def _refreshed_state(
+    report: RefreshReport, names: Mapping[str, str], seed: int, *, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entry on the norm statistics after a refresh, with the layers that are left by name."""
+    kept = {_name_in_checkpoint(each.name, names): each for each in report.kept}
+    stale = [name for name, each in kept.items() if not each.is_intended]
+    if before.get("state") == "refreshed":
+        stale = []  # what is kept now was refreshed before
+    elif before.get("state") == "partly refreshed":
+        stale = [name for name in stale if name in before.get("stale", ())]
+    frozen = [name for name, each in kept.items() if each.reason == SAME_IN_ALL_MEMBERS]
+    state: dict[str, Any] = {
+        "state": "partly refreshed" if stale else "refreshed",
+        "estimator": report.estimator,
+        "batches": report.batches,
+        "samples": report.samples,
+        "seed": seed,
+    }
+    return state | {key: each for key, each in (("stale", stale), ("frozen", frozen)) if each}
 
 
 def _name_in_checkpoint(layer: str, names: Mapping[str, str]) -> str:

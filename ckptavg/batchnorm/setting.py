@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Literal
@@ -10,12 +12,21 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ckptavg.batchnorm.layers import KeptLayer, NormLayer, is_aggregating, norm_layers
+from ckptavg.batchnorm.layers import (
+    IN_EVAL_MODE,
+    KeptLayer,
+    NormLayer,
+    is_aggregating,
+    norm_layers,
+    tracks,
+)
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
+
+log = logging.getLogger("ckptavg")
 
 TrainMode = Literal["norm", "full"]
 _SCALARS = (bool, int, float, str, type(None))
@@ -42,6 +53,66 @@ def training_mode(
         undo.enter_context(_not_compiled())
         undo.enter_context(_not_synchronised())
         yield
+
+
+def kept_in_eval(model: torch.nn.Module) -> list[KeptLayer]:
+    """The norm layers that the model's own `train` keeps in eval mode.
+
+    The model is asked only if a class or an object above a norm layer has a `train(mode)` of its
+    own. That may change more, such as weights that are merged in eval mode: all is put back.
+    """
+    layers = norm_layers(model)
+    if not any(
+        _has_own_train(module) and any(tracks(part) for part in module.modules())
+        for module in model.modules()
+    ):
+        return []
+    with ExitStack() as undo:
+        keep_buffers(model, undo)
+        _keep_weights(model, undo)
+        _keep_modes(model, undo)
+        try:
+            model.train()
+        except Exception as error:  # noqa: BLE001 - the user's own
+            log.warning(
+                "which norm layers the model keeps in eval mode is unknown: its train() raised %s: "
+                "%s",
+                type(error).__name__,
+                error,
+            )
+            return []
+        return [
+            KeptLayer(name, IN_EVAL_MODE, is_intended=True)
+            for name, layer in layers.items()
+            if not layer.training
+        ]
+
+
+def _has_own_train(module: torch.nn.Module) -> bool:
+    """Whether it has a `train(mode)` of its own. Other methods of this name may run a training."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if "train" not in vars(module) and type(module).train is torch.nn.Module.train:
+        return False
+    try:
+        parameters = list(inspect.signature(module.train).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    return bool(parameters) and (parameters[0].name == "mode" or parameters[0].default is True)
+
+
+def _keep_modes(model: torch.nn.Module, undo: ExitStack) -> None:
+    for module in model.modules():
+        if hasattr(module, "training"):  # frozen TorchScript has no mode
+            undo.callback(setattr, module, "training", module.training)
+
+
+def _keep_weights(model: torch.nn.Module, undo: ExitStack) -> None:
+    """Have the parameters put back, and whether they require gradients."""
+    for parameter in model.parameters():
+        if not is_lazy(parameter):
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            undo.callback(_write_back, parameter.data, parameter.data, parameter.detach().clone())
 
 
 def keep_buffers(model: torch.nn.Module, undo: ExitStack) -> None:
@@ -115,15 +186,16 @@ def _set_mode(
     `full` asks the model itself, whose `train` may know better, as `update_bn` does. To rest, only
     the flags are needed: an `eval` of the user's may do more, such as to merge weights.
     """
-    modules = [module for module in model.modules() if hasattr(module, "training")]
-    for module in modules:  # frozen TorchScript has no mode
-        undo.callback(setattr, module, "training", module.training)
+    _keep_modes(model, undo)
     if train_mode == "full":
+        if any(map(_has_own_train, model.modules())):
+            _keep_weights(model, undo)
         with user_code("the model's train()"):
             model.train()
     else:
-        for module in modules:
-            module.training = is_aggregating(module)
+        for module in model.modules():
+            if hasattr(module, "training"):
+                module.training = is_aggregating(module)
     for name, layer in norm_layers(model).items():
         layer.training = name in layers
     for each in kept:

@@ -24,6 +24,7 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import as_paths
+from ckptavg.merge.roles import frozen_layers
 from ckptavg.model.batches import default_forward, moved
 from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.feeding import limited
@@ -145,6 +146,7 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
         taken = chosen(select(run, rules))
         evaluator = Evaluator(options)
+        evaluator.compare([verdict.checkpoint for verdict in taken])
         found = []
         for verdict in taken:
             path = verdict.checkpoint.path
@@ -202,6 +204,7 @@ class Evaluator:
         self._forward: Forward | None = load_object(options.forward) if options.forward else None
         self._measure = measure_of(options.metric, self._forward or default_forward)
         self._used: list[object] = []  # loaders that can be gone through only once
+        self._frozen: list[str] = []
 
     @property
     def model(self) -> torch.nn.Module:
@@ -219,6 +222,14 @@ class Evaluator:
         self.become(checkpoint)
         return self.measured(self._options.loader, self._options.loader_args)
 
+    def compare(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Find out which norm layers were frozen: those that are the same in all checkpoints.
+
+        A refresh leaves them alone.
+        """
+        if self._options.refresh is not None:
+            self._frozen = frozen_layers(checkpoints)
+
     def become(self, checkpoint: Checkpoint) -> None:
         """Let the model be a checkpoint, its norm statistics refreshed if that is asked for.
 
@@ -234,7 +245,7 @@ class Evaluator:
             module._buffers[name] = values.clone()  # noqa: SLF001
         names = load_weights(self._model, checkpoint)
         if refresh is not None:
-            kept = layers_to_keep(self._model, names, checkpoint)
+            kept = layers_to_keep(self._model, names, checkpoint, self._frozen)
             batches = self._batches(refresh.loader, refresh.loader_args, for_refresh=True)
             refresh_norm(self._model, batches, forward=self._forward, kept=kept, **refresh.keywords)
         with user_code("the model's eval()"):

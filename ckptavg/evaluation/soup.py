@@ -235,6 +235,7 @@ class _Trials:
         self._inputs, self._common = inputs, {**common, "force": True, "fsync": False}
         self._averager = _Averager(inputs, AverageOptions(**self._common))
         self._evaluator = Evaluator(options)
+        self._evaluator.compare([verdict.checkpoint for verdict in taken])
         self.value = math.nan
 
     def greedy(self, given: Sequence[float] | None) -> list[SoupStep]:

@@ -87,6 +87,7 @@ class Explorer:
         first = self._checkpoints[0]
         for one in self._checkpoints[1:]:
             _check_alike(first, one)
+        self._evaluator.compare(self._checkpoints)
         self._parameters, self._aliases = self._named_parameters(first)
 
     def space(self, *, seed: int = 0) -> Space:

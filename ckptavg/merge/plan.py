@@ -6,42 +6,30 @@ Everything that can be refused from headers alone is refused here, before any ou
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import FormatError, MismatchError, ValueRangeError, printable
-from ckptavg.formats.checkpoint import differing_tensors
+from ckptavg.errors import ValueRangeError
 from ckptavg.formats.tensors import (
     BY_NAME,
     is_extra_state,
-    is_lora_factor,
     is_norm_statistic,
-    power_iteration_vectors,
 )
 from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
+from ckptavg.merge.roles import decide_roles, kept_layers, refuse_quantised
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.merge.jobs import BadValueError, Layout
     from ckptavg.merge.recipe import AverageOptions
+    from ckptavg.merge.roles import Role
     from ckptavg.merge.weights import Weights
 
 log = logging.getLogger("ckptavg")
-
-Role = Literal["averaged", "last", "kept", "joined"]
-"""What an output has for a tensor: the `averaged` one, the `last` checkpoint's, the one that all
-checkpoints have (`kept`), or the factors of all LoRA adapters side by side (`joined`)."""
-
-_WIDEST_CODE = 8  # bits
-_QUANTISED = re.compile(
-    r"(.*\.)?(qweight|qzeros|weight_packed|W_q|SCB|absmax|nested_absmax|quant_map|quant_state\..*"
-    r"|scaled_fp8)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +96,7 @@ class Plan:
             return {"state": "none"}
         weights = self.weights[output]
         if weights.count > 1 or not weights.sum_to_one:
-            frozen = _frozen_layers(layers, roles)
+            frozen = kept_layers(layers, roles)
             if len(frozen) == len(layers):
                 return {"state": "frozen"}
             return {"state": "stale", "frozen": frozen} if frozen else {"state": "stale"}
@@ -239,116 +227,6 @@ def make_plan(
     dtype = BY_NAME[options.dtype] if options.dtype else None
     tensors = tuple(_planned_tensors(members, roles, dtype))
     return Plan(tuple(members), tuple(weights), tensors)
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse quantised weights: a mean of codes means nothing if their scales differ.
-
-    Raises:
-        FormatError: a tensor is quantised.
-    """
-    scaled = set()  # layers (or tensors) with a scale or a zero point: `fc`, `fc.weight`
-    for name in checkpoint.tensors:
-        layer, _, last = name.rpartition(".")
-        if "scale" in last or "zero" in last:
-            scaled.add(layer)
-    for name, tensor in checkpoint.tensors.items():
-        is_scaled = name in scaled or name.rpartition(".")[0] in scaled
-        if (
-            tensor.dtype.kind == "packed"
-            or _QUANTISED.fullmatch(name)
-            or (is_scaled and tensor.count > 1 and _may_be_codes(name, tensor))
-        ):
-            raise FormatError(
-                "is quantised: codes and scales do not average apart",
-                path=checkpoint.path,
-                tensor=name,
-                remedy="average the checkpoints before they are quantised",
-            )
-
-
-def _may_be_codes(name: str, tensor: Tensor) -> bool:
-    if tensor.dtype.bits > _WIDEST_CODE:
-        return False
-    return tensor.dtype.averaged or name.rpartition(".")[2].startswith(("weight", "w", "W", "q"))
-
-
-def _frozen_layers(layers: Collection[str], roles: Mapping[str, Role]) -> list[str]:
-    """The norm layers whose statistics and counters are the same in all members, sorted."""
-    ends = ("running_mean", "running_var", "num_batches_tracked")
-    return [
-        layer
-        for layer in sorted(layers)
-        if all(roles.get(f"{layer}.{end}" if layer else end, "kept") == "kept" for end in ends)
-    ]
-
-
-def decide_roles(
-    members: Sequence[Checkpoint], options: AverageOptions, *, is_mean: bool
-) -> dict[str, Role]:
-    """The role of each tensor, by name.
-
-    Integers and norm statistics that are equal in all members are kept. Other integers, and the
-    vectors of spectral norm's power iteration, which would shrink in a mean, are the last member's.
-
-    Args:
-        members: checkpoints of one model, in order.
-        options: how integers, norm statistics and LoRA factors are treated.
-        is_mean: whether the weights sum to 1 in all outputs.
-
-    Raises:
-        MismatchError: an integer tensor of several elements differs between checkpoints.
-    """
-    first, *others = members
-    vectors = power_iteration_vectors(first.tensors)
-    if vectors and others:
-        log.info("%d vectors of spectral norm are the last checkpoint's", len(vectors))
-    opaque = {name for name in first.tensors if is_extra_state(name) or name in vectors}
-    comparable = {
-        name
-        for name, tensor in first.tensors.items()
-        if name not in opaque
-        and (not tensor.dtype.averaged or (is_norm_statistic(name) and others and is_mean))
-    }
-    differing: dict[str, Checkpoint] = {}  # with the first checkpoint that has another value
-    for other in others:
-        same = [name for name in first.tensors if name in comparable and name not in differing]
-        differing |= dict.fromkeys(differing_tensors(same, first, other), other)
-    if options.ints != "last":
-        _refuse_differing_integers(first, differing)
-    roles: dict[str, Role] = {}
-    for name, tensor in first.tensors.items():
-        if name in opaque:
-            roles[name] = "last"
-        elif name in comparable and name not in differing:
-            roles[name] = "kept"
-        elif options.lora == "exact" and is_lora_factor(name):
-            roles[name] = "joined"
-        elif options.norm_stats == "last" and is_norm_statistic(name):
-            roles[name] = "last"
-        else:
-            roles[name] = "averaged" if tensor.dtype.averaged else "last"
-    return roles
-
-
-def _refuse_differing_integers(first: Checkpoint, differing: Mapping[str, Checkpoint]) -> None:
-    """Refuse integer tensors that differ from the first checkpoint's, save for counters.
-
-    Raises:
-        MismatchError: there are such tensors.
-    """
-    problems = [
-        f"{printable(name)}: {tensor.dtype.name} {tensor.shape} differs between "
-        f"{printable(first.path)} and {printable(other.path)}"
-        for name, other in differing.items()
-        if not (tensor := first.tensors[name]).dtype.averaged and tensor.count > 1
-    ]
-    if problems:
-        raise MismatchError(
-            "integer tensors differ, and integers are not averaged "
-            "(`ints=last` takes them from the last checkpoint):",
-            problems,
-        )
 
 
 def _planned_tensors(

@@ -165,11 +165,19 @@ def _stated_count(batch: Any) -> int | None:  # noqa: ANN401
     if isinstance(batch, torch.Tensor):
         return int(batch.size(0)) if batch.dim() else None
     for name in ("num_graphs", "batch_size"):  # of PyTorch Geometric; of DGL
-        count = getattr(batch, name, None)
+        count = attribute_of(batch, name)
         if isinstance(count, int):
             return count
-    shape = getattr(batch, "shape", ())
+    shape = attribute_of(batch, "shape")
     return int(shape[0]) if isinstance(shape, tuple) and shape else None
+
+
+def attribute_of(thing: object, name: str) -> Any:  # noqa: ANN401
+    """An attribute of a user's object; None if it has none, or raises when it is asked."""
+    try:
+        return getattr(thing, name, None)
+    except Exception:  # noqa: BLE001 - the user's own
+        return None
 
 
 def _leading_sizes(batch: Any) -> Iterator[int]:  # noqa: ANN401

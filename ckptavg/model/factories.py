@@ -150,8 +150,8 @@ def _load_file(path: Path) -> ModuleType:
     name = path.stem
     if name in sys.modules:
         name = f"ckptavg_user_{name}_{zlib.crc32(bytes(path)):08x}"
-    _look_in(Path.cwd())
     _look_in(path.parent)
+    _look_in(Path.cwd(), behind=path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise CkptAvgError("cannot be imported", path=path)
@@ -166,10 +166,11 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _look_in(folder: Path) -> None:
-    """Have modules looked for in a folder, before all others."""
+def _look_in(folder: Path, behind: Path | None = None) -> None:
+    """Have modules looked for in a folder, before all others or behind another."""
     if str(folder) not in sys.path and not (folder == Path.cwd() and "" in sys.path):
-        sys.path.insert(0, str(folder))
+        place = 0 if behind is None else sys.path.index(str(behind)) + 1
+        sys.path.insert(place, str(folder))
 
 
 @contextlib.contextmanager

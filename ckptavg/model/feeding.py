@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from ckptavg.errors import RefreshError
-from ckptavg.model.batches import Numbered, count_examples, leaves
+from ckptavg.model.batches import Numbered, attribute_of, count_examples, leaves
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
@@ -147,7 +147,9 @@ def _dealt_out_to(batches: Iterable[Any]) -> tuple[int, int] | None:
             ("num_processes", "process_index"),
             ("world_size", "rank"),
         ):
-            size, rank = getattr(part, size_name, None), getattr(part, rank_name, None)
+            if size_name == "world_size" and type(part).__name__ != "DistributedConfig":
+                continue  # of datasets; a data set of the user's may have such attributes
+            size, rank = attribute_of(part, size_name), attribute_of(part, rank_name)
             if isinstance(size, int) and isinstance(rank, int) and size > 1:
                 return size, rank
     return None

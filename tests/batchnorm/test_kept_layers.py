@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.backbone: Any = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout())
         self.head: Any = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
         self.hides_backbone = hides_backbone
+        self.backbone(torch.randn(16, 5) + 3)  # it has been trained elsewhere
 
     def forward(self, values):
         return self.head(self.backbone(values))
@@ -185,6 +186,7 @@ class TestNothing:
         space: dict[str, Any] = {}
         exec(Path("mine.py").read_text(), space)  # noqa: S102 - it is above
         model: nn.Module = space[name]()
+        model(torch.randn(8, 5))  # it has seen data
         return model
 
 
@@ -334,3 +336,55 @@ def test_statistics_of_the_last_member_are_frozen_too_if_all_are_equal():
     summary = ckptavg.average(members(Net()), "swa.pt", norm_stats="last")
     assert summary.norm_stats == "stale"
     assert norm_stats(Path("swa.pt"))["frozen"] == ["backbone.1"]
+
+
+def test_statistics_that_were_never_computed_are_not_frozen():
+    """Means of 0 and variances of 1 in all members: they were reset, to be computed at the end."""
+    folder = Path("run")
+    folder.mkdir()
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    for step in range(3):
+        state = model.state_dict() | {"0.weight": torch.randn(4, 5)}
+        torch.save(state, folder / f"epoch_{step}.pt")
+    assert ckptavg.average(folder, "swa.pt").norm_stats == "stale"
+    assert refresh("new.pt", model)["1.running_mean"].any()
+
+
+def test_a_container_with_a_wrappers_prefix_knows_its_frozen_layers():
+    folder = members(Net())
+    for path in folder.iterdir():
+        state = torch.load(path)
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
+    ckptavg.average(folder, "swa.pt", container="last")
+    before = torch.load("swa.pt")["state_dict"]
+    ckptavg.refresh_checkpoint("swa.pt", None, model=Net(), loader=BATCHES, device="cpu")
+    after = torch.load("swa.pt")["state_dict"]
+    name = "module.backbone.1.running_mean"
+    assert torch.equal(after[name], before[name])
+
+
+def test_evaluations_of_members_leave_the_layers_that_are_the_same_in_all():
+    folder = members(Net())
+    ckptavg.average(folder, "swa.pt")
+    means = []
+
+    def look(model: nn.Module, batches: object) -> float:
+        means.append(dict(model.named_buffers())["backbone.1.running_mean"].clone())
+        return 0.0
+
+    refresh = ckptavg.RefreshOptions(model=Net(), loader=BATCHES, device="cpu")
+    ckptavg.evaluate(
+        [folder, "swa.pt"], model=Net(), loader=[0], metric=look, refresh=refresh, device="cpu"
+    )
+    frozen = torch.load("swa.pt")["backbone.1.running_mean"]
+    assert len(means) == 4
+    assert all(torch.equal(mean, frozen) for mean in means)
+
+
+def test_layers_that_a_refresh_has_done_are_not_stale_after_the_next():
+    ckptavg.average(members(Net(), frozen=False), "swa.pt")
+    for layers, state in ((["backbone"], "partly refreshed"), (["head"], "refreshed")):
+        ckptavg.refresh_checkpoint(
+            "swa.pt", None, model=Net(), loader=BATCHES, layers=layers, device="cpu"
+        )
+        assert norm_stats(Path("swa.pt"))["state"] == state

@@ -625,21 +625,93 @@ class TestModes:
         refresh_norm(model.eval(), data_for("mlp"), forward=forward, train_mode="full")
         assert seen == [{Mlp, nn.Linear, nn.ReLU, nn.BatchNorm1d}] * 4
 
-    @pytest.mark.parametrize("train_mode", ["norm", "full"])
-    def test_a_train_method_that_raises_is_the_users(self, train_mode):
+    def test_a_train_method_that_raises_is_asked_for_by_full_alone(self, notices):
         class Stubborn(nn.Module):
             def __init__(self):
                 super().__init__()
                 self.body = make("mlp")
 
-            def train(self, mode=True):  # noqa: ARG002, FBT002 - as in torch
+            def train(self, mode=True):  # noqa: FBT002 - as in torch
+                super().train(mode)
                 explode()
 
-        model = Stubborn()
+            def forward(self, values):
+                return self.body(values)
+
+        model, other = Stubborn(), make("mlp")
+        for part in model.modules():
+            part.training = False
         before = Snapshot(model)
         with pytest.raises(UserCodeError, match=r"train\(\) raised ZeroDivisionError"):
-            refresh_norm(model, data_for("mlp"), train_mode=train_mode)
+            refresh_norm(model, data_for("mlp"), train_mode="full")
         before.check()
+        refresh_norm(model, data_for("mlp"))
+        assert "its train() raised ZeroDivisionError" in notices.text
+        refresh_norm(other, data_for("mlp"))
+        assert_same_statistics(model, other, 1e-12)
+        before.check(but=STATISTICS)
+
+    @pytest.mark.parametrize("train_mode", ["norm", "full"])
+    def test_what_a_train_method_changes_is_put_back(self, train_mode):
+        """Weights that are merged in eval mode, as those of LoRA, and whether they are trained."""
+
+        class Merging(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.is_merged = make("mlp"), False
+                self.extra = nn.Parameter(torch.ones(()))
+
+            def train(self, mode=True):  # noqa: FBT002 - as in torch
+                super().train(mode)
+                self.body[0].weight.requires_grad_(mode)
+                if mode == self.is_merged:
+                    self.body[0].weight.data += -self.extra.data if mode else self.extra.data
+                    self.is_merged = not mode
+                return self
+
+            def forward(self, values):
+                return self.body(values)
+
+        model = Merging().eval()
+        before = Snapshot(model)
+        refresh_norm(model, data_for("mlp"), train_mode=train_mode)
+        before.check(but=STATISTICS)
+        assert model.is_merged
+
+    def test_a_method_of_the_name_train_that_is_another_is_not_called(self):
+        """As that of ultralytics, which runs a training."""
+
+        class Trainer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = make("mlp")
+
+            def train(self, trainer=None, **options):  # type: ignore[override]  # noqa: ARG002
+                explode()
+
+            def forward(self, values):
+                return self.body(values)
+
+        assert len(refresh_norm(Trainer(), data_for("mlp")).layers) == 2
+
+    def test_layers_that_the_forward_pass_puts_in_eval_mode_are_left(self):
+        class Fixed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.backbone, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+
+            def forward(self, values):
+                self.backbone.eval()
+                return self.head(self.backbone(values))
+
+        model = Fixed()
+        disturb(model)
+        before = Snapshot(model)
+        report = refresh_norm(model, data_for("mlp"), estimator="exact")
+        before.check(but=[f"head.{name}" for name in STATISTICS])
+        assert [(each.name, each.is_intended) for each in report.kept] == [("backbone", True)]
+        given = model.backbone.eval()(torch.cat(data_for("mlp")))
+        torch.testing.assert_close(model.head.running_mean, given.mean(0), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("train_mode", ["norm", "full"])
     @pytest.mark.parametrize("where", ["class", "object"])
@@ -1153,6 +1225,17 @@ class TestMoved:
         assert seen == [expected] * 4
         assert model[1].weight.data_ptr() == filters.data_ptr()
         assert model[1].weight.is_contiguous()
+
+    def test_auto_takes_filters_that_are_computed_in_each_call(self):
+        """Equalised learning rates: there is no parameter `weight`, or none yet."""
+        model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        filters = model[0].weight
+        del model[0].weight
+        model[0].register_parameter("weight_orig", filters)
+        model[0].register_forward_pre_hook(
+            lambda module, _: setattr(module, "weight", module.weight_orig * 2)
+        )
+        assert len(refresh_norm(model, data_for("conv2d")).layers) == 1
 
     def test_auto_leaves_the_images_of_other_models_alone(self):
         seen = []

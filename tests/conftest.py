@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +84,15 @@ def train(user_folder: Path, notices: object, no_fsync: None) -> Any:
 
     (user_folder / "train.py").write_text(TRAIN)
     return importlib.import_module("train")
+
+
+@pytest.fixture
+def recipe(user_folder: Path) -> Callable[[str], tuple[Any, Any]]:
+    """Runs a recipe of the documentation; returns its module and the metrics that it printed."""
+    from tests.recipes import run_recipe
+
+    def play(name: str) -> tuple[Any, Any]:
+        printed = run_recipe(name, user_folder)
+        return importlib.import_module(name), printed
+
+    return play

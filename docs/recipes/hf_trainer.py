@@ -1,0 +1,71 @@
+"""transformers' Trainer: batches are dicts, the average is a directory for `from_pretrained`."""
+
+import subprocess
+
+import torch
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+
+COMMANDS = """
+ckptavg bn-refresh swa/ -o refreshed/ \
+    --model hf_trainer.py:make_model --loader hf_trainer.py:train_loader
+ckptavg evaluate run/checkpoint-320 swa/ refreshed/ by_hand/ \
+    --model hf_trainer.py:make_model --loader hf_trainer.py:held_out --metric hf_trainer.py:accuracy
+"""
+
+
+def make_model():
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    return ResNetForImageClassification(config)
+
+
+def data(seed, count):
+    """Noisy images `[3, 16, 16]` with a bright stripe at one of four places."""
+    torch.manual_seed(seed)
+    labels, images = torch.randint(4, (count,)), torch.randn(count, 3, 16, 16)
+    for k in range(4):
+        images[labels == k, k % 3, 4 * k : 4 * k + 4] += 0.5
+    return [{"pixel_values": x, "labels": y} for x, y in zip(images, labels)]
+
+
+def train_loader():
+    shuffle = torch.Generator().manual_seed(0)
+    return DataLoader(data(1, 512), batch_size=16, shuffle=True, generator=shuffle)
+
+
+def held_out():
+    return DataLoader(data(2, 1000), batch_size=100)
+
+
+def accuracy(model, batches):
+    hits = [model(b["pixel_values"]).logits.argmax(1) == b["labels"] for b in batches]
+    return torch.cat(hits).float().mean()
+
+
+def main():
+    arguments = TrainingArguments(
+        "run",
+        num_train_epochs=10,
+        per_device_train_batch_size=16,
+        learning_rate=0.04,
+        lr_scheduler_type="constant",
+        save_strategy="epoch",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    torch.manual_seed(0)
+    Trainer(make_model(), arguments, train_dataset=data(1, 512)).train()
+
+    subprocess.run(["sh", "-exc", "ckptavg average run -o swa/ --start 50%"], check=True)
+    model = ResNetForImageClassification.from_pretrained("swa")
+    update_bn((batch["pixel_values"] for batch in train_loader()), model)  # the refresh by hand
+    model.save_pretrained("by_hand")
+    subprocess.run(["sh", "-exc", COMMANDS], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The recipes for Lightning, transformers and PyTorch Geometric."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.held_out import naive_metrics
+from tests.oracle import StateDict, assert_mean
+from tests.recipes import assert_metrics, assert_statistics, furthest
+
+
+def test_lightning(recipe):
+    module, printed = recipe("lightning_module")
+    files = {
+        name: torch.load(name, weights_only=True)
+        for name in ("ckpts/last.ckpt", "swa.ckpt", "refreshed.ckpt", "by_hand.ckpt")
+    }
+    states = {Path(name).name: content["state_dict"] for name, content in files.items()}
+    epochs = [f"ckpts/epoch={epoch}-step={20 * (epoch + 1)}.ckpt" for epoch in range(5, 12)]
+    assert_mean(states["swa.ckpt"], [torch.load(path)["state_dict"] for path in epochs])
+    data = module.Data()
+    data.setup("fit")
+    passes = [lambda model, x=inputs: model(x) for inputs, _ in data.train_dataloader()]
+    model, names = module.LitModel(width=24), {"layers.1", "layers.4"}
+    assert_statistics(states["refreshed.ckpt"], states["swa.ckpt"], model, names, passes)
+    assert furthest(states["refreshed.ckpt"], states["by_hand.ckpt"], names) <= 1e-4
+    measure = functools.partial(naive_metrics, model, batches=list(module.held_out()))
+    assert_metrics(printed, states, measure)
+    loaded = module.LitModel.load_from_checkpoint("refreshed.ckpt")
+    assert loaded.hparams.width == 24
+    last, refreshed = files["ckpts/last.ckpt"], files["refreshed.ckpt"]
+    assert refreshed["optimizer_states"].__class__ is last["optimizer_states"].__class__
+    assert refreshed["global_step"] == last["global_step"] == 240
+
+
+def test_transformers(recipe):
+    module, printed = recipe("hf_trainer")
+    folders = {"checkpoint-320": "run/checkpoint-320"}
+    folders |= {name: name for name in ("swa", "refreshed", "by_hand")}
+    kind = transformers.ResNetForImageClassification
+    models = {name: kind.from_pretrained(path) for name, path in folders.items()}
+    states = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
+    steps = [f"run/checkpoint-{step}/model.safetensors" for step in range(160, 321, 32)]
+    assert_mean(load_file("swa/model.safetensors"), [load_file(path) for path in steps])
+    model = module.make_model()
+    names = {name for name, part in model.named_modules() if hasattr(part, "running_mean")}
+    assert len(names) == 6
+    passes = [
+        lambda model, x=batch["pixel_values"]: model(pixel_values=x)
+        for batch in module.train_loader()
+    ]
+    assert_statistics(states["refreshed"], states["swa"], model, names, passes)
+    assert furthest(states["refreshed"], states["by_hand"], names) <= 1e-4
+
+    def measure(state: StateDict) -> dict[str, float]:
+        """An example at a time."""
+        model.load_state_dict(state)
+        model.eval()
+        with torch.no_grad():
+            hits = [
+                model(example["pixel_values"][None]).logits.argmax() == example["labels"]
+                for example in module.data(2, 1000)
+            ]
+        return {"accuracy": float(torch.stack(hits).double().mean())}
+
+    assert_metrics(printed, states, measure)
+
+
+def test_graphs(recipe):
+    pytest.importorskip("torch_geometric")
+    module, printed = recipe("graphs")
+    names = ("swa.safetensors", "refreshed.safetensors", "by_hand.safetensors")
+    epochs = [torch.load(f"ckpts/epoch_{epoch}.pt")["model"] for epoch in range(4, 10)]
+    states = {"epoch_9.pt": epochs[-1]} | {name: load_file(name) for name in names}
+    before, after, by_hand = (states[name] for name in names)
+    assert_mean(before, epochs)
+    model, norms = module.Net(), {"norms.0.module", "norms.1.module"}
+    passes = [lambda model, x=graphs: model(x) for graphs in module.train_loader()]
+    assert len(passes) == 20
+    assert_statistics(after, before, model, norms, passes)
+    assert furthest(after, by_hand, norms) <= 1e-4
+
+    def measure(state: StateDict) -> dict[str, float]:
+        """A graph at a time, with plain sums over its neighbours."""
+        model.load_state_dict(state)
+        model.eval()
+        with torch.no_grad():
+            hits = [naive_scores(model, graph).argmax() == graph.y for graph in module.data(2, 400)]
+        return {"accuracy": float(torch.stack(hits).double().mean())}
+
+    assert_metrics(printed, states, measure)
+
+
+def naive_scores(model: Any, graph: Any) -> torch.Tensor:
+    """The scores of one graph, by the matrix of its edges."""
+    edges = torch.zeros(len(graph.x), len(graph.x))
+    edges[graph.edge_index[1], graph.edge_index[0]] = 1
+    nodes = graph.x
+    for conv, norm in zip(model.convs, model.norms, strict=True):
+        nodes = norm.module(conv.nn(nodes + edges @ nodes)).relu()
+    scores: torch.Tensor = model.head(nodes.sum(0))
+    return scores

@@ -99,7 +99,8 @@ def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN4
     """Call the model with a batch.
 
     With a tensor, or the first element of a list or tuple; with the values of a dict by their keys
-    if the model's `forward` takes them all.
+    if the model's `forward` takes them all; with an object that moves itself to a device, such as
+    a batch of graphs.
 
     Raises:
         RefreshError: the batch is something else.
@@ -107,7 +108,9 @@ def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN4
     if isinstance(batch, Mapping) and _takes(model, batch):
         return model(**batch)
     given = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    if not isinstance(given, torch.Tensor):
+    if not isinstance(given, torch.Tensor) and (
+        isinstance(given, Mapping | list | tuple) or not callable(attribute_of(given, "to"))
+    ):
         what = f"a {type(given).__name__}"
         if isinstance(given, Mapping):
             what = f"a dict of {listed(given)}"

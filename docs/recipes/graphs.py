@@ -13,7 +13,7 @@ from torch_geometric.nn import BatchNorm, GINConv, global_add_pool
 
 COMMANDS = """
 ckptavg bn-refresh swa.safetensors -o refreshed.safetensors \
-    --model graphs.py:Net --loader graphs.py:train_loader --forward graphs.py:call --estimator torch
+    --model graphs.py:Net --loader graphs.py:train_loader --estimator torch
 ckptavg evaluate ckpts/epoch_9.pt swa.safetensors refreshed.safetensors by_hand.safetensors \
     --model graphs.py:Net --loader graphs.py:held_out --metric graphs.py:accuracy
 """
@@ -34,10 +34,6 @@ class Net(nn.Module):
         for conv, norm in zip(self.convs, self.norms):
             nodes = norm(conv(nodes, graphs.edge_index)).relu()
         return self.head(global_add_pool(nodes, graphs.batch))
-
-
-def call(model, graphs):
-    return model(graphs)
 
 
 def data(seed, count):

@@ -388,3 +388,25 @@ def test_layers_that_a_refresh_has_done_are_not_stale_after_the_next():
             "swa.pt", None, model=Net(), loader=BATCHES, layers=layers, device="cpu"
         )
         assert norm_stats(Path("swa.pt"))["state"] == state
+
+
+def test_a_batch_that_moves_itself_is_the_models_argument():
+    class Graphs:
+        def __init__(self, nodes):
+            self.nodes, self.num_graphs = nodes, 4
+
+        def to(self, _device):
+            return self
+
+    class OfGraphs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5)
+
+        def forward(self, graphs):
+            return self.norm(graphs.nodes)
+
+    model = OfGraphs()
+    report = ckptavg.refresh_norm(model, [Graphs(batch) for batch in BATCHES], estimator="exact")
+    assert report.samples == 4 * len(BATCHES)
+    torch.testing.assert_close(model.norm.running_mean, BATCHES.flatten(0, 1).mean(0))

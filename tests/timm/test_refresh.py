@@ -218,7 +218,7 @@ class TestAgainstUpdateBn:
         update_bn(data(name), other)
         report = refresh(model, data(name))
         assert_same_statistics(model, other, 1e-5)
-        assert (report.batches, report.samples, report.unused) == (3, 16, ())
+        assert (report.batches, report.samples, report.kept) == (3, 16, ())
         assert len(report.layers) == len(norms(model))
         before.check(but=STATISTICS)
 
@@ -258,8 +258,8 @@ class TestAgainstUpdateBn:
         report = refresh(model, batches, train_mode=train_mode)
         if train_mode == "norm":
             heads = [name for name in statistics(model) if name.startswith("aux")]
-            assert {name.rpartition(".")[0] for name in heads} == set(report.unused)
-            assert "took in no batch and keep their old statistics" in notices.text
+            assert {name.rpartition(".")[0] for name in heads} == {each.name for each in report.kept}
+            assert "alone (not called): " in notices.text
             for name in heads:
                 assert same_bits(model.state_dict()[name], before.values[name])
             other.load_state_dict({name: before.values[name] for name in heads}, strict=False)
@@ -524,15 +524,15 @@ class TestFrozen:
         before.check(but=[f"{name}.{end}" for name in ours for end in STATISTICS])
         [line] = [one for one in notices.records if "frozen" in one.getMessage()]
         assert line.levelno == logging.INFO
-        assert f"{len(names)} layers keep their running statistics, frozen" in line.getMessage()
-        assert f"'{names[0]}' ({frozen.__name__})" in line.getMessage()
+        expected = f"left {len(names)} norm layers alone (frozen, as {frozen.__name__} says): "
+        assert f"{expected}{names[0]!r}" in line.getMessage()
 
     def test_layers_alone_leave_nothing_to_do(self, notices):
         model = seeded(frozen_resnet)
         before = Whole(model)
         report = refresh(model, iter(()))
         assert (report.layers, report.batches) == ((), 0)
-        assert "20 layers keep their running statistics, frozen" in notices.text
+        assert "left 20 norm layers alone (frozen, as FrozenBatchNorm2d says)" in notices.text
         before.check()
 
     def test_layers_of_an_unknown_kind_are_warned_of(self, notices):
@@ -540,7 +540,7 @@ class TestFrozen:
         before = Whole(model)
         refresh(model, data("resnet18", (4, 4)))
         [line] = [one for one in notices.records if one.levelno == logging.WARNING]
-        assert "of a kind that is not refreshed: '0' (EvoNorm2dB0)" in line.getMessage()
+        assert "(EvoNorm2dB0 is of a kind that is not refreshed): '0'" in line.getMessage()
         assert same_bits(model[0].running_var, before.values["0.running_var"])
         before.check(but=STATISTICS)
 

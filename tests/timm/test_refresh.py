@@ -258,7 +258,9 @@ class TestAgainstUpdateBn:
         report = refresh(model, batches, train_mode=train_mode)
         if train_mode == "norm":
             heads = [name for name in statistics(model) if name.startswith("aux")]
-            assert {name.rpartition(".")[0] for name in heads} == {each.name for each in report.kept}
+            assert {name.rpartition(".")[0] for name in heads} == {
+                each.name for each in report.kept
+            }
             assert "alone (not called): " in notices.text
             for name in heads:
                 assert same_bits(model.state_dict()[name], before.values[name])

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from ckptavg.batchnorm.layers import (
     COPIED,
     NOT_IN_CHECKPOINT,
+    OVERRULED,
     SAME_IN_ALL_MEMBERS,
     KeptLayer,
     explained,
@@ -196,7 +197,12 @@ def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_option
     if is_hidden:
         reason += ", though the checkpoint has such statistics"
     if is_hidden or not is_optional:
-        raise RefreshError(f"there is nothing to refresh: {reason}", path=checkpoint.path)
+        may_choose = any(each.reason in OVERRULED for each in report.kept)
+        raise RefreshError(
+            f"there is nothing to refresh: {reason}",
+            path=checkpoint.path,
+            remedy="`layers` refreshes frozen ones that it names" if may_choose else None,
+        )
     log.info("there is nothing to refresh: %s", reason)
 
 

@@ -49,6 +49,9 @@ NOT_IN_CHECKPOINT = "not in the checkpoint"
 SAME_IN_ALL_MEMBERS = "frozen: the same in all members of the average"
 UNCHANGED = "works with its old statistics in training mode too"
 
+OVERRULED = (IN_EVAL_MODE, SAME_IN_ALL_MEMBERS)
+"""Reasons that do not count for layers that the user names."""
+
 
 @dataclass(frozen=True)
 class KeptLayer:
@@ -92,7 +95,7 @@ def layers_to_refresh(
     reasons = {each.name: each for each in _of_other_kinds(model, known)}
     reasons |= {each.name: each for each in kept}
     for name in wanted - unwanted:
-        if name in reasons and reasons[name].reason in (IN_EVAL_MODE, SAME_IN_ALL_MEMBERS):
+        if name in reasons and reasons[name].reason in OVERRULED:
             del reasons[name]
     for name in known:
         if name in unwanted or (layers and name not in wanted):

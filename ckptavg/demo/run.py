@@ -40,7 +40,7 @@ Progress = Callable[[int, int | None], None]
 """Called with the epochs trained since the last call, and with how many there are."""
 
 
-RULES = Selection(start="75%", lr_minima=True)
+RULES = Selection(start="75%", lr_minima=True, lr_recorded="used")
 """As in the paper: from 75 % of the budget on, at the minima of the rate."""
 
 

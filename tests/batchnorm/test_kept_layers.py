@@ -410,3 +410,16 @@ def test_a_batch_that_moves_itself_is_the_models_argument():
     report = ckptavg.refresh_norm(model, [Graphs(batch) for batch in BATCHES], estimator="exact")
     assert report.samples == 4 * len(BATCHES)
     torch.testing.assert_close(model.norm.running_mean, BATCHES.flatten(0, 1).mean(0))
+
+
+def test_where_all_are_frozen_the_error_says_how_to_refresh_them():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    model(torch.randn(8, 5))
+    Path("run").mkdir()
+    for step in range(2):
+        torch.save(model.state_dict() | {"0.bias": torch.randn(4)}, f"run/epoch_{step}.pt")
+    ckptavg.average("run", "swa.pt")
+    with pytest.raises(RefreshError, match=r"'1' \(frozen: the same .*\); `layers` refreshes"):
+        refresh("new.pt", model)
+    refresh("new.pt", model, layers=["1"])
+    assert norm_stats(Path("new.pt"))["state"] == "refreshed"

@@ -678,7 +678,7 @@ class TestModes:
         before.check(but=STATISTICS)
         assert model.is_merged
 
-    def test_a_method_of_the_name_train_that_is_another_is_not_called(self):
+    def test_a_method_of_the_name_train_that_is_another_is_not_called(self, notices):
         """As that of ultralytics, which runs a training."""
 
         class Trainer(nn.Module):
@@ -693,6 +693,7 @@ class TestModes:
                 return self.body(values)
 
         assert len(refresh_norm(Trainer(), data_for("mlp")).layers) == 2
+        assert notices.text == ""
 
     def test_layers_that_the_forward_pass_puts_in_eval_mode_are_left(self):
         class Fixed(nn.Module):

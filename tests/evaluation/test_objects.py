@@ -135,3 +135,9 @@ def test_a_generator_serves_one_checkpoint_only(code):
     batches = (batch for batch in code["batches"]())
     with pytest.raises(ckptavg.CkptAvgError, match="can be gone through only once"):
         ckptavg.evaluate("run", model=nn.Sequential(*code["net"]()), loader=batches)
+
+
+@pytest.mark.parametrize("name", ["refresh_checkpoint", "evaluate", "soup", "average"])
+def test_a_wrong_keyword_is_an_error_that_names_the_function(name):
+    with pytest.raises(TypeError, match=rf"^{name}\(\) .*(required|unexpected)"):
+        getattr(ckptavg, name)("a.pt", bogus=1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.average import average
 from ckptavg.batchnorm.files import refresh_checkpoint
 from ckptavg.batchnorm.options import RefreshOptions
-from ckptavg.errors import CkptAvgError, OutputError
+from ckptavg.errors import CkptAvgError, OutputError, without_notices
 from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
@@ -40,7 +40,7 @@ Progress = Callable[[int, int | None], None]
 """Called with the epochs trained since the last call, and with how many there are."""
 
 
-RULES = Selection(start="75%", lr_minima=True, lr_recorded="used")
+RULES = Selection(start="75%", lr_minima=True)
 """As in the paper: from 75 % of the budget on, at the minima of the rate."""
 
 
@@ -172,8 +172,9 @@ def refuse_used(directory: Path) -> None:
 def make_averages(directory: Path) -> Summary:
     """Average the checkpoints in three ways, which differ in their BatchNorm statistics."""
     checkpoints, averaged = directory / "checkpoints", directory / "averaged-bn.safetensors"
-    summary = average(checkpoints, averaged, select=RULES)
-    average(checkpoints, directory / "last-bn.safetensors", select=RULES, norm_stats="last")
+    with without_notices():  # the guess about learning rates is right here
+        summary = average(checkpoints, averaged, select=RULES)
+        average(checkpoints, directory / "last-bn.safetensors", select=RULES, norm_stats="last")
     # The directory's train.py is a copy of this module, and gives the same model and batches.
     refresh_checkpoint(
         averaged, directory / "refreshed-bn.safetensors",

@@ -141,8 +141,10 @@ class Capture(TorchFunctionMode):
         kept = []
         for known in self._layers.values():
             if known.name not in names:
-                reason = UNCHANGED if known.was_called else NOT_CALLED
-                reason = MIXING if known.obeys is False else reason
+                if known.obeys is False:
+                    reason = MIXING
+                else:
+                    reason = UNCHANGED if known.was_called else NOT_CALLED
                 kept.append(KeptLayer(known.name, reason, is_intended=reason == UNCHANGED))
         return kept
 

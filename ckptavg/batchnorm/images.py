@@ -64,14 +64,10 @@ class ImageFormat:
             forward(in_formats(batch, self._formats))
             return
         self._set(_fitting_formats(self._model, batch, self._device, is_amp=self._is_amp))
-        if not self._formats:
-            forward(batch)
-            self._is_chosen = True
-            return
         try:
-            forward(in_formats(cloned(batch), self._formats))
+            forward(in_formats(cloned(batch), self._formats) if self._formats else batch)
         except UserCodeError as error:
-            if not isinstance(error.__cause__, RuntimeError):
+            if not self._formats or not isinstance(error.__cause__, RuntimeError):
                 raise
             log.info("trying contiguous images: %s", str(error.__cause__).splitlines()[0])
             self._set({})

@@ -180,7 +180,7 @@ def _checked(report: RefreshReport) -> RefreshReport:
     Raises:
         RefreshError: no layer was refreshed, and at least one has stale statistics.
     """
-    if not report.layers and report.state == "partly refreshed":
+    if report.stale and not report.layers:
         raise RefreshError(f"no norm layer was refreshed: {explained(report.kept)}")
     return report
 

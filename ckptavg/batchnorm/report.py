@@ -109,8 +109,12 @@ class RefreshReport:
     @property
     def state(self) -> str:
         """The state of the norm statistics: `partly refreshed` if a layer's still are stale."""
-        is_part = any(not layer.is_intended for layer in self.kept)
-        return "partly refreshed" if is_part else "refreshed"
+        return "partly refreshed" if self.stale else "refreshed"
+
+    @property
+    def stale(self) -> list[KeptLayer]:
+        """The layers that keep statistics of other weights."""
+        return [layer for layer in self.kept if not layer.is_intended]
 
     def largest(self, measure: Callable[[LayerReport], float]) -> LayerReport:
         """The layer that has most of something; of equals the first."""

@@ -130,13 +130,16 @@ def _refreshed_state(
     report: RefreshReport, names: Mapping[str, str], seed: int, *, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entry on the norm statistics after a refresh, with the layers that are left by name."""
-    kept = {_name_in_checkpoint(each.name, names): each for each in report.kept}
-    stale = [name for name, each in kept.items() if not each.is_intended]
+    stale = [_name_in_checkpoint(each.name, names) for each in report.stale]
     if before.get("state") == "refreshed":
         stale = []  # what is kept now was refreshed before
     elif before.get("state") == "partly refreshed":
         stale = [name for name in stale if name in before.get("stale", ())]
-    frozen = [name for name, each in kept.items() if each.reason == SAME_IN_ALL_MEMBERS]
+    frozen = [
+        _name_in_checkpoint(each.name, names)
+        for each in report.kept
+        if each.reason == SAME_IN_ALL_MEMBERS
+    ]
     state: dict[str, Any] = {
         "state": "partly refreshed" if stale else "refreshed",
         "estimator": report.estimator,

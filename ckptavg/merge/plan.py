@@ -17,7 +17,7 @@ from ckptavg.formats.tensors import (
     is_norm_statistic,
 )
 from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
-from ckptavg.merge.roles import decide_roles, kept_layers, refuse_quantised
+from ckptavg.merge.roles import decide_roles, layers_but_moving, refuse_quantised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +96,8 @@ class Plan:
             return {"state": "none"}
         weights = self.weights[output]
         if weights.count > 1 or not weights.sum_to_one:
-            frozen = kept_layers(layers, roles)
+            moving = [name for name, role in roles.items() if role != "kept"]
+            frozen = layers_but_moving(roles, moving)
             if len(frozen) == len(layers):
                 return {"state": "frozen"}
             return {"state": "stale", "frozen": frozen} if frozen else {"state": "stale"}

@@ -17,7 +17,7 @@ from ckptavg.formats.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -138,25 +138,28 @@ def frozen_layers(checkpoints: Sequence[Checkpoint]) -> list[str]:
     names = {
         name
         for name in first.tensors
-        if is_norm_statistic(name) or is_batch_counter(name)
-        if all(name in other.tensors for other in others)
+        if _is_of_norm_state(name) and all(name in other.tensors for other in others)
     }
     if not others or not names:
         return []
     differing = _differing(names, first, others)
     moving = differing.keys() | _initial_statistics(first, names - differing.keys())
+    return layers_but_moving(names, moving)
+
+
+def layers_but_moving(names: Iterable[str], moving: Iterable[str]) -> list[str]:
+    """The norm layers that have neither a statistic nor a counter among those that move, sorted.
+
+    Args:
+        names: of tensors.
+        moving: names of those that are not the same in all checkpoints.
+    """
     layers = {name.rpartition(".")[0] for name in names if is_norm_statistic(name)}
-    return sorted(layers - {name.rpartition(".")[0] for name in moving})
+    return sorted(layers - {name.rpartition(".")[0] for name in moving if _is_of_norm_state(name)})
 
 
-def kept_layers(layers: Collection[str], roles: Mapping[str, Role]) -> list[str]:
-    """The norm layers whose statistics and counters are the same in all members, sorted."""
-    ends = ("running_mean", "running_var", "num_batches_tracked")
-    return [
-        layer
-        for layer in sorted(layers)
-        if all(roles.get(f"{layer}.{end}" if layer else end, "kept") == "kept" for end in ends)
-    ]
+def _is_of_norm_state(name: str) -> bool:
+    return is_norm_statistic(name) or is_batch_counter(name)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:

@@ -80,12 +80,19 @@ class Slow(Dataset):
         if RANK == 1 and index > 200:
             raise ValueError("process one cannot read this")
         time.sleep(0.002)
-        open(f"begun{RANK}", "w").close()
         return torch.randn(3, 8, 8)
 
 
 def slow():
     return DataLoader(Slow(), 16, shuffle=True)
+
+
+def waiting():
+    for _ in range(3):
+        if RANK == 1:
+            open("begun1", "w").close()
+            time.sleep(60)  # until it is killed
+        yield torch.randn(4, 3, 8, 8)
 
 
 def long():
@@ -269,7 +276,7 @@ class TestFailure:
 
     def test_that_kills_one_is_noticed(self, folder):
         (folder / "begun1").unlink(missing_ok=True)
-        job = start(folder, "-o", "bad.pt", "--loader", "train.py:slow", size=3)
+        job = start(folder, "-o", "bad.pt", "--loader", "train.py:waiting", size=3)
         while not (folder / "begun1").exists():
             assert job.processes[1].is_alive()
             time.sleep(0.05)

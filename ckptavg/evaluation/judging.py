@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ckptavg.batchnorm.report import Verdict
 from ckptavg.errors import SelectionError, printable
 from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator
-from ckptavg.select.metrics import mode_of
+from ckptavg.select.metrics import certain_mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,13 +34,7 @@ class Judge:
         self, options: EvaluationOptions, *, keep_better: bool = False, mode: Mode | None = None
     ) -> None:
         self._metric, self._keep_better = options.metric_name, keep_better
-        self._mode = mode or mode_of(self._metric)
-        if keep_better and self._mode is None:
-            raise SelectionError(
-                f"whether {printable(self._metric)} should be low or high is not certain from its "
-                "name",
-                remedy="say so with --mode min or --mode max",
-            )
+        self._mode = certain_mode(self._metric, mode) if keep_better else None
         self._evaluator = Evaluator(options)
 
     def measure(self, checkpoint: Checkpoint) -> Mapping[str, float]:

@@ -7,36 +7,31 @@ worse than without it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ckptavg.average import average, open_run, write_averages
+from ckptavg.average import open_run, write_averages
 from ckptavg.batchnorm.files import refresh_checkpoint
 from ckptavg.batchnorm.together import of_both
 from ckptavg.errors import SelectionError, printable
 from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator, said_once
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.formats.parts import as_paths
-from ckptavg.merge.recipe import AverageOptions, Recipe, recipes_of
-from ckptavg.merge.schemes import parse
+from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.merge.weights import Weights
 from ckptavg.model.making import random_state_kept
 from ckptavg.options import takes_fields_of
-from ckptavg.select.metrics import mode_of
-from ckptavg.select.rules import Selection, Verdict, chosen, select
-from ckptavg.select.run import find_run
+from ckptavg.select.metrics import certain_mode
+from ckptavg.select.rules import Selection, chosen, select
 from ckptavg.write.temporary import temporary_beside
 from ckptavg.write.writing import check_vacant, refuse_own_input
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.report import RefreshReport
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.select.metrics import Mode
     from ckptavg.select.run import Run
@@ -127,115 +122,95 @@ def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupO
             `average`, `evaluate` and the refresh raise. There is no output then.
         UserCodeError: the model, the loader or a function of the user's raised.
     """
-    inputs, target = as_paths(inputs), Path(output)
-    mode = _mode_of(options.metric_name, options.mode)
+    target = Path(output)
+    mode = certain_mode(options.metric_name, options.mode)
     check_vacant(target, force=options.force)
-    rules = options.select
-    common: dict[str, Any] = {"select": rules, "key": options.key, "threads": options.threads}
+    averaging = AverageOptions(
+        select=options.select, key=options.key, threads=options.threads, force=True, fsync=False
+    )
     with said_once(), temporary_beside(target, folder=True) as folder:
-        run = find_run(inputs, key=options.key, exclusion_reason=rules.exclusion_reason)
+        run = open_run(inputs, averaging)
         refuse_own_input(target, run.files)
-        taken = chosen(select(run, rules))
+        candidates = [verdict.checkpoint for verdict in chosen(select(run, options.select))]
         given = None
         if options.metrics is not None:
-            given = _read(run, taken, options.metric_name, options.metrics, mode)
+            given = _read(run, candidates, options.metric_name, options.metrics, mode)
         # What cannot be averaged, or not be put there, is to be found out before the evaluations.
-        check = _Averager(inputs, AverageOptions(**common, force=True, dry_run=True))
-        check.write([str(verdict.checkpoint.path) for verdict in taken], output)
+        _write(run, candidates, output, replace(averaging, dry_run=True))
         trial = folder / f"trial{target.suffix if target.suffix in SUFFIXES else SUFFIXES[0]}"
-        trials = _Trials(inputs, taken, options, mode=mode, trial=trial, common=common)
+        trials = _Trials(run, candidates, options, averaging, mode=mode, trial=trial)
         steps = trials.greedy(given)
-        kept = [step.path for step in steps if step.kept]
-        value, uniform = trials.value, trials.uniform(len(kept))
+        members, value, uniform = trials.members, trials.value, trials.uniform()
         del trials  # with its model: the refresh makes one of its own
         trial.unlink(missing_ok=True)
-        last = AverageOptions(**common, force=options.force, fsync=options.fsync)
-        summary, refresh = _write(
-            inputs, output, kept, last, refresh=options.refresh, folder=folder
-        )
-    return Soup(options.metric_name, mode, tuple(steps), value, uniform, summary, refresh)
+        last = replace(averaging, force=options.force)
+        report = None
+        if options.refresh is None:
+            summary = _write(run, members, output, replace(last, fsync=options.fsync))
+        else:
+            summary = _write(run, members, output, last, make_folder=lambda: folder)
+            report = refresh_checkpoint(
+                Path(summary.output), output, **vars(options.refresh),
+                is_optional=True, force=options.force, fsync=options.fsync,
+            )  # fmt: skip
+            summary = of_both(summary, target, report)
+    return Soup(options.metric_name, mode, tuple(steps), value, uniform, summary, report)
 
 
-def _mode_of(metric: str, mode: Mode | None) -> Mode:
-    """Whether the metric should be low or high.
-
-    Raises:
-        SelectionError: that is not certain.
-    """
-    found = mode or mode_of(metric)
-    if found is None:
-        raise SelectionError(
-            f"whether {printable(metric)} should be low or high is not certain from its name",
-            remedy="say so with --mode min or --mode max",
-        )
-    return found
-
-
-def _read(found: Run, taken: Sequence[Verdict], metric: str, file: Path, mode: Mode) -> list[float]:
+def _read(
+    run: Run, candidates: Sequence[Checkpoint], metric: str, file: Path, mode: Mode
+) -> list[float]:
     """The candidates' metrics from a file; NaN for those that it lacks.
 
     Raises:
         SelectionError: it has none of them.
     """
-    rules = Selection(best=len(found.checkpoints), metric=metric, metrics=file, mode=mode)
-    metrics = {verdict.checkpoint: verdict.metric for verdict in select(found, rules)}
-    values = [metrics[verdict.checkpoint] for verdict in taken]
+    rules = Selection(best=len(run.checkpoints), metric=metric, metrics=file, mode=mode)
+    metrics = {verdict.checkpoint: verdict.metric for verdict in select(run, rules)}
+    values = [metrics[checkpoint] for checkpoint in candidates]
     return [math.nan if value is None else value for value in values]
 
 
-class _Averager:
-    """The candidates, any of which make an average."""
-
-    def __init__(self, inputs: Sequence[Path], options: AverageOptions) -> None:
-        self._run, self._options = open_run(inputs, options), options
-        [self._all] = recipes_of(self._run, parse("uniform"), options.select, options)
-
-    def write(
-        self,
-        paths: Iterable[str],
-        output: str | os.PathLike[str],
-        *,
-        make_folder: Callable[[], Path] | None = None,
-    ) -> Summary:
-        """Write the uniform average of some of the candidates, in the order of training.
-
-        Args:
-            paths: of these candidates.
-            output: as in `average`.
-            make_folder: as in `write_averages`.
-        """
-        wanted = set(paths)
-        members = tuple(each for each in self._all.members if str(each.path) in wanted)
-        weights = Weights(SCHEME, (1.0,) * len(members), float(len(members)))
-        recipe = Recipe("", members, weights)
-        [summary] = write_averages(
-            self._run, [recipe], [output], self._options, make_folder=make_folder
-        )
-        return summary
+def _write(
+    run: Run,
+    members: Collection[Checkpoint],
+    output: PathLike,
+    options: AverageOptions,
+    *,
+    make_folder: Callable[[], Path] | None = None,
+) -> Summary:
+    """Write the uniform average of some of a run's checkpoints, in the order of training."""
+    ordered = tuple(checkpoint for checkpoint in run.checkpoints if checkpoint in members)
+    weights = Weights(SCHEME, (1.0,) * len(ordered), float(len(ordered)))
+    recipe = Recipe("", ordered, weights)
+    [summary] = write_averages(run, [recipe], [output], options, make_folder=make_folder)
+    return summary
 
 
 class _Trials:
     """The candidates, and what averages of them are worth.
 
     Attributes:
-        value: the metric of the soup so far.
+        members: the candidates that were kept so far.
+        value: the metric of their average; NaN as long as there are none.
     """
 
     def __init__(
         self,
-        inputs: Sequence[Path],
-        taken: Sequence[Verdict],
+        run: Run,
+        candidates: Sequence[Checkpoint],
         options: SoupOptions,
+        averaging: AverageOptions,
         *,
         mode: Mode,
         trial: Path,
-        common: Mapping[str, Any],
     ) -> None:
-        self._taken, self._options, self._mode, self._trial = taken, options, mode, trial
-        self._inputs, self._common = inputs, {**common, "force": True, "fsync": False}
-        self._averager = _Averager(inputs, AverageOptions(**self._common))
+        self._run, self._candidates, self._options = run, candidates, options
+        self._averaging, self._trial = averaging, trial
+        self._sign = 1 if mode == "min" else -1
         self._evaluator = Evaluator(options)
-        self._evaluator.compare([verdict.checkpoint for verdict in taken])
+        self._evaluator.compare(candidates)
+        self.members: list[Checkpoint] = []
         self.value = math.nan
 
     def greedy(self, given: Sequence[float] | None) -> list[SoupStep]:
@@ -248,83 +223,53 @@ class _Trials:
         Raises:
             SelectionError: not one can be kept.
         """
-        alone = [self._own(verdict) for verdict in self._taken] if given is None else given
-        sign = 1 if self._mode == "min" else -1
-        able = [index for index, value in enumerate(alone) if math.isfinite(value)]
-        able.sort(key=lambda index: (sign * alone[index], -index))
-        steps: list[SoupStep] = []
-        members: list[str] = []
-        for index in able:
-            verdict = self._taken[index]
-            path = str(verdict.checkpoint.path)
-            if members:
-                value = self._together([*members, path])
+        alone = given or [self._evaluated(checkpoint) for checkpoint in self._candidates]
+        pairs = [*zip(self._candidates, alone, strict=True)]
+        able = [pair for pair in reversed(pairs) if math.isfinite(pair[1])]
+        able.sort(key=lambda pair: self._sign * pair[1])  # which leaves equals in their order
+        steps = []
+        for checkpoint, own in able:
+            if self.members:
+                value = self._average([*self.members, checkpoint], self._averaging)
             else:
-                value = alone[index] if given is None else self._own(verdict)
-            kept = self._is_no_worse(value)
-            if kept:
-                members.append(path)
+                value = own if given is None else self._evaluated(checkpoint)
+            is_kept = self._is_no_worse(value)
+            if is_kept:
+                self.members.append(checkpoint)
                 self.value = value
-            steps.append(SoupStep(verdict.checkpoint.name, path, alone[index], value, kept))
-        if not members:
+            steps.append(_step(checkpoint, own, value, kept=is_kept))
+        if not self.members:
             raise SelectionError(
                 f"{printable(self._options.metric_name)} is no finite number for any of "
                 f"{len(alone)} checkpoints, so there is no first one"
             )
-        unable = [index for index in range(len(alone)) if index not in able]
-        for verdict, value in ((self._taken[index], alone[index]) for index in unable):
-            path = str(verdict.checkpoint.path)
-            steps.append(SoupStep(verdict.checkpoint.name, path, value, math.nan, kept=False))
-        return steps
+        unable = [pair for pair in pairs if not math.isfinite(pair[1])]
+        return steps + [_step(*pair, math.nan, kept=False) for pair in unable]
 
-    def uniform(self, kept: int) -> float:
+    def uniform(self) -> float:
         """The metric of the uniform average of all, which is the soup if all were kept."""
-        if kept == len(self._taken):
+        if len(self.members) == len(self._candidates):
             return self.value
         # For comparison only, so NaN may come out: whoever made it has not been kept.
-        average(self._inputs, self._trial, **self._common, allow_nonfinite=True)
-        return self._evaluated(self._trial)
+        return self._average(self._candidates, replace(self._averaging, allow_nonfinite=True))
 
     def _is_no_worse(self, value: float) -> bool:
         """Whether a soup is as good as the last one; the first has to be a number only."""
-        if math.isnan(self.value) or not math.isfinite(value):
+        if not self.members or not math.isfinite(value):
             return math.isfinite(value)
-        return value <= self.value if self._mode == "min" else value >= self.value
+        return self._sign * value <= self._sign * self.value
 
-    def _own(self, verdict: Verdict) -> float:
-        return self._evaluated(verdict.checkpoint.path, key=self._common["key"])
+    def _average(self, members: Collection[Checkpoint], options: AverageOptions) -> float:
+        """The metric of the average of some of the candidates."""
+        _write(self._run, members, self._trial, options)
+        return self._evaluated(open_checkpoint(self._trial))
 
-    def _together(self, paths: Sequence[str]) -> float:
-        self._averager.write(paths, self._trial)
-        return self._evaluated(self._trial)
-
-    def _evaluated(self, path: Path, *, key: str | None = None) -> float:
-        value = self._evaluator.one(open_checkpoint(path, key=key))
+    def _evaluated(self, checkpoint: Checkpoint) -> float:
+        value = self._evaluator.one(checkpoint)
         if self._options.progress is not None:
-            self._options.progress(1, 2 * len(self._taken))
+            self._options.progress(1, 2 * len(self._candidates))
         return value
 
 
-def _write(
-    inputs: Sequence[Path],
-    output: str | os.PathLike[str],
-    kept: Sequence[str],
-    options: AverageOptions,
-    *,
-    refresh: RefreshOptions | None,
-    folder: Path,
-) -> tuple[Summary, RefreshReport | None]:
-    """Write the soup, with its norm statistics refreshed if that is asked for."""
-    if refresh is None:
-        return _Averager(inputs, options).write(kept, output), None
-    unsynced = dataclasses.replace(options, fsync=False)
-    summary = _Averager(inputs, unsynced).write(kept, output, make_folder=lambda: folder)
-    report = refresh_checkpoint(
-        Path(summary.output),
-        output,
-        **vars(refresh),
-        is_optional=True,
-        force=options.force,
-        fsync=options.fsync,
-    )
-    return of_both(summary, Path(output), report), report
+def _step(checkpoint: Checkpoint, alone: float, soup: float, *, kept: bool) -> SoupStep:
+    return SoupStep(checkpoint.name, str(checkpoint.path), alone, soup, kept)

@@ -54,6 +54,21 @@ def mode_of(name: str) -> Mode | None:
     return "min" if low else "max"
 
 
+def certain_mode(metric: str, mode: Mode | None) -> Mode:
+    """Whether a metric is good when low or when high: as given, else by its name.
+
+    Raises:
+        SelectionError: neither is certain.
+    """
+    mode = mode or mode_of(metric)
+    if mode is None:
+        raise SelectionError(
+            f"whether {printable(metric)} should be low or high is not certain from its name",
+            remedy="set `mode` to min or to max",
+        )
+    return mode
+
+
 def metric_in_name(file_name: str, metric: str) -> float | None:
     """The value of a metric in a file's name: `epoch=3-val_loss=0.12.ckpt`, `step_100_acc0.93.pt`.
 

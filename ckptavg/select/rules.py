@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.parts import absolute
 from ckptavg.select.learning_rates import Reading, rates_and_minima
-from ckptavg.select.metrics import Mode, indices_of_best, metric_in_name, mode_of, read_metrics
+from ckptavg.select.metrics import Mode, certain_mode, indices_of_best, metric_in_name, read_metrics
 from ckptavg.select.order import saved_before_training, timeline, unordered
 from ckptavg.select.series import matches
 
@@ -301,12 +301,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             verdict.metric = in_name if recorded is None else recorded
     if rules.best is None:
         return
-    mode = rules.mode or mode_of(metric)
-    if mode is None:
-        raise SelectionError(
-            f"whether {printable(metric)} should be low or high is not certain from its name",
-            remedy="set `mode` to min or to max",
-        )
+    mode = certain_mode(metric, rules.mode)
     left = _remaining(verdicts)
     values = [verdict.metric for verdict in left]
     if all(value is None for value in values):

@@ -365,7 +365,7 @@ class TestOutput:
 
 class TestRefusals:
     def test_of_a_metric_whose_mode_is_not_certain(self, train):
-        with pytest.raises(SelectionError, match=r"whether right should be low or high .*--mode"):
+        with pytest.raises(SelectionError, match=r"whether right should be low or high .*`mode`"):
             made("train.py:right")
         assert train.MADE == []
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from ckptavg.average import average
 from ckptavg.batchnorm.files import refresh_checkpoint
 from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.errors import CkptAvgError, OutputError, without_notices
-from ckptavg.evaluation.evaluate import EvaluationOptions
+from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
 from ckptavg.landscape.rays import Rise, rays
 from ckptavg.landscape.saving import save
-from ckptavg.model.loading import load_weights
 from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:
+    from ckptavg.evaluation.evaluate import Progress
+    from ckptavg.formats.parts import PathLike
     from ckptavg.write.provenance import Summary
 
 try:
@@ -35,13 +36,10 @@ except ImportError as error:
 _STEPS = 6
 """Of the rays."""
 
-PathLike = str | Path
-Progress = Callable[[int, int | None], None]
-"""Called with the epochs trained since the last call, and with how many there are."""
-
-
-RULES = Selection(start="75%", lr_minima=True)
-"""As in the paper: from 75 % of the budget on, at the minima of the rate."""
+# The directory's train.py is a copy of this module, and gives the same model and batches.
+_MODEL, _TRAIN_LOADER, _TEST_LOADER = (
+    f"{train.__name__}:{name}" for name in ("make_model", "train_loader", "test_loader")
+)
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,11 @@ class DemoReport:
     pictures: tuple[str, ...]
 
 
+@train.one_thread()
 def run(
     directory: PathLike,
     *,
+    budget: train.Budget | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     point_progress: Progress | None = None,
@@ -104,6 +104,7 @@ def run(
 
     Args:
         directory: where everything is left; there must be nothing in it.
+        budget: how long to train; None for the demo's own.
         seed: of the first weights and of the shuffles. The same seed gives the same figures on
             one machine.
         progress: hears of each epoch.
@@ -113,22 +114,7 @@ def run(
         OutputError: there is something in the directory.
         CkptAvgError: the average or the refresh failed.
     """
-    return run_with_budget(
-        Path(directory), train.Budget(),
-        seed=seed, progress=progress, point_progress=point_progress,
-    )  # fmt: skip
-
-
-@train.one_thread()
-def run_with_budget(
-    directory: Path,
-    budget: train.Budget,
-    *,
-    seed: int,
-    progress: Progress | None,
-    point_progress: Progress | None = None,
-) -> DemoReport:
-    """`run`, as long as wanted."""
+    directory, budget = Path(directory), budget or train.Budget()
     refuse_used(directory)
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(train.__file__, directory / "train.py")
@@ -172,14 +158,13 @@ def refuse_used(directory: Path) -> None:
 def make_averages(directory: Path) -> Summary:
     """Average the checkpoints in three ways, which differ in their BatchNorm statistics."""
     checkpoints, averaged = directory / "checkpoints", directory / "averaged-bn.safetensors"
+    # As in the paper: from 75 % of the budget on, at the minima of the rate.
+    rules = Selection(start="75%", lr_minima=True)
     with without_notices():  # the guess about learning rates is right here
-        summary = average(checkpoints, averaged, select=RULES)
-        average(checkpoints, directory / "last-bn.safetensors", select=RULES, norm_stats="last")
-    # The directory's train.py is a copy of this module, and gives the same model and batches.
-    refresh_checkpoint(
-        averaged, directory / "refreshed-bn.safetensors",
-        model=f"{train.__name__}:make_model", loader=f"{train.__name__}:train_loader",
-    )  # fmt: skip
+        summary = average(checkpoints, averaged, select=rules)
+        average(checkpoints, directory / "last-bn.safetensors", select=rules, norm_stats="last")
+    refreshed = directory / "refreshed-bn.safetensors"
+    refresh_checkpoint(averaged, refreshed, model=_MODEL, loader=_TRAIN_LOADER)
     return summary
 
 
@@ -196,14 +181,14 @@ def look_around(
     Returns:
         How the test loss rises, and the pictures.
     """
-    home = train.__name__
-    spec: dict[str, Any] = {"model": f"{home}:make_model", "loader": f"{home}:train_loader"}
-    options = ExploreOptions(
-        evaluation=EvaluationOptions(
-            **spec, max_samples=train.TRAIN_EXAMPLES, refresh=RefreshOptions(**spec), device="cpu"
-        ),
-        test_loader=f"{home}:test_loader",
+    evaluation = EvaluationOptions(
+        model=_MODEL,
+        loader=_TRAIN_LOADER,
+        max_samples=train.TRAIN_EXAMPLES,
+        refresh=RefreshOptions(model=_MODEL, loader=_TRAIN_LOADER),
+        device="cpu",
     )
+    options = ExploreOptions(evaluation=evaluation, test_loader=_TEST_LOADER)
     folder = directory / "landscape"
     paths = [last, directory / "refreshed-bn.safetensors"]
     found = rays(paths, folder, options, steps=_STEPS, progress=progress)
@@ -220,11 +205,14 @@ def compare(directory: Path, members: list[Path]) -> tuple[Row, ...]:
         directory: the demo's.
         members: the checkpoints of the averages, in order of training.
     """
+    options = EvaluationOptions(model=_MODEL, loader=_TEST_LOADER, device="cpu")
+    evaluator = Evaluator(options)
 
     def row(name: str, *paths: Path) -> Row:
-        accuracies, nlls = zip(*map(evaluate, paths), strict=True)
+        metrics = [evaluator(open_checkpoint(path)) for path in paths]
+        accuracy, nll = (fmean(each[name] for each in metrics) for name in ("accuracy", "loss"))
         files = tuple(path.relative_to(directory).as_posix() for path in paths)
-        return Row(name, mean(accuracies), mean(nlls), files)
+        return Row(name, 100 * accuracy, nll, files)
 
     return (
         row("last iterate", members[-1]),
@@ -234,19 +222,6 @@ def compare(directory: Path, members: list[Path]) -> tuple[Row, ...]:
         row("average, last model's BN statistics", directory / "last-bn.safetensors"),
         row("average, refreshed BN statistics", directory / "refreshed-bn.safetensors"),
     )
-
-
-def evaluate(path: Path) -> tuple[float, float]:
-    """Accuracy in percent and negative log-likelihood in nats of a checkpoint."""
-    model = train.make_model()
-    load_weights(model, open_checkpoint(path))
-    return train.evaluate(model)
-
-
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean."""
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
 
 
 def commands(directory: Path) -> tuple[str, str]:

@@ -266,15 +266,5 @@ def train(
         run.save(checkpoints / f"epoch_{run.epoch}.pt")
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module) -> tuple[float, float]:
-    """Accuracy in percent, and negative log-likelihood in nats, on the clean test examples."""
-    model.eval()
-    data = load_data()
-    logits = torch.cat([model(part) for part in torch.split(data.test_signals, 1_000)])
-    correct = (logits.argmax(dim=1) == data.test_labels).double().mean()
-    return 100 * float(correct), float(functional.cross_entropy(logits, data.test_labels))
-
-
 if __name__ == "__main__":
     train(Path(sys.argv[1]))

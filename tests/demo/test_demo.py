@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ckptavg.cli.console import Console
 from ckptavg.cli.demo import _say
 from ckptavg.demo import train
-from ckptavg.demo.run import run, run_with_budget
+from ckptavg.demo.run import run
 from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.landscape.rays import rays
 from tests import helpers, ranks
@@ -65,7 +65,7 @@ def tiny(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.SGD, "step", step)
-        report = run_with_budget(directory, TINY, seed=3, progress=lambda *told: heard.append(told))
+        report = run(directory, budget=TINY, seed=3, progress=lambda *told: heard.append(told))
     return report, directory, rates, heard
 
 

@@ -16,7 +16,7 @@ from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.blocks import Box, misfit
 from ckptavg.formats.checkpoint import read_view
-from ckptavg.formats.parts import Section, open_source
+from ckptavg.formats.parts import Memory, Part, is_inside, open_source
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
 from ckptavg.formats.tensors import DType, Tensor, is_possible
 from ckptavg.formats.torchpickle import locate
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.blocks import Region
-    from ckptavg.formats.parts import ByteSource
 
 METADATA = ".metadata"
 # A small pickle can name one long list again and again: so many pieces are looked at in all.
@@ -139,7 +138,7 @@ class Metadata:
             remedy = "save it again without extensions of torch.distributed.checkpoint"
             raise self._fault(f"is stored {what}, which is not supported", name, remedy)
         file, offset, length = map(fields.get, ("relative_path", "offset", "length"))
-        if not isinstance(file, str) or not _is_below(file):
+        if not isinstance(file, str) or not is_inside(file):
             which = repr(file) if isinstance(file, str) else "without a name"
             raise self._fault(f"is in a file {which}, outside the checkpoint", name)
         if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
@@ -194,16 +193,11 @@ def _is_small(value: object) -> bool:
     return type(value) is int and abs(value) < _LARGEST_NUMBER
 
 
-def _is_below(name: str) -> bool:
-    """Whether a relative path stays in its directory."""
-    return "\0" not in name and not {"", ".", ".."} & set(name.replace("\\", "/").split("/"))
-
-
 class Shards:
     """The `.distcp` files of a directory; `files` has those that were opened, by name."""
 
     def __init__(self, directory: Path, metadata: Metadata) -> None:
-        self.files: dict[str, ByteSource] = {}
+        self.files: dict[str, Part] = {}
         self._directory, self._metadata = directory, metadata
 
     def boxes(self, tensors: Mapping[str, PickledTensor]) -> dict[str, list[Box]]:
@@ -228,9 +222,11 @@ class Shards:
         items = self._metadata.items({name})[name, None] if isinstance(leaf, Placeholder) else []
         if len(items) != 1 or items[0].length > _LARGEST_OBJECT:
             return None
-        return Archive(Section(self._open(items[0], name), *items[0][1:])).load()
+        [(_, offset, length)] = items
+        file = self._open(items[0], name)
+        return Archive(Memory(file.path, bytearray(file.read(offset, length)))).load()
 
-    def _open(self, item: Item, tensor: str) -> ByteSource:
+    def _open(self, item: Item, tensor: str) -> Part:
         """Open the file of an item, and check that the item is in it."""
         if item.file not in self.files:
             try:
@@ -277,11 +273,12 @@ class Shards:
         return Box(file, corner, shape, item.offset + tensor.offset, tensor.strides)
 
 
-class _Zip(Section):
-    """An item of which the first and the last bytes are in memory."""
+class _Zip(Part):
+    """An item as a file of its own, of which the first and the last bytes are in memory."""
 
-    def __init__(self, file: ByteSource, item: Item, head: bytes, tail: bytes) -> None:
-        super().__init__(file, item.offset, item.length)
+    def __init__(self, file: Part, item: Item, head: bytes, tail: bytes) -> None:
+        self.path, self.size = file.path, item.length
+        self._file, self._offset = file, item.offset
         self._ends = (0, head), (item.length - len(tail), tail)
 
     def read_into(self, offset: int, out: memoryview) -> None:
@@ -290,4 +287,4 @@ class _Zip(Section):
             if start <= offset and offset + len(out) <= start + len(data):
                 out[:] = data[offset - start :][: len(out)]
                 return
-        super().read_into(offset, out)
+        self._file.read_into(self._offset + offset, out)

@@ -11,14 +11,13 @@ import logging
 import re
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats import dcp, deepspeed
 from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import read_json
-from ckptavg.formats.parts import open_source
+from ckptavg.formats.parts import is_inside, open_source
 from ckptavg.formats.recorded import trainer_record
 from ckptavg.formats.torchzip import Archive
 
@@ -182,20 +181,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("is no index: without a weight_map", path=index)
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_inside(shard):
+        if not isinstance(shard, str) or not is_inside(shard):
             raise FormatError(
                 f"names {printable(shard)!r}, which is no file of its directory",
                 path=index,
                 tensor=tensor,
             )
-    return {tensor: str(PurePosixPath(shard)) for tensor, shard in weight_map.items()}
-
-
-def _is_inside(name: str) -> bool:
-    """Whether the relative path of a file stays in the directory that it starts from."""
-    path = PurePosixPath(name)
-    is_relative = bool(path.name) and not path.is_absolute() and ".." not in path.parts
-    return is_relative and "\\" not in name and "\0" not in name
+    return weight_map
 
 
 def _with_trainer_state(checkpoint: Checkpoint) -> Checkpoint:

@@ -93,6 +93,11 @@ def absolute(path: Path) -> PurePosixPath | Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links
 
 
+def is_inside(name: str) -> bool:
+    """Whether a relative path that a file names stays in the directory that it starts from."""
+    return not ({"\\", "\0"} & set(name) or {"", ".", ".."} & set(name.split("/")))
+
+
 # Files beyond this many are opened for each read: 200 checkpoints pass under `ulimit -n 128`.
 _MOST_OPEN = 64
 
@@ -103,7 +108,8 @@ class Part(ABC):
     Attributes:
         path: the file, or the checkpoint that the bytes belong to.
         size: bytes on the disk that no other part has.
-        identity: equal for two paths of the same file only; None where the part is not a file.
+        identity: what a rewrite or a replacement of the file changes; equal for two paths of the
+            same file only. None where the part is not a file.
     """
 
     path: Path
@@ -118,13 +124,6 @@ class Part(ABC):
             CkptAvgError: the bytes end too early, or cannot be read.
         """
 
-    def check_unchanged(self) -> None:  # noqa: B027 - what is not a file does not change
-        """Raise a CkptAvgError if the file was rewritten, replaced or removed."""
-
-
-class ByteSource(Part):
-    """A file, or a section of one, with what the readers of formats need."""
-
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`."""
         out = bytearray(size)
@@ -135,20 +134,25 @@ class ByteSource(Part):
         """Small pieces, each given by its offset and size."""
         return [self.read(offset, size) for offset, size in places]
 
+    def check_unchanged(self) -> None:
+        """Raise a CkptAvgError if the file was rewritten, replaced or removed."""
+        if self._identity_now() != self.identity:
+            raise CkptAvgError(
+                "changed while it was being read",
+                path=self.path,
+                remedy="wait until the training has finished writing, and start again",
+            )
+
+    def _identity_now(self) -> Hashable:
+        return self.identity
+
     def _truncated(self, end: int, missing: int) -> CkptAvgError:
         return CkptAvgError(
             f"ends at byte {end}, {missing} bytes too early: was it truncated?", path=self.path
         )
 
-    def _changed(self) -> CkptAvgError:
-        return CkptAvgError(
-            "changed while it was being read",
-            path=self.path,
-            remedy="wait until the training has finished writing, and start again",
-        )
 
-
-class File(ByteSource):
+class File(Part):
     """A regular file on this machine.
 
     Raises:
@@ -184,7 +188,6 @@ class File(ByteSource):
             os.close(descriptor)
 
     def _identify(self, descriptor: int) -> Hashable:
-        """What a rewrite or a replacement of the file changes."""
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FormatError("is not a regular file", path=self.path)
@@ -217,40 +220,14 @@ class File(ByteSource):
                 raise self._truncated(offset, len(out))
             out, offset = out[count:], offset + count
 
-    def check_unchanged(self) -> None:
-        """Raise a CkptAvgError if the file was rewritten, replaced or removed."""
+    def _identity_now(self) -> Hashable:
         with self._opened() as descriptor:
-            if self._identify(descriptor) != self.identity:
-                raise self._changed()
+            return self._identify(descriptor)
 
     def __del__(self) -> None:
         if self._descriptor is not None:
             self._kept_open.discard(self._descriptor)
             os.close(self._descriptor)
-
-
-class Section(ByteSource):
-    """A section of a file, as a file of its own: an archive within another file.
-
-    Args:
-        file: the whole file.
-        offset: first byte of the section.
-        size: bytes of the section.
-    """
-
-    def __init__(self, file: ByteSource, offset: int, size: int) -> None:
-        self.path, self.size, self.identity = file.path, size, (file.identity, offset)
-        self._file, self._offset = file, offset
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` in the section."""
-        if offset + len(out) > self.size:
-            raise self._truncated(self.size, offset + len(out) - self.size)
-        self._file.read_into(self._offset + offset, out)
-
-    def check_unchanged(self) -> None:
-        """Raise a CkptAvgError if the file changed."""
-        self._file.check_unchanged()
 
 
 class Memory(Part):
@@ -272,7 +249,7 @@ class Memory(Part):
 _VERSION_FACTS = ("size", "ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "created")
 
 
-def open_source(path: Path) -> ByteSource:
+def open_source(path: Path) -> Part:
     """Open a file for reading, whether it is on this machine or behind a URL.
 
     Raises:
@@ -281,7 +258,7 @@ def open_source(path: Path) -> ByteSource:
     return RemoteFile(path) if is_remote(path) else File(path)
 
 
-class RemoteFile(ByteSource):
+class RemoteFile(Part):
     """A file behind a URL.
 
     Raises:
@@ -338,11 +315,9 @@ class RemoteFile(ByteSource):
         if len(piece) < end - start:
             raise self._truncated(start + len(piece), end - start - len(piece))
 
-    def check_unchanged(self) -> None:
-        """Raise a CkptAvgError if there is other content at the address by now."""
+    def _identity_now(self) -> Hashable:
         self._system.invalidate_cache()
-        if self._look_up() != (self.size, self.identity):
-            raise self._changed()
+        return self._look_up()[1]
 
 
 class SourceStream(io.RawIOBase):
@@ -351,7 +326,7 @@ class SourceStream(io.RawIOBase):
     `content` says what these bytes are, for the message.
     """
 
-    def __init__(self, file: ByteSource, limit: int, content: str) -> None:
+    def __init__(self, file: Part, limit: int, content: str) -> None:
         super().__init__()
         self._file, self._position = file, 0
         self._limit, self._left, self._content = limit, limit, content

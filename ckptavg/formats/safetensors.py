@@ -22,7 +22,7 @@ from ckptavg.formats.tensors import BY_CODE, Tensor, is_possible
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.parts import Part
 
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
@@ -37,7 +37,7 @@ def matches(path: Path, head: bytes) -> bool:
     return bool(head) and (head[_LENGTH : _LENGTH + 1] == b"{" or path.suffix in SUFFIXES)
 
 
-def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
+def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
     """Describe the tensors of a safetensors file.
 
     Raises:
@@ -75,7 +75,7 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19  # noqa: PLR2004 - fits 64 bits
 
 
-def _read_header(file: ByteSource) -> bytearray:
+def _read_header(file: Part) -> bytearray:
     if file.size < _LENGTH:
         raise FormatError(f"is no safetensors file: {file.size} bytes", path=file.path)
     length = int.from_bytes(file.read(0, _LENGTH), "little")
@@ -91,7 +91,7 @@ def _read_header(file: ByteSource) -> bytearray:
     return header
 
 
-def _open_with_library(file: ByteSource, header: bytearray) -> Any:  # noqa: ANN401 - untyped there
+def _open_with_library(file: Part, header: bytearray) -> Any:  # noqa: ANN401 - untyped there
     """Open the file with safetensors; for a remote file, a sparse local one with its header."""
     if not is_remote(file.path):
         return safe_open(file.path, "numpy")

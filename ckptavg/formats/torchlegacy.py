@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.parts import Part
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -53,7 +53,7 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
     return _HEAD.match(head) is not None
 
 
-def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
+def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
     """Describe one state dict of a torch file."""
     legacy = LegacyFile(file)
     digest = hashlib.sha256(file.read(0, legacy.end)).hexdigest()
@@ -112,7 +112,7 @@ class LegacyUnpickler(InertUnpickler):
 class LegacyFile:
     """A torch file as it was before 1.6: what its pickle describes, and where the pickles end."""
 
-    def __init__(self, file: ByteSource) -> None:
+    def __init__(self, file: Part) -> None:
         self.file = file
         source = SourceStream(file, unpickler.LARGEST_PICKLE, "pickle")
         self._stream = io.BufferedReader(source, _BUFFER)

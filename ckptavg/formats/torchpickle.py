@@ -18,7 +18,7 @@ from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.parts import Part
 
 # Expanded tensors repeat their bytes, and have to be held in memory whole: bytes that any tensor
 # may have, and how many times those of its storage.
@@ -29,7 +29,7 @@ _LONGEST_LABEL = 300
 class Container(Protocol):
     """A file with a pickle and the storages that it names."""
 
-    file: ByteSource
+    file: Part
 
     def storages(self, users: Mapping[str, str]) -> Mapping[str, tuple[int, int]]:
         """Find where storages begin in the file, and their bytes, by key.

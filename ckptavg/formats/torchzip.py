@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.parts import Part
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = b"PK\x03\x04"
@@ -33,7 +33,7 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
     return head.startswith(_MAGIC)
 
 
-def open_checkpoint(file: ByteSource, key: str | None) -> Checkpoint:
+def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
     """Describe one state dict of a torch file."""
     archive = Archive(file)
     pickled = archive.content("data.pkl") or b""
@@ -56,7 +56,7 @@ class Archive:
         FormatError: torch could not read it on this machine.
     """
 
-    def __init__(self, file: ByteSource) -> None:
+    def __init__(self, file: Part) -> None:
         try:
             stream = SourceStream(file, _LARGEST_DIRECTORY, "zip directory")
             with zipfile.ZipFile(cast("BinaryIO", stream)) as directory:

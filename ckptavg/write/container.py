@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import CkptAvgError, FormatError, OutputError, listed, printable
 from ckptavg.formats import open_checkpoint, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements, without_wrappers
-from ckptavg.formats.parts import ByteSource
 from ckptavg.formats.torchzip import Archive
 from ckptavg.merge.jobs import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
 from ckptavg.write.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import Tensor
 
 log = logging.getLogger("ckptavg")
@@ -61,8 +61,6 @@ def lay_out_container(
         OutputError: two tensors share bytes, so that each cannot have a value of its own.
     """
     file = last.parts[0]
-    if not isinstance(file, ByteSource):
-        raise OutputError("its bytes are in no file", path=last.path)
     targets = [[last.tensors[tensor.names[0]]] for tensor in tensors]
     for key in last.other_keys:
         if mirrored and (last.key in _BESIDE_AVERAGE and key == "state_dict"):
@@ -161,7 +159,7 @@ def _spans(
     return [(start, end) for start, end, _ in spans]
 
 
-def _copies(file: ByteSource, spans: Sequence[Span], end: int) -> Iterator[Copy]:
+def _copies(file: Part, spans: Sequence[Span], end: int) -> Iterator[Copy]:
     """What lies between the tensors, up to the given end."""
     position = 0
     for start, stop in [*spans, (end, end)]:
@@ -171,7 +169,7 @@ def _copies(file: ByteSource, spans: Sequence[Span], end: int) -> Iterator[Copy]
 
 
 def _lay_out_zip(
-    file: ByteSource, spans: Sequence[Span], metadata: Mapping[str, str]
+    file: Part, spans: Sequence[Span], metadata: Mapping[str, str]
 ) -> tuple[FileLayout, int]:
     """The new end of a zip (provenance and directory), and the offset at which it begins."""
     archive = Archive(file)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import ByteSource
+    from ckptavg.formats.parts import Part
     from ckptavg.write.provenance import Digests
 
 _PIECE = 1 << 20
@@ -55,7 +55,7 @@ def _hash_files(
     files = [open_source(path) for path in paths]
     total, stopping, turn = sum(file.size for file in files), Event(), Lock()
 
-    def digest(file: ByteSource) -> str:
+    def digest(file: Part) -> str:
         sha256, room = hashlib.sha256(), memoryview(bytearray(min(_PIECE, file.size)))
         for start in range(0, file.size, _PIECE):
             if stopping.is_set():

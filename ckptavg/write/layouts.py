@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats import SUFFIXES
-from ckptavg.formats.parts import ByteSource, as_path, is_remote
+from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.write.container import lay_out_container
 from ckptavg.write.directory import lay_out_directory
 from ckptavg.write.safetensors import lay_out_safetensors
@@ -114,7 +114,7 @@ def _local(output: str | os.PathLike[str]) -> Path:
 
 
 def _check_container(path: Path, last: Checkpoint) -> None:
-    if last.container != "torch" or not isinstance(last.parts[0], ByteSource):
+    if last.container != "torch":
         raise OutputError(
             f"the last checkpoint, {printable(last.path)}, is no torch file whose weights could "
             "be replaced",

@@ -23,10 +23,10 @@ DTYPES = ("bool", "bfloat16", "float32", "int64", "complex128")
 class Counted(Memory):
     """Memory that counts what is read of it."""
 
-    read = 0
+    bytes_read = 0
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        self.read += len(out)
+        self.bytes_read += len(out)
         assert offset + len(out) <= len(self.data)
         super().read_into(offset, out)
 
@@ -102,11 +102,11 @@ def test_any_range_is_what_numpy_has_there(strided, data):
         first = data.draw(st.integers(0, len(expected)))
         last = data.draw(st.integers(first, len(expected)))
         out = bytearray(last - first)
-        source.read = 0
+        source.bytes_read = 0
         blocks.read_into(first, memoryview(out))
         assert bytes(out) == expected[first:last]
         # No byte is read twice, and of contiguous pieces none that is not wanted.
-        assert strided or source.read == last - first
+        assert strided or source.bytes_read == last - first
 
 
 @given(data=st.data())
@@ -163,7 +163,7 @@ def test_one_of_thousands_of_pieces_is_found_without_a_look_at_the_others():
     blocks.read_into(16 * 31_000 + 8, memoryview(out))
     assert bytes(out) == whole.tobytes()[16 * 31_000 + 8 :][:64]
     assert Watched.looked < 20
-    assert source.read == 64
+    assert source.bytes_read == 64
 
 
 def test_threads_read_at_once():

@@ -149,7 +149,7 @@ def _load_file(path: Path) -> ModuleType:
     # By its own name, which a loader's worker processes can import again, unless that is taken.
     name = path.stem
     if name in sys.modules:
-        name = f"ckptavg_user_{name}_{zlib.crc32(bytes(path)):08x}"
+        name = f"ckptavg_user_{zlib.crc32(bytes(path)):08x}_{name}"
     _look_in(path.parent)
     _look_in(Path.cwd(), behind=path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -186,11 +186,13 @@ def _argv(program: str) -> Iterator[None]:
 
 def _imported(path: Path) -> ModuleType | None:
     """The module that a file was imported as, by us or by others."""
+    # Looking into each of thousands of modules takes longer than a small model's evaluation.
+    ends = (path.stem, path.parent.name)  # a package's `__init__.py` is imported by its folder
     for name, module in list(sys.modules.items()):
+        if name == "__main__" or not name.endswith(ends):
+            continue
         # Not by `getattr`: some modules import more when they are asked for an attribute.
         file = getattr(module, "__dict__", {}).get("__file__")
-        if not isinstance(file, str) or not file.endswith(path.name) or name == "__main__":
-            continue
-        if Path(file).resolve() == path:
+        if isinstance(file, str) and Path(file).resolve() == path:
             return module
     return None

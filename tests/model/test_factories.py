@@ -118,6 +118,8 @@ class TestFiles:
         write(tmp_path / "factory_pack" / "factory_same2.py", "class A: pass")
         made = load_object("factory_pack.factory_same2:A")
         assert load_object("factory_pack/factory_same2.py:A") is made
+        write(tmp_path / "factory_pack2" / "__init__.py", "class A: pass")
+        assert load_object("factory_pack2:A") is load_object("factory_pack2/__init__.py:A")
 
     def test_are_known_by_their_name_to_worker_processes(self, tmp_path):
         write(tmp_path / "factory_worker.py", "class A: pass")

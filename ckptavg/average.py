@@ -29,14 +29,7 @@ from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.directory import with_dtype
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import Summary, encode_provenance, provenance, summarise
-from ckptavg.write.writing import (
-    check_output,
-    check_parent,
-    check_room,
-    check_vacant,
-    refuse_own_input,
-    write,
-)
+from ckptavg.write.writing import check_outputs, check_parent, check_room, check_vacant, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -206,42 +199,36 @@ def write_averages(
     if len(members) == 1:
         name = printable(members[0].name)
         log.warning("only one checkpoint: the output is a copy of %s", name)
-    averages = [
-        (recipe, destination(
+    targets = [
+        destination(
             output, recipe.last, container=options.container,
             max_shard_size=options.max_shard_size, drop_aliases=options.drop_aliases,
-        ))
+        )
         for output, recipe in zip(outputs, recipes, strict=True)
     ]  # fmt: skip
-    read, files = _with_joined_factors(members, *averages[0], options)
+    read, files = _with_joined_factors(members, recipes[0], targets[0], options)
     plan = make_plan(read, [recipe.weights_over(members) for recipe in recipes], options)
-    _check_order(run, plan, averages)
+    _check_order(run, plan, recipes, targets)
     threads = options.threads or default_threads(members)
+    hashes = _hashes(members, targets, options, threads)
     fingerprints = {} if options.lora == "exact" else {each: fingerprint(each) for each in members}
-    hashes: Mapping[Checkpoint, Digests] = {}
-    if options.hash and not options.dry_run:
-        for _, target in averages:  # before minutes of hashing
-            check_vacant(target.path, force=options.force)
-        hashes = hash_checkpoints(members, threads, options.hash_progress, options.ranks)
     layouts = []
-    for number, (recipe, target) in enumerate(averages):
+    for number, (recipe, target) in enumerate(zip(recipes, targets, strict=True)):
         entry = provenance(
-            recipe, norm_stats=plan.norm_stats(number), roles=plan.counts,
-            options=options.recorded, fingerprints=fingerprints, hashes=hashes,
-        )  # fmt: skip
-        layout = _layout(target, plan, number, options, entry=entry, files=files)
-        layouts.append((target.path, layout))
+            plan, number, recipe, options.recorded, fingerprints=fingerprints, hashes=hashes
+        )
+        layouts.append(_layout(target, plan, number, options, entry=entry, files=files))
     _check_outputs(run, layouts, options)
     if make_folder is not None:
         folder = make_folder()
-        elsewhere = [(folder / path.name, layout) for path, layout in layouts]
+        elsewhere = [replace(layout, path=folder / layout.path.name) for layout in layouts]
         check_room([*layouts, *elsewhere])
         layouts = elsewhere
     if not options.dry_run:
         write(plan, layouts, options, threads)
     return tuple(
         summarise(
-            plan, number, recipe, *layout,
+            plan, number, recipe, layout,
             written=not options.dry_run, threads=threads, hashes=hashes,
         )
         for number, (recipe, layout) in enumerate(zip(recipes, layouts, strict=True))
@@ -283,7 +270,9 @@ def _with_joined_factors(
     return joined, {CONFIG: config}
 
 
-def _check_order(run: Run, plan: Plan, averages: Sequence[tuple[Recipe, Destination]]) -> None:
+def _check_order(
+    run: Run, plan: Plan, recipes: Sequence[Recipe], targets: Sequence[Destination]
+) -> None:
     """Refuse outputs that depend on the order of the checkpoints if it is not known.
 
     Raises:
@@ -292,11 +281,11 @@ def _check_order(run: Run, plan: Plan, averages: Sequence[tuple[Recipe, Destinat
     if run.order_is_known:
         return
     what = None
-    if "last" in plan.counts or any(recipe.needs_order for recipe, _ in averages):
+    if "last" in plan.counts or any(recipe.needs_order for recipe in recipes):
         what = "the result depends on their order"
     elif any(
         target.kind == "container" or (target.kind == "torch" and recipe.last.other_entries)
-        for recipe, target in averages
+        for recipe, target in zip(recipes, targets, strict=True)
     ):
         what = "the output contains other entries of the last one"
     if what is not None:
@@ -305,6 +294,20 @@ def _check_order(run: Run, plan: Plan, averages: Sequence[tuple[Recipe, Destinat
             f"only some of the checkpoints have a step, and {what}: {names}",
             remedy=unordered(plan.members),
         )
+
+
+def _hashes(
+    members: Sequence[Checkpoint],
+    targets: Sequence[Destination],
+    options: AverageOptions,
+    threads: int,
+) -> dict[Checkpoint, Digests]:
+    """The SHA-256 of the members' files, where they are asked for."""
+    if not options.hash or options.dry_run:
+        return {}
+    for target in targets:  # before minutes of hashing
+        check_vacant(target.path, force=options.force)
+    return hash_checkpoints(members, threads, options.hash_progress, options.ranks)
 
 
 def _layout(
@@ -346,9 +349,7 @@ def _layout(
     return layout
 
 
-def _check_outputs(
-    run: Run, layouts: Sequence[tuple[Path, Layout]], options: AverageOptions
-) -> None:
+def _check_outputs(run: Run, layouts: Sequence[Layout], options: AverageOptions) -> None:
     """Check before the work starts that the outputs can be written.
 
     Raises:
@@ -358,13 +359,11 @@ def _check_outputs(
     if run.base is not None and options.force:
         inputs -= {part.path for part in run.base.parts}
     try:
-        for path, layout in layouts:
-            refuse_own_input(path, inputs)
-            if len(layouts) > 1 and options.dry_run and not path.parent.exists():
-                check_parent(path.parent)  # the folder would be made
-            else:
-                check_output(path, layout, force=options.force)
-        check_room(layouts)
+        folder = layouts[0].path.parent
+        if len(layouts) > 1 and options.dry_run and not folder.exists():
+            check_parent(folder)  # it would be made
+        else:
+            check_outputs(layouts, force=options.force, inputs=inputs)
     except OutputError as error:
         if not options.dry_run:
             raise

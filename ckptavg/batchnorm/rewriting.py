@@ -19,7 +19,7 @@ from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import encode_provenance, source_entries
-from ckptavg.write.writing import check_output, check_vacant, refuse_own_input, write
+from ckptavg.write.writing import check_outputs, write
 
 if TYPE_CHECKING:
     import os
@@ -70,9 +70,6 @@ class Rewriting:
             max_shard_size=options.max_shard_size,
             replaces=self.replaces,
         )
-        check_vacant(self._target.path, force=self._force)
-        if not self.replaces:
-            refuse_own_input(self._target.path, [part.path for part in checkpoint.parts])
         try:
             with without_notices():
                 _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
@@ -80,16 +77,17 @@ class Rewriting:
             if self.replaces:
                 error.remedy = "write another file with -o"
             raise
-        check_output(self._target.path, layout, force=self._force)
+        inputs = () if self.replaces else [part.path for part in checkpoint.parts]
+        check_outputs([layout], force=self._force, inputs=inputs)
         if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
             log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
 
     def write(self, refreshed: Checkpoint, entry: dict[str, Any]) -> None:
         """Write the checkpoint as it is now, with that provenance."""
         plan, layout = self._lay_out(refreshed, entry)
-        check_output(self._target.path, layout, force=self._force)
+        check_outputs([layout], force=self._force)
         options = AverageOptions(force=self._force, fsync=self._fsync)
-        write(plan, [(self._target.path, layout)], options, default_threads(plan.members))
+        write(plan, [layout], options, default_threads(plan.members))
 
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
         """The output with that provenance."""

@@ -14,6 +14,7 @@ from ckptavg.formats.tensors import BY_NAME, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import DType
@@ -103,12 +104,14 @@ class Layout:
     Offsets count through all the files, one after the other.
 
     Attributes:
+        path: the file or directory.
         files: the layout of each file by name; an output that is one file has the name `""`.
         targets: for each tensor, the offsets at which its bytes are written.
         copies: bytes that are copied from other files.
         scattered: for tensors by their number, further places where they are strided.
     """
 
+    path: Path
     files: Mapping[str, FileLayout]
     targets: tuple[tuple[int, ...], ...]
     copies: tuple[Copy, ...] = ()

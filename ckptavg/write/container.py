@@ -51,7 +51,7 @@ def lay_out_container(
     """Lay out the last checkpoint's torch file with other values in some of its tensors.
 
     Args:
-        path: the output, for messages.
+        path: the output.
         tensors: the tensors with other values.
         metadata: strings; the file has no place for any but the provenance.
         last: the last checkpoint.
@@ -78,6 +78,7 @@ def lay_out_container(
         for position, each in enumerate(targets)
     }
     return Layout(
+        path,
         {"": layout},
         tuple(tuple(place.offset for place in each if place.strides is None) for each in targets),
         tuple(_copies(file, spans, end)),

@@ -51,7 +51,7 @@ def lay_out_directory(
     """Lay out the directory.
 
     Args:
-        path: the output, for messages.
+        path: the output.
         tensors: in the order of their bytes in the output.
         metadata: strings for the header of each file of weights.
         last: the checkpoint whose configuration comes along.
@@ -87,7 +87,7 @@ def lay_out_directory(
         files[name] = FileLayout(source.size)
         copies.append(Copy(source, 0, source.size, size))
         size += source.size
-    return Layout(files, tuple(targets), tuple(copies))
+    return Layout(path, files, tuple(targets), tuple(copies))
 
 
 def _largest_shard(last: Checkpoint) -> int | None:

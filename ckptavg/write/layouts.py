@@ -154,7 +154,7 @@ def lay_out(
     if target.kind == "container":
         return lay_out_container(target.path, tensors, metadata, last, mirrored=mirrored)
     if target.kind == "torch":
-        return lay_out_torch(tensors, metadata, last)
+        return lay_out_torch(target.path, tensors, metadata, last)
     if last.other_entries:
         mention_left_out(last.other_entries)
     if target.drop_aliases:

@@ -34,8 +34,8 @@ class Output:
     """An output while it is being written: a context that leaves nothing behind unless published.
 
     Args:
-        path: its destination; if that is a link, what the link leads to is written.
-        layout: its files, and what stands around the tensors in them.
+        layout: its destination, its files, and what stands around the tensors in them. If the
+            destination is a link, what the link leads to is written.
         force: replace what is there.
         fsync: have it on the disk before it gets its name.
         temporary: its temporary name, if another process has begun it and will publish it.
@@ -51,15 +51,10 @@ class Output:
     temporary: Path
 
     def __init__(
-        self,
-        path: Path,
-        layout: Layout,
-        *,
-        force: bool,
-        fsync: bool,
-        temporary: Path | None = None,
+        self, layout: Layout, *, force: bool, fsync: bool, temporary: Path | None = None
     ) -> None:
-        self.path, self._layout, self._force, self._fsync = followed(path), layout, force, fsync
+        self.path, self._layout = followed(layout.path), layout
+        self._force, self._fsync = force, fsync
         self._begun = temporary
         self._replaced = _identify(self.path)
         self._names, self._bases = list(layout.files), layout.bases

@@ -35,20 +35,20 @@ def encode_provenance(entry: Mapping[str, Any]) -> str:
 
 
 def provenance(
+    plan: Plan,
+    number: int,
     recipe: Recipe,
-    *,
-    norm_stats: Mapping[str, Any],
-    roles: Mapping[str, int],
     options: Mapping[str, Any],
+    *,
     fingerprints: Mapping[Checkpoint, str],
     hashes: Mapping[Checkpoint, Digests],
 ) -> dict[str, Any]:
-    """The entry of an average. It has no absolute paths and no times.
+    """The entry of one of the outputs of a plan. It has no absolute paths and no times.
 
     Args:
-        recipe: what the average is made of.
-        norm_stats: the entry on the norm statistics, with their state.
-        roles: the number of tensors with each role.
+        plan: of all outputs.
+        number: of the output.
+        recipe: what the output is made of.
         options: those that the values depend on, where they are not the defaults.
         fingerprints: of the members' weights; empty to leave them out.
         hashes: SHA-256 of the members' files; empty to leave them out.
@@ -58,10 +58,10 @@ def provenance(
         "scheme": recipe.weights.scheme,
         "sources": source_entries(recipe, fingerprints, hashes),
         "divisor": recipe.weights.divisor,
-        "options": dict(options),
-        "roles": dict(roles),
+        "options": options,
+        "roles": plan.counts,
         "selection": dict(recipe.rules),
-        "norm_stats": dict(norm_stats),
+        "norm_stats": plan.norm_stats(number),
     }
     return {name: value for name, value in entry.items() if value not in ({}, None)}
 
@@ -261,7 +261,6 @@ def summarise(
     plan: Plan,
     number: int,
     recipe: Recipe,
-    output: Path,
     layout: Layout,
     *,
     written: bool,
@@ -275,7 +274,6 @@ def summarise(
         number: of the output.
         recipe: what the output is made of.
         layout: of the output.
-        output: its path.
         written: False after a dry run.
         threads: how many threads share the work.
         hashes: SHA-256 of the members' files, if they were hashed.
@@ -289,7 +287,7 @@ def summarise(
         for member, value in zip(recipe.members, weights.values, strict=True)
     )  # fmt: skip
     return Summary(
-        output=str(output),
+        output=str(layout.path),
         written=written,
         scheme=weights.scheme,
         sources=sources,

@@ -48,7 +48,7 @@ def lay_out_safetensors(
     for tensor in tensors:
         targets.append(tuple(begin + number * tensor.nbytes for number in range(len(tensor.names))))
         begin += tensor.nbytes * len(tensor.names)
-    return Layout({"": file}, tuple(targets))
+    return Layout(path, {"": file}, tuple(targets))
 
 
 def _check(path: Path, name: str, tensor: OutputTensor, taken: Container[str]) -> None:

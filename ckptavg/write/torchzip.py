@@ -20,6 +20,7 @@ from ckptavg.write.zipfile import Zip
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import Part
@@ -29,11 +30,12 @@ log = logging.getLogger("ckptavg")
 
 
 def lay_out_torch(
-    tensors: Sequence[OutputTensor], metadata: Mapping[str, str], last: Checkpoint
+    path: Path, tensors: Sequence[OutputTensor], metadata: Mapping[str, str], last: Checkpoint
 ) -> Layout:
     """Lay out a file with a storage for each tensor, and a record for the provenance.
 
     Args:
+        path: the output.
         tensors: in the order of their storages.
         metadata: strings; the file has no place for any but the provenance.
         last: the checkpoint that has the order of the names, the versions of the modules, and
@@ -74,6 +76,7 @@ def lay_out_torch(
     archive.add("version", b"3\n")
     archive.finish()
     return Layout(
+        path,
         {"": FileLayout(archive.end, tuple(archive.blobs), tuple(archive.checksums))},
         tuple((start,) for start in starts[: len(tensors)]),
         tuple(

@@ -27,17 +27,12 @@ if TYPE_CHECKING:
     from ckptavg.merge.recipe import AverageOptions
 
 
-def write(
-    plan: Plan,
-    outputs: Sequence[tuple[Path, Layout]],
-    options: AverageOptions,
-    threads: int,
-) -> None:
+def write(plan: Plan, layouts: Sequence[Layout], options: AverageOptions, threads: int) -> None:
     """Write the outputs of a plan: they are complete afterwards, or were never there.
 
     Args:
         plan: what they are computed from.
-        outputs: path and layout of each.
+        layouts: one for each output.
         options: `force`, `fsync`, `allow_nonfinite`, `progress` and `ranks`, of which the first one
             makes the outputs and gives them their names.
         threads: how many threads share the work.
@@ -46,11 +41,10 @@ def write(
         ValueRangeError: a value in an input is NaN or Inf, or one in an output would be.
         OutputError: an output cannot be written.
     """
-    _, layouts = zip(*outputs, strict=True)
     ranks = options.ranks
     total = _bytes_made(plan, layouts)
     with contextlib.ExitStack() as stack:
-        sinks = _open(stack, plan, outputs, options)
+        sinks = _open(stack, plan, layouts, options)
         written = 0
         steps = execute(
             plan.jobs(layouts), sinks, threads, allow_nonfinite=options.allow_nonfinite,
@@ -72,7 +66,7 @@ def write(
                 sink.finish()
         written = sum(ranks.gather(written))
         if written != total:
-            raise OutputError(f"only {written} of {total} bytes were made", path=outputs[0][0])
+            raise OutputError(f"only {written} of {total} bytes were made", path=layouts[0].path)
         if ranks.rank == 0:
             _publish(sinks, force=options.force)
         ranks.gather(None)  # no process returns before the outputs have their names
@@ -81,28 +75,27 @@ def write(
 def _open(
     stack: contextlib.ExitStack,
     plan: Plan,
-    outputs: Sequence[tuple[Path, Layout]],
+    layouts: Sequence[Layout],
     options: AverageOptions,
 ) -> list[Output]:
     """Begin the outputs in the first process; the others open what it has begun."""
     ranks = options.ranks
 
-    def open_one(path: Path, layout: Layout, temporary: Path | None = None) -> Output:
+    def open_one(layout: Layout, temporary: Path | None = None) -> Output:
         return stack.enter_context(
-            Output(path, layout, force=options.force, fsync=options.fsync, temporary=temporary)
+            Output(layout, force=options.force, fsync=options.fsync, temporary=temporary)
         )
 
-    begun = [open_one(*output) for output in outputs] if ranks.rank == 0 else []
+    begun = [open_one(layout) for layout in layouts] if ranks.rank == 0 else []
     if ranks.size == 1:
         return begun
-    gathered = ranks.gather((_digest(plan, outputs), [output.temporary for output in begun]))
+    gathered = ranks.gather((_digest(plan, layouts), [output.temporary for output in begun]))
     if len({digest for digest, _ in gathered}) > 1:
         raise CkptAvgError(
             "the processes' checkpoints or options are not the same",
             remedy="wait until the training has finished writing, and start again",
         )
-    temporary = gathered[0][1]
-    return begun or [open_one(*each, name) for each, name in zip(outputs, temporary, strict=True)]
+    return begun or list(map(open_one, layouts, gathered[0][1]))
 
 
 def _publish(outputs: Sequence[Output], *, force: bool) -> None:
@@ -122,13 +115,14 @@ def _publish(outputs: Sequence[Output], *, force: bool) -> None:
         raise
 
 
-def _digest(plan: Plan, outputs: Sequence[tuple[Path, Layout]]) -> str:
+def _digest(plan: Plan, layouts: Sequence[Layout]) -> str:
     """A digest of all that the processes must agree on."""
     digest = hashlib.sha256()
     for member in plan.members:
         digest.update(repr((member.digest, member.size)).encode())
-    for column, (path, layout) in zip(plan.weights, outputs, strict=True):
-        digest.update(repr((path.name, column, layout.targets, layout.bases)).encode())
+    for weights, layout in zip(plan.weights, layouts, strict=True):
+        facts = layout.path.name, weights, layout.targets, layout.bases
+        digest.update(repr(facts).encode())
         for file in layout.files.values():
             for offset, blob in file.blobs:
                 digest.update(offset.to_bytes(8, "little") + blob)
@@ -154,25 +148,27 @@ def _bytes_made(plan: Plan, layouts: Sequence[Layout]) -> int:
     return made
 
 
-def check_output(path: Path, layout: Layout, *, force: bool) -> None:
-    """Check that an output can be written where it is to go.
+def check_outputs(layouts: Sequence[Layout], *, force: bool, inputs: Collection[Path] = ()) -> None:
+    """Check that outputs can be written where they are to go.
+
+    Args:
+        layouts: one for each output.
+        force: what is there may be replaced.
+        inputs: files that must not be replaced.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: one of them cannot.
     """
-    if layout.is_directory:
-        _check_directory(path, layout.files, force=force)
-    else:
-        check_file(path, force=force)
-    check_room([(path, layout)])
+    for layout in layouts:
+        refuse_own_input(layout.path, inputs)
+        if layout.is_directory:
+            _check_directory(layout.path, layout.files, force=force)
+        else:
+            _check_file(layout.path, force=force)
+    check_room(layouts)
 
 
-def check_file(path: Path, *, force: bool) -> None:
-    """Check that a file can be written.
-
-    Raises:
-        OutputError: it exists already, or its directory does not, or is not to be written to.
-    """
+def _check_file(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise OutputError("is a directory", path=path, remedy="name a file")
     if path.exists() and not path.is_file():
@@ -246,18 +242,19 @@ def check_parent(path: Path) -> None:
         raise OutputError(f"{printable(path.parent)} is not to be written to", path=path)
 
 
-def check_room(outputs: Iterable[tuple[Path, Layout]]) -> None:
+def check_room(layouts: Iterable[Layout]) -> None:
     """Check that each file system has room for all outputs on it.
 
     Raises:
         OutputError: a file system has not.
     """
-    by_device: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for path, layout in outputs:
+    by_device: defaultdict[int, list[Layout]] = defaultdict(list)
+    for layout in layouts:
         with contextlib.suppress(OSError):
-            by_device[followed(path).parent.stat().st_dev].append((path, layout.size))
+            folder = followed(layout.path).parent
+            by_device[folder.stat().st_dev].append(layout)
     for group in by_device.values():
-        path, needed = group[0][0], sum(size for _, size in group)
+        path, needed = group[0].path, sum(layout.size for layout in group)
         free = _free_bytes(followed(path).parent)
         if free is not None and free < needed:
             what = "" if len(group) == 1 else f" for {len(group)} outputs"

@@ -16,19 +16,19 @@ from ckptavg.errors import OutputError
 from ckptavg.merge.jobs import Checksum, FileLayout, Layout
 from ckptavg.write.output import Output
 from ckptavg.write.temporary import temporary_beside
-from ckptavg.write.writing import check_file
+from ckptavg.write.writing import check_outputs
 
 LAYOUT = FileLayout(size=20, blobs=((0, b"head"),))
 
 
-def a_file(layout: FileLayout) -> Layout:
-    return Layout({"": layout}, ())
+def a_file(path: Path, layout: FileLayout = LAYOUT) -> Layout:
+    return Layout(path, {"": layout}, ())
 
 
 def write(
     path: Path, *, force: bool = False, fsync: bool = True, layout: FileLayout = LAYOUT
 ) -> None:
-    with Output(path, a_file(layout), force=force, fsync=fsync) as sink:
+    with Output(a_file(path, layout), force=force, fsync=fsync) as sink:
         sink.write(4, memoryview(b"0123456789abcdef"))
         sink.publish()
 
@@ -106,7 +106,7 @@ def test_a_directory_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
 
 
 def test_of_two_writers_at_once_one_wins_and_the_other_says_so(tmp_path):
-    with Output(tmp_path / "out", a_file(LAYOUT), force=False, fsync=False) as first:
+    with Output(a_file(tmp_path / "out"), force=False, fsync=False) as first:
         write(tmp_path / "out")
         with pytest.raises(OutputError, match="somebody else wrote it meanwhile"):
             first.publish()
@@ -118,7 +118,7 @@ def test_an_exception_leaves_what_was_there_before(tmp_path):
     (tmp_path / "out").write_bytes(b"old")
     with (
         pytest.raises(KeyboardInterrupt),
-        Output(tmp_path / "out", a_file(LAYOUT), force=True, fsync=True),
+        Output(a_file(tmp_path / "out"), force=True, fsync=True),
     ):
         raise KeyboardInterrupt
     assert (tmp_path / "out").read_bytes() == b"old"
@@ -147,7 +147,7 @@ def test_a_failure_of_the_background_write_is_not_forgotten(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fdatasync", fail)
     monkeypatch.setattr("ckptavg.write.output._SYNC_EVERY", 1)
-    with Output(tmp_path / "out", a_file(LAYOUT), force=False, fsync=True) as sink:
+    with Output(a_file(tmp_path / "out"), force=False, fsync=True) as sink:
         sink.write(4, memoryview(b"0123"))
         assert synced.wait(10)
         with pytest.raises(OutputError, match="cannot write it: Input/output error"):
@@ -159,7 +159,7 @@ def test_a_full_disk_is_found_before_the_work_starts(tmp_path):
     enormous = FileLayout(size=1 << 60)
     with (
         pytest.raises(OutputError, match="cannot write it"),
-        Output(tmp_path / "out", a_file(enormous), force=False, fsync=False),
+        Output(a_file(tmp_path / "out", enormous), force=False, fsync=False),
     ):
         pytest.fail("it began")
     assert os.listdir(tmp_path) == []
@@ -174,7 +174,7 @@ def test_checksums_are_filled_in_from_what_was_written(tmp_path):
 
 def test_a_file_that_is_shortened_meanwhile_is_an_error(tmp_path):
     layout = FileLayout(24, ((0, b"head"),), (Checksum(4, 16, (0, 20)),))
-    with Output(tmp_path / "out", a_file(layout), force=False, fsync=False) as sink:
+    with Output(a_file(tmp_path / "out", layout), force=False, fsync=False) as sink:
         sink.write(4, memoryview(b"0123456789abcdef"))
         os.truncate(sink.temporary, 10)
         with pytest.raises(OutputError, match="out: cannot write it: it was shortened meanwhile"):
@@ -205,12 +205,12 @@ class TestLink:
         assert stat.S_IMODE(real.stat().st_mode) == 0o640
 
     def test_to_nothing(self, tmp_path, real):
-        check_file(tmp_path / "out", force=True)
+        check_outputs([a_file(tmp_path / "out")], force=True)
         write(tmp_path / "out", force=True)
         self.assert_written(real, tmp_path)
 
     def test_has_the_temporary_file_beside_what_it_leads_to(self, tmp_path, real):
-        with Output(tmp_path / "out", a_file(LAYOUT), force=True, fsync=False) as sink:
+        with Output(a_file(tmp_path / "out"), force=True, fsync=False) as sink:
             assert sink.temporary.parent == real.parent
 
     @pytest.mark.parametrize("target", ["old", None])
@@ -218,45 +218,45 @@ class TestLink:
         if target is not None:
             real.write_text(target)
         with pytest.raises(OutputError, match="exists already"):
-            check_file(tmp_path / "out", force=False)
+            check_outputs([a_file(tmp_path / "out")], force=False)
 
     def test_into_a_directory_that_is_not_there(self, tmp_path, real):
         real.parent.rmdir()
         with pytest.raises(OutputError, match=r"there is no directory .*elsewhere"):
-            check_file(tmp_path / "out", force=True)
+            check_outputs([a_file(tmp_path / "out")], force=True)
 
 
 class TestDestination:
     def test_a_missing_directory_is_named(self, tmp_path):
         with pytest.raises(OutputError, match="there is no directory"):
-            check_file(tmp_path / "no" / "out", force=False)
+            check_outputs([a_file(tmp_path / "no" / "out")], force=False)
 
     def test_a_directory_is_no_file(self, tmp_path):
         with pytest.raises(OutputError, match="is a directory"):
-            check_file(tmp_path, force=True)
+            check_outputs([a_file(tmp_path)], force=True)
 
     def test_a_fifo_is_no_file(self, tmp_path):
         os.mkfifo(tmp_path / "out")
         with pytest.raises(OutputError, match="is no regular file"):
-            check_file(tmp_path / "out", force=True)
+            check_outputs([a_file(tmp_path / "out")], force=True)
 
     def test_a_dangling_symlink_exists(self, tmp_path):
         (tmp_path / "out").symlink_to("nowhere")
         with pytest.raises(OutputError, match="exists already"):
-            check_file(tmp_path / "out", force=False)
+            check_outputs([a_file(tmp_path / "out")], force=False)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_a_directory_without_permission(self, tmp_path):
         (tmp_path / "locked").mkdir(mode=0o555)
         with pytest.raises(OutputError, match="not to be written to"):
-            check_file(tmp_path / "locked" / "out", force=False)
+            check_outputs([a_file(tmp_path / "locked" / "out")], force=False)
 
 
 def test_within_a_directory_of_its_own_no_other_run_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
     with temporary_beside(tmp_path / "out", folder=True) as folder:
         (folder / "out").write_bytes(b"old")
-        with Output(folder / "out", a_file(FileLayout(3)), force=True, fsync=False) as out:
+        with Output(a_file(folder / "out", FileLayout(3)), force=True, fsync=False) as out:
             out.write(0, memoryview(b"new"))
             out.publish()
     assert list(tmp_path.iterdir()) == []

@@ -60,26 +60,26 @@ def make(names, dtype_name, shape):
     return OutputTensor(names, dtype, tuple(shape), size), random_bytes(size, dtype_name, seed)
 
 
-def write(path, layout, contents):
+def write(layout, contents):
     """Fill a layout as the engine does."""
-    with Output(path, layout, force=True, fsync=False) as output:
+    with Output(layout, force=True, fsync=False) as output:
         for targets, content in zip(layout.targets, contents, strict=True):
             for target in targets:
                 output.write(target, memoryview(content))
         output.publish()
-    return path
+    return layout.path
 
 
 def write_safetensors(path, made, metadata=None):
     layout = lay_out_safetensors(path, [tensor for tensor, _ in made], metadata or {})
-    return write(path, layout, [content for _, content in made])
+    return write(layout, [content for _, content in made])
 
 
 def write_torch(path, made, metadata=None, versions=None):
     layout = lay_out_torch(
-        [t for t, _ in made], metadata or {}, checkpoint(path, versions=versions)
+        path, [t for t, _ in made], metadata or {}, checkpoint(path, versions=versions)
     )
-    return write(path, layout, [content for _, content in made])
+    return write(layout, [content for _, content in made])
 
 
 def bits(tensor):
@@ -234,7 +234,7 @@ def test_a_torch_file_is_a_sound_zip_with_the_records_that_torch_writes(tmp_path
 
 def test_the_records_of_a_torch_file_begin_aligned(tmp_path):
     made = several(IN_TORCH)
-    layout = lay_out_torch([tensor for tensor, _ in made], {}, checkpoint(tmp_path))
+    layout = lay_out_torch(tmp_path, [tensor for tensor, _ in made], {}, checkpoint(tmp_path))
     assert all(target % 64 == 0 for targets in layout.targets for target in targets)
 
 
@@ -331,7 +331,7 @@ def test_packed_tensors_have_torch_s_own_shape_in_a_torch_file(tmp_path):
 def test_what_torch_has_no_tensor_for_is_an_error_that_names_it(tmp_path, name, shape):
     tensor, _ = make("layer.w", name, shape)
     with pytest.raises(OutputError, match=r"layer\.w.*safetensors"):
-        lay_out_torch([tensor], {}, checkpoint(tmp_path))
+        lay_out_torch(tmp_path, [tensor], {}, checkpoint(tmp_path))
 
 
 # Both
@@ -343,7 +343,7 @@ def test_the_ending_decides(tmp_path, ending):
     path = tmp_path / f"x{ending}"
     last = checkpoint(tmp_path)
     target = destination(path, last)
-    write(path, lay_out(target, [made[0][0]], {"format": "pt"}, last), [made[0][1]])
+    write(lay_out(target, [made[0][0]], {"format": "pt"}, last), [made[0][1]])
     load = safetensors.torch.load_file if target.kind == "safetensors" else torch.load
     assert (target.kind == "safetensors") == (ending == ".safetensors")
     assert_holds(load(path), made)
@@ -397,7 +397,7 @@ versions = {"": {"version": 1}, "a": {"version": 1, "name": "version"}}
 metadata = {name: "x" for name in {"ckptavg", "format", "other"}}
 last = Checkpoint(path, "torch", (), {}, {}, "", module_versions=versions)
 layout = lay_out(destination(path, last), tensors, metadata, last)
-with Output(path, layout, force=False, fsync=False) as output:
+with Output(layout, force=False, fsync=False) as output:
     for index, targets in enumerate(layout.targets):
         for target in targets:
             output.write(target, memoryview(bytes([index]) * tensors[index].nbytes))
@@ -459,7 +459,7 @@ def test_more_records_than_a_plain_zip_can_count(tmp_path, ours):
         OutputTensor((f"layer.{index}",), BY_NAME["uint16"], (1,), 2) for index in range(count)
     ]
     contents = [index.to_bytes(4, "little")[:2] for index in range(count)]
-    path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, checkpoint(tmp_path)), contents)
+    path = write(lay_out_torch(tmp_path / "x.pt", tensors, {}, checkpoint(tmp_path)), contents)
     end = path.read_bytes()[-22:]
     assert end[8:12] == b"\xff\xff\xff\xff", "look into the 64-bit trailer"
     with zipfile.ZipFile(path) as archive:
@@ -508,7 +508,8 @@ def test_records_beyond_four_gigabytes_are_found(tmp_path):
         OutputTensor(("below",), BY_NAME["uint8"], ((1 << 32) - 2,), (1 << 32) - 2),
         OutputTensor(("last",), BY_NAME["float32"], (2,), 8),
     ]
-    layout = lay_out_torch(tensors, {}, checkpoint(tmp_path))
+    path = tmp_path / "x.pt"
+    layout = lay_out_torch(path, tensors, {}, checkpoint(tmp_path))
     contents = [
         np.array([1, 2], np.float32).tobytes(),
         b"a",
@@ -516,7 +517,7 @@ def test_records_beyond_four_gigabytes_are_found(tmp_path):
         b"c",
         np.array([3, 4], np.float32).tobytes(),
     ]
-    path = write_sparse(tmp_path / "x.pt", layout, contents)
+    path = write_sparse(path, layout, contents)
     if path.stat().st_blocks * 512 > 1 << 30:
         pytest.skip("this file system has no holes")
     with zipfile.ZipFile(path) as archive:
@@ -544,7 +545,7 @@ def test_a_whole_file_beyond_four_gigabytes_is_sound(tmp_path):
         OutputTensor(("last",), BY_NAME["float32"], (2,), 8),
     ]
     contents = [b"a", np.array([3, 4], np.float32).tobytes()]
-    path = write(tmp_path / "x.pt", lay_out_torch(tensors, {}, checkpoint(tmp_path)), contents)
+    path = write(lay_out_torch(tmp_path / "x.pt", tensors, {}, checkpoint(tmp_path)), contents)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     state = torch.load(path, weights_only=True, mmap=True)

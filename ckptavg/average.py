@@ -151,7 +151,7 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     base = find_base(run.checkpoints)
     others = [each for each in run.checkpoints if each is not base]
     ordered, order_is_known = sort_checkpoints(others)
-    return replace(run, checkpoints=tuple(ordered), order_is_known=order_is_known, base=base)
+    return replace(run, members=tuple(ordered), order_is_known=order_is_known, base=base)
 
 
 def _named_averages(paths: Sequence[Path]) -> set[str]:

@@ -60,10 +60,10 @@ def _show_run(
 ) -> None:
     """Show the series of a run and its members, and which of them the rules take."""
     from ckptavg.select.rules import Selection, Verdict, select
-    from ckptavg.select.run import survey_run
+    from ckptavg.select.run import find_run
 
     rules = Selection(**fields_of(Selection, params))
-    run = survey_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
+    run = find_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
     if run.error is None:
         verdicts = select(run, rules)
     else:
@@ -80,7 +80,7 @@ def _show_run(
     elif members:
         _say_members(console, members, unit)
     error = None if run.error is None else with_options(str(run.error))
-    if error and not any(each.what == "damaged" for each in run.candidates):
+    if error and not any(each.kind == "damaged" for each in run.candidates):
         console.say("none is taken: " + error.partition(":\n")[0])
     console.result({"series": series, "checkpoints": [*members, *others], "error": error})
     _raise_damages([each.fault for each in run.candidates if each.fault and each.reason])
@@ -109,24 +109,22 @@ def _other(candidate: Candidate) -> dict[str, Any]:
 
 
 _BESIDE_ERROR = "beside an error"
-_WHAT = {"member": "members", "copy": "copies", "piece": "pieces", "unclear": "checkpoints"}
+_PLURALS = {"checkpoint": "checkpoints", "copy": "copies", "piece": "pieces"}
 
 
 def _series(series: Series, others: Sequence[Series], run: Run) -> dict[str, Any]:
     """What is shown of a series."""
-    what, reason = _WHAT.get(series.what, series.what), series.reasons
-    is_taken = series.what == "member" and run.error is None
-    if series.what == "unclear":
-        what = series.kind or what
-        reason = with_options(series.arguments(each for each in others if each.what == "unclear"))
-    elif series.what == "member" and not is_taken:
-        reason = _BESIDE_ERROR
+    what, reason = _PLURALS.get(series.kind, series.kind), series.reasons
+    if series.is_unclear:
+        reason = with_options(series.arguments(each for each in others if each.is_unclear))
+    elif series.is_taken:
+        what, reason = "members", "" if run.error is None else _BESIDE_ERROR
     return {
         "name": series.name,
         "count": len(series.candidates),
         "steps": series.steps,
         "what": what,
-        "taken": is_taken,
+        "taken": series.is_taken and run.error is None,
         "reason": reason,
     }
 

@@ -17,29 +17,30 @@ from ckptavg.select.names import (
     parse_name,
     without_suffix,
 )
-from ckptavg.select.order import places_in_training, saved_before_training, timeline
+from ckptavg.select.order import saved_before_training, timeline
 from ckptavg.select.pieces import mark_pieces
-from ckptavg.select.series import group, is_last_save, several
+from ckptavg.select.series import UNCLEAR, group, is_last_save, several
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from ckptavg.errors import CkptAvgError
-    from ckptavg.select.series import Candidate, Series, What
+    from ckptavg.select.series import Candidate, CandidateKind, Series
 
 log = logging.getLogger("ckptavg")
 
-_LEFT_OUT: dict[What, str] = {
+_LEFT_OUT: dict[CandidateKind, str] = {
     "unfinished": "left out as unfinished saves",
     "no weights": "left out, since they hold no weights",
     "average": "left out as averages",
     "pointer": "left out beside the numbered checkpoints",
     "start": "left out as the start of the training",
 }
-_BESIDE: dict[What, str] = {
+_BESIDE: dict[CandidateKind, str] = {
     "average": "an average, by its name or by what it records",
-    "pointer": "a copy or a later save beside numbered checkpoints, by its name",
     "start": "the start of the training, by its name",
+    "pointer": "a copy or a later save beside numbered checkpoints, by its name",
 }
 _COUNTED_ONCE = "counted once"
 _MOST_NAMES = 10
@@ -50,7 +51,7 @@ def mark_by_name(candidates: Iterable[Candidate]) -> None:
     for each in candidates:
         words = words_in(each.name)
         word = next((word for word in words if kind_of_word(word) == "unfinished"), None)
-        if each.what != "member" or each.folder is None:
+        if each.reason or each.folder is None:
             continue
         if is_no_checkpoint(each.path.name):
             each.leave_out("no weights", "the state of the training, by its name")
@@ -64,11 +65,13 @@ def find_members(candidates: Sequence[Candidate]) -> CkptAvgError | None:
     Candidates that the user named are only left out if they are copies.
     """
     error: CkptAvgError | None = mark_pieces([each for each in candidates if each.is_open])
-    _mark_copies(candidates)
-    by_folder: defaultdict[object, list[Candidate]] = defaultdict(list)
+    by_folder: defaultdict[Path | None, list[Candidate]] = defaultdict(list)
     for each in candidates:
-        if each.folder is not None:
-            by_folder[each.folder].append(each)
+        by_folder[each.folder].append(each)
+    for inside in by_folder.values():
+        _set_kinds([each for each in inside if each.is_open])
+    _mark_copies(candidates)
+    by_folder.pop(None, None)
     for inside in by_folder.values():
         _mark_recorded_averages(inside)
         error = error or _choose_series(inside)
@@ -76,6 +79,16 @@ def find_members(candidates: Sequence[Candidate]) -> CkptAvgError | None:
         error = error or _without_weights(inside) or _same_step_twice(inside)
     _log_left_out(candidates)
     return error
+
+
+def _set_kinds(candidates: Sequence[Candidate]) -> None:
+    """Set what words in the names say, apart from those that all names have."""
+    words = {each: frozenset(words_in(each.name)) for each in candidates}
+    common = frozenset.intersection(*words.values()) if len(words) > 1 else frozenset()
+    for each in candidates:
+        kinds = {kind_of_word(word) for word in words[each] - common}
+        if each.kind == "checkpoint":
+            each.kind = next((kind for kind in _BESIDE if kind in kinds), "checkpoint")
 
 
 def _mark_copies(candidates: Sequence[Candidate]) -> None:
@@ -94,9 +107,8 @@ def _preference(candidate: Candidate) -> tuple[object, ...]:
     """A sort key that puts originals before their copies."""
     checkpoint, path = candidate.checkpoint, candidate.path
     assert checkpoint is not None  # noqa: S101
-    special = any(kind_of_word(word) in _BESIDE for word in words_in(path.name))
     numbers = parse_name(path.name).numbers
-    is_plain = any(not number.role for number in numbers) and not special
+    is_plain = any(not number.role for number in numbers) and candidate.kind == "checkpoint"
     recorded = len(checkpoint.facts) + checkpoint.other_content
     return not is_plain, not numbers, path.is_symlink(), -recorded, natural_key(candidate.name)
 
@@ -123,26 +135,27 @@ def _mark_recorded_averages(candidates: Sequence[Candidate]) -> None:
 def _choose_series(candidates: Sequence[Candidate]) -> SelectionError | None:
     """Leave out all but the run's series in a directory; an error if that is not clear."""
     series = group([each for each in candidates if each.is_open])
-    plain = [each for each in series if each.kind is None and each.is_numbered]
+    plain = [each for each in series if each.kind == "checkpoint" and each.is_numbered]
     if plain:
         _leave_out_beside(series, plain)
-        series = [each for each in series if each.what == "member"]
+        series = [each for each in series if each.is_taken]
     is_soup = len({each.kind for each in series}) == 1 and not any(
         each.is_numbered or each.is_of_run for each in series
     )
     if len(series) < 2 or is_soup:  # noqa: PLR2004
         return None
     for candidate in itertools.chain.from_iterable(each.candidates for each in series):
-        candidate.leave_out("unclear", "in one of several series")
+        candidate.leave_out(candidate.kind, UNCLEAR)
     return several(series)
 
 
 def _leave_out_beside(series: Sequence[Series], plain: Sequence[Series]) -> None:
     """Leave out what stands beside a plain series: pointers, starts, a single average."""
     for each in series:
-        is_last = each.kind is None and any(is_last_save(each, other) for other in plain)
-        kind = "pointer" if is_last else each.kind
-        if kind is not None and (kind != "average" or len(each.candidates) == 1):
+        kind = each.kind
+        if kind == "checkpoint" and any(is_last_save(each, other) for other in plain):
+            kind = "pointer"
+        if kind in _BESIDE and (kind != "average" or len(each.candidates) == 1):
             for candidate in each.candidates:
                 candidate.leave_out(kind, _BESIDE[kind])
 
@@ -161,7 +174,7 @@ def _without_weights(candidates: Sequence[Candidate]) -> FormatError | None:
     """The error about a file without a state dict that is named like the members."""
     patterns = {parse_name(each.name).pattern for each in candidates if each.is_open}
     for each in candidates:
-        if each.what == "no weights" and parse_name(each.name).pattern in patterns:
+        if each.kind == "no weights" and parse_name(each.name).pattern in patterns:
             remedy = "leave it out with `exclude`"
             return FormatError("holds no state dict, as others do", path=each.path, remedy=remedy)
     return None
@@ -172,8 +185,8 @@ def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
     members = [each for each in candidates if each.is_open]
     checkpoints = [each.checkpoint for each in members if each.checkpoint is not None]
     names = [each.name for each in members]
-    places = places_in_training(checkpoints) if is_one_series(names) and members else None
-    if places is not None and len(set(places)) == 1:
+    places = timeline(checkpoints).places if is_one_series(names) and members else ()
+    if len(set(places)) == 1:
         places = order_in_names(names)  # each the last of its training
     steps: defaultdict[object, list[str]] = defaultdict(list)
     for number, name in enumerate(names):
@@ -190,10 +203,10 @@ def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
 
 def _log_left_out(candidates: Sequence[Candidate]) -> None:
     """One notice for each kind of what is left out."""
-    copies = [f"{each.name} is {each.reason}" for each in candidates if each.what == "copy"]
+    copies = [f"{each.name} is {each.reason}" for each in candidates if each.kind == "copy"]
     if copies:
         log.info("%s: %s", _COUNTED_ONCE, listed(copies, _MOST_NAMES))
-    for what, text in _LEFT_OUT.items():
-        names = [each.name for each in candidates if each.what == what]
+    for kind, text in _LEFT_OUT.items():
+        names = [each.name for each in candidates if each.reason and each.kind == kind]
         if names:
             log.info("%s: %s", text, listed(names, _MOST_NAMES))

@@ -184,20 +184,18 @@ def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step
     return None
 
 
-def order_in_names(names: Sequence[str]) -> list[tuple[Step, ...]] | None:
-    """The place of each name in the training; None if not all names have one.
+def order_in_names(names: Sequence[str]) -> tuple[tuple[Step, ...], ...]:
+    """The place of each name in the training; empty if not all names have one.
 
     It is the step, or the epoch and the step where steps begin anew in each epoch.
     """
-    steps = steps_in_names(names)
-    if steps is None:
-        return None
-    places: list[tuple[Step, ...]] = [(step,) for step in steps]
+    steps = steps_in_names(names) or ()
     epochs = steps_in_names(names, "epoch")
-    if epochs is None or len(set(places)) == len(places):
-        return places
-    pairs: list[tuple[Step, ...]] = [*zip(epochs, steps, strict=True)]
-    return pairs if len(set(pairs)) == len(pairs) else places
+    if epochs is not None and len(set(steps)) < len(steps):
+        places = tuple(zip(epochs, steps, strict=True))
+        if len(set(places)) == len(places):
+            return places
+    return tuple((step,) for step in steps)
 
 
 def _as_steps(numbers: Sequence[Number]) -> tuple[Step, ...]:

@@ -31,6 +31,8 @@ class Timeline:
     Attributes:
         unit: the unit of the steps: `global_step`, `step`, `epoch`, or `number` (in the names).
         steps: the step of each checkpoint; empty if some of them have none.
+        places: what sorts the checkpoints: the step, or the epoch and the step where steps begin
+            anew in each epoch; empty if some of them have neither.
         from_zero: whether steps count from 0, so that `step + 1` units were done. Epochs of
             Lightning, of timm, and of loops whose first epoch is 0 do.
         other_units: further units that all checkpoints record.
@@ -38,6 +40,7 @@ class Timeline:
 
     unit: str
     steps: tuple[int, ...]
+    places: tuple[tuple[Step, ...], ...] = ()
     from_zero: bool = False
     other_units: tuple[str, ...] = ()
 
@@ -68,8 +71,9 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         units.remove(unit)
     elif unit == "number":
         # Where the steps begin anew in each epoch, they do not tell how much was done.
-        places = [place for place in order_in_names(names) or [] if len(place) == 1]
-        return Timeline(unit, whole_steps([place[0] for place in places]))
+        places = order_in_names(names)
+        steps = whole_steps([place[0] for place in places if len(place) == 1])
+        return Timeline(unit, steps, places)
     else:
         named = steps_in_names(names, "epoch" if unit == "epoch" else "step")
         if named is None or (unit == "step" and restarts):
@@ -82,7 +86,11 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         any(step == 0 and c not in starts for c, step in zip(checkpoints, steps, strict=True))
         or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
     )
-    return Timeline(unit, steps, from_zero, tuple(units))
+    places = tuple(
+        (step, each.facts["step"]) if restarts and unit == "epoch" else (step,)
+        for each, step in zip(checkpoints, steps, strict=False)
+    )
+    return Timeline(unit, steps, places, from_zero, tuple(units))
 
 
 def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint], bool]:
@@ -94,8 +102,8 @@ def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint
     """
     ordered = sorted(checkpoints, key=lambda checkpoint: natural_key(checkpoint.name))
     names = [checkpoint.name for checkpoint in ordered]
-    places = places_in_training(ordered)
-    if places is not None:
+    places = timeline(ordered).places
+    if places:
         by_checkpoint = dict(zip(ordered, places, strict=True))
         ordered.sort(key=by_checkpoint.__getitem__)
         known = len(set(places)) == len(ordered)
@@ -103,22 +111,6 @@ def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint
         recorded = any(each.step is not None for each in ordered)
         known = not recorded and not _have_numbers_apart(names)
     return ordered, known or is_one_series(names)
-
-
-def places_in_training(checkpoints: Sequence[Checkpoint]) -> list[tuple[Step, ...]] | None:
-    """The place of each checkpoint: its step, or its epoch and the step within that.
-
-    None if they have no steps of one kind.
-    """
-    times = timeline(checkpoints)
-    if times.unit == "number":
-        return order_in_names([each.name for each in checkpoints])
-    # Where all record epochs and steps and count in epochs, the steps begin anew in each.
-    restarts = times.unit == "epoch" and all("step" in each.facts for each in checkpoints)
-    return [
-        (step, each.facts["step"]) if restarts else (step,)
-        for each, step in zip(checkpoints, times.steps, strict=True)
-    ]
 
 
 def unordered(checkpoints: Sequence[Checkpoint]) -> str:

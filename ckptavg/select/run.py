@@ -42,18 +42,30 @@ class Run:
     """The checkpoints of a training run.
 
     Attributes:
-        checkpoints: in the order of training.
+        members: the checkpoints in the order of training.
         order_is_known: whether steps tell the order; otherwise it is that of the names.
         candidates: all that may be checkpoints, and for each that is none the reason.
         base: an earlier average that is to be updated with the checkpoints; not one of them.
-        error: what keeps the run from being averaged; then there are no checkpoints.
+        error: what keeps the run from being averaged; then there are no members.
     """
 
-    checkpoints: tuple[Checkpoint, ...]
+    members: tuple[Checkpoint, ...]
     order_is_known: bool = True
     candidates: tuple[Candidate, ...] = ()
     base: Checkpoint | None = None
     error: CkptAvgError | None = None
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The members.
+
+        Raises:
+            CkptAvgError: there are none, since a candidate is damaged, of an unknown format, or a
+                piece of a model; or since it is unclear which candidates are the run's.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.members
 
     @property
     def series(self) -> list[Series]:
@@ -88,26 +100,8 @@ def find_run(
         exclusion_reason: gives the reason to leave out a candidate of this name; None to open it.
 
     Raises:
-        SelectionError: there are no checkpoints, or it is unclear which ones are the run's.
-        FormatError: a candidate is damaged, of an unknown format, or a piece of a model.
-    """
-    run = survey_run(inputs, key=key, keep_prefix=keep_prefix, exclusion_reason=exclusion_reason)
-    if run.error is not None:
-        raise run.error
-    return run
-
-
-def survey_run(
-    inputs: Sequence[Path],
-    *,
-    key: str | None = None,
-    keep_prefix: bool = False,
-    exclusion_reason: Callable[[str], str | None] = lambda _: None,
-) -> Run:
-    """The same as `find_run`, but errors about candidates are in the result.
-
-    Raises:
-        SelectionError: an input does not exist, or has no candidates.
+        SelectionError: an input does not exist, or has no candidates. Errors about candidates are
+            in the result.
     """
     folders = find_candidates(inputs)
     names = relative_names(folders)
@@ -116,7 +110,7 @@ def survey_run(
         if reason := exclusion_reason(each.name):
             each.leave_out("excluded", reason)
     mark_by_name(candidates)
-    waiting = [each for each in candidates if each.what == "member"]
+    waiting = [each for each in candidates if not each.reason]
     for each in waiting:
         _open(each, key)
     _unwrap(waiting, keep_prefix=keep_prefix)
@@ -124,7 +118,7 @@ def survey_run(
     members = [each.checkpoint for each in candidates if each.is_open and each.checkpoint]
     if error is None and not members:
         error = _no_checkpoint(inputs, candidates)
-    error = next((each.fault for each in candidates if each.what == "damaged"), error)
+    error = next((each.fault for each in candidates if each.kind == "damaged"), error)
     if error is not None:
         return Run((), candidates=tuple(candidates), error=error)
     _log_averages(candidates)
@@ -178,7 +172,8 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
     for each in candidates:
         if each.checkpoint is None:
             continue
-        each.is_average = each.checkpoint.is_average or "n_averaged" in each.checkpoint.tensors
+        if each.checkpoint.is_average or "n_averaged" in each.checkpoint.tensors:
+            each.kind = "average"
         checkpoint, prefix = without_wrappers(each.checkpoint, keep_prefix=keep_prefix)
         prefixes[prefix] += 1
         # Most checkpoints of a run have the same tensors at the same places: they share a mapping.
@@ -198,7 +193,7 @@ def _log_averages(candidates: Sequence[Candidate]) -> None:
         for each in candidates
         if each.is_open
         and each.checkpoint is not None
-        and (each.is_average or each.checkpoint.is_trainers_average or is_average(each.name))
+        and (each.kind == "average" or each.checkpoint.is_trainers_average or is_average(each.name))
     ]
     if averages:
         log.info("these are averages already: %s", listed(averages))

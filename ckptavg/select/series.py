@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats.words import Kind, kind_of_word, words_in
+from ckptavg.formats.words import Kind
 from ckptavg.select.names import Step, common_name, natural_key, parse_name
 from ckptavg.select.order import timeline
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ckptavg.errors import CkptAvgError
     from ckptavg.formats.checkpoint import Checkpoint
 
-What = Kind | Literal["member", "copy", "excluded", "damaged", "unclear"]
+CandidateKind = Kind | Literal["checkpoint", "copy", "excluded", "damaged"]
+UNCLEAR = "in one of several series"
 
 _MOST_SERIES = 8
 
@@ -37,29 +38,27 @@ class Candidate:
         name: its path below the folder that all candidates have in common.
         folder: the directory among the inputs that it is in; None if the user named it.
         checkpoint: None if it is not opened.
-        what: what it is; `unclear` if the user has to choose among several series.
+        kind: what it is, by its name and by what it records.
         reason: why it is no member; empty for members.
         fault: why it cannot be a member, if it is chosen.
-        is_average: whether it records that it is an average.
     """
 
     path: Path
     name: str
     folder: Path | None
     checkpoint: Checkpoint | None = None
-    what: What = "member"
+    kind: CandidateKind = "checkpoint"
     reason: str = ""
     fault: CkptAvgError | None = None
-    is_average: bool = False
 
-    def leave_out(self, what: What, reason: str) -> None:
+    def leave_out(self, kind: CandidateKind, reason: str) -> None:
         """Say that it is no member."""
-        self.what, self.reason = what, reason
+        self.kind, self.reason = kind, reason
 
     @property
     def is_open(self) -> bool:
         """Whether it is opened and may still be a member."""
-        return self.checkpoint is not None and self.what == "member"
+        return self.checkpoint is not None and not self.reason
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,10 @@ class Series:
     """Candidates of one directory whose names differ in numbers only.
 
     Attributes:
-        candidates: in natural order; all of them are the same thing.
-        kind: what a word in their names says: `average`, `pointer`, `start`; None for checkpoints.
+        candidates: in natural order; all of them are of one kind.
     """
 
     candidates: tuple[Candidate, ...]
-    kind: Kind | None = None
 
     @cached_property
     def name(self) -> str:
@@ -80,9 +77,19 @@ class Series:
         return common_name([each.name for each in self.candidates])
 
     @property
-    def what(self) -> What:
+    def kind(self) -> CandidateKind:
         """What its candidates are."""
-        return self.candidates[0].what
+        return self.candidates[0].kind
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether its candidates are members, unless something keeps the run from having any."""
+        return not self.candidates[0].reason
+
+    @property
+    def is_unclear(self) -> bool:
+        """Whether the user has to choose between it and others."""
+        return self.candidates[0].reason == UNCLEAR
 
     @property
     def reasons(self) -> str:
@@ -138,7 +145,7 @@ class Series:
         first, last = self.steps or (None, None)
         steps = f", step {first}" if first == last else f", steps {first} to {last}"
         steps = "" if first is None else steps
-        noun = f"{self.kind or 'checkpoint'}{'s' if count > 1 else ''}"
+        noun = f"{self.kind}{'s' if count > 1 else ''}"
         return f"{printable(self.name)}: {count} {noun}{steps}: {self.arguments(others)}"
 
 
@@ -153,32 +160,14 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.rpartition("/")[2]))
 
 
-def group(candidates: Sequence[Candidate]) -> list[Series]:
+def group(candidates: Iterable[Candidate]) -> list[Series]:
     """The series among candidates, in natural order of their names."""
-    common = _common_words(candidates)
     groups: defaultdict[tuple[object, ...], list[Candidate]] = defaultdict(list)
-    kinds = {each: _kind(each, common) for each in candidates}
     for each in sorted(candidates, key=lambda each: natural_key(each.name)):
         name = parse_name(each.name)
-        pattern = name.texts if each.what == "piece" else name.pattern
-        groups[each.folder, each.what, kinds[each], pattern].append(each)
-    parts = [part for members in groups.values() for part in _by_run(members)]
-    return [Series(tuple(part), kinds[part[0]]) for part in parts]
-
-
-def _kind(candidate: Candidate, common: frozenset[str]) -> Kind | None:
-    """What the words in a name say, apart from those that all names have."""
-    if candidate.is_average:
-        return "average"
-    kinds = {kind_of_word(word) for word in words_in(candidate.name) if word not in common}
-    order: tuple[Kind, ...] = ("average", "start", "pointer")
-    return next((kind for kind in order if kind in kinds), None)
-
-
-def _common_words(candidates: Sequence[Candidate]) -> frozenset[str]:
-    """The words that the names of all candidates have: they tell none of them apart."""
-    words = [frozenset(words_in(each.name)) for each in candidates]
-    return frozenset.intersection(*words) if len(words) > 1 else frozenset()
+        pattern = name.texts if each.kind == "piece" else name.pattern
+        groups[each.folder, each.kind, each.reason == "", pattern].append(each)
+    return [Series(tuple(part)) for alike in groups.values() for part in _by_run(alike)]
 
 
 def _by_run(members: list[Candidate]) -> list[list[Candidate]]:
@@ -215,7 +204,7 @@ def _letters(series: Series) -> str:
 
 def several(series: Sequence[Series]) -> SelectionError:
     """The error that lists several series, each with the arguments that select it."""
-    series = sorted(series, key=lambda each: each.kind is not None)
+    series = sorted(series, key=lambda each: each.kind != "checkpoint")
     lines = [each.described(series) for each in series[:_MOST_SERIES]]
     if len(series) > _MOST_SERIES:
         lines.append(f"and {len(series) - _MOST_SERIES} more")

@@ -20,7 +20,7 @@ import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import SelectionError
 from ckptavg.select.rules import select
-from ckptavg.select.run import find_run, survey_run
+from ckptavg.select.run import find_run
 from tests.layouts import libraries
 from tests.layouts.lightning_runs import Net, batches, trainer
 from tests.oracle import assert_mean
@@ -30,7 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def series(folder: Path) -> dict[str, str]:
     """What each series of a directory is, by its name."""
-    return {each.name: each.what for each in survey_run([folder]).series}
+    return {
+        each.name: "member" if each.is_taken else each.kind for each in find_run([folder]).series
+    }
 
 
 def names(folder: Path) -> list[str]:

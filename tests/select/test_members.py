@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.errors import FormatError, SelectionError
-from ckptavg.select.run import find_run, survey_run
+from ckptavg.select.run import find_run
 from tests.helpers import run
 from tests.oracle import naive_mean, same_bits
 
@@ -64,7 +64,10 @@ def members(folder: Path, **options: Any) -> list[str]:
 
 def what(folder: Path) -> dict[str, str]:
     """What each series is, by its name."""
-    return {series.name: series.what for series in survey_run([folder]).series}
+    return {
+        series.name: "member" if series.is_taken else series.kind
+        for series in find_run([folder]).series
+    }
 
 
 def refusal(folder: Path) -> str:
@@ -73,7 +76,7 @@ def refusal(folder: Path) -> str:
     run("average", folder, "-o", out, code=1)
     assert not out.exists()
     with pytest.raises(ckptavg.CkptAvgError) as caught:
-        find_run([folder])
+        _ = find_run([folder]).checkpoints
     text = str(caught.value)
     assert len(text.splitlines()) <= 20
     inspected = json.loads(run("inspect", "--json", folder).stdout)

@@ -140,15 +140,13 @@ def _run(
     if params["plots"]:
         import ckptavg.landscape.plots  # noqa: F401 - fails now, and not after all evaluations
     from ckptavg.formats.parts import as_path
-    from ckptavg.landscape.saving import refuse_others, save
+    from ckptavg.landscape.saving import save
 
     console, kind = params["console"], function.__name__
     folder, explore = as_path(params["output"]), _explore_options(params)
     which = {name: params[name] for name in names_of(points)}
     files = []
     with console.ranks() as ranks:
-        refuse_others(folder, kind, force=explore.force)
-        ranks.gather(None)  # all have looked
         with console.others_to_stderr(), console.progress("evaluating", "point") as progress:
             result = function(
                 params["checkpoints"], folder, explore, ranks=ranks, progress=progress, **which
@@ -199,10 +197,9 @@ def _say_segment(console: Console, result: Segment) -> None:
         f"{plural(len(result.positions), 'point')} on the line from {first} to {second}, which are "
         f"{result.apart:.4g} apart"
     )
-    for metric, values in result.curves.items():
-        pairs = zip(values, result.positions, strict=True)
-        if finite := [pair for pair in pairs if not math.isnan(pair[0])]:
-            value, position = min(finite)
+    for metric in result.curves:
+        if point := _least(result, metric):
+            value, position = point[metric], point["position"]
             console.say(f"  least {printable(metric)}: {value:.4g} at {position:.3g}")
 
 
@@ -214,13 +211,13 @@ def _say_plane(console: Console, result: PlaneResult) -> None:
         values = (f"{mark.values[name]:.4g}" for name in metrics)
         rows.append((f"  {mark.checkpoint}", f"{mark.x:.4g}", f"{mark.y:.4g}", *values))
     console.say_table(rows)
-    for metric, grid in result.grids.items():
-        points = [
-            (value, x, y)
-            for y, row in zip(result.ys, grid, strict=True)
-            for x, value in zip(result.xs, row, strict=True)
-            if not math.isnan(value)
-        ]
-        if points:
-            value, x, y = min(points)
+    for metric in metrics:
+        if point := _least(result, metric):
+            value, x, y = point[metric], point["x"], point["y"]
             console.say(f"  least {printable(metric)} on the grid: {value:.4g} at {x:.4g}, {y:.4g}")
+
+
+def _least(result: Segment | PlaneResult, metric: str) -> dict[str, float] | None:
+    """The point at which a metric is least; None if it is NaN at all of them."""
+    points = [point for point in result.rows() if not math.isnan(point[metric])]
+    return min(points, key=lambda point: point[metric], default=None)

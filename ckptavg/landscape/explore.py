@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
+_WITHOUT_INFLUENCE = {"evaluation", "key", "force", "device"}
 
 Progress = Callable[[int, int | None], None]
 """Called with the points evaluated since the last call, and with how many there will be."""
@@ -70,6 +71,7 @@ class Explorer:
 
     Attributes:
         names: what they are called: their paths below the folder that they have in common.
+        space: the weights between them.
 
     Raises:
         SelectionError: they are not of one model.
@@ -88,11 +90,9 @@ class Explorer:
         for one in self._checkpoints[1:]:
             _check_alike(first, one)
         self._evaluator.compare(self._checkpoints)
-        self._parameters, self._aliases = self._named_parameters(first)
-
-    def space(self, *, seed: int = 0) -> Space:
-        """The weights between the checkpoints."""
-        return Space(self._checkpoints, self._parameters, self._aliases, seed=seed)
+        parameters, aliases = self._named_parameters(first)
+        seed = options.evaluation.seed
+        self.space = Space(self._checkpoints, parameters, aliases, seed=seed)
 
     def _opened(self, path: Path) -> Checkpoint:
         """A checkpoint with the names that the model has.
@@ -140,21 +140,20 @@ class Explorer:
         return list(first_names.values()), aliases
 
     def run(
-        self,
-        task: dict[str, Any],
-        space: Space,
-        places: Mapping[str, Place],
-        progress: Progress | None,
-    ) -> dict[str, Values]:
-        """Evaluate places that have not been yet; all of them, by their names.
+        self, kind: str, places: Iterable[Place], progress: Progress | None
+    ) -> dict[str, dict[Place, float]]:
+        """Evaluate the places that have not been evaluated yet.
 
         Args:
-            task: what tells this landscape from others.
-            space: where they are.
-            places: by name.
+            kind: the kind of landscape: points of another kind do not count.
+            places: where to evaluate; the same place may occur several times.
             progress: hears of each point.
+
+        Returns:
+            The values of each metric at the places.
         """
-        task = {"ckptavg": __version__, "inputs": self._digest(), **task, **self._facts()}
+        task = {"ckptavg": __version__, "inputs": self._digest(), "kind": kind, **self._facts()}
+        points = {repr(place): place for place in places}
         ranks = self._ranks
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -162,20 +161,23 @@ class Explorer:
             raise OutputError(f"cannot be made: {error.strerror}", path=self._folder) from error
         force = self._options.force
         with said_once(), journal(self._folder, task, ranks, force=force) as kept:
-            left = [name for name in places if name not in kept.done]
+            left = [name for name in points if name not in kept.done]
             if progress is not None:
-                progress(len(places) - len(left), len(places))
+                progress(len(points) - len(left), len(points))
             for name in left[ranks.rank :: ranks.size]:
                 if ranks.has_failed_peer():
                     break  # gathering says so
                 known = next(iter(kept.done.values()), None)
-                kept.add(name, self._evaluated(space.at(places[name]), known))
+                kept.add(name, self._evaluated(self.space.at(points[name]), known))
                 if progress is not None:
-                    progress(ranks.size, len(places))
+                    progress(ranks.size, len(points))
             found: dict[str, Values] = {}
             for done in ranks.gather(kept.done):
                 found |= done
-        return {name: found[name] for name in places}
+        return {
+            metric: {place: found[name][metric] for name, place in points.items()}
+            for metric in found[next(iter(points))]
+        }
 
     def _evaluated(self, checkpoint: Checkpoint, known: Values | None) -> Values:
         """The metrics at a point.
@@ -220,39 +222,25 @@ class Explorer:
         return digest.hexdigest()
 
     def _facts(self) -> dict[str, Any]:
-        """What the values depend on, of the options."""
-        evaluation, refresh = self._options.evaluation, self._options.evaluation.refresh
-        return {
-            "model": _identity(evaluation.model),
-            "loader": _identity(evaluation.loader),
-            "test_loader": _identity(self._options.test_loader),
-            "arguments": repr(
-                [
-                    sorted(evaluation.model_args.items()),
-                    sorted(evaluation.loader_args.items()),
-                    sorted(self._options.test_loader_args.items()),
-                ]
-            ),
-            "code": _code_of(
-                evaluation.model,
-                evaluation.loader,
-                self._options.test_loader,
-                evaluation.metric,
-                evaluation.forward,
-            ),
-            "metric": _identity(evaluation.metric),
-            "forward": _identity(evaluation.forward),
-            "max_samples": evaluation.max_samples,
-            "seed": evaluation.seed,
-            "refresh": None if refresh is None else repr(sorted(refresh.keywords.items())),
+        """The options that the values depend on."""
+        refresh = self._options.evaluation.refresh
+        options = {**vars(self._options.evaluation), **vars(self._options)}
+        options["refresh"] = None if refresh is None else refresh.keywords
+        facts = {
+            name: _identity(value)
+            for name, value in options.items()
+            if name not in _WITHOUT_INFLUENCE
         }
+        return facts | {"code": _code_of(options.values())}
 
 
-def _identity(spec: object) -> str | None:
-    """A spec; for an object, whose contents cannot be told, a name that nothing else has."""
-    if spec is None or isinstance(spec, str):
-        return spec
-    return f"{name_of(spec)} {uuid4()}"
+def _identity(value: object) -> object:
+    """What tells an option's value from others: for an object, a name that nothing else has."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return repr(sorted(value.items()))
+    return f"{name_of(value)} {uuid4()}"
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
@@ -274,12 +262,8 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
             )
 
 
-def _code_of(*specs: object) -> list[str]:
+def _code_of(options: Iterable[object]) -> list[str]:
     """Digests of the files that specs name: other code may give other values."""
-    texts = [spec for spec in specs if isinstance(spec, str)]
-    paths = [spec.rpartition(":")[0] for spec in texts if ".py:" in spec]
-    return [
-        hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for path in paths
-        if Path(path).is_file()
-    ]
+    specs = [value for value in options if isinstance(value, str) and ".py:" in value]
+    paths = [Path(spec.rpartition(":")[0]) for spec in specs]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]

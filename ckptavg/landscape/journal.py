@@ -58,7 +58,8 @@ def journal(folder: Path, task: dict[str, Any], ranks: Ranks, *, force: bool) ->
         force: forget all points that are there.
 
     Raises:
-        OutputError: the directory has points of another task, or another run is at work in it.
+        OutputError: the directory has points of another task, or files under the names of the
+            results that are no landscape's; or another run is at work in it.
     """
     path = folder / POINTS
     with contextlib.ExitStack() as stack:
@@ -107,11 +108,17 @@ def _prepare(path: Path, task: dict[str, Any], *, force: bool) -> None:
     """Make the database, or see that its points are of this task.
 
     Raises:
-        OutputError: they are of another task.
+        OutputError: they are of another task; or there is none, but a file that has the name of a
+            result.
     """
     if force:
         for old in (path, path.with_name(f"{path.name}-journal")):
             old.unlink(missing_ok=True)
+    elif not path.exists():
+        for ending in ("json", "csv", "png", "svg"):
+            result = path.with_name(f"{task['kind']}.{ending}")
+            if os.path.lexists(result):
+                raise OutputError("exists already", path=result, remedy="`force` replaces it")
     facts = json.dumps(task, sort_keys=True)
     with contextlib.closing(_connect(path)) as connection, connection:
         connection.executescript(_TABLES)

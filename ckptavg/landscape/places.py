@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +32,6 @@ log = logging.getLogger("ckptavg")
 _BITS = 32
 _CHUNK = 1 << 20
 """Numbers that are in float64 at a time."""
-_FLAT = 1e-12
-"""Relative to a square: what is rounding."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,11 @@ class Space:
             tensors[name].count * (2 if tensors[name].dtype.kind == "complex" else 1)
             for name in self._parameters
         )
+
+    def place(self, checkpoint: int, direction: int | None = None, distance: float = 0.0) -> Place:
+        """The place of a checkpoint, or the one at a distance from it."""
+        own = (float(checkpoint == other) for other in range(len(self._checkpoints)))
+        return Place(tuple(own), direction if distance else None, distance)
 
     def at(self, place: Place) -> Checkpoint:
         """The weights at a place, as something like a checkpoint: read one by one, never kept.
@@ -160,9 +162,9 @@ class Space:
         """The norm of the first checkpoint's parameters."""
         return math.sqrt(sum(one @ one for [one] in self._real(self._checkpoints[:1])))
 
-    def distance(self, one: int, other: int) -> float:
-        """The Euclidean distance of two checkpoints' parameters."""
-        pairs = self._real([self._checkpoints[one], self._checkpoints[other]])
+    def distance(self) -> float:
+        """The Euclidean distance of the first two checkpoints' parameters."""
+        pairs = self._real(self._checkpoints[:2])
         return math.sqrt(sum((first - second) @ (first - second) for first, second in pairs))
 
     def gram(self) -> Floats:
@@ -203,43 +205,3 @@ class _Mixture(Checkpoint):
     def read(self, name: str) -> AnyArray:
         """The tensor as an array of its shape."""
         return self.make(name)
-
-
-@dataclass(frozen=True)
-class Plane:
-    """The plane through three weights, with an orthonormal basis.
-
-    Izmailov et al. 2018, section 3.1: `u = (w_1 - w_0) / |w_1 - w_0|`; `v` is
-    `w_2 - w_0` without its part along `u`, of unit length.
-
-    Args:
-        gram: products of `w_1 - w_0` and `w_2 - w_0`, `[2, 2]`.
-    """
-
-    gram: Floats
-
-    @cached_property
-    def corners(self) -> tuple[tuple[float, float], ...]:
-        """Coordinates of the three weights."""
-        length = float(np.sqrt(self.gram[0, 0]))
-        along = float(self.gram[0, 1]) / length
-        return (0.0, 0.0), (length, 0.0), (along, self._height)
-
-    @property
-    def _height(self) -> float:
-        square = self.gram[1, 1] - self.gram[0, 1] ** 2 / self.gram[0, 0]
-        return float(np.sqrt(max(square, 0.0)))
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether the three are on a line, or two of them the same."""
-        scale = float(max(self.gram[0, 0], self.gram[1, 1]))
-        least = min(float(self.gram[0, 0]), float(self.gram[1, 1]), self._height**2)
-        return least <= _FLAT * scale
-
-    def coefficients(self, x: float, y: float) -> tuple[float, float, float]:
-        """The combination of the three weights that is at a point of the plane."""
-        _, (length, _), (along, height) = self.corners
-        third = y / height
-        second = (x - third * along) / length
-        return 1 - second - third, second, third

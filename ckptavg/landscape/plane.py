@@ -5,12 +5,15 @@ Izmailov et al. 2018, section 3.1 and figures 2 and 3.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
-from ckptavg.landscape import places as places_of
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
 from ckptavg.landscape.places import Place
@@ -20,8 +23,51 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ckptavg.landscape.places import Floats
+
+_FLAT = 1e-12  # of a square, relative to the largest: what is rounding
 _SIZE = 21
 _MARGIN = 0.2  # of the grid beyond the three weights, relative to their extent
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The plane through three weights, with an orthonormal basis.
+
+    Izmailov et al. 2018, section 3.1: `u = (w_1 - w_0) / |w_1 - w_0|`; `v` is
+    `w_2 - w_0` without its part along `u`, of unit length.
+
+    Args:
+        gram: products of `w_1 - w_0` and `w_2 - w_0`, `[2, 2]`.
+    """
+
+    gram: Floats
+
+    @cached_property
+    def corners(self) -> tuple[tuple[float, float], ...]:
+        """Coordinates of the three weights."""
+        length = float(np.sqrt(self.gram[0, 0]))
+        along = float(self.gram[0, 1]) / length
+        return (0.0, 0.0), (length, 0.0), (along, self._height)
+
+    @property
+    def _height(self) -> float:
+        square = self.gram[1, 1] - self.gram[0, 1] ** 2 / self.gram[0, 0]
+        return float(np.sqrt(max(square, 0.0)))
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the three are on a line, or two of them the same."""
+        scale = float(max(self.gram[0, 0], self.gram[1, 1]))
+        least = min(float(self.gram[0, 0]), float(self.gram[1, 1]), self._height**2)
+        return least <= _FLAT * scale
+
+    def coefficients(self, x: float, y: float) -> tuple[float, float, float]:
+        """The combination of the three weights that is at a point of the plane."""
+        _, (length, _), (along, height) = self.corners
+        third = y / height
+        second = (x - third * along) / length
+        return 1 - second - third, second, third
 
 
 @dataclass(frozen=True)
@@ -100,29 +146,24 @@ def plane(
         raise SelectionError(f"a grid has at least 2 points along each axis, not {size}")
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
-        space = explorer.space()
-        found_plane = places_of.Plane(space.gram())
-        if found_plane.is_flat:
+        space = explorer.space
+        basis = Plane(space.gram())
+        if basis.is_flat:
             raise SelectionError("the three checkpoints are on one line, and make no plane")
-        corners = found_plane.corners
-        xs = _axis([x for x, _ in corners], size)
-        ys = _axis([y for _, y in corners], size)
-        places = {
-            f"w{number}": Place(tuple(float(number == other) for other in range(3)))
-            for number in range(3)
-        }
-        places |= {f"{x!r} {y!r}": Place(found_plane.coefficients(x, y)) for y in ys for x in xs}
-        found = explorer.run({"kind": "plane"}, space, places, progress)
-    metrics = next(iter(found.values()))
+        xs = _axis([x for x, _ in basis.corners], size)
+        ys = _axis([y for _, y in basis.corners], size)
+        corners = [space.place(number) for number in range(3)]
+        grid = [[Place(basis.coefficients(x, y)) for x in xs] for y in ys]
+        found = explorer.run("plane", [*corners, *itertools.chain(*grid)], progress)
     return PlaneResult(
         tuple(
-            Mark(name, *corner, dict(found[f"w{number}"]))
-            for number, (name, corner) in enumerate(zip(explorer.names, corners, strict=True))
+            Mark(name, *point, {metric: values[corner] for metric, values in found.items()})
+            for name, point, corner in zip(explorer.names, basis.corners, corners, strict=True)
         ),
         space.dimension, xs, ys, options.evaluation.refresh is not None,
         {
-            metric: [[found[f"{x!r} {y!r}"][metric] for x in xs] for y in ys]
-            for metric in metrics
+            metric: [[values[place] for place in row] for row in grid]
+            for metric, values in found.items()
         },
     )  # fmt: skip
 

@@ -15,14 +15,11 @@ from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
-from ckptavg.landscape.places import Place
 from ckptavg.model.making import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    from ckptavg.landscape.journal import Values
 
 _STEPS = 11
 _BY_ITSELF = 0.5
@@ -133,8 +130,8 @@ def rays(
         raise SelectionError(f"at least 1 direction is needed, not {directions}")
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
-        space = explorer.space(seed=options.evaluation.seed)
-        apart = space.distance(0, 1) if len(paths) > 1 else None
+        space = explorer.space
+        apart = space.distance() if len(paths) > 1 else None
         farthest = 2 * apart if apart else _BY_ITSELF * space.norm()
         if not 0 < farthest < math.inf and not distances:
             raise SelectionError(
@@ -143,28 +140,26 @@ def rays(
             )
         along = tuple(distances or spaced(0.0, farthest, steps))
         _check(along)
-        places = {
-            _name(one, direction, distance): Place(
-                tuple(float(one == other) for other in range(len(paths))), direction, distance
-            )
+        numbers = range(len(paths))
+        places = [
+            space.place(number, direction, distance)
             for distance in along
-            for direction in range(directions if distance else 1)
-            for one in range(len(paths))
-        }
-        found = explorer.run({"kind": "rays"}, space, places, progress)
-    metrics = list(next(iter(found.values())))
+            for direction in range(directions)
+            for number in numbers
+        ]
+        found = explorer.run("rays", places, progress)
     return Rays(
         explorer.names, space.dimension, along, directions, apart,
         options.evaluation.refresh is not None,
         {
             metric: [
                 [
-                    [_value(found, one, direction, distance, metric) for distance in along]
+                    [values[space.place(number, direction, distance)] for distance in along]
                     for direction in range(directions)
                 ]
-                for one in range(len(paths))
+                for number in numbers
             ]
-            for metric in metrics
+            for metric, values in found.items()
         },
     )  # fmt: skip
 
@@ -174,14 +169,3 @@ def _check(distances: Sequence[float]) -> None:
         raise SelectionError("distances begin with 0, the weights themselves, and are positive")
     if len(set(distances)) < len(distances) or list(distances) != sorted(distances):
         raise SelectionError("distances increase")
-
-
-def _name(checkpoint: int, direction: int, distance: float) -> str:
-    # At distance 0 all directions are at the same place.
-    return f"{checkpoint} {direction if distance else 0} {distance!r}"
-
-
-def _value(
-    found: dict[str, Values], checkpoint: int, direction: int, distance: float, metric: str
-) -> float:
-    return found[_name(checkpoint, direction, distance)][metric]

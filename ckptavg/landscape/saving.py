@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats.jsontext import to_text
-from ckptavg.landscape.journal import POINTS
 from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:
@@ -23,20 +21,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("ckptavg")
-
-
-def refuse_others(folder: Path, kind: str, *, force: bool) -> None:
-    """Refuse a directory with files of these names that no landscape of ours has left.
-
-    Raises:
-        OutputError: there is one.
-    """
-    if force or (folder / POINTS).exists():
-        return
-    for ending in ("json", "csv", "png", "svg"):
-        path = folder / f"{kind}.{ending}"
-        if os.path.lexists(path):
-            raise OutputError("exists already", path=path, remedy="--force replaces it")
 
 
 def save(

@@ -83,12 +83,11 @@ def segment(
     along = tuple(dict.fromkeys(positions or spaced(_FIRST, _LAST, _STEPS)))
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
-        space = explorer.space()
-        apart = space.distance(0, 1)
-        places = {repr(one): Place((1 - one, one)) for one in along}
-        found = explorer.run({"kind": "segment"}, space, places, progress)
-    metrics = next(iter(found.values()))
+        space = explorer.space
+        places = [Place((1 - position, position)) for position in along]
+        found = explorer.run("segment", places, progress)
+        apart = space.distance()
     return Segment(
         explorer.names, space.dimension, apart, along, options.evaluation.refresh is not None,
-        {metric: [found[repr(one)][metric] for one in along] for metric in metrics},
+        {metric: [values[place] for place in places] for metric, values in found.items()},
     )  # fmt: skip

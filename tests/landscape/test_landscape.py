@@ -24,8 +24,8 @@ from ckptavg.errors import CkptAvgError, OutputError, SelectionError
 from ckptavg.evaluation.evaluate import EvaluationOptions
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
-from ckptavg.landscape.places import Place, Plane, Space
-from ckptavg.landscape.plane import plane
+from ckptavg.landscape.places import Place, Space
+from ckptavg.landscape.plane import Plane, plane
 from ckptavg.landscape.rays import rays
 from ckptavg.landscape.segment import segment
 from ckptavg.write import temporary

@@ -25,7 +25,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.parts import absolute, as_path, is_remote
-from ckptavg.formats.tensors import is_batch_counter, is_norm_statistic
+from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import AverageOptions, Recipe
@@ -301,7 +301,7 @@ def _compare(
                     f"give {tensor.dtype.name} {list(tensor.shape)}",
                     path=record.path, tensor=name, remedy=record.remedy,
                 )  # fmt: skip
-        if record.is_refreshed and (is_norm_statistic(names[0]) or is_batch_counter(names[0])):
+        if record.is_refreshed and is_norm_state(names[0]):
             skipped += 1
             continue
         for name in names:

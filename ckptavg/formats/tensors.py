@@ -190,9 +190,14 @@ def is_norm_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in _NORM_STATISTICS
 
 
-def is_batch_counter(name: str) -> bool:
-    """Whether a tensor counts the batches that a norm layer has seen."""
-    return name.rpartition(".")[2] == "num_batches_tracked"
+def is_norm_state(name: str) -> bool:
+    """Whether a tensor is a running statistic of a norm layer, or counts its batches."""
+    return name.rpartition(".")[2] in (*_NORM_STATISTICS, "num_batches_tracked")
+
+
+def norm_layers(names: Iterable[str]) -> set[str]:
+    """The norm layers that have running statistics among these names of tensors."""
+    return {name.rpartition(".")[0] for name in names if is_norm_statistic(name)}
 
 
 _POWER_ITERATION = re.compile(

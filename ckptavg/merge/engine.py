@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.merge.jobs import Input, Job, Mean
+    from ckptavg.merge.jobs import Job, Mean, StoredTensor
 
 _REPORT_EVERY = 16 << 20
 """Bytes between two reports of a thread. Each report wakes the caller, who takes the lock."""
@@ -235,7 +235,7 @@ class _Worker:
             self._buffers[purpose] = held
         return held[:size].view(dtype)
 
-    def _read(self, entry: Input, start: int, count: int) -> AnyArray:
+    def _read(self, entry: StoredTensor, start: int, count: int) -> AnyArray:
         dtype = entry.tensor.dtype
         values = self._buffer("raw", dtype.numpy, count)
         entry.part.read_into(entry.tensor.offset + start * dtype.itemsize, bytes_of(values))
@@ -270,7 +270,7 @@ class _Worker:
         for first in range(0, like.shape[axis], rows):
             place = (slice(None),) * axis + (slice(first, first + rows),)
 
-            def read(entry: Input, first: int = first) -> AnyArray:
+            def read(entry: StoredTensor, first: int = first) -> AnyArray:
                 return read_view(entry.part, entry.tensor.slab(axis, first, first + rows))
 
             allocate = new_arrays(results[0][place].shape)
@@ -296,7 +296,7 @@ class _Chunk:
     """
 
     job: Job
-    read: Callable[[Input], AnyArray]
+    read: Callable[[StoredTensor], AnyArray]
     allocate: Allocate
     start: int | None
     allow_nonfinite: bool

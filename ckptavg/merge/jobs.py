@@ -68,33 +68,21 @@ class FileLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes that are copied from a file into the output.
+class StoredTensor:
+    """A tensor, or neighbouring tensors, in the part that holds the bytes.
 
     Attributes:
-        part: the file.
-        offset: offset of the first byte in the file.
-        size: the number of bytes.
-        target: offset of the first byte in the output.
-    """
-
-    part: Part
-    offset: int
-    size: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class Scattered:
-    """A strided tensor in the output, whose elements stand apart as in the checkpoint's file.
-
-    Attributes:
-        part: the checkpoint's file, which has the bytes between the elements.
-        tensor: dtype, shape, offset and strides: the same in that file and in the output.
+        part: a file, or what stands for one.
+        tensor: dtype, shape, offset and strides of the first tensor.
     """
 
     part: Part
     tensor: Tensor
+
+    @staticmethod
+    def of_bytes(part: Part, offset: int, size: int) -> StoredTensor:
+        """Bytes from an offset on, as a tensor of uint8."""
+        return StoredTensor(part, Tensor(BY_NAME["uint8"], (size,), 0, offset))
 
 
 @dataclass(frozen=True)
@@ -107,15 +95,16 @@ class Layout:
         path: the file or directory.
         files: the layout of each file by name; an output that is one file has the name `""`.
         targets: for each tensor, the offsets at which its bytes are written.
-        copies: bytes that are copied from other files.
-        scattered: for tensors by their number, further places where they are strided.
+        copies: what is copied from other files, and the offset at which it is written.
+        scattered: for tensors by their number, further places where they are strided: a part that
+            has the bytes between the elements, and the same offset and strides as in the output.
     """
 
     path: Path
     files: Mapping[str, FileLayout]
     targets: tuple[tuple[int, ...], ...]
-    copies: tuple[Copy, ...] = ()
-    scattered: Mapping[int, tuple[Scattered, ...]] = field(default_factory=dict)
+    copies: tuple[tuple[StoredTensor, int], ...] = ()
+    scattered: Mapping[int, tuple[StoredTensor, ...]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -138,20 +127,6 @@ CHUNK = 256 * 1024
 
 _CHUNK_OF_SEVERAL, _SMALLEST_CHUNK = 64 * 1024, 16 * 1024
 _SUMS = 1024 * 1024
-_BYTE = BY_NAME["uint8"]
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """The bytes of a tensor, or of neighbouring tensors, in one checkpoint.
-
-    Attributes:
-        part: the file.
-        tensor: dtype, shape, offset and strides of the first tensor.
-    """
-
-    part: Part
-    tensor: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +148,7 @@ class Mean:
     divisor: float
     targets: tuple[int, ...]
     output: int = 0
-    scattered: tuple[Scattered, ...] = ()
+    scattered: tuple[StoredTensor, ...] = ()
     nonnegative: bool = False
     must_be_finite: bool = False
 
@@ -191,7 +166,7 @@ class Job:
         number: the position of the first tensor in the plan, for error messages.
     """
 
-    inputs: tuple[Input, ...]
+    inputs: tuple[StoredTensor, ...]
     count: int
     copy: bool
     dtype: DType
@@ -231,11 +206,12 @@ class Job:
         )  # fmt: skip
 
     @staticmethod
-    def copy_of(copied: Copy, output: int) -> Job:
-        """The job that copies bytes from a file into an output."""
-        entry = Input(copied.part, Tensor(_BYTE, (copied.size,), 0, copied.offset))
-        mean = Mean((1.0,), 1.0, (copied.target,), output)
-        return Job((entry,), copied.size, copy=True, dtype=_BYTE, means=(mean,), number=-1)
+    def copy_of(copied: StoredTensor, target: int, output: int) -> Job:
+        """The job that copies what a file has to an offset in an output."""
+        dtype = copied.tensor.dtype
+        count = copied.tensor.nbytes // dtype.itemsize
+        mean = Mean((1.0,), 1.0, (target,), output)
+        return Job((copied,), count, copy=True, dtype=dtype, means=(mean,), number=-1)
 
 
 def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:

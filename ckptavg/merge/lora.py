@@ -25,9 +25,10 @@ from ckptavg.formats.lora_config import Config, joined_config, scales_beside
 from ckptavg.formats.parts import Part
 from ckptavg.formats.tensors import bytes_of, is_of_lora, lora_factor, new_arrays
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
+from ckptavg.merge.jobs import StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -44,14 +45,16 @@ class _Factor:
     Attributes:
         kind: `A`, `B` or `bias`.
         name: the tensor's name.
-        inputs: for each adapter the file, the tensor in it, and the scale `w_i s_i`.
+        inputs: the factor of each adapter.
+        scales: `w_i s_i` of each adapter.
         groups: the number of groups of a convolution; A has one block of rows for each of them.
         output: dtype and shape in the average, and the offset in `Joined`.
     """
 
     kind: Factor
     name: str
-    inputs: tuple[tuple[Part, Tensor, float], ...]
+    inputs: tuple[StoredTensor, ...]
+    scales: tuple[float, ...]
     groups: int
     output: Tensor
 
@@ -61,14 +64,17 @@ class _Factor:
         Raises:
             ValueRangeError: an adapter has such a value.
         """
-        for part, tensor, _ in self.inputs:
-            if not np.isfinite(read_view(part, tensor)).all():
+        for stored, values in zip(self.inputs, self._read(), strict=True):
+            if not np.isfinite(values).all():
                 raise ValueRangeError(
                     "has values that are NaN or Inf",
-                    path=part.path,
+                    path=stored.part.path,
                     tensor=self.name,
                     remedy="`allow_nonfinite` lets it pass",
                 )
+
+    def _read(self) -> Iterator[AnyArray]:
+        return (read_view(stored.part, stored.tensor) for stored in self.inputs)
 
     def values(self) -> AnyArray:
         """The factor as an array, rounded once.
@@ -77,14 +83,11 @@ class _Factor:
             ValueRangeError: a finite value does not fit the dtype.
         """
         if self.kind == "A":
-            blocks = [
-                np.split(read_view(part, tensor), self.groups) for part, tensor, _ in self.inputs
-            ]
+            blocks = [np.split(values, self.groups) for values in self._read()]
             return np.concatenate([block for group in zip(*blocks, strict=True) for block in group])
         exact = accumulator_dtype(self.output.dtype)
-        wide = [
-            read_view(part, tensor).astype(exact) * scale for part, tensor, scale in self.inputs
-        ]
+        pairs = zip(self._read(), self.scales, strict=True)
+        wide = [values.astype(exact) * scale for values, scale in pairs]
         joined = sum(wide[1:], wide[0]) if self.kind == "bias" else np.concatenate(wide, axis=1)
         with np.errstate(over="ignore"):
             values = rounded(joined, self.output.dtype, new_arrays(joined.shape))
@@ -219,10 +222,10 @@ class _Adapter:
     config: Config
     coefficient: float
 
-    def tensor(self, name: str) -> tuple[Part, Tensor]:
-        """A tensor, and the file that has it."""
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor of the adapter."""
         tensor = self.checkpoint.tensors[name]
-        return self.checkpoint.parts[tensor.part], tensor
+        return StoredTensor(self.checkpoint.parts[tensor.part], tensor)
 
 
 def _factors_by_module(checkpoint: Checkpoint) -> dict[str, dict[Factor, str]]:
@@ -250,24 +253,22 @@ def _joined(
             path = adapters[0].checkpoint.path
             raise FormatError(f"has no LoRA factor {kind}", path=path, tensor=module)
     groups = _groups(adapters, module, names)
-    ranks = [adapter.tensor(names["A"])[1].shape[0] for adapter in adapters]
-    scales = [
+    ranks = [adapter.stored(names["A"]).tensor.shape[0] for adapter in adapters]
+    scales = tuple(
         adapter.coefficient * adapter.config.scale(module, rank)
         for adapter, rank in zip(adapters, ranks, strict=True)
-    ]
+    )
     factors = []
     for kind, name in names.items():
-        inputs = tuple(
-            (*adapter.tensor(name), scale) for adapter, scale in zip(adapters, scales, strict=True)
-        )
-        like = inputs[-1][1]
+        inputs = tuple(adapter.stored(name) for adapter in adapters)
+        like = inputs[-1].tensor
         shape = like.shape
         if kind == "A":
             shape = (sum(ranks), *shape[1:])
         elif kind == "B":
             shape = (shape[0], sum(ranks) // groups, *shape[2:])
         factors.append(
-            _Factor(kind, name, inputs, groups, replace(like, shape=shape, strides=None))
+            _Factor(kind, name, inputs, scales, groups, replace(like, shape=shape, strides=None))
         )
     return factors
 
@@ -279,7 +280,7 @@ def _groups(adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, st
         MismatchError: the factors differ in more than their ranks.
     """
     shapes = [
-        (adapter.tensor(names["A"])[1].shape, adapter.tensor(names["B"])[1].shape)
+        (adapter.stored(names["A"]).tensor.shape, adapter.stored(names["B"]).tensor.shape)
         for adapter in adapters
     ]
     without_rank = {_without_rank(a, b) for a, b in shapes}

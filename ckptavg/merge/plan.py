@@ -11,12 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import ValueRangeError
-from ckptavg.formats.tensors import (
-    BY_NAME,
-    is_extra_state,
-    is_norm_statistic,
-)
-from ckptavg.merge.jobs import Input, Job, Mean, OutputTensor
+from ckptavg.formats.tensors import BY_NAME, is_extra_state, norm_layers
+from ckptavg.merge.jobs import Job, Mean, OutputTensor, StoredTensor
 from ckptavg.merge.roles import decide_roles, layers_but_moving, refuse_quantised
 
 if TYPE_CHECKING:
@@ -37,12 +33,10 @@ class PlannedTensor(OutputTensor):
     """A tensor of the outputs, and how it comes from those of the checkpoints.
 
     Attributes:
-        name: its name; of tied tensors the first name in the checkpoints.
         tensor: dtype, shape and place in the last checkpoint.
         role: how it comes from those of the checkpoints.
     """
 
-    name: str
     tensor: Tensor
     role: Role
 
@@ -51,7 +45,8 @@ class PlannedTensor(OutputTensor):
         """Whether its bytes are copied unchecked. The floats of a model are checked for NaN."""
         if self.role == "kept":
             return self.dtype is self.tensor.dtype
-        return self.role == "last" and (not self.tensor.dtype.averaged or is_extra_state(self.name))
+        is_opaque = is_extra_state(self.names[0]) or not self.tensor.dtype.averaged
+        return self.role == "last" and is_opaque
 
     @property
     def is_variance(self) -> bool:
@@ -91,7 +86,7 @@ class Plan:
         fit the weights: the entry is what that checkpoint records, else the state is `kept`.
         """
         roles = {name: planned.role for planned in self.tensors for name in planned.names}
-        layers = {name.rpartition(".")[0] for name in roles if is_norm_statistic(name)}
+        layers = norm_layers(roles)
         if not layers:
             return {"state": "none"}
         weights = self.weights[output]
@@ -119,7 +114,7 @@ class Plan:
         """Bytes of memory for the largest strided tensor: each output's result is held in full."""
         largest = 0
         for planned in self.tensors:
-            if any(member.tensors[planned.name].strides is not None for member in self.members):
+            if any(member.tensors[planned.names[0]].strides is not None for member in self.members):
                 largest = max(largest, planned.nbytes)
         return largest * len(self.weights)
 
@@ -133,7 +128,7 @@ class Plan:
         """
         merged: Job | None = None
         for position, planned in enumerate(self.tensors):
-            for job in self._jobs_of(position, layouts) if planned.tensor.count else ():
+            for job in self._jobs_of(position, layouts) if planned.nbytes else ():
                 if merged is not None and merged.is_continued_by(job):
                     merged = replace(merged, count=merged.count + job.count)
                     continue
@@ -143,8 +138,8 @@ class Plan:
         if merged is not None:
             yield merged
         for output, layout in enumerate(layouts):
-            for copied in layout.copies:
-                yield Job.copy_of(copied, output)
+            for copied, target in layout.copies:
+                yield Job.copy_of(copied, target, output)
 
     def _jobs_of(self, position: int, layouts: Sequence[Layout]) -> Iterator[Job]:
         """One job for a mean in all outputs; else one for each checkpoint that outputs copy."""
@@ -161,11 +156,11 @@ class Plan:
         for members, outputs in outputs_by_members.items():
             inputs = []
             for member in members:
-                tensor = member.tensors[planned.name]
-                inputs.append(Input(member.parts[tensor.part], tensor))
+                tensor = member.tensors[planned.names[0]]
+                inputs.append(StoredTensor(member.parts[tensor.part], tensor))
             yield Job(
                 inputs=tuple(inputs),
-                count=planned.tensor.nbytes // planned.tensor.dtype.itemsize,
+                count=planned.nbytes // planned.dtype.itemsize,
                 copy=planned.is_copied,
                 dtype=planned.dtype,
                 means=tuple(self._mean(position, output, layouts[output]) for output in outputs),
@@ -239,14 +234,13 @@ def _planned_tensors(
     Tensors of one width keep the order of the checkpoints.
     """
     tensors = members[-1].tensors
-    for names in sorted(tied_names(members), key=lambda names: -tensors[names[0]].dtype.bits):
+    for tied in sorted(tied_names(members), key=lambda names: -tensors[names[0]].dtype.bits):
+        names = tuple(sorted(tied))
         name, tensor = names[0], tensors[names[0]]
         is_cast = dtype is not None and tensor.dtype.kind == "float" and not is_extra_state(name)
         target = dtype if dtype is not None and is_cast else tensor.dtype
         nbytes = target.nbytes(tensor.count)
-        yield PlannedTensor(
-            tuple(sorted(names)), target, tensor.shape, nbytes, name, tensor, roles[name]
-        )
+        yield PlannedTensor(names, target, tensor.shape, nbytes, tensor, roles[name])
 
 
 def tied_names(checkpoints: Sequence[Checkpoint]) -> list[list[str]]:

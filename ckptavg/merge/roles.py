@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Literal
 from ckptavg.errors import FormatError, MismatchError, printable
 from ckptavg.formats.checkpoint import differing_tensors
 from ckptavg.formats.tensors import (
-    is_batch_counter,
     is_extra_state,
     is_lora_factor,
+    is_norm_state,
     is_norm_statistic,
+    norm_layers,
     power_iteration_vectors,
 )
 
@@ -100,7 +101,7 @@ def _initial_statistics(checkpoint: Checkpoint, names: AbstractSet[str]) -> set[
     They are not frozen, but were reset, or never computed.
     """
     initial: set[str] = set()
-    for layer in {name.rpartition(".")[0] for name in names if is_norm_statistic(name)}:
+    for layer in norm_layers(names):
         prefix = f"{layer}." if layer else ""
         pair = {f"{prefix}running_mean", f"{prefix}running_var"}
         if pair <= names and not checkpoint.read(f"{prefix}running_mean").any():
@@ -138,7 +139,7 @@ def frozen_layers(checkpoints: Sequence[Checkpoint]) -> list[str]:
     names = {
         name
         for name in first.tensors
-        if _is_of_norm_state(name) and all(name in other.tensors for other in others)
+        if is_norm_state(name) and all(name in other.tensors for other in others)
     }
     if not others or not names:
         return []
@@ -154,12 +155,8 @@ def layers_but_moving(names: Iterable[str], moving: Iterable[str]) -> list[str]:
         names: of tensors.
         moving: names of those that are not the same in all checkpoints.
     """
-    layers = {name.rpartition(".")[0] for name in names if is_norm_statistic(name)}
-    return sorted(layers - {name.rpartition(".")[0] for name in moving if _is_of_norm_state(name)})
-
-
-def _is_of_norm_state(name: str) -> bool:
-    return is_norm_statistic(name) or is_batch_counter(name)
+    in_motion = {name.rpartition(".")[0] for name in moving if is_norm_state(name)}
+    return sorted(norm_layers(names) - in_motion)
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:

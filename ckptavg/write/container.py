@@ -17,7 +17,7 @@ from ckptavg.errors import CkptAvgError, FormatError, OutputError, listed, print
 from ckptavg.formats import open_checkpoint, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements, without_wrappers
 from ckptavg.formats.torchzip import Archive
-from ckptavg.merge.jobs import Checksum, Copy, FileLayout, Layout, OutputTensor, Scattered
+from ckptavg.merge.jobs import Checksum, FileLayout, Layout, OutputTensor, StoredTensor
 from ckptavg.write.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def lay_out_container(
         log.info("a file as torch wrote it before 1.6 has no place for what the average is made of")
         layout, end = FileLayout(file.size), file.size
     scattered = {
-        position: tuple(Scattered(file, place) for place in each if place.strides is not None)
+        position: tuple(StoredTensor(file, place) for place in each if place.strides is not None)
         for position, each in enumerate(targets)
     }
     return Layout(
@@ -160,12 +160,12 @@ def _spans(
     return [(start, end) for start, end, _ in spans]
 
 
-def _copies(file: Part, spans: Sequence[Span], end: int) -> Iterator[Copy]:
+def _copies(file: Part, spans: Sequence[Span], end: int) -> Iterator[tuple[StoredTensor, int]]:
     """What lies between the tensors, up to the given end."""
     position = 0
     for start, stop in [*spans, (end, end)]:
         if start > position:
-            yield Copy(file, position, start - position, position)
+            yield StoredTensor.of_bytes(file, position, start - position), position
         position = max(position, stop)
 
 

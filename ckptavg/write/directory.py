@@ -16,7 +16,7 @@ from ckptavg.formats import huggingface
 from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.words import is_no_checkpoint
-from ckptavg.merge.jobs import Copy, FileLayout, Layout
+from ckptavg.merge.jobs import FileLayout, Layout, StoredTensor
 from ckptavg.write.safetensors import lay_out_safetensors
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def lay_out_directory(
     for name, file in along.items():
         source = open_source(file)
         files[name] = FileLayout(source.size)
-        copies.append(Copy(source, 0, source.size, size))
+        copies.append((StoredTensor.of_bytes(source, 0, source.size), size))
         size += source.size
     return Layout(path, files, tuple(targets), tuple(copies))
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ckptavg.errors import printable
-from ckptavg.formats.checkpoint import PROVENANCE, read_view
-from ckptavg.formats.parts import Memory
-from ckptavg.merge.jobs import Copy, FileLayout, Layout, OutputTensor
+from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.merge.jobs import FileLayout, Layout, OutputTensor, StoredTensor
 from ckptavg.write.pickling import pickle_entries, pickle_state_dict, pickle_tensor
 from ckptavg.write.zipfile import Zip
 
@@ -23,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import Part
-    from ckptavg.formats.tensors import Tensor
 
 log = logging.getLogger("ckptavg")
 
@@ -80,7 +75,7 @@ def lay_out_torch(
         {"": FileLayout(archive.end, tuple(archive.blobs), tuple(archive.checksums))},
         tuple((start,) for start in starts[: len(tensors)]),
         tuple(
-            _copy(last.parts[tensor.part], tensor, start)
+            (StoredTensor(last.parts[tensor.part], tensor), start)
             for tensor, start in zip(inner, starts[len(tensors) :], strict=True)
         ),
     )
@@ -90,11 +85,3 @@ def mention_left_out(names: Iterable[str]) -> None:
     """Report the entries of a state dict that an output has no place for."""
     if shown := ", ".join(map(printable, names)):
         log.info("left out what is no tensor: %s", shown)
-
-
-def _copy(part: Part, tensor: Tensor, target: int) -> Copy:
-    """The bytes of a tensor within an entry. One that is strided is read now."""
-    if tensor.strides is None:
-        return Copy(part, tensor.offset, tensor.nbytes, target)
-    data = bytearray(np.ascontiguousarray(read_view(part, tensor)).tobytes())
-    return Copy(Memory(part.path, data), 0, len(data), target)

@@ -132,7 +132,7 @@ def _digest(plan: Plan, layouts: Sequence[Layout]) -> str:
 def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
     """Raise an error if a file that was read has changed since it was opened."""
     parts = [part for member in plan.members for part in member.parts]
-    parts += [copy.part for layout in layouts for copy in layout.copies]
+    parts += [copied.part for layout in layouts for copied, _ in layout.copies]
     for part in dict.fromkeys(parts):
         part.check_unchanged()
 
@@ -141,7 +141,7 @@ def _bytes_made(plan: Plan, layouts: Sequence[Layout]) -> int:
     """Bytes of the outputs that the engine writes: tensors, and what is copied."""
     made = 0
     for layout in layouts:
-        made += sum(copied.size for copied in layout.copies)
+        made += sum(copied.tensor.nbytes for copied, _ in layout.copies)
         for position, tensor in enumerate(plan.tensors):
             places = len(layout.targets[position]) + len(layout.scattered.get(position, ()))
             made += tensor.nbytes * places

@@ -17,7 +17,7 @@ from ckptavg.errors import CkptAvgError
 from ckptavg.formats.parts import Memory
 from ckptavg.formats.tensors import BY_NAME, Tensor
 from ckptavg.merge.engine import execute
-from ckptavg.merge.jobs import CHUNK, Input, Job, Mean
+from ckptavg.merge.jobs import CHUNK, Job, Mean, StoredTensor
 from tests.oracle import naive_mean, same_bits
 
 FLOAT32 = BY_NAME["float32"]
@@ -35,7 +35,9 @@ class Store:
 
 def job(*columns: np.ndarray, targets: tuple[int, ...] = (0,)) -> Job:
     inputs = tuple(
-        Input(Memory(Path("x"), bytearray(column.tobytes())), Tensor(FLOAT32, column.shape, 0, 0))
+        StoredTensor(
+            Memory(Path("x"), bytearray(column.tobytes())), Tensor(FLOAT32, column.shape, 0, 0)
+        )
         for column in columns
     )
     mean = Mean((1.0,) * len(columns), float(len(columns)), targets)

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import (
-    RUNNING,
-    Command,
-    NoEffect,
-    fields_of,
-    parse,
-    path_or_url,
-    path_text,
-    without,
-)
+from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
 from ckptavg.cli.console import Console, plural, size
+from ckptavg.cli.declarations import parse, path_or_url, path_text
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 

@@ -7,17 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import (
-    RUNNING,
-    Command,
-    fields_of,
-    names_of,
-    parse,
-    path_or_url,
-    variant,
-    without,
-)
+from ckptavg.cli.command import RUNNING, Command, fields_of, names_of, without
 from ckptavg.cli.console import Console, cell
+from ckptavg.cli.declarations import parse, path_or_url, variant
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command, path_or_url, variant
+from ckptavg.cli.command import RUNNING, Command
+from ckptavg.cli.declarations import path_or_url, variant
 
 if TYPE_CHECKING:
     from pathlib import Path

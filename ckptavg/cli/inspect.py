@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command, fields_of, path_or_url
+from ckptavg.cli.command import RUNNING, Command, fields_of
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size, with_options
+from ckptavg.cli.declarations import path_or_url
 from ckptavg.errors import CkptAvgError, SelectionError, listed, printable, without_notices
 
 if TYPE_CHECKING:

@@ -8,17 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import (
-    RUNNING,
-    Command,
-    NoEffect,
-    fields_of,
-    names_of,
-    parse,
-    variant,
-    without,
-)
+from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, names_of, without
 from ckptavg.cli.console import Console, plural
+from ckptavg.cli.declarations import parse, variant
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:

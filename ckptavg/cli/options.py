@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.command import (
-    fields_of,
-    load_defaults,
-    names_of,
-    parse,
-    path_or_url,
-    variant,
-    without,
-)
+from ckptavg.cli.command import fields_of, names_of, without
+from ckptavg.cli.configuration import load_defaults
+from ckptavg.cli.declarations import parse, path_or_url, variant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

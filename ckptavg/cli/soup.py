@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command, parse
+from ckptavg.cli.command import RUNNING, Command
 from ckptavg.cli.console import Console, plural, size
+from ckptavg.cli.declarations import parse
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command, parse, path_text
+from ckptavg.cli.command import RUNNING, Command
 from ckptavg.cli.console import Console, plural
+from ckptavg.cli.declarations import parse, path_text
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:

@@ -198,6 +198,6 @@ def test_unknown_weights_are_wrong_usage(ckpts):
     ],
 )
 def test_keyword_arguments_are_values_of_python_or_toml(text, value):
-    from ckptavg.cli.command import _key_value
+    from ckptavg.cli.declarations import _key_value
 
     assert _key_value(f"name={text}") == ("name", value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 try:
-    import torch
+    import torch  # noqa: TC002 - it may not be there
 except ModuleNotFoundError as error:
     from ckptavg.errors import CkptAvgError
 
@@ -19,10 +19,8 @@ except ModuleNotFoundError as error:
         remedy="pip install torch",
     ) from error
 
-from torch.nn.parameter import is_lazy
-
 from ckptavg.batchnorm.layers import (
-    COPIED,
+    CHANGED,
     NOT_IN_CHECKPOINT,
     OVERRULED,
     SAME_IN_ALL_MEMBERS,
@@ -30,7 +28,6 @@ from ckptavg.batchnorm.layers import (
     explained,
     holds_statistics,
     norm_layers,
-    unwrapped,
 )
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
@@ -41,20 +38,21 @@ from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
 from ckptavg.model.feeding import limited
-from ckptavg.model.loading import load_weights
+from ckptavg.model.loading import check_skip, load_weights, unwrapped
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
 from ckptavg.options import takes_fields_of
 from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping
 
     from ckptavg.batchnorm.layers import NormLayer
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.formats.tensors import AnyArray, DType
+    from ckptavg.model.loading import Loaded
 
 log = logging.getLogger("ckptavg")
 
@@ -86,7 +84,7 @@ def refresh_checkpoint(
         ranks.gather(None)  # all processes have checked the output before the first writes it
         judge = options.judge if ranks.rank == 0 and not options.dry_run else None
         before = None if judge is None else judge.measure(checkpoint)
-        refreshed, report, names = _refreshed(checkpoint, options)
+        refreshed, report, loaded = _refreshed(checkpoint, options)
         if options.dry_run:
             return replace(report, written=False)
         if judge is not None and before is not None:
@@ -95,7 +93,7 @@ def refresh_checkpoint(
         if keeps_old and rewriting.replaces:
             report = replace(report, written=False)
         elif ranks.rank == 0:
-            entry = provenance(checkpoint, None if keeps_old else report, names, options.seed)
+            entry = provenance(checkpoint, None if keeps_old else report, loaded, options.seed)
             rewriting.write(checkpoint if keeps_old else refreshed, entry)
         ranks.gather(None)  # no process returns before the output is there
     return report
@@ -103,19 +101,20 @@ def refresh_checkpoint(
 
 def _refreshed(
     checkpoint: Checkpoint, options: RefreshCheckpointOptions
-) -> tuple[Checkpoint, RefreshReport, dict[str, str]]:
+) -> tuple[Checkpoint, RefreshReport, Loaded]:
     """The checkpoint with other norm statistics.
 
     Returns:
-        The checkpoint, the report, and the model's names of tensors to the checkpoint's.
+        The checkpoint, the report, and where the model's tensors are in the checkpoint.
 
     Raises:
         RefreshError: no layer was refreshed, unless that `is_optional`.
     """
     import_all(options.seed, options.model)
     model = make_model(options.model, options.model_args, options.device)
-    names = load_weights(model, checkpoint)
-    kept = layers_to_keep(model, names, checkpoint)
+    check_skip(options.skip, model, [checkpoint])
+    loaded = load_weights(model, checkpoint, options.skip)
+    kept = layers_to_keep(model, loaded, checkpoint)
     layers = norm_layers(unwrapped(model))
     batches: Iterable[Any] = ()
     forward = None
@@ -132,42 +131,34 @@ def _refreshed(
     )  # fmt: skip
     if not report.layers:
         _explain_nothing(report, checkpoint, is_optional=options.is_optional)
-    used = [layers[layer.name] for layer in report.layers]
-    _warn_of_uncounted(report, layers, names)
-    return checkpoint.with_values(_statistics(model, used, names, checkpoint)), report, names
+    used = {layer.name: layers[layer.name] for layer in report.layers}
+    _warn_of_uncounted(used, loaded)
+    return checkpoint.with_values(_statistics(used, loaded, checkpoint)), report, loaded
 
 
 def layers_to_keep(
-    model: torch.nn.Module,
-    names: Mapping[str, str],
-    checkpoint: Checkpoint,
-    frozen: Collection[str] = (),
+    model: torch.nn.Module, loaded: Loaded, checkpoint: Checkpoint, frozen: Collection[str] = ()
 ) -> list[KeptLayer]:
     """The layers whose statistics are not in the checkpoint, or were frozen in the training.
 
     Args:
         model: the model, with the checkpoint's weights.
-        names: the names of its tensors, with the checkpoint's.
+        loaded: where its tensors are in the checkpoint.
         checkpoint: the checkpoint, whose provenance may record what was frozen.
         frozen: names in the checkpoint of layers that are known to be frozen.
     """
-    names_by_place: dict[object, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in names and isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
-            names_by_place[tensor.data_ptr()] = names[name]
     kept = []
     for name, module in unwrapped(model).named_modules():
         if not holds_statistics(module):
             continue
-        buffers = dict(module.named_buffers(recurse=False))
-        places = [each.data_ptr() for each in buffers.values() if not is_lazy(each)]
-        given = [names_by_place[place] for place in places if place in names_by_place]
-        is_named = any((f"{name}.{end}" if name else end) in names for end in buffers)
-        if not given and is_named and names_by_place:
-            kept.append(KeptLayer(name, COPIED, is_intended=False))
-        elif not given and not is_named:
+        buffers = (buffer for buffer, _ in module.named_buffers(recurse=False))
+        given = [loaded.of(name, each) for each in buffers if each != "num_batches_tracked"]
+        found = [names[0] for names in given if names]
+        if loaded.lost and len(found) < len(given):
+            kept.append(KeptLayer(name, CHANGED, is_intended=False))
+        elif not found:
             kept.append(KeptLayer(name, NOT_IN_CHECKPOINT, is_intended=True))
-        elif given and _was_frozen(given[0].rpartition(".")[0], checkpoint, frozen):
+        elif _was_frozen(found[0].rpartition(".")[0], checkpoint, frozen):
             kept.append(KeptLayer(name, SAME_IN_ALL_MEMBERS, is_intended=True))
     return kept
 
@@ -206,16 +197,14 @@ def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_option
     log.info("there is nothing to refresh: %s", reason)
 
 
-def _warn_of_uncounted(
-    report: RefreshReport, layers: Mapping[str, NormLayer], names: Mapping[str, str]
-) -> None:
+def _warn_of_uncounted(layers: Mapping[str, NormLayer], loaded: Loaded) -> None:
     """Speak of layers without a counter, as torchvision's frozen ones are in a checkpoint."""
     uncounted = [
-        layer.name
-        for layer in report.layers
-        if layers[layer.name].num_batches_tracked is not None
-        and f"{layer.name}.running_mean" in names
-        and f"{layer.name}.num_batches_tracked" not in names
+        name
+        for name, layer in layers.items()
+        if layer.num_batches_tracked is not None
+        and loaded.of(name, "running_mean")
+        and not loaded.of(name, "num_batches_tracked")
     ]
     if uncounted:
         log.warning(
@@ -227,36 +216,31 @@ def _warn_of_uncounted(
 
 
 def _statistics(
-    model: torch.nn.Module,
-    layers: Sequence[torch.nn.Module],
-    names: Mapping[str, str],
-    checkpoint: Checkpoint,
+    layers: Mapping[str, NormLayer], loaded: Loaded, checkpoint: Checkpoint
 ) -> dict[str, AnyArray]:
     """The layers' buffers by their names in the checkpoint, shared ones under each name.
 
     Raises:
-        RefreshError: they do not fit into the checkpoint's dtype.
+        RefreshError: they do not fit into the checkpoint's dtype, or two layers into one place.
     """
-    buffers = {buffer.data_ptr() for layer in layers for buffer in layer.buffers(recurse=False)}
-    arrays: dict[int, AnyArray] = {}
     values: dict[str, AnyArray] = {}
-    for name, buffer in model.state_dict(keep_vars=True).items():
-        place = buffer.data_ptr() if isinstance(buffer, torch.Tensor) else None
-        if place in buffers and name in names:
-            if place not in arrays:
-                arrays[place] = buffer.detach().cpu().double().numpy()
-            dtype = checkpoint.tensors[names[name]].dtype
-            if not _fits(arrays[place], dtype):
-                raise RefreshError(
-                    f"{printable(name)!r} is too large for the checkpoint's {dtype.name}",
-                    remedy="keep the checkpoint's norm statistics in float32",
-                )
-            values[names[name]] = arrays[place]
-    if layers and not arrays:
-        raise RefreshError(
-            "the model's state_dict does not hold the buffers of its norm layers, but copies",
-            remedy="let `model` be the module within, whose state_dict is torch's own",
-        )
+    for layer, module in layers.items():
+        for buffer, tensor in module.named_buffers(recurse=False):
+            array = tensor.detach().cpu().double().numpy()
+            for name in loaded.of(layer, buffer):
+                dtype = checkpoint.tensors[name].dtype
+                if name in values:
+                    raise RefreshError(
+                        f"{printable(name)!r} was loaded into several layers, whose statistics "
+                        "are now unlike",
+                        remedy="refresh one of them, and leave out the others with `skip_layers`",
+                    )
+                if not _fits(array, dtype):
+                    raise RefreshError(
+                        f"{printable(name)!r} is too large for the checkpoint's {dtype.name}",
+                        remedy="keep the checkpoint's norm statistics in float32",
+                    )
+                values[name] = array
     return values
 
 

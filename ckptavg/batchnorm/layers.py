@@ -13,9 +13,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import RefreshError, listed, printable
+from ckptavg.model.names import matching
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 log = logging.getLogger("ckptavg")
 
@@ -41,7 +42,7 @@ def tracks(module: torch.nn.Module) -> TypeGuard[NormLayer]:
 
 
 AS_ASKED = "as asked"
-COPIED = "the model's state_dict holds a copy of its statistics"
+CHANGED = "the model's load_state_dict does not copy the checkpoint's statistics as they are"
 IN_EVAL_MODE = "kept in eval mode by the model's own train()"
 MIXING = "mixes its statistics with the old ones by a rule of its own"
 NOT_CALLED = "not called"
@@ -91,7 +92,9 @@ def layers_to_refresh(
     known = norm_layers(model)
     if not known:
         layers = skip_layers = ()
-    wanted, unwanted = _matching(known, layers), _matching(known, skip_layers)
+    wanted, unwanted = (
+        matching(known, expressions, "norm layer") for expressions in (layers, skip_layers)
+    )
     reasons = {each.name: each for each in _of_other_kinds(model, known)}
     reasons |= {each.name: each for each in kept}
     for name in wanted - unwanted:
@@ -130,36 +133,6 @@ def _by_reason(kept: Sequence[KeptLayer]) -> dict[str, list[KeptLayer]]:
 
 def _names(layers: Sequence[KeptLayer]) -> str:
     return listed(repr(each.name) for each in layers)
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without `DataParallel` and `DistributedDataParallel`.
-
-    Those copy modules to other devices, and send buffers to other processes in each forward pass.
-    """
-    wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, wrappers) else model
-
-
-def _matching(names: Iterable[str], expressions: Sequence[str]) -> set[str]:
-    """The names in which one of the expressions is found.
-
-    Raises:
-        RefreshError: an expression is not valid, or is found nowhere.
-    """
-    names, found = list(names), set()
-    for expression in expressions:
-        try:
-            pattern = re.compile(expression)
-        except re.error as error:
-            raise RefreshError(f"{expression!r} is no regular expression: {error}") from error
-        matches = [name for name in names if pattern.search(name)]
-        if not matches:
-            raise RefreshError(
-                f"no norm layer matches {expression!r}; they are {listed(map(repr, names))}"
-            )
-        found.update(matches)
-    return found
 
 
 def _refuse_impossible(layers: Mapping[str, NormLayer]) -> None:

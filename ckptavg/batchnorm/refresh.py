@@ -22,7 +22,6 @@ from ckptavg.batchnorm.layers import (
     explained,
     layers_to_refresh,
     speak_of,
-    unwrapped,
 )
 from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, observe
 from ckptavg.batchnorm.report import RefreshReport
@@ -34,6 +33,7 @@ from ckptavg.errors import RefreshError
 from ckptavg.model.batches import count_examples, default_forward, on_device
 from ckptavg.model.factories import user_code
 from ckptavg.model.feeding import Feed, check_loader, is_cut_short, known_length
+from ckptavg.model.loading import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

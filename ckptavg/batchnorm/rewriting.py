@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.roles import Role
+    from ckptavg.model.loading import Loaded
     from ckptavg.write.layouts import Destination
 
 log = logging.getLogger("ckptavg")
@@ -101,14 +102,14 @@ class Rewriting:
 
 
 def provenance(
-    checkpoint: Checkpoint, report: RefreshReport | None, names: Mapping[str, str], seed: int
+    checkpoint: Checkpoint, report: RefreshReport | None, loaded: Loaded, seed: int
 ) -> dict[str, Any]:
     """The checkpoint's provenance, brought up to date.
 
     Args:
         checkpoint: as it was.
         report: what the refresh did; None if the old statistics stay.
-        names: the model's names of tensors to the checkpoint's.
+        loaded: where the model's tensors are in the checkpoint.
         seed: of the random numbers.
     """
     entry = checkpoint.provenance or {
@@ -120,21 +121,21 @@ def provenance(
     if any(map(is_norm_statistic, checkpoint.tensors)):
         state = entry.get("norm_stats", {"state": "unknown"})
     if report is not None and report.layers:
-        state = _refreshed_state(report, names, seed, before=state)
+        state = _refreshed_state(report, loaded, seed, before=state)
     return {**entry, "version": __version__, "norm_stats": state}
 
 
 def _refreshed_state(
-    report: RefreshReport, names: Mapping[str, str], seed: int, *, before: Mapping[str, Any]
+    report: RefreshReport, loaded: Loaded, seed: int, *, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entry on the norm statistics after a refresh, with the layers that are left by name."""
-    stale = [_name_in_checkpoint(each.name, names) for each in report.stale]
+    stale = [_name_in_checkpoint(each.name, loaded) for each in report.stale]
     if before.get("state") == "refreshed":
         stale = []  # what is kept now was refreshed before
     elif before.get("state") == "partly refreshed":
         stale = [name for name in stale if name in before.get("stale", ())]
     frozen = [
-        _name_in_checkpoint(each.name, names)
+        _name_in_checkpoint(each.name, loaded)
         for each in report.kept
         if each.reason == SAME_IN_ALL_MEMBERS
     ]
@@ -148,11 +149,10 @@ def _refreshed_state(
     return state | {key: each for key, each in (("stale", stale), ("frozen", frozen)) if each}
 
 
-def _name_in_checkpoint(layer: str, names: Mapping[str, str]) -> str:
-    """A layer's name in the checkpoint; that in the model if it has another in both."""
-    tensors = (f"{layer}.{end}" if layer else end for end in ("running_mean", "running_var"))
-    found = next((names[tensor] for tensor in tensors if tensor in names), None)
-    return layer if found is None else found.rpartition(".")[0]
+def _name_in_checkpoint(layer: str, loaded: Loaded) -> str:
+    """A layer's name in the checkpoint; that in the model if it is not there."""
+    names = loaded.of(layer, "running_mean") or loaded.of(layer, "running_var")
+    return names[0].rpartition(".")[0] if names else layer
 
 
 def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:

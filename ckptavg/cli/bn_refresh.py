@@ -37,7 +37,8 @@ _OUTPUT, _IN_PLACE = parse("""
     cls=Command,
     groups={
         "Refresh of the norm statistics": [
-            variant(each, required=each.name in ("model", "loader")) for each in options.REFRESH
+            *(variant(each, required=each.name in ("model", "loader")) for each in options.REFRESH),
+            options.SKIP,
         ],
         "Evaluation before and after": (_EVAL_LOADER, *_EVALUATION),
         "What is written": (

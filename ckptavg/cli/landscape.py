@@ -46,7 +46,14 @@ _COMMON = {
     "Model, data and metric": (
         *(variant(options.MODEL, required=True), _LOADER, _TEST_LOADER),
         *(options.MODEL_ARG, options.LOADER_ARG, _TEST_LOADER_ARG, options.METRIC),
-        *(options.FORWARD, options.MAX_SAMPLES, options.DEVICE, options.SEED, options.KEY),
+        *(
+            options.SKIP,
+            options.FORWARD,
+            options.MAX_SAMPLES,
+            options.DEVICE,
+            options.SEED,
+            options.KEY,
+        ),
     ),
     "Refresh of the norm statistics at each point": (_NO_REFRESH, *options.HOW_TO_REFRESH),
     "What is written": (_OUTPUT, _FORCE, _NO_PLOTS),

@@ -28,7 +28,7 @@ from ckptavg.merge.roles import frozen_layers
 from ckptavg.model.batches import default_forward, moved
 from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.feeding import limited
-from ckptavg.model.loading import load_weights
+from ckptavg.model.loading import check_skip, load_weights
 from ckptavg.model.making import (
     RandomState,
     import_all,
@@ -71,6 +71,7 @@ class EvaluationOptions:
         max_samples: stop with the batch that reaches so many examples.
         device: where it runs; None for a GPU if there is one.
         seed: of the random numbers that model and loader draw, the same for each checkpoint.
+        skip: regular expressions; tensors with one of them in their names are not loaded.
         refresh: how the norm statistics are refreshed beforehand; None to leave them alone.
     """
 
@@ -83,6 +84,7 @@ class EvaluationOptions:
     max_samples: int | None = None
     device: str | None = None
     seed: int = 0
+    skip: Sequence[str] = ()
     refresh: RefreshOptions | None = None
 
     @property
@@ -145,8 +147,9 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
     with said_once():
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
         taken = chosen(select(run, rules))
-        evaluator = Evaluator(options)
-        evaluator.compare([verdict.checkpoint for verdict in taken])
+        checkpoints = [verdict.checkpoint for verdict in taken]
+        evaluator = Evaluator(options, checkpoints)
+        evaluator.compare(checkpoints)
         found = []
         for verdict in taken:
             path = verdict.checkpoint.path
@@ -191,14 +194,19 @@ class Evaluator:
 
     Weights and buffers come from the checkpoint each time, buffers that no checkpoint has are put
     back, the loader is made anew, and the random numbers start again.
+
+    Args:
+        options: the model, the loader and the metric.
+        checkpoints: what the model is going to be, as far as that is known.
     """
 
-    def __init__(self, options: EvaluationOptions) -> None:
+    def __init__(self, options: EvaluationOptions, checkpoints: Sequence[Checkpoint] = ()) -> None:
         self._options = options
         metric = None if options.metric in BUILT_IN else options.metric
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
         self._model = make_model(options.model, options.model_args, options.device)
+        check_skip(options.skip, self._model, checkpoints)
         self._random = RandomState()
         self._passing = _passing_buffers(self._model)
         self._forward: Forward | None = load_object(options.forward) if options.forward else None
@@ -243,9 +251,9 @@ class Evaluator:
             self._model.train()
         for module, name, values in self._passing:
             module._buffers[name] = values.clone()  # noqa: SLF001
-        names = load_weights(self._model, checkpoint)
+        loaded = load_weights(self._model, checkpoint, self._options.skip)
         if refresh is not None:
-            kept = layers_to_keep(self._model, names, checkpoint, self._frozen)
+            kept = layers_to_keep(self._model, loaded, checkpoint, self._frozen)
             batches = self._batches(refresh.loader, refresh.loader_args, for_refresh=True)
             refresh_norm(self._model, batches, forward=self._forward, kept=kept, **refresh.keywords)
         with user_code("the model's eval()"):

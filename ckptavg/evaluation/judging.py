@@ -27,7 +27,6 @@ class Judge:
 
     Raises:
         SelectionError: which of two is better is not certain, and is needed.
-        UserCodeError: the model raised.
     """
 
     def __init__(
@@ -35,10 +34,13 @@ class Judge:
     ) -> None:
         self._metric, self._keep_better = options.metric_name, keep_better
         self._mode = certain_mode(self._metric, mode) if keep_better else None
-        self._evaluator = Evaluator(options)
+        self._options = options
+        self._evaluator: Evaluator | None = None
 
     def measure(self, checkpoint: Checkpoint) -> Mapping[str, float]:
         """The metrics of a checkpoint, by name."""
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self._options, [checkpoint])
         return self._evaluator(checkpoint)
 
     def verdict(self, before: Mapping[str, float], after: Mapping[str, float]) -> Verdict:

@@ -208,7 +208,7 @@ class _Trials:
         self._run, self._candidates, self._options = run, candidates, options
         self._averaging, self._trial = averaging, trial
         self._sign = 1 if mode == "min" else -1
-        self._evaluator = Evaluator(options)
+        self._evaluator = Evaluator(options, candidates)
         self._evaluator.compare(candidates)
         self.members: list[Checkpoint] = []
         self.value = math.nan

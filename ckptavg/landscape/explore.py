@@ -25,7 +25,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
 from ckptavg.model.factories import name_of, user_code
-from ckptavg.model.loading import load_weights
+from ckptavg.model.loading import load_weights, unwrapped
 from ckptavg.select.names import relative_names
 
 if TYPE_CHECKING:
@@ -82,10 +82,12 @@ class Explorer:
         self, paths: Sequence[Path], folder: Path, options: ExploreOptions, ranks: Ranks
     ) -> None:
         self._options, self._folder, self._ranks = options, folder, ranks
-        self._evaluator = Evaluator(options.evaluation)
+        opened = [open_checkpoint(path, key=options.key) for path in paths]
+        self._evaluator = Evaluator(options.evaluation, opened)
+        self._model = unwrapped(self._evaluator.model)
         names = relative_names(paths)
         self.names = tuple(printable(names[path]) for path in paths)
-        self._checkpoints = [self._opened(path) for path in paths]
+        self._checkpoints = [self._loaded(checkpoint) for checkpoint in opened]
         first = self._checkpoints[0]
         for one in self._checkpoints[1:]:
             _check_alike(first, one)
@@ -94,33 +96,28 @@ class Explorer:
         seed = options.evaluation.seed
         self.space = Space(self._checkpoints, parameters, aliases, seed=seed)
 
-    def _opened(self, path: Path) -> Checkpoint:
+    def _loaded(self, checkpoint: Checkpoint) -> Checkpoint:
         """A checkpoint with the names that the model has.
 
         Raises:
             MismatchError: it does not fit the model.
         """
-        opened = open_checkpoint(path, key=self._options.key)
-        names = load_weights(self._evaluator.model, opened)
-        state = self._state()
-        held = {id(state[name]): opened.tensors[theirs] for name, theirs in names.items()}
+        names = load_weights(self._model, checkpoint, self._options.evaluation.skip).names
         # A tied tensor may be there under another of its names.
         tensors = {
-            name: opened.tensors[names[name]] if name in names else held[id(value)]
-            for name, value in state.items()
-            if name in names or id(value) in held
+            name: checkpoint.tensors[names[name][0]] for name in self._state() if name in names
         }
-        return replace(opened, tensors=tensors)
+        return replace(checkpoint, tensors=tensors)
 
     def _state(self) -> dict[str, Any]:
         """The model's state dict, with the very parameters in it: tied ones are one object."""
         with user_code("the model's state_dict"):
-            state: dict[str, Any] = self._evaluator.model.state_dict(keep_vars=True)
+            state: dict[str, Any] = self._model.state_dict(keep_vars=True)
         return state
 
     def _named_parameters(self, checkpoint: Checkpoint) -> tuple[list[str], dict[str, str]]:
         """The model's floating parameters, each storage once, and the other names of tied ones."""
-        own = {id(value): name for name, value in self._evaluator.model.named_parameters()}
+        own = {id(value): name for name, value in self._model.named_parameters()}
         first_names: dict[int, str] = {}
         aliases: dict[str, str] = {}
         for name, value in self._state().items():

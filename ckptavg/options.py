@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes, batches or points since the last call, and with how many there are in all,
+None if that is not known."""
 
 _Fields = ParamSpec("_Fields")
 _Options_co = TypeVar("_Options_co", covariant=True)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
-    from ckptavg.merge.recipe import Progress
+    from ckptavg.options import Progress
 
 
 @dataclass(frozen=True)

@@ -748,7 +748,7 @@ class TestOutput:
 
     def test_progress_adds_up_to_the_tensors(self, tmp_path):
         save_run(tmp_path / "run", random_state_dicts(2))
-        told: list[tuple[int, int]] = []
+        told: list[tuple[int, int | None]] = []
         ckptavg.average(
             tmp_path / "run",
             tmp_path / "out.safetensors",

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
     from ckptavg.batchnorm.images import MemoryFormat
     from ckptavg.batchnorm.moments import EstimatorName
-    from ckptavg.batchnorm.refresh import Precision, Progress
+    from ckptavg.batchnorm.refresh import Precision
     from ckptavg.batchnorm.report import Verdict
     from ckptavg.batchnorm.setting import TrainMode
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.model.factories import Function, Loader, Model
+    from ckptavg.options import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,13 +40,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ckptavg.batchnorm.layers import NormLayer
+    from ckptavg.options import Progress
 
 __all__ = ["RefreshReport", "refresh_norm"]
 
 Forward = Callable[[torch.nn.Module, Any], object]
 Precision = Literal["bf16"]
-Progress = Callable[[int, int | None], None]
-"""Called with the batches since the last call, and with all batches of this process or None."""
 
 
 def refresh_norm(

@@ -9,18 +9,17 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from tqdm import tqdm
 
     from ckptavg.distributed import Ranks
-
-Progress = Callable[[int, int | None], None]
-"""Called with what was done since the last call, and with the total, None if it is not known."""
+    from ckptavg.options import Progress
 
 _LOG = logging.getLogger("ckptavg")
 _DELAY = 0.5  # seconds until a progress bar is drawn

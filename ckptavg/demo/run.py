@@ -21,8 +21,8 @@ from ckptavg.landscape.saving import save
 from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:
-    from ckptavg.evaluation.evaluate import Progress
     from ckptavg.formats.parts import PathLike
+    from ckptavg.options import Progress
     from ckptavg.write.provenance import Summary
 
 try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,9 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
     from ckptavg.model.factories import Function, Loader, Model
+    from ckptavg.options import Progress
 
 log = logging.getLogger("ckptavg")
-
-Progress = Callable[[int, int | None], None]
-"""Called with the evaluations done since the last call, and with how many there will be."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +31,11 @@ from ckptavg.select.names import relative_names
 if TYPE_CHECKING:
     from ckptavg.distributed import Ranks
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.options import Progress
 
 log = logging.getLogger("ckptavg")
 
 _WITHOUT_INFLUENCE = {"evaluation", "key", "force", "device"}
-
-Progress = Callable[[int, int | None], None]
-"""Called with the points evaluated since the last call, and with how many there will be."""
 
 
 @dataclass(frozen=True, kw_only=True)

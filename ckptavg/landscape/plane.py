@@ -15,7 +15,7 @@ import numpy as np
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
-from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
+from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.landscape.places import Place
 from ckptavg.model.making import random_state_kept
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.landscape.places import Floats
+    from ckptavg.options import Progress
 
 _FLAT = 1e-12  # of a square, relative to the largest: what is rounding
 _SIZE = 21

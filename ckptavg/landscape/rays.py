@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
-from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
+from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.model.making import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from ckptavg.options import Progress
 
 _STEPS = 11
 _BY_ITSELF = 0.5

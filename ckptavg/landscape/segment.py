@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape import spaced
-from ckptavg.landscape.explore import ExploreOptions, Explorer, Progress
+from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.landscape.places import Place
 from ckptavg.model.making import random_state_kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from ckptavg.options import Progress
 
 _FIRST, _LAST, _STEPS = -0.5, 1.5, 21
 

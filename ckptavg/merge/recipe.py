@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +20,12 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.schemes import Scheme
+    from ckptavg.options import Progress
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
 
 
 log = logging.getLogger("ckptavg")
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes since the last call, and with the bytes in all."""
 
 _RECORDED = ("dtype", "ints", "norm_stats", "lora", "container", "keep_prefix", "update")
 

@@ -11,11 +11,12 @@ from ckptavg.distributed import ALONE, Ranks
 from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import Part
+    from ckptavg.options import Progress
     from ckptavg.write.provenance import Digests
 
 _PIECE = 1 << 20
@@ -24,7 +25,7 @@ _PIECE = 1 << 20
 def hash_checkpoints(
     checkpoints: Sequence[Checkpoint],
     threads: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[Checkpoint, Digests]:
     """SHA-256 of each checkpoint's file with tensors, or of each of its files by name.
@@ -48,9 +49,7 @@ def hash_checkpoints(
     return digests
 
 
-def _hash_files(
-    paths: Sequence[Path], threads: int, progress: Callable[[int, int], None] | None
-) -> dict[Path, str]:
+def _hash_files(paths: Sequence[Path], threads: int, progress: Progress | None) -> dict[Path, str]:
     """SHA-256 of files in hex, as `sha256sum` prints it."""
     files = [open_source(path) for path in paths]
     total, stopping, turn = sum(file.size for file in files), Event(), Lock()

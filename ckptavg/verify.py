@@ -232,7 +232,7 @@ def _averaged_again(
         VerificationError: the configuration beside joined LoRA factors differs.
         CkptAvgError: the members cannot be averaged.
     """
-    recipe = Recipe("", members, record.weights)
+    recipe = Recipe(record.scheme, members, record.weights)
     options = record.options
     again = AverageOptions(
         dtype=options.dtype, ints=options.ints, norm_stats=options.norm_stats, lora=options.lora,

@@ -114,7 +114,7 @@ def provenance(
     """
     entry = checkpoint.provenance or {
         "scheme": "none",
-        "sources": source_entries(Recipe("", (checkpoint,), uniform(1))),
+        "sources": source_entries(Recipe("none", (checkpoint,), uniform(1))),
         "divisor": 1.0,
     }
     state: dict[str, Any] = {"state": "none"}

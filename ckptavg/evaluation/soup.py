@@ -19,7 +19,7 @@ from ckptavg.errors import SelectionError, printable
 from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator, said_once
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.merge.recipe import AverageOptions, Recipe
-from ckptavg.merge.weights import Weights
+from ckptavg.merge.weights import uniform
 from ckptavg.model.making import random_state_kept
 from ckptavg.options import takes_fields_of
 from ckptavg.select.metrics import certain_mode
@@ -181,8 +181,7 @@ def _write(
 ) -> Summary:
     """Write the uniform average of some of a run's checkpoints, in the order of training."""
     ordered = tuple(checkpoint for checkpoint in run.checkpoints if checkpoint in members)
-    weights = Weights(SCHEME, (1.0,) * len(ordered), float(len(ordered)))
-    recipe = Recipe("", ordered, weights)
+    recipe = Recipe(SCHEME, ordered, uniform(len(ordered)))
     [summary] = write_averages(run, [recipe], [output], options, make_folder=make_folder)
     return summary
 

@@ -133,20 +133,22 @@ class Recipe:
     """The members of an average and their weights.
 
     Attributes:
-        label: the name of this average among several of one command, such as `last5-ema0.9`.
+        scheme: the name of the scheme that gives the weights.
         members: the checkpoints with a weight other than 0, in the order of training.
         weights: one weight for each member.
         needs_order: whether the weights depend on the order of the members.
         rules: the rules that chose the members, for the provenance.
         base: the member that is an earlier average, to be updated with the others.
+        label: the name of this average among several of one command, such as `last5-ema0.9`.
     """
 
-    label: str
+    scheme: str
     members: tuple[Checkpoint, ...]
     weights: Weights
     needs_order: bool = False
     rules: Mapping[str, Any] = field(default_factory=dict)
     base: Checkpoint | None = None
+    label: str = ""
 
     @property
     def names(self) -> Mapping[Path, str]:
@@ -211,7 +213,7 @@ def _recipe(
         recorded_rules["normalized"] = False
     label = scheme.label if rules.last is None else f"last{rules.last}-{scheme.label}"
     weights = replace(weights, values=values)
-    return Recipe(label, members, weights, scheme.needs_order, recorded_rules)
+    return Recipe(scheme.name, members, weights, scheme.needs_order, recorded_rules, label=label)
 
 
 _FEWEST_BITS = 32
@@ -296,7 +298,7 @@ def fold(base: Checkpoint, new: Recipe) -> Recipe:
     members, values = [*new.members], [1.0] * len(new.members)
     members.insert(place, base)
     values.insert(place, float(count))
-    weights = Weights("uniform", tuple(values), float(count + len(new.members)))
+    weights = Weights(tuple(values), float(count + len(new.members)))
     return replace(new, members=tuple(members), weights=weights, needs_order=False, base=base)
 
 

@@ -31,12 +31,10 @@ class Weights:
     """The average is `sum(values[i] * x[i]) / divisor`.
 
     Attributes:
-        scheme: name of the scheme, for the provenance.
         values: a weight for each checkpoint, `[num_checkpoints]`.
         divisor: the number that the weighted sum is divided by.
     """
 
-    scheme: str
     values: tuple[float, ...]
     divisor: float
 
@@ -73,7 +71,7 @@ class Weights:
 
 def uniform(count: int, *, normalize: bool = True) -> Weights:
     """The mean: `(x_1 + ... + x_K) / K` (Izmailov et al. 2018, equation in Algorithm 1)."""
-    return Weights("uniform", (1.0,) * count, float(count) if normalize else 1.0)
+    return Weights((1.0,) * count, float(count) if normalize else 1.0)
 
 
 def linear(count: int, *, normalize: bool = True) -> Weights:
@@ -82,7 +80,7 @@ def linear(count: int, *, normalize: bool = True) -> Weights:
     The WMA of PMA (Li et al. 2025, arXiv 2505.12082).
     """
     values = tuple(float(number) for number in range(1, count + 1))
-    return Weights("linear", values, math.fsum(values) if normalize else 1.0)
+    return Weights(values, math.fsum(values) if normalize else 1.0)
 
 
 def ema(count: int, decay: float) -> Weights:
@@ -99,7 +97,7 @@ def ema(count: int, decay: float) -> Weights:
         raise SelectionError(f"the decay of ema is from 0 to 1, not {format_number(decay)}")
     values = [(1 - decay) * decay ** (count - number) for number in range(1, count + 1)]
     values[0] = decay ** (count - 1)
-    return _summing_to_one(f"ema:{format_number(decay)}", values)
+    return _summing_to_one(values)
 
 
 def power(steps: Sequence[float], sigma_rel: float) -> Weights:
@@ -125,7 +123,7 @@ def power(steps: Sequence[float], sigma_rel: float) -> Weights:
     powers = [(time / times[-1]) ** exponent for time in (before, *times)]
     total = 1 - powers[0]
     values = [(later - earlier) / total for earlier, later in pairwise(powers)]
-    return _summing_to_one(f"power:{format_number(sigma_rel)}", values)
+    return _summing_to_one(values)
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -190,12 +188,11 @@ def decay(count: int, shape: str) -> Weights:
     """
     if shape not in _DECAYS:
         raise SelectionError(f"decay is one of {', '.join(_DECAYS)}, not {shape!r}")
-    name = f"decay:{shape}"
     if shape == "linear":
         # All differences are 1 / (k + 1). A mean does not round them.
-        return Weights(name, (1.0,) * count, float(count))
+        return Weights((1.0,) * count, float(count))
     remaining = [_DECAYS[shape](place / count) for place in range(count + 1)]
-    return _summing_to_one(name, [now - later for now, later in pairwise(remaining)])
+    return _summing_to_one([now - later for now, later in pairwise(remaining)])
 
 
 def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> Weights:
@@ -215,7 +212,7 @@ def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> 
         raise SelectionError(f"weights must be numbers: {error}") from error
     if len(numbers) != count:
         raise SelectionError(f"{len(numbers)} weights for {count} checkpoints")
-    return _checked("explicit", numbers, normalize=normalize)
+    return _checked(numbers, normalize=normalize)
 
 
 def by_path(
@@ -240,7 +237,7 @@ def by_path(
             raise SelectionError(f"{printable(paths[place])} has two weights")
         weights[place] = float(weight)
     values = tuple(weights.get(place, 0.0) for place in range(len(paths)))
-    return _checked("by-path", values, normalize=normalize)
+    return _checked(values, normalize=normalize)
 
 
 def _place_of(path: str, paths: Sequence[str]) -> int:
@@ -273,7 +270,7 @@ def path_parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part not in ("", ".")]
 
 
-def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Weights:
+def _checked(numbers: tuple[float, ...], *, normalize: bool) -> Weights:
     """Weights from numbers of the user.
 
     Raises:
@@ -283,7 +280,7 @@ def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Wei
     if not math.isfinite(size):
         raise SelectionError("weights must be finite numbers")
     if not normalize:
-        return Weights(scheme, numbers, 1.0)
+        return Weights(numbers, 1.0)
     total = _total(numbers)
     # 0.1, 0.2 and -0.3 sum to 2.8e-17, a rounding error.
     if abs(total) <= len(numbers) * sys.float_info.epsilon * size:
@@ -291,7 +288,7 @@ def _checked(scheme: str, numbers: tuple[float, ...], *, normalize: bool) -> Wei
             "weights sum to zero, so there is nothing to divide by",
             remedy="`normalize=False` takes them as they are",
         )
-    return Weights(scheme, numbers, total)
+    return Weights(numbers, total)
 
 
 def _total(numbers: Sequence[float]) -> float:
@@ -302,9 +299,9 @@ def _total(numbers: Sequence[float]) -> float:
         return math.inf
 
 
-def _summing_to_one(scheme: str, values: Sequence[float]) -> Weights:
+def _summing_to_one(values: Sequence[float]) -> Weights:
     """Weights that sum to 1 in exact arithmetic. The divisor corrects for their rounding."""
-    return Weights(scheme, tuple(values), math.fsum(values))
+    return Weights(tuple(values), math.fsum(values))
 
 
 def format_number(number: float) -> str:

@@ -55,7 +55,7 @@ def provenance(
     """
     entry = {
         "version": __version__,
-        "scheme": recipe.weights.scheme,
+        "scheme": recipe.scheme,
         "sources": source_entries(recipe, fingerprints, hashes),
         "divisor": recipe.weights.divisor,
         "options": options,
@@ -147,7 +147,7 @@ class Record:
         if checked.recorded != options:
             raise damaged
         scheme = str(entry.get("scheme"))
-        weights = Weights(scheme, tuple(member["weight"] for member in members), float(divisor))
+        weights = Weights(tuple(member["weight"] for member in members), float(divisor))
         return Record(
             average.path, scheme, tuple(members), weights, checked, str(entry.get("version")),
             state.get("state") in ("refreshed", "partly refreshed"),
@@ -289,7 +289,7 @@ def summarise(
     return Summary(
         output=str(layout.path),
         written=written,
-        scheme=weights.scheme,
+        scheme=recipe.scheme,
         sources=sources,
         emulated_decay=weights.emulated_decay,
         tensors=len(plan.tensors),

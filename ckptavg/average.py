@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.formats.checkpoint import PROVENANCE, check_one_model, fingerprint
+from ckptavg.formats.checkpoint import check_one_model, fingerprint
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.parts import as_paths
 from ckptavg.formats.tensors import has_lora_factors
@@ -26,9 +26,8 @@ from ckptavg.select.names import relative_names
 from ckptavg.select.order import sort_checkpoints, unordered
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
-from ckptavg.write.directory import with_dtype
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.provenance import Summary, encode_provenance, provenance, summarise
+from ckptavg.write.provenance import Summary, provenance, summarise
 from ckptavg.write.writing import check_outputs, check_parent, check_room, check_vacant, write
 
 if TYPE_CHECKING:
@@ -332,13 +331,9 @@ def _layout(
     Raises:
         OutputError: the output has no place for the provenance with its digests.
     """
-    last = plan.last(number)
-    metadata = {"format": "pt", **last.metadata, PROVENANCE: encode_provenance(entry)}
-    if options.dtype is not None and target.kind == "directory":
-        files = with_dtype(last.path, options.dtype) | dict(files)
     layout = lay_out(
-        target, plan.tensors, metadata, last,
-        replaced=files, mirrored=plan.weights[number].count > 1,
+        target, plan.tensors, entry, plan.last(number),
+        dtype=options.dtype, replaced=files, mirrored=plan.weights[number].count > 1,
     )  # fmt: skip
     if options.hash and not any(file.blobs for file in layout.files.values()):
         raise OutputError(

@@ -10,7 +10,6 @@ from ckptavg import __version__
 from ckptavg.batchnorm.layers import SAME_IN_ALL_MEMBERS
 from ckptavg.errors import OutputError, without_notices
 from ckptavg.formats import huggingface
-from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.parts import is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.merge.engine import default_threads
@@ -18,7 +17,7 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.provenance import encode_provenance, source_entries
+from ckptavg.write.provenance import source_entries
 from ckptavg.write.writing import check_outputs, write
 
 if TYPE_CHECKING:
@@ -93,11 +92,10 @@ class Rewriting:
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
         """The output with that provenance."""
         original = self._checkpoint
-        metadata = {"format": "pt", **original.metadata, PROVENANCE: encode_provenance(entry)}
         roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
         plan = make_plan([refreshed], [uniform(1)], AverageOptions(), roles=roles)
         mirrored = original.is_average
-        layout = lay_out(self._target, plan.tensors, metadata, original, mirrored=mirrored)
+        layout = lay_out(self._target, plan.tensors, entry, original, mirrored=mirrored)
         return plan, layout
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats import SUFFIXES
+from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.write.container import lay_out_container
-from ckptavg.write.directory import lay_out_directory
+from ckptavg.write.directory import lay_out_directory, with_dtype
+from ckptavg.write.provenance import encode_provenance
 from ckptavg.write.safetensors import lay_out_safetensors
 from ckptavg.write.torchzip import lay_out_torch, mention_left_out
 
@@ -130,9 +132,10 @@ def _check_container(path: Path, last: Checkpoint) -> None:
 def lay_out(
     target: Destination,
     tensors: Sequence[OutputTensor],
-    metadata: Mapping[str, str],
+    provenance: Mapping[str, Any],
     last: Checkpoint,
     *,
+    dtype: str | None = None,
     replaced: Mapping[str, bytes] | None = None,
     mirrored: bool = False,
 ) -> Layout:
@@ -141,9 +144,10 @@ def lay_out(
     Args:
         target: where it goes, and as what.
         tensors: in the order of their bytes in the output.
-        metadata: strings that describe it.
+        provenance: the entry on what it is made of, which joins the last checkpoint's metadata.
         last: the last checkpoint: its other content comes along, and a container has each tensor
             in the place that it has there.
+        dtype: the floating dtype for the configuration of a directory; None if it stays.
         replaced: files of a directory that are not as the last checkpoint has them, by name.
         mirrored: in a container of Lightning's WeightAveraging, which has an average of its own,
             write the weights in the place of that as well: Lightning loads it.
@@ -151,6 +155,7 @@ def lay_out(
     Raises:
         OutputError: the kind of output cannot hold the tensors.
     """
+    metadata = {"format": "pt", **last.metadata, PROVENANCE: encode_provenance(provenance)}
     if target.kind == "container":
         return lay_out_container(target.path, tensors, metadata, last, mirrored=mirrored)
     if target.kind == "torch":
@@ -159,11 +164,12 @@ def lay_out(
         mention_left_out(last.other_entries)
     if target.drop_aliases:
         aliases = {alias: each.names[0] for each in tensors for alias in each.names[1:]}
-        metadata = {**metadata, **aliases}
+        metadata |= aliases
         tensors = [replace(tensor, names=tensor.names[:1]) for tensor in tensors]
     if target.kind == "directory":
+        configuration = with_dtype(last.path, dtype) if dtype is not None else {}
         return lay_out_directory(
             target.path, tensors, metadata, last,
-            max_shard_size=target.max_shard_size, replaced=replaced or {},
+            max_shard_size=target.max_shard_size, replaced={**configuration, **(replaced or {})},
         )  # fmt: skip
     return lay_out_safetensors(target.path, tensors, metadata)

@@ -343,7 +343,7 @@ def test_the_ending_decides(tmp_path, ending):
     path = tmp_path / f"x{ending}"
     last = checkpoint(tmp_path)
     target = destination(path, last)
-    write(lay_out(target, [made[0][0]], {"format": "pt"}, last), [made[0][1]])
+    write(lay_out(target, [made[0][0]], {}, last), [made[0][1]])
     load = safetensors.torch.load_file if target.kind == "safetensors" else torch.load
     assert (target.kind == "safetensors") == (ending == ".safetensors")
     assert_holds(load(path), made)
@@ -394,9 +394,10 @@ path = Path(sys.argv[1])
 dtypes = [dtype for dtype in DTYPES if dtype.kind != "packed" and dtype.code]
 tensors = [OutputTensor((d.name, d.name + "2"), d, (2, 3), d.nbytes(6)) for d in dtypes]
 versions = {"": {"version": 1}, "a": {"version": 1, "name": "version"}}
-metadata = {name: "x" for name in {"ckptavg", "format", "other"}}
-last = Checkpoint(path, "torch", (), {}, {}, "", module_versions=versions)
-layout = lay_out(destination(path, last), tensors, metadata, last)
+metadata = {name: "x" for name in {"one", "format", "other"}}
+last = Checkpoint(path, "torch", (), {}, metadata, "", module_versions=versions)
+entry = {name: "x" for name in {"one", "scheme", "other"}}
+layout = lay_out(destination(path, last), tensors, entry, last)
 with Output(layout, force=False, fsync=False) as output:
     for index, targets in enumerate(layout.targets):
         for target in targets:

@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
@@ -31,7 +31,7 @@ from ckptavg.write.provenance import Summary, provenance, summarise
 from ckptavg.write.writing import check_outputs, check_parent, check_room, check_vacant, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
@@ -212,11 +212,16 @@ def write_averages(
     hashes = _hashes(members, targets, options, threads)
     fingerprints = {} if options.lora == "exact" else {each: fingerprint(each) for each in members}
     layouts = []
-    for number, (recipe, target) in enumerate(zip(recipes, targets, strict=True)):
-        entry = provenance(
-            plan, number, recipe, options.recorded, fingerprints=fingerprints, hashes=hashes
-        )
-        layouts.append(_layout(target, plan, number, options, entry=entry, files=files))
+    for recipe, target in zip(recipes, targets, strict=True):
+        entry = provenance(plan, recipe, options.recorded, fingerprints, hashes)
+        layouts.append(
+            lay_out(
+                target, plan.tensors, entry, recipe.last,
+                dtype=options.dtype, replaced=files, mirrored=len(recipe.members) > 1,
+            )
+        )  # fmt: skip
+    if options.hash:
+        _check_provenance(layouts)
     _check_outputs(run, layouts, options)
     if make_folder is not None:
         folder = make_folder()
@@ -226,12 +231,9 @@ def write_averages(
     if not options.dry_run:
         write(plan, layouts, options, threads)
     return tuple(
-        summarise(
-            plan, number, recipe, layout,
-            written=not options.dry_run, threads=threads, hashes=hashes,
-        )
-        for number, (recipe, layout) in enumerate(zip(recipes, layouts, strict=True))
-    )  # fmt: skip
+        summarise(plan, recipe, layout, written=not options.dry_run, threads=threads, hashes=hashes)
+        for recipe, layout in zip(recipes, layouts, strict=True)
+    )
 
 
 def _all_members(run: Run, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
@@ -309,39 +311,19 @@ def _hashes(
     return hash_checkpoints(members, threads, options.hash_progress, options.ranks)
 
 
-def _layout(
-    target: Destination,
-    plan: Plan,
-    number: int,
-    options: AverageOptions,
-    *,
-    entry: Mapping[str, Any],
-    files: Mapping[str, bytes],
-) -> Layout:
-    """The layout of an output.
-
-    Args:
-        target: where the output goes, and as what.
-        plan: the plan of all outputs.
-        number: the number of this output.
-        options: the options of the average.
-        entry: the provenance of this output.
-        files: new content for files of an output directory, by name.
+def _check_provenance(layouts: Sequence[Layout]) -> None:
+    """Check that each output has a place for the provenance, which has the digests.
 
     Raises:
-        OutputError: the output has no place for the provenance with its digests.
+        OutputError: one of them has none.
     """
-    layout = lay_out(
-        target, plan.tensors, entry, plan.last(number),
-        dtype=options.dtype, replaced=files, mirrored=plan.weights[number].count > 1,
-    )  # fmt: skip
-    if options.hash and not any(file.blobs for file in layout.files.values()):
-        raise OutputError(
-            "a torch file in the format from before 1.6 has no place for digests",
-            path=target.path,
-            remedy="leave `hash` out, or `container`",
-        )
-    return layout
+    for layout in layouts:
+        if not any(file.blobs for file in layout.files.values()):
+            raise OutputError(
+                "a torch file in the format from before 1.6 has no place for digests",
+                path=layout.path,
+                remedy="leave `hash` out, or `container`",
+            )
 
 
 def _check_outputs(run: Run, layouts: Sequence[Layout], options: AverageOptions) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.merge.jobs import BadValueError, Layout
-    from ckptavg.merge.recipe import AverageOptions
+    from ckptavg.merge.recipe import AverageOptions, Recipe
     from ckptavg.merge.roles import Role
     from ckptavg.merge.weights import Weights
 
@@ -68,7 +68,7 @@ class Plan:
     weights: tuple[Weights, ...]
     tensors: tuple[PlannedTensor, ...]
 
-    def last(self, output: int = 0) -> Checkpoint:
+    def _last(self, output: int) -> Checkpoint:
         """The last member of an output."""
         return self.members[self.weights[output].last]
 
@@ -77,8 +77,8 @@ class Plan:
         """The number of tensors with each role."""
         return dict(sorted(Counter(planned.role for planned in self.tensors).items()))
 
-    def norm_stats(self, output: int = 0) -> dict[str, Any]:
-        """The entry on the norm statistics in an output's provenance.
+    def norm_stats(self, recipe: Recipe) -> dict[str, Any]:
+        """The entry on the norm statistics in the provenance of an output.
 
         The `state` in it is `none` for a model without statistics, and `stale` for an average. It
         is `frozen` where all members have the same statistics; `frozen` beside it names the layers
@@ -89,14 +89,13 @@ class Plan:
         layers = norm_layers(roles)
         if not layers:
             return {"state": "none"}
-        weights = self.weights[output]
-        if weights.count > 1 or not weights.sum_to_one:
+        if len(recipe.members) > 1 or not recipe.weights.sum_to_one:
             moving = [name for name, role in roles.items() if role != "kept"]
             frozen = layers_but_moving(roles, moving)
             if len(frozen) == len(layers):
                 return {"state": "frozen"}
             return {"state": "stale", "frozen": frozen} if frozen else {"state": "stale"}
-        entry = (self.last(output).provenance or {}).get("norm_stats")
+        entry = (recipe.last.provenance or {}).get("norm_stats")
         if isinstance(entry, dict) and isinstance(entry.get("state"), str):
             return entry
         return {"state": "kept"}
@@ -151,7 +150,7 @@ class Plan:
             elif planned.role == "kept":
                 members = self.members[-1:]
             else:
-                members = (self.last(output),)
+                members = (self._last(output),)
             outputs_by_members.setdefault(members, []).append(output)
         for members, outputs in outputs_by_members.items():
             inputs = []

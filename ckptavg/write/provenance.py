@@ -36,10 +36,8 @@ def encode_provenance(entry: Mapping[str, Any]) -> str:
 
 def provenance(
     plan: Plan,
-    number: int,
     recipe: Recipe,
     options: Mapping[str, Any],
-    *,
     fingerprints: Mapping[Checkpoint, str],
     hashes: Mapping[Checkpoint, Digests],
 ) -> dict[str, Any]:
@@ -47,7 +45,6 @@ def provenance(
 
     Args:
         plan: of all outputs.
-        number: of the output.
         recipe: what the output is made of.
         options: those that the values depend on, where they are not the defaults.
         fingerprints: of the members' weights; empty to leave them out.
@@ -61,7 +58,7 @@ def provenance(
         "options": options,
         "roles": plan.counts,
         "selection": dict(recipe.rules),
-        "norm_stats": plan.norm_stats(number),
+        "norm_stats": plan.norm_stats(recipe),
     }
     return {name: value for name, value in entry.items() if value not in ({}, None)}
 
@@ -259,7 +256,6 @@ class Summary:
 
 def summarise(
     plan: Plan,
-    number: int,
     recipe: Recipe,
     layout: Layout,
     *,
@@ -271,7 +267,6 @@ def summarise(
 
     Args:
         plan: of all outputs.
-        number: of the output.
         recipe: what the output is made of.
         layout: of the output.
         written: False after a dry run.
@@ -294,7 +289,7 @@ def summarise(
         emulated_decay=weights.emulated_decay,
         tensors=len(plan.tensors),
         roles=plan.counts,
-        norm_stats=plan.norm_stats(number)["state"],
+        norm_stats=plan.norm_stats(recipe)["state"],
         bytes_read=plan.bytes_to_read,
         bytes_written=layout.size,
         memory=_BASE_MEMORY

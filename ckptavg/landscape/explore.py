@@ -235,6 +235,8 @@ def _identity(value: object) -> object:
         return value
     if isinstance(value, Mapping):
         return repr(sorted(value.items()))
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return list(value)
     return f"{name_of(value)} {uuid4()}"
 
 

@@ -210,6 +210,7 @@ def _content(checkpoint: Checkpoint) -> dict[str, Any]:
     from ckptavg.formats.tensors import is_norm_statistic
 
     names, tensors = checkpoint.tensors.keys(), checkpoint.tensors.values()
+    rate = checkpoint.training.learning_rate
     return {
         "path": shown(checkpoint.path),
         "container": checkpoint.container,
@@ -220,7 +221,7 @@ def _content(checkpoint: Checkpoint) -> dict[str, Any]:
         "elements": sum(tensor.count for tensor in tensors),
         "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": dict(Counter(tensor.dtype.name for tensor in tensors)),
-        "facts": dict(checkpoint.facts),
+        "facts": {**checkpoint.training.steps, **({} if rate is None else {"learning_rate": rate})},
         "norm_layers": sum(is_norm_statistic(name) and name.endswith("mean") for name in names),
         "provenance": checkpoint.provenance,
     }

@@ -22,16 +22,17 @@ _PIECE = 1 << 20
 # Prefixes that DistributedDataParallel, torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 _COUNTERS = ("n_averaged", "steps")
-STEP_FACTS = ("global_step", "step", "epoch")
+STEP_NAMES = ("global_step", "step", "epoch")
 SAMPLE_BYTES = 512
 _SAMPLES_OF_FINGERPRINT = 32
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Learning rate, schedule and metrics at the time of saving, where they are recorded.
+    """Steps, learning rate, schedule and metrics at the time of saving, where they are recorded.
 
     Attributes:
+        steps: `global_step`, `step` and `epoch`, those that are recorded.
         epochs_from_zero: whether the trainer counts epochs from 0, so that the checkpoint of epoch
             e was saved after e + 1 epochs (Lightning, timm).
         learning_rate: rate of the optimizer's first parameter group. It may already be that of the
@@ -47,6 +48,7 @@ class TrainingRecord:
             and the epoch of its last update.
     """
 
+    steps: Mapping[str, int] = field(default_factory=dict)
     epochs_from_zero: bool = False
     learning_rate: float | None = None
     other_rates: tuple[float, ...] = ()
@@ -69,8 +71,7 @@ class Checkpoint:
         tensors: the tensors by name; in the order of their bytes where it is one file.
         metadata: strings by name. An average of ours has its provenance here.
         digest: SHA-256 of the header or the pickle that describes the tensors, in hex.
-        facts: `global_step`, `step`, `epoch` and `learning_rate`, where the file records them.
-        training: what it records of the training besides.
+        training: what it records of the training.
         key: name of the state dict that has the tensors; empty where it is the whole file.
         other_keys: names of the other state dicts in the file.
         other_content: whether the file holds more than that state dict, such as an optimizer.
@@ -90,7 +91,6 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     digest: str
-    facts: Mapping[str, int | float] = field(default_factory=dict)
     training: TrainingRecord = field(default_factory=TrainingRecord)
     key: str = ""
     other_keys: tuple[str, ...] = ()
@@ -119,11 +119,9 @@ class Checkpoint:
 
     @property
     def step(self) -> tuple[str, int] | None:
-        """The first of `STEP_FACTS` that the file records, and its value."""
-        for name in STEP_FACTS:
-            if name in self.facts:
-                return name, int(self.facts[name])
-        return None
+        """The first of `STEP_NAMES` that the file records, and its value."""
+        steps = self.training.steps
+        return next(((name, steps[name]) for name in STEP_NAMES if name in steps), None)
 
     @property
     def is_average(self) -> bool:

@@ -10,24 +10,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError
 from ckptavg.formats.blocks import Blocks, Pieces
-from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint, TrainingRecord
+from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint
 from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import is_tensor
-from ckptavg.formats.recorded import training_facts, training_record
+from ckptavg.formats.recorded import training_record
 from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.tensors import Tensor
 from ckptavg.formats.torchpickle import readable, scalars
 from ckptavg.formats.torchzip import Archive
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
+    from ckptavg.formats.checkpoint import TrainingRecord
     from ckptavg.formats.parts import Part
     from ckptavg.formats.pickled import PickledTensor
     from ckptavg.formats.statedict import StateDicts
@@ -59,8 +60,6 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     entries = state_dicts[chosen]
     values = {name: readable(v, path, name) for name, v in entries.items() if is_tensor(v)}
     parts, tensors = _describe(path, shards, values)
-    facts, training = _lightning(path)
-    facts |= _facts(metadata, shards)
     return Checkpoint(
         path=path,
         container="dcp",
@@ -68,8 +67,7 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         tensors=tensors,
         metadata={},
         digest=metadata.digest,
-        facts=facts,
-        training=training,
+        training=_training(path, metadata, shards),
         key=chosen,
         other_keys=tuple(name for name in state_dicts if name != chosen),
         other_content=len(entries) < len(metadata.names),
@@ -154,23 +152,29 @@ def _describe(
     return parts, tensors
 
 
-def _facts(metadata: Metadata, shards: Shards) -> dict[str, int | float]:
-    """What is recorded of the training at the top, or else in torchtitan's `train_state`."""
+def _training(path: Path, metadata: Metadata, shards: Shards) -> TrainingRecord:
+    """What Lightning records in a file beside the shards, and the steps in the state dict."""
+    root: Mapping[Any, object] = {}
+    archive = None
+    if (path / _LIGHTNING_META).is_file():
+        archive = Archive(open_source(path / _LIGHTNING_META))
+        content = archive.load()
+        root = content if isinstance(content, Mapping) else {}
+
+    def read_scalars(wanted: Mapping[str, PickledTensor]) -> Mapping[str, float]:
+        return scalars(archive, wanted) if archive is not None else {}
+
+    root = {**root, **_steps(metadata, shards)}
+    return training_record(root, path.name, read_scalars, whole=False)
+
+
+def _steps(metadata: Metadata, shards: Shards) -> dict[str, object]:
+    """The steps at the top of the state dict, or else in torchtitan's `train_state`."""
     names = {metadata.place(name): name for name in metadata.names}
-    found: dict[str, object] = {}
+    steps: dict[str, object] = {}
     for folder in (("train_state",), ()):
-        for fact in STEP_FACTS:
-            if name := names.get((*folder, fact)):
+        for step in STEP_NAMES:
+            if name := names.get((*folder, step)):
                 with contextlib.suppress(FormatError):
-                    found[fact] = shards.number(name)
-    return training_facts(found)
-
-
-def _lightning(path: Path) -> tuple[dict[str, int | float], TrainingRecord]:
-    """What Lightning records in a file beside the shards."""
-    if not (path / _LIGHTNING_META).is_file():
-        return {}, TrainingRecord()
-    archive = Archive(open_source(path / _LIGHTNING_META))
-    root = archive.load()
-    record = training_record(root, path.name, lambda wanted: scalars(archive, wanted), whole=False)
-    return training_facts(root), record
+                    steps[step] = shards.number(name)
+    return {step: number for step, number in steps.items() if number is not None}

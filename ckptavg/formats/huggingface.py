@@ -43,7 +43,6 @@ _SHARD = re.compile(rf"({'|'.join(_STEMS)})-\d+-of-\d+\.(safetensors|bin)")
 _FOLDERS = re.compile(r"pytorch_model_fsdp_\d+|global_step\d+")
 # Beside these files a `global_step100/` belongs to a checkpoint; elsewhere it is one itself.
 _TRAINER_FILES = {"trainer_state.json", "random_states_0.pkl"}
-_LARGEST_STEP = 1 << 63
 
 
 def matches(path: Path) -> bool:
@@ -195,15 +194,9 @@ def _with_trainer_state(checkpoint: Checkpoint) -> Checkpoint:
     file = checkpoint.path / "trainer_state.json"
     if not file.is_file():
         return checkpoint
-    state = read_json(file)
-    record = trainer_record(state, _scheduler(checkpoint.path))
-    facts = dict(checkpoint.facts)
-    step = state.get("global_step")
-    if type(step) is int and 0 <= step < _LARGEST_STEP:
-        facts["global_step"] = step
-    if record.learning_rate is not None:
-        facts["learning_rate"] = record.learning_rate
-    return replace(checkpoint, facts=facts, training=record)
+    record = trainer_record(read_json(file), _scheduler(checkpoint.path))
+    steps = {**checkpoint.training.steps, **record.steps}
+    return replace(checkpoint, training=replace(record, steps=steps))
 
 
 def _scheduler(path: Path) -> object:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
-from ckptavg.formats.checkpoint import STEP_FACTS, TrainingRecord
+from ckptavg.formats.checkpoint import STEP_NAMES, TrainingRecord
 from ckptavg.formats.pickled import PickledTensor, Placeholder
 from ckptavg.formats.statedict import is_deepspeed
 
@@ -45,35 +45,10 @@ _NO_METRICS = ("epoch", "step", "learning_rate", "total_flos")
 _NUMPY_DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1")
 
 
-def training_facts(root: object) -> dict[str, int | float]:
-    """What a torch file's pickle records of its place in the training: steps, epoch, rate."""
-    if not isinstance(root, Mapping):
-        return {}
-    values = {name: root.get(name) for name in STEP_FACTS}
-    if values["global_step"] is None:
-        values["global_step"] = root.get("global_steps") if is_deepspeed(root) else _updates(root)
-    counts = {name: _count(value) for name, value in values.items()}
-    # A negative one, as in ultralytics' final files, is no step.
-    facts: dict[str, int | float] = {
-        name: n for name, n in counts.items() if n is not None and n >= 0
-    }
-    if rates := _rates(root):
-        facts["learning_rate"] = rates[0]
-    return facts
-
-
-def _updates(root: Mapping[Any, object]) -> object:
-    """The number of updates in fairseq's files; None in others."""
-    match root.get("optimizer_history"):
-        case [*_, {"num_updates": updates}]:
-            return updates
-    return root.get("num_updates")
-
-
 def training_record(
     root: object, name: str, read_scalars: ReadScalars, *, whole: bool
 ) -> TrainingRecord:
-    """What a torch file's pickle records of the schedule and of metrics.
+    """What a torch file's pickle records of the training.
 
     Lightning has a file's score under its name. A file that is whole is nothing but a state dict,
     whose tensors are no metrics.
@@ -85,6 +60,7 @@ def training_record(
     scalars = read_scalars(dict(islice(tensors, _MOST_SCALARS)))
     rates = _rates(root)
     return TrainingRecord(
+        steps=_steps(root),
         # Lightning and timm record the epoch that is done, not how many are.
         epochs_from_zero="pytorch-lightning_version" in root
         or {"arch", "version", "epoch"} <= root.keys(),
@@ -95,6 +71,23 @@ def training_record(
         has_optimizer_state=_has_optimizer_state(root),
         averaged=_averaged(root, read_scalars),
     )
+
+
+def _steps(root: Mapping[Any, object]) -> dict[str, int]:
+    values = {name: root.get(name) for name in STEP_NAMES}
+    if values["global_step"] is None:
+        values["global_step"] = root.get("global_steps") if is_deepspeed(root) else _updates(root)
+    counts = {name: _count(value) for name, value in values.items()}
+    # A negative one, as in ultralytics' final files, is no step.
+    return {name: count for name, count in counts.items() if count is not None and count >= 0}
+
+
+def _updates(root: Mapping[Any, object]) -> object:
+    """The number of updates in fairseq's files; None in others."""
+    match root.get("optimizer_history"):
+        case [*_, {"num_updates": updates}]:
+            return updates
+    return root.get("num_updates")
 
 
 def _averaged(
@@ -132,6 +125,7 @@ def trainer_record(state: Mapping[str, Any], scheduler: object) -> TrainingRecor
     rate = _last_rate(schedule)
     metrics = {name: value for name, value in logged.items() if name not in _NO_METRICS}
     return TrainingRecord(
+        steps={"global_step": step} if _is_count(step) and step >= 0 else {},
         learning_rate=logged_rate if rate is None else _finite(rate),
         scheduler=schedule,
         logged_rate=logged_rate,

@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
-from ckptavg.formats.checkpoint import STEP_FACTS, Checkpoint
+from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord
 from ckptavg.formats.parts import is_remote
 from ckptavg.formats.tensors import BY_CODE, Tensor, is_possible
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from ckptavg.formats.parts import Part
@@ -30,6 +32,7 @@ _LONGEST_HEADER = 100_000_000  # the library's limit
 # The headers of 100,000 tensors have fewer. The library takes up to 80 bytes of memory for each.
 _MARKS, _MOST_MARKS = (b'"', b",", b"[", b"{"), 2_000_000
 _CONTEXT = 100
+_STEP = re.compile(r"[0-9]{1,18}")
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -65,14 +68,14 @@ def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
         tensors=tensors,
         metadata=metadata,
         digest=hashlib.sha256(header).hexdigest(),
-        facts={
-            name: int(metadata[name]) for name in STEP_FACTS if _is_count(metadata.get(name, ""))
-        },
+        training=TrainingRecord(_steps(metadata)),
     )
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 19  # noqa: PLR2004 - fits 64 bits
+def _steps(metadata: Mapping[str, str]) -> dict[str, int]:
+    """The steps that the metadata record, of at most 18 digits: they fit 64 bits."""
+    texts = {name: metadata.get(name, "") for name in STEP_NAMES}
+    return {name: int(text) for name, text in texts.items() if _STEP.fullmatch(text)}
 
 
 def _read_header(file: Part) -> bytearray:

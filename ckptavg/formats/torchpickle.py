@@ -11,7 +11,7 @@ import numpy as np
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
 from ckptavg.formats.pickled import PickledTensor, UnreadableTensor, is_tensor
-from ckptavg.formats.recorded import training_facts, training_record
+from ckptavg.formats.recorded import training_record
 from ckptavg.formats.statedict import check_kind, choose, find_state_dicts, is_trainers_average
 from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
 
@@ -65,7 +65,6 @@ def describe(
         tensors=dict(sorted(tensors.items(), key=lambda item: item[1].offset)),
         metadata=metadata,
         digest=digest,
-        facts=training_facts(root),
         training=training_record(
             root, file.path.name, lambda wanted: scalars(container, wanted), whole=not chosen
         ),

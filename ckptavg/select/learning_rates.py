@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats.checkpoint import STEP_FACTS
+from ckptavg.formats.checkpoint import STEP_NAMES
 from ckptavg.select.names import steps_in_names
 
 if TYPE_CHECKING:
@@ -296,7 +296,10 @@ def _rate_before(checkpoints: Sequence[Checkpoint], place: int) -> _Rate:
 
 def _is_one_later(first: Checkpoint, second: Checkpoint) -> bool:
     """Whether a step or an epoch, as recorded or in the names, is one more."""
-    steps = [(first.facts.get(fact, 0), second.facts.get(fact, 0)) for fact in STEP_FACTS]
+    steps = [
+        (first.training.steps.get(name, 0), second.training.steps.get(name, 0))
+        for name in STEP_NAMES
+    ]
     numbers = steps_in_names((first.name, second.name)) or (0, 0)
     return any(later - earlier == 1 for earlier, later in [*steps, numbers])
 
@@ -350,7 +353,9 @@ def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
     The scheduler counts the same thing as a recorded counter if the two differ by 1 at most.
     """
     for counter in ("global_step", "step", "epoch"):
-        pairs = [(steps_taken(c.training.scheduler), c.facts.get(counter)) for c in checkpoints]
+        pairs = [
+            (steps_taken(c.training.scheduler), c.training.steps.get(counter)) for c in checkpoints
+        ]
         ahead = {None if n is None else steps - n for steps, n in pairs if steps is not None}
         if ahead <= {0, 1} or ahead <= {-1, 0}:
             first = 0 if 1 in ahead else 1 if -1 in ahead else _first_count(checkpoints, counter)
@@ -371,12 +376,12 @@ def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
 
 def _first_count(checkpoints: Sequence[Checkpoint], counter: str) -> int | None:
     """The number from which a counter starts, 0 or 1; None if nothing tells it."""
-    counts = {checkpoint.facts.get(counter) for checkpoint in checkpoints}
+    counts = {checkpoint.training.steps.get(counter) for checkpoint in checkpoints}
     if counter == "epoch":
         if any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints):
             return 0
-        facts = [checkpoint.facts for checkpoint in checkpoints]
-        updates = [(each.get("global_step", 0), each.get("epoch", 0)) for each in facts]
+        recorded = [checkpoint.training.steps for checkpoint in checkpoints]
+        updates = [(each.get("global_step", 0), each.get("epoch", 0)) for each in recorded]
         first = _first_epoch([pair for pair in updates if pair[0] > 0])
         if first is not None:
             return first

@@ -109,7 +109,8 @@ def _preference(candidate: Candidate) -> tuple[object, ...]:
     assert checkpoint is not None  # noqa: S101
     numbers = parse_name(path.name).numbers
     is_plain = any(not number.role for number in numbers) and candidate.kind == "checkpoint"
-    recorded = len(checkpoint.facts) + checkpoint.other_content
+    training = checkpoint.training
+    recorded = len(training.steps) + (training.learning_rate is not None) + checkpoint.other_content
     return not is_plain, not numbers, path.is_symlink(), -recorded, natural_key(candidate.name)
 
 
@@ -120,9 +121,9 @@ def _mark_recorded_averages(candidates: Sequence[Candidate]) -> None:
     grow, and the last update is further back than in other checkpoints.
     """
     updates = [
-        (int(each.checkpoint.facts["epoch"]), *each.checkpoint.training.averaged, each)
+        (each.checkpoint.training.steps["epoch"], *each.checkpoint.training.averaged, each)
         for each in candidates
-        if each.is_open and each.checkpoint and "epoch" in each.checkpoint.facts
+        if each.is_open and each.checkpoint and "epoch" in each.checkpoint.training.steps
         if each.checkpoint.training.averaged and each.checkpoint.training.averaged[0]
     ]
     lag = min((epoch - last for epoch, _, last, _ in updates if last is not None), default=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats.checkpoint import STEP_FACTS
+from ckptavg.formats.checkpoint import STEP_NAMES
 from ckptavg.select.names import (
     Step,
     is_one_series,
@@ -61,13 +61,15 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         SelectionError: not all checkpoints have that unit.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    units = [fact for fact in STEP_FACTS if all(fact in each.facts for each in checkpoints)]
+    units = [
+        name for name in STEP_NAMES if all(name in each.training.steps for each in checkpoints)
+    ]
     restarts = "step" in units and "epoch" in units and _steps_restart(checkpoints)
     if restarts:
         units.remove("step")
     unit = unit or next(iter(units), "number")
     if unit in units:
-        steps = tuple(int(each.facts[unit]) for each in checkpoints)
+        steps = tuple(each.training.steps[unit] for each in checkpoints)
         units.remove(unit)
     elif unit == "number":
         # Where the steps begin anew in each epoch, they do not tell how much was done.
@@ -77,7 +79,7 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
     else:
         named = steps_in_names(names, "epoch" if unit == "epoch" else "step")
         if named is None or (unit == "step" and restarts):
-            lacking = [each.name for each in checkpoints if unit not in each.facts]
+            lacking = [each.name for each in checkpoints if unit not in each.training.steps]
             why = f"{printable(lacking[0])} does not" if lacking else "it begins anew in each epoch"
             raise SelectionError(f"not all checkpoints record the {unit}: {why}")
         steps, units = whole_steps(named), []
@@ -87,7 +89,7 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         or any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints)
     )
     places = tuple(
-        (step, each.facts["step"]) if restarts and unit == "epoch" else (step,)
+        (step, each.training.steps["step"]) if restarts and unit == "epoch" else (step,)
         for each, step in zip(checkpoints, steps, strict=False)
     )
     return Timeline(unit, steps, places, from_zero, tuple(units))
@@ -140,7 +142,9 @@ def saved_before_training(
 
 def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:
     """Whether the recorded `step` starts again in each epoch."""
-    pairs = sorted((each.facts["epoch"], each.facts["step"]) for each in checkpoints)
+    pairs = sorted(
+        (each.training.steps["epoch"], each.training.steps["step"]) for each in checkpoints
+    )
     return any(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(pairs))
 
 

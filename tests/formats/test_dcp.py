@@ -108,7 +108,7 @@ class TestPieces:
         for step, state in zip((1, 2), states, strict=True):
             checkpoint = open_checkpoint(sharded / f"fsdp-{step}")
             assert_holds(checkpoint, state)
-            assert checkpoint.facts == {"global_step": step}
+            assert checkpoint.training.steps == {"global_step": step}
             assert checkpoint.other_content
         ckptavg.average(
             [sharded / "fsdp-1", sharded / "fsdp-2"], out := tmp_path / "out.safetensors"
@@ -229,7 +229,7 @@ class TestNames:
         }
         checkpoint = self.opened(state, tmp_path / "c")
         assert_holds(checkpoint, weights)
-        assert checkpoint.facts == {"step": 40}
+        assert checkpoint.training.steps == {"step": 40}
         assert checkpoint.other_content
 
     @pytest.mark.parametrize("prefix", ["optimizer.state.", "chained_0.optimizer.state."])
@@ -336,12 +336,12 @@ class TestNames:
     def test_lightning_has_the_step_in_a_file_of_its_own(self, tmp_path):
         folder = save_dcp({"model": {"w": torch.ones(2)}}, tmp_path / "epoch=3-step=40.ckpt")
         torch.save({"epoch": 3, "global_step": 40, "callbacks": {}}, folder / "meta.pt")
-        assert open_checkpoint(folder).facts == {"epoch": 3, "global_step": 40}
+        assert open_checkpoint(folder).training.steps == {"epoch": 3, "global_step": 40}
 
     @pytest.mark.parametrize("step", ["7", 1 << 70, [7], torch.ones(2), torch.tensor(0.5)])
     def test_a_step_that_is_no_number_is_no_step(self, tmp_path, step):
         checkpoint = self.opened({"model": {"w": torch.ones(2)}, "step": step}, tmp_path / "c")
-        assert checkpoint.facts == {}
+        assert checkpoint.training.steps == {}
 
     def test_a_step_in_two_places_or_none_is_no_step(self, tmp_path):
         def drop(metadata: Metadata) -> None:
@@ -357,7 +357,7 @@ class TestNames:
         for number, change in enumerate((drop, repeat)):
             folder = save_dcp({"model": {"w": torch.ones(2)}, "step": 7}, tmp_path / str(number))
             edit(folder, change)
-            assert open_checkpoint(folder).facts == {}
+            assert open_checkpoint(folder).training.steps == {}
 
 
 class TestMetadata:

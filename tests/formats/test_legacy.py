@@ -89,7 +89,7 @@ def test_every_protocol_that_can_name_a_storage_is_read(tmp_path, protocol):
     opened = open_checkpoint(path)
     assert_same(opened, state)
     assert opened.container == "torch"
-    assert opened.facts == {"epoch": 3}
+    assert opened.training.steps == {"epoch": 3}
 
 
 def test_protocol_0_is_refused_in_one_line_as_torch_cannot_load_it(tmp_path):
@@ -127,7 +127,8 @@ def test_a_training_checkpoint_gives_its_state_dict(tmp_path):
     opened = open_checkpoint(save_legacy(root, tmp_path / "x.pth.tar"))
     assert_same(opened, model.state_dict())
     assert opened.key == "state_dict"
-    assert opened.facts == {"epoch": 12, "learning_rate": 0.02}
+    assert opened.training.steps == {"epoch": 12}
+    assert opened.training.learning_rate == 0.02
     assert opened.other_content
 
 
@@ -408,7 +409,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
         message = refusal(path)
         assert length <= MAGIC_ENDS or "truncated" in message, length
     path.write_bytes(WHOLE)
-    assert open_checkpoint(path).facts["epoch"] == 3
+    assert open_checkpoint(path).training.steps["epoch"] == 3
 
 
 @settings(

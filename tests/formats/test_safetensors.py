@@ -210,7 +210,7 @@ def test_metadata_is_read_wherever_it_stands_and_however_it_is_spaced(tmp_path):
         path = write(tmp_path / f"{index}.safetensors", header, b"ab")
         with safetensors.safe_open(path, "np") as reference:
             assert open_checkpoint(path).metadata == reference.metadata() == metadata
-        assert open_checkpoint(path).facts == {"step": 12}
+        assert open_checkpoint(path).training.steps == {"step": 12}
         assert open_checkpoint(path).read("a").tobytes() == b"ab"
     assert open_checkpoint(write(tmp_path / "alone.safetensors", alone)).metadata == metadata
 
@@ -227,7 +227,7 @@ def test_metadata_that_is_null_is_none_at_all(tmp_path):
 def test_only_steps_that_are_whole_numbers_are_facts(tmp_path):
     metadata = {"step": "1e3", "epoch": "7", "global_step": "9" * 5_000, "other": "3"}
     safetensors.numpy.save_file({"w": np.ones(1)}, tmp_path / "x.safetensors", metadata)
-    assert open_checkpoint(tmp_path / "x.safetensors").facts == {"epoch": 7}
+    assert open_checkpoint(tmp_path / "x.safetensors").training.steps == {"epoch": 7}
 
 
 def test_empty_tensors_at_one_place_come_in_the_order_of_their_names(tmp_path):

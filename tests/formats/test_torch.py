@@ -76,7 +76,7 @@ def test_every_pickle_protocol_is_read(tmp_path, protocol):
     )
     opened = open_checkpoint(path)
     assert_same(opened, state)
-    assert opened.facts == {"epoch": 3}
+    assert opened.training.steps == {"epoch": 3}
 
 
 def test_the_versions_of_modules_come_along(tmp_path):
@@ -500,7 +500,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
         path.write_bytes(WHOLE[:length])
         refusal(path)
     path.write_bytes(WHOLE)
-    assert open_checkpoint(path).facts["epoch"] == 3
+    assert open_checkpoint(path).training.steps["epoch"] == 3
 
 
 def test_a_file_cut_off_in_the_middle_is_called_truncated(tmp_path):
@@ -602,7 +602,8 @@ def test_a_state_dict_beside_an_optimizer_is_found(tmp_path, key):
     assert opened.key == key
     assert opened.other_keys == ()
     assert opened.other_content
-    assert opened.facts == {"epoch": 12, "learning_rate": 0.05}
+    assert opened.training.steps == {"epoch": 12}
+    assert opened.training.learning_rate == 0.05
     assert opened.step == ("epoch", 12)
 
 
@@ -679,7 +680,8 @@ def test_a_lightning_checkpoint_with_unknown_classes_opens(tmp_path):
         torch.load(path, weights_only=False)
     opened = open_checkpoint(path)
     assert_same(opened, model.state_dict())
-    assert opened.facts == {"epoch": 4, "global_step": 1_234, "learning_rate": 0.05}
+    assert opened.training.steps == {"epoch": 4, "global_step": 1_234}
+    assert opened.training.learning_rate == 0.05
     assert opened.step == ("global_step", 1_234)
     assert opened.other_keys == ()
     assert not any(module.__name__ in sys.modules for module in modules)

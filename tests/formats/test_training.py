@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint, TrainingRecord
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage
-from ckptavg.formats.recorded import trainer_record, training_facts, training_record
+from ckptavg.formats.recorded import trainer_record, training_record
 from ckptavg.formats.tensors import BY_NAME
 from tests.helpers import save_dcp
 
@@ -36,7 +36,7 @@ def record(root: object, name: str = "x.pt") -> TrainingRecord:
     return training_record(root, name, lambda wanted: dict.fromkeys(wanted, 0.5), whole=False)
 
 
-# Facts
+# Steps and rates
 
 
 def optimizer(rate):
@@ -44,44 +44,51 @@ def optimizer(rate):
 
 
 @pytest.mark.parametrize(
-    ("root", "facts"),
+    ("root", "steps", "rate"),
     [
-        ({"epoch": 3, "global_step": 70, "step": 7}, {"epoch": 3, "global_step": 70, "step": 7}),
-        ({"epoch": 0}, {"epoch": 0}),
-        ({"epoch": True, "step": 3.0, "global_step": TENSOR}, {}),
-        ({"epoch": "3", "step": None, "global_step": Placeholder("numpy.int64", ())}, {}),
-        ({"epoch": 10**5_000, "step": -(10**5_000), "global_step": 2**63}, {}),
-        ({"optimizer": optimizer(0.1)}, {"learning_rate": 0.1}),
-        ({"optimizer": optimizer(1)}, {"learning_rate": 1.0}),
-        ({"optim": optimizer(0.1)}, {"learning_rate": 0.1}),
-        ({"model_optimizer_state": optimizer(0.1)}, {"learning_rate": 0.1}),
-        ({"optimizer_states": [optimizer(0.1), optimizer(0.2)]}, {"learning_rate": 0.1}),
-        ({"optimizer_states": []}, {}),
-        ({"optimizer": None, "optimizer_states": [optimizer(0.1)]}, {"learning_rate": 0.1}),
-        ({"optimizer": {"param_groups": []}}, {}),
-        ({"optimizer": {"param_groups": [{}]}}, {}),
-        ({"optimizer": {"param_groups": {"lr": 0.1}}}, {}),
-        ({"optimizer": optimizer(TENSOR)}, {}),
-        ({"optimizer": optimizer(True)}, {}),
-        ({"optimizer": optimizer(10**400)}, {}),
-        ({"optimizer": optimizer(float("inf"))}, {}),
-        ({"optimizer": optimizer(float("nan"))}, {}),
-        ({"optimizer": Placeholder("m.Optimizer", ())}, {}),
-        ({3: optimizer(0.1), None: 1}, {}),
-        ({"global_steps": 7}, {}),
-        ({"module": STATE, "dp_world_size": 2, "global_steps": 7}, {"global_step": 7}),
+        (
+            {"epoch": 3, "global_step": 70, "step": 7},
+            {"epoch": 3, "global_step": 70, "step": 7},
+            None,
+        ),
+        ({"epoch": 0}, {"epoch": 0}, None),
+        ({"epoch": True, "step": 3.0, "global_step": TENSOR}, {}, None),
+        ({"epoch": "3", "step": None, "global_step": Placeholder("numpy.int64", ())}, {}, None),
+        ({"epoch": 10**5_000, "step": -(10**5_000), "global_step": 2**63}, {}, None),
+        ({"optimizer": optimizer(0.1)}, {}, 0.1),
+        ({"optimizer": optimizer(1)}, {}, 1.0),
+        ({"optim": optimizer(0.1)}, {}, 0.1),
+        ({"model_optimizer_state": optimizer(0.1)}, {}, 0.1),
+        ({"optimizer_states": [optimizer(0.1), optimizer(0.2)]}, {}, 0.1),
+        ({"optimizer_states": []}, {}, None),
+        ({"optimizer": None, "optimizer_states": [optimizer(0.1)]}, {}, 0.1),
+        ({"optimizer": {"param_groups": []}}, {}, None),
+        ({"optimizer": {"param_groups": [{}]}}, {}, None),
+        ({"optimizer": {"param_groups": {"lr": 0.1}}}, {}, None),
+        ({"optimizer": optimizer(TENSOR)}, {}, None),
+        ({"optimizer": optimizer(True)}, {}, None),
+        ({"optimizer": optimizer(10**400)}, {}, None),
+        ({"optimizer": optimizer(float("inf"))}, {}, None),
+        ({"optimizer": optimizer(float("nan"))}, {}, None),
+        ({"optimizer": Placeholder("m.Optimizer", ())}, {}, None),
+        ({3: optimizer(0.1), None: 1}, {}, None),
+        ({"global_steps": 7}, {}, None),
+        ({"module": STATE, "dp_world_size": 2, "global_steps": 7}, {"global_step": 7}, None),
         (
             {"module": STATE, "ds_version": "0.16.4", "global_steps": 7, "global_step": 14},
             {"global_step": 14},
+            None,
         ),
-        ({"module": STATE, "ds_config": {}, "global_steps": TENSOR}, {}),
-        ([], {}),
-        (None, {}),
-        (TENSOR, {}),
+        ({"module": STATE, "ds_config": {}, "global_steps": TENSOR}, {}, None),
+        ([], {}, None),
+        (None, {}, None),
+        (TENSOR, {}, None),
     ],
 )
-def test_facts_are_plain_numbers_that_the_file_records(root, facts):
-    assert training_facts(root) == facts
+def test_steps_and_rates_are_plain_numbers_that_the_file_records(root, steps, rate):
+    found = record(root)
+    assert found.steps == steps
+    assert found.learning_rate == rate
 
 
 # Learning rate and schedule
@@ -128,7 +135,6 @@ def test_rate_and_schedule_are_read_under_any_of_their_names(
     assert opened.training.scheduler == wanted
     assert opened.training.scheduler["last_epoch"] == 2
     assert opened.training.learning_rate == pytest.approx(0.1 * (1 + math.cos(0.4 * math.pi)) / 2)
-    assert opened.facts["learning_rate"] == opened.training.learning_rate
     assert not opened.training.epochs_from_zero
 
 
@@ -157,14 +163,14 @@ def test_numpy_rates_count(tmp_path):
     scheduler = {"last_epoch": 1, "_last_lr": [np.float32(0.5)]}
     state = {"model": WEIGHTS, "optimizer": optimizer, "scheduler": scheduler}
     opened = saved(state, tmp_path / "x.pt")
-    assert opened.facts["learning_rate"] == 0.25
+    assert opened.training.learning_rate == 0.25
     assert opened.training.scheduler == {"last_epoch": 1, "_last_lr": [0.5]}
 
 
 def test_without_an_optimizer_the_rate_is_the_scheduler_s(tmp_path):
     state = training_state()
     wanted = state.pop("optimizer")["param_groups"][0]["lr"]
-    assert saved(state, tmp_path / "x.pt").facts["learning_rate"] == wanted
+    assert saved(state, tmp_path / "x.pt").training.learning_rate == wanted
 
 
 def test_no_tensor_of_an_optimizer_is_read(tmp_path, bytes_read):
@@ -290,7 +296,8 @@ def test_lightning_s_sharded_directories_have_it_beside_the_shards(tmp_path):
     torch.save(meta, folder / "meta.pt")
     opened = open_checkpoint(folder)
     rate = state["scheduler"]["_last_lr"][0]
-    assert opened.facts == {"epoch": 3, "global_step": 40, "learning_rate": rate}
+    assert opened.training.steps == {"epoch": 3, "global_step": 40}
+    assert opened.training.learning_rate == rate
     assert opened.training.metrics == {"val_loss": 0.5}
     assert opened.training.scheduler == state["scheduler"]
     assert opened.training.epochs_from_zero
@@ -320,8 +327,8 @@ def test_the_trainer_s_log_is_read_at_the_checkpoint_s_step(tmp_path):
     state = {"global_step": 10, "log_history": LOG}
     scheduler = {"last_epoch": 10, "_last_lr": [0.7, 0.6], "base_lrs": [1.0, 1.0]}
     opened = trainer_directory(tmp_path / "checkpoint-10", state, scheduler)
-    assert opened.facts == {"global_step": 10, "learning_rate": 0.7}
     assert opened.training == TrainingRecord(
+        steps={"global_step": 10},
         learning_rate=0.7,
         scheduler=scheduler,
         logged_rate=0.8,
@@ -332,7 +339,8 @@ def test_the_trainer_s_log_is_read_at_the_checkpoint_s_step(tmp_path):
 
 def test_without_a_scheduler_s_file_the_logged_rate_is_the_recorded_one(tmp_path):
     opened = trainer_directory(tmp_path / "c", {"global_step": 10, "log_history": LOG})
-    assert opened.facts == {"global_step": 10, "learning_rate": 0.8}
+    assert opened.training.steps == {"global_step": 10}
+    assert opened.training.learning_rate == 0.8
     assert opened.training.scheduler is None
 
 
@@ -435,7 +443,6 @@ def test_what_only_looks_like_a_number_of_numpy_s_is_none(arguments):
 def test_thousands_of_entries_are_looked_at_in_no_time(root):
     started = time.process_time()
     found = record(root)
-    training_facts(root)
     assert time.process_time() - started < 30
     assert len(found.metrics) <= 1_000
     assert all(len(name) <= 200 for name in found.metrics)

@@ -170,7 +170,8 @@ def test_the_model_of_ultralytics_is_taken_and_its_average_on_request(tmp_path, 
     assert opened.key == "model"
     assert opened.other_keys == ("ema",)
     assert opened.other_content
-    assert opened.facts == {"epoch": 0, "learning_rate": 0.01}
+    assert opened.training.steps == {"epoch": 0}
+    assert opened.training.learning_rate == 0.01
     asked_for = open_checkpoint(tmp_path / "last.pt", key="ema")
     assert_same(asked_for, root["ema"].state_dict())
 
@@ -501,7 +502,7 @@ def test_the_weights_of_deepspeed_are_those_of_its_module(tmp_path):
     opened = open_checkpoint(save_torch(root, tmp_path / "mp_rank_00_model_states.pt"))
     assert opened.key == "module"
     assert_same(opened, model.state_dict())
-    assert opened.facts == {"global_step": 700, "epoch": 3}
+    assert opened.training.steps == {"global_step": 700, "epoch": 3}
     assert opened.other_keys == ()
 
 

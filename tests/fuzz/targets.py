@@ -21,7 +21,7 @@ from ckptavg.cli.inspect import _content
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
 from ckptavg.formats import jsontext, lora_config, open_checkpoint, unpickler
 from ckptavg.formats.checkpoint import Checkpoint, span_elements, without_wrappers
-from ckptavg.formats.recorded import trainer_record, training_facts, training_record
+from ckptavg.formats.recorded import trainer_record, training_record
 from ckptavg.formats.statedict import find_state_dicts
 from tests.fuzz.containers import safetensors_of, torch_zip_of, unpacked
 
@@ -91,7 +91,6 @@ def pickled(data: bytes, folder: Path) -> None:
     """A pickle, alone and as that of a torch file which has the storages `0` to `8`."""
     with contextlib.suppress(unpickler.PickleError), _refusals():
         root = unpickler.load(data)
-        training_facts(root)
         training_record(root, "x.ckpt", lambda wanted: dict.fromkeys(wanted, 0.5), whole=False)
         trainer_record({}, root)
         find_state_dicts(root)

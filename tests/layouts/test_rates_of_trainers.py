@@ -149,7 +149,7 @@ class TestHuggingFace:
             assert found == pytest.approx(logged.used)
             assert not said(caplog)
         else:
-            assert found == [checkpoint.facts["learning_rate"] for checkpoint in records]
+            assert found == [checkpoint.training.learning_rate for checkpoint in records]
             assert "is the next one" in said(caplog)[0]
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])
@@ -225,7 +225,7 @@ def fit(folder: Path, interval: str, *savers: ModelCheckpoint) -> Cycles:
 
 def opened(folder: Path) -> list[Checkpoint]:
     found = [open_checkpoint(path) for path in folder.glob("*.ckpt")]
-    return sorted(found, key=lambda checkpoint: checkpoint.facts["global_step"])
+    return sorted(found, key=lambda checkpoint: checkpoint.training.steps["global_step"])
 
 
 class TestLightning:
@@ -236,7 +236,7 @@ class TestLightning:
         saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, **every)
         model = fit(tmp_path, interval, saver)
         checkpoints = opened(tmp_path)
-        steps_saved = [int(checkpoint.facts["global_step"]) for checkpoint in checkpoints]
+        steps_saved = [checkpoint.training.steps["global_step"] for checkpoint in checkpoints]
         assert len(steps_saved) == (27 if steps == 1 else 9)
         caplog.set_level(logging.INFO)
         assert rates_of(checkpoints) == pytest.approx([model.used[step] for step in steps_saved])
@@ -254,7 +254,7 @@ class TestLightning:
             if checkpoint.path.name == "last.ckpt":
                 assert metrics == {}
             else:
-                epoch = int(checkpoint.facts["epoch"])
+                epoch = checkpoint.training.steps["epoch"]
                 assert metrics == {"val/loss": pytest.approx(model.losses[epoch])}
         assert len({*model.losses}) == 9
 
@@ -263,7 +263,7 @@ class TestLightning:
         every = ModelCheckpoint(dirpath=tmp_path / "all", save_top_k=-1, every_n_epochs=1)
         model = fit(tmp_path, "epoch", best, every)
         for checkpoint in opened(tmp_path / "all"):
-            epoch = int(checkpoint.facts["epoch"])
+            epoch = checkpoint.training.steps["epoch"]
             found = checkpoint.training.metrics.get("val/loss")
             assert found is None or found == pytest.approx(model.losses[epoch])
         assert any(later > sooner for sooner, later in itertools.pairwise(model.losses))

@@ -40,7 +40,7 @@ def test_the_model_is_taken_and_nothing_of_the_optimizer(tmp_path, key, legacy):
         assert opened.key == "state_dict"
         assert opened.other_keys == ()
         assert set(opened.tensors) == set(state)
-        assert opened.facts["epoch"] == epoch
+        assert opened.training.steps["epoch"] == epoch
     ckptavg.average(tmp_path, tmp_path / "out.pt")
     result = torch.load(tmp_path / "out.pt")
     for name in ("0.weight", "1.bias", "1.running_var"):
@@ -49,8 +49,8 @@ def test_the_model_is_taken_and_nothing_of_the_optimizer(tmp_path, key, legacy):
 
 def test_the_learning_rate_is_that_of_the_optimizer(tmp_path):
     train(tmp_path, "optimizer")
-    assert open_checkpoint(tmp_path / "epoch_0.pt").facts["learning_rate"] == pytest.approx(0.1)
-    assert open_checkpoint(tmp_path / "epoch_3.pt").facts["learning_rate"] == pytest.approx(0.05)
+    assert open_checkpoint(tmp_path / "epoch_0.pt").training.learning_rate == pytest.approx(0.1)
+    assert open_checkpoint(tmp_path / "epoch_3.pt").training.learning_rate == pytest.approx(0.05)
 
 
 def test_the_optimizer_s_state_alone_is_no_state_dict(tmp_path):

@@ -219,7 +219,7 @@ def test_where_nothing_tells_it_the_recorded_rate_is_taken_with_a_warning(
     tmp_path, caplog, after, first
 ):
     run = train(tmp_path, cosine, after=after, first=first, steps=False).only(range(4, 12))
-    recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
+    recorded = [checkpoint.training.learning_rate for checkpoint in run.checkpoints]
     caplog.set_level(logging.WARNING)
     assert used_rates(run) == recorded
     assert (recorded == pytest.approx(run.used)) == (not after)
@@ -255,7 +255,7 @@ def test_lightning_and_timm_are_known_to_count_from_0(tmp_path, caplog, known, f
         torch.save(torch.load(checkpoint.path) | extra, checkpoint.path)
         records.append(open_checkpoint(checkpoint.path))
     caplog.set_level(logging.WARNING)
-    recorded = [checkpoint.facts["learning_rate"] for checkpoint in records]
+    recorded = [checkpoint.training.learning_rate for checkpoint in records]
     assert rates_and_minima(records)[0] == recorded
     assert bool(caplog.messages) == (not known)
 
@@ -299,7 +299,7 @@ def test_the_checkpoint_before_has_the_rate_of_a_schedule_without_a_formula(tmp_
 def test_without_the_checkpoint_before_the_recorded_rate_stands_with_a_notice(tmp_path, caplog):
     run = train(tmp_path, lambdas, after=True).only(range(0, EPOCHS, 2))
     caplog.set_level(logging.INFO)
-    recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
+    recorded = [checkpoint.training.learning_rate for checkpoint in run.checkpoints]
     assert used_rates(run) == recorded
     [message] = doubts(caplog)
     assert "is the next one" in message
@@ -312,7 +312,7 @@ def test_a_formula_that_does_not_give_the_recorded_rate_is_not_used(tmp_path, ca
 
     run = train(tmp_path, lambda o, unit: Squared(o, 3 * unit)).only(range(0, EPOCHS, 2))
     caplog.set_level(logging.INFO)
-    recorded = [checkpoint.facts["learning_rate"] for checkpoint in run.checkpoints]
+    recorded = [checkpoint.training.learning_rate for checkpoint in run.checkpoints]
     assert used_rates(run) == recorded
     assert any("is the next one" in message for message in caplog.messages)
 
@@ -344,10 +344,12 @@ def test_fractional_steps_within_epochs_count_as_saved_before(tmp_path):
 
 
 def saved(
-    rate: float | None, scheduler: Any = None, logged: float | None = None, **facts: Any
+    rate: float | None, scheduler: Any = None, logged: float | None = None, **steps: int
 ) -> Checkpoint:
-    training = TrainingRecord(learning_rate=rate, scheduler=scheduler, logged_rate=logged)
-    return Checkpoint(Path(), "torch", (), {}, {}, "", facts, training)
+    training = TrainingRecord(
+        steps=steps, learning_rate=rate, scheduler=scheduler, logged_rate=logged
+    )
+    return Checkpoint(Path(), "torch", (), {}, {}, "", training)
 
 
 def rates_of(records: Sequence[Checkpoint]) -> list[float]:

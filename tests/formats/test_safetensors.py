@@ -381,8 +381,8 @@ def test_a_damaged_header_is_refused_in_one_line_that_names_the_file(tmp_path, d
     ("header", "words"),
     [
         ({"layer.w": entry("F128")}, ["layer.w", "F128"]),
-        ({"layer.w": entry("U8", (3,))}, ["layer.w", "[3]", "[0, 2]"]),
-        ({"layer.w": entry("U8", (1,), (1, 2))}, ["layer.w", "byte 1", "not at 0"]),
+        ({"layer.w": entry("U8", (3,))}, ["shape"]),
+        ({"layer.w": entry("U8", (1,), (1, 2))}, ["layer.w", "offset"]),
         ({"layer.w": {}}, ["layer.w", "dtype"]),
         ({"n" * 9_000: {}}, ["nnn", "dtype"]),
         ('{"\x1b[2J": {}}', [r"\x1b"]),

@@ -176,7 +176,7 @@ def bytes_of(array: AnyArray) -> memoryview:
 
 
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.(lora_(?P<factor>[AB])(?P<bias>\.weight|\.bias)|lora_embedding_(?P<table>[AB]))"
+    r"(?P<module>.+)\.lora_((?P<factor>[AB])\.weight|embedding_(?P<table>[AB])|B\.bias)"
 )
 _LORA = re.compile(r"(.+\.)?lora_[A-Za-z_]+(\..+)?")
 _NORM_STATISTICS = ("running_mean", "running_var")
@@ -242,19 +242,13 @@ def lora_factor(name: str) -> tuple[str, Factor] | None:
     match = _FACTOR.fullmatch(name)
     if match is None:
         return None
-    if match["bias"] == ".bias":
-        return (match["module"], "bias") if match["factor"] == "B" else None
-    return match["module"], match["factor"] or match["table"]  # type: ignore[return-value]
+    factor: Any = match["factor"] or match["table"] or "bias"
+    return match["module"], factor
 
 
 def is_of_lora(name: str) -> bool:
     """Whether a tensor belongs to a LoRA adapter of any kind."""
     return _LORA.fullmatch(name) is not None
-
-
-def is_lora_factor(name: str) -> bool:
-    """Whether a tensor is a factor of a LoRA adapter, or its bias."""
-    return _FACTOR.fullmatch(name) is not None
 
 
 def has_rank(name: str) -> bool:
@@ -265,4 +259,4 @@ def has_rank(name: str) -> bool:
 
 def has_lora_factors(names: Iterable[str]) -> bool:
     """Whether some of the tensors are factors of LoRA adapters."""
-    return any(map(is_lora_factor, names))
+    return any(map(_FACTOR.fullmatch, names))

@@ -10,9 +10,9 @@ from ckptavg.errors import FormatError, MismatchError, printable
 from ckptavg.formats.checkpoint import differing_tensors
 from ckptavg.formats.tensors import (
     is_extra_state,
-    is_lora_factor,
     is_norm_state,
     is_norm_statistic,
+    lora_factor,
     norm_layers,
     power_iteration_vectors,
 )
@@ -75,7 +75,7 @@ def decide_roles(
             roles[name] = "last"
         elif name in comparable and name not in differing:
             roles[name] = "kept"
-        elif options.lora == "exact" and is_lora_factor(name):
+        elif options.lora == "exact" and lora_factor(name):
             roles[name] = "joined"
         elif options.norm_stats == "last" and is_norm_statistic(name):
             roles[name] = "last"

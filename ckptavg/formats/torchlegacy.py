@@ -40,7 +40,6 @@ _HEAD = re.compile(
 _BUFFER = 64 << 10  # bytes read at a time: so many of the storages' may be read in vain
 _COUNT = 8  # bytes of the number before a storage
 _LARGEST_SIZE = 1 << 62
-_LONGEST_KEY = 1_000  # characters; torch's keys are numbers
 # Bytes of an element in storages whose types are no dtypes here.
 _RAW_STORAGES = {
     "UntypedStorage": 1, "QInt8Storage": 1, "QUInt8Storage": 1, "QUInt4x2Storage": 1,
@@ -65,48 +64,35 @@ class LegacyUnpickler(InertUnpickler):
 
     Attributes:
         storages: number and bytes of the elements, by key, in the order in which they come.
-        views: what tensors use of a storage, by a name for it: key, first byte and bytes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
         self.storages: dict[str, tuple[int, int]] = {}
-        self.views: dict[str, tuple[str, int, int]] = {}
 
     def persistent_load(self, pid: object) -> object:
-        """Return the storage or the module's class that a persistent id names.
-
-        A storage's view is None or `(key, offset, size)`, in elements.
-        """
+        """Return the storage or the module's class that a persistent id names."""
         match pid:
             case ("module", kind, _file, _source):
                 return kind
-            case ("storage", kind, str(key), _device, int(size), view):
-                return self._storage(kind, key, size, view)
+            case ("storage", kind, str(key), _device, int(size), None):
+                return self._storage(kind, key, size)
+            case ("storage", _kind, str(), _device, int(), _view):
+                refuse("a view of a storage")
         return refuse("an unknown persistent id")
 
-    def _storage(self, kind: object, key: str, size: int, view: object) -> Storage:
+    def _storage(self, kind: object, key: str, size: int) -> Storage:
         dtype = kind if isinstance(kind, DType) else None
         untyped = kind.origin.rpartition(".")[2] if isinstance(kind, Placeholder) else ""
         itemsize = dtype.itemsize if dtype else _RAW_STORAGES.get(untyped)
         if itemsize is None:
             refuse("a storage of an unknown type")
-        if len(key) > _LONGEST_KEY:  # it is part of the name of each view
-            refuse("a storage with an endless key")
         if not 0 <= size < _LARGEST_SIZE:
             refuse("a storage of an impossible size")
         first_size, first_itemsize = self.storages.setdefault(key, (size, itemsize))
         if first_size * first_itemsize != size * itemsize:
             refuse("a storage of two sizes")
-        match view:
-            case None:
-                name, start, length = key, 0, size
-            case (_, int(start), int(length)) if 0 <= start <= start + length <= size:
-                name = f"{key}[{start * itemsize}:{(start + length) * itemsize}]"
-            case _:
-                refuse("a storage beyond the one that it is a piece of")
-        self.views[name] = (key, start * itemsize, length * itemsize)
-        return Storage(name, dtype)
+        return Storage(key, dtype)
 
 
 class LegacyFile:
@@ -123,7 +109,7 @@ class LegacyFile:
             raise big_endian(file.path)
         machine = LegacyUnpickler(self._stream)
         self.root = self._load(machine)
-        self._sizes, self._views = machine.storages, machine.views
+        self._sizes = machine.storages
         keys = self._load(InertUnpickler(self._stream))
         self.end = self._stream.tell()
         self._starts = self._lay_out(keys)
@@ -155,15 +141,12 @@ class LegacyFile:
 
     def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
         """Find storages, and check their numbers of elements; see `Container`."""
-        places, tensors = {}, {}
-        for name, tensor in users.items():
-            key, start, size = self._views[name]
-            places[name] = (self._starts[key] + start, size)
-            tensors[key] = tensor
-        before = self.file.read_many((self._starts[key] - _COUNT, _COUNT) for key in tensors)
-        for (key, tensor), number in zip(tensors.items(), before, strict=True):
-            found, wanted = int.from_bytes(number, "little"), self._sizes[key][0]
-            if found != wanted:
-                message = f"storage {printable(key)} has {found} elements and not {wanted}"
+        places = {}
+        before = self.file.read_many((self._starts[key] - _COUNT, _COUNT) for key in users)
+        for (key, tensor), number in zip(users.items(), before, strict=True):
+            found, (count, itemsize) = int.from_bytes(number, "little"), self._sizes[key]
+            if found != count:
+                message = f"storage {printable(key)} has {found} elements and not {count}"
                 raise FormatError(f"is damaged: {message}", path=self.file.path, tensor=tensor)
+            places[key] = (self._starts[key], count * itemsize)
         return places

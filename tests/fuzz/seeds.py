@@ -24,14 +24,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from tests.fuzz.containers import (
     Record,
-    legacy_of,
     packed,
     safetensors_of,
     torch_zip_of,
     zip64_extra,
     zip_of,
 )
-from tests.pickle_bombs import named, text
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -202,21 +200,11 @@ def _pickles() -> dict[str, bytes]:
 
 def _legacy() -> dict[str, bytes]:
     with warnings.catch_warnings(action="ignore"):
-        return {"view": legacy_of(_pickle_of_a_view())} | {
+        return {
             label: _saved(root, _use_new_zipfile_serialization=False)
             for label, root in _roots().items()
             if label != "module"  # which comes with the source of its classes
         }
-
-
-def _pickle_of_a_view() -> Any:
-    """A tensor in a piece of another storage, as torch wrote them long ago."""
-    numbers = {number: b"K" + bytes([number]) for number in range(5)}
-    view = b"(" + text("1") + numbers[1] + numbers[2] + b"t"
-    kind = text("storage") + named("torch", "FloatStorage") + text("0") + text("cpu")
-    storage = b"(" + kind + numbers[4] + view + b"tQ"
-    tensor = named("torch._utils", "_rebuild_tensor") + b"(" + storage + numbers[0]
-    return b"\x80\x02}" + text("w") + tensor + b"K\2\x85K\1\x85tRs."
 
 
 def _dcp() -> dict[str, bytes]:

@@ -41,18 +41,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A strided tensor; offset in its storage and strides are in elements. Nothing is checked."""
+    """A strided tensor; offset in its storage and strides are in elements, of any size."""
 
     storage: Storage
     dtype: DType
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether offset, shape and strides are ints. If not, hashing it can take for ever."""
-        return all(type(number) is int for number in (self.offset, *self.shape, *self.strides))
 
 
 @dataclass(frozen=True, slots=True)

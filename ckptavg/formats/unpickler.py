@@ -252,7 +252,11 @@ def _tensor(
     if not isinstance(dtype, DType):
         kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "an unknown dtype"
         return UnreadableTensor(f"a tensor of {kind}, which is not supported")
-    return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
+    tensor = PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
+    # Anything else could take for ever to hash.
+    if not all(type(number) is int for number in (offset, *tensor.shape, *tensor.strides)):
+        return UnreadableTensor("a tensor without a valid shape and strides")
+    return tensor
 
 
 # What stands for globals: functions that are called with the unpickler and the pickled arguments.

@@ -154,7 +154,7 @@ class _Encoder:
                 return _call("builtins", type(value).__name__, members)
             case DType():
                 return _global("torch", value.name)
-            case PickledTensor() if value.is_sound and value in self._tensors:
+            case PickledTensor() if value in self._tensors:
                 return self._tensors[value]
             case Placeholder(origin="_io.BytesIO", state=(content, int() as at, *_)) if isinstance(
                 content := _spelled_out(content), bytes

@@ -294,16 +294,19 @@ class RemoteFile(Part):
             self._check(piece, start, end)
         return pieces
 
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset`."""
-        if not out:
-            return
-        end = offset + len(out)
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, held in memory only once."""
+        if not size:
+            return b""
         with remote_errors(self.path):
             # By keyword: not every file system takes the arguments in this order.
-            piece = self._system.cat_file(self._name, start=offset, end=end)
-        self._check(piece, offset, end)
-        out[:] = piece
+            piece: bytes = self._system.cat_file(self._name, start=offset, end=offset + size)
+        self._check(piece, offset, offset + size)
+        return piece
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`."""
+        out[:] = self.read(offset, len(out))
 
     def _check(self, piece: bytes, start: int, end: int) -> None:
         if len(piece) > end - start:

@@ -77,7 +77,7 @@ def _steps(metadata: Mapping[str, str]) -> dict[str, int]:
     return {name: int(text) for name, text in texts.items() if _STEP.fullmatch(text)}
 
 
-def _read_header(file: Part) -> bytearray:
+def _read_header(file: Part) -> bytes:
     if file.size < _LENGTH:
         raise FormatError(f"is no safetensors file: {file.size} bytes", path=file.path)
     length = int.from_bytes(file.read(0, _LENGTH), "little")
@@ -86,14 +86,13 @@ def _read_header(file: Part) -> bytearray:
             f"header of {length} bytes in a file of {file.size}: truncated, or no safetensors file",
             path=file.path,
         )
-    header = bytearray(length)  # not copied into bytes: a hostile one has 100 MB
-    file.read_into(_LENGTH, memoryview(header))
+    header = file.read(_LENGTH, length)
     if sum(map(header.count, _MARKS)) > _MOST_MARKS:
         raise FormatError("damaged header: more entries than any model has", path=file.path)
     return header
 
 
-def _open_with_library(file: Part, header: bytearray) -> Any:  # noqa: ANN401 - untyped there
+def _open_with_library(file: Part, header: bytes) -> Any:  # noqa: ANN401 - untyped there
     """Open the file with safetensors; for a remote file, a sparse local one with its header."""
     if not is_remote(file.path):
         return safe_open(file.path, "numpy")
@@ -125,7 +124,7 @@ def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  
     return {name: tensor for *_, name, tensor in sorted(tensors)}
 
 
-def _explain(error: SafetensorError, header: bytearray, file_size: int) -> str:
+def _explain(error: SafetensorError, header: bytes, file_size: int) -> str:
     """What is wrong with a file, with the sizes and the text that the library's messages lack."""
     reason = str(error).rpartition(" header: ")[2]
     text, is_json, column = reason.partition(" at line 1 column ")

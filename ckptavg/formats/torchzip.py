@@ -36,7 +36,7 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
 def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
     """Describe one state dict of a torch file."""
     archive = Archive(file)
-    pickled = archive.content("data.pkl") or b""
+    pickled = archive.content("data.pkl")
     root = unpickler.load(pickled, file.path)
     digest = hashlib.sha256(pickled).hexdigest()
     provenance = archive.content(PROVENANCE)
@@ -78,13 +78,13 @@ class Archive:
         if len(folders) != 1:
             raise FormatError("is a zip, but no torch checkpoint", path=file.path)
         [self.prefix] = folders
-        if self.content("byteorder") not in (None, b"little"):
+        if self.content("byteorder") not in (b"", b"little"):
             raise big_endian(file.path)
 
-    def content(self, name: str) -> bytes | None:
-        """Read a small record in the folder; None if there is none of that name."""
+    def content(self, name: str) -> bytes:
+        """Read a small record in the folder; no bytes if there is none of that name."""
         if self.prefix + name not in self.records:
-            return None
+            return b""
         [(start, size)] = self.places({self.prefix + name: None}).values()
         if size > unpickler.LARGEST_PICKLE:
             raise FormatError(f"record {name} has {size} bytes", path=self.file.path)
@@ -92,7 +92,7 @@ class Archive:
 
     def load(self) -> object:
         """Read what the pickle describes, out of inert parts."""
-        return unpickler.load(self.content("data.pkl") or b"", self.file.path)
+        return unpickler.load(self.content("data.pkl"), self.file.path)
 
     def storages(self, users: Mapping[str, str]) -> dict[str, tuple[int, int]]:
         """Find storages; see `Container`."""

@@ -142,13 +142,7 @@ class Checkpoint:
     def read(self, name: str) -> AnyArray:
         """A tensor as an array in C order; one of a packed type as its bytes, uint8 `[nbytes]`."""
         tensor = self.tensors[name]
-        if tensor.dtype.kind == "packed":
-            out = np.empty(tensor.nbytes, np.uint8)
-            self.parts[tensor.part].read_into(tensor.offset, bytes_of(out))
-            return out
-        return np.ascontiguousarray(read_view(self.parts[tensor.part], tensor)).reshape(
-            tensor.shape
-        )
+        return np.asarray(read_view(self.parts[tensor.part], tensor), order="C")
 
     def pieces(self, name: str, end: int | None = None) -> Iterator[memoryview]:
         """The bytes of a tensor in C order, in pieces of 1 MiB. Each is valid until the next one.
@@ -189,7 +183,7 @@ class Checkpoint:
 
 
 def read_view(part: Part, tensor: Tensor) -> AnyArray:
-    """A tensor as an array of its shape and with its strides.
+    """A tensor as an array of its shape and with its strides; see `Checkpoint.read`.
 
     All bytes between its first and its last element are read. Where the tensor is a view of a
     larger storage, these are more than its own.
@@ -205,9 +199,12 @@ def read_span(part: Part, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
     """
     itemsize = tensor.dtype.itemsize
     strides = tensor.element_strides
-    span = span_elements(tensor.shape, strides)
-    out = np.empty(span * itemsize, np.uint8)
+    is_packed = tensor.dtype.kind == "packed"
+    nbytes = tensor.nbytes if is_packed else span_elements(tensor.shape, strides) * itemsize
+    out = np.empty(nbytes, np.uint8)
     part.read_into(tensor.offset, out.data)
+    if is_packed:
+        return out, out
     byte_strides = tuple(stride * itemsize for stride in strides)
     return out, np.ndarray(tensor.shape, tensor.dtype.numpy, out, 0, byte_strides)
 
@@ -321,7 +318,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     It depends neither on the container nor on the order of the tensors.
     """
-    names = sorted(name for name, tensor in checkpoint.tensors.items() if tensor.count)
+    names = sorted(name for name, tensor in checkpoint.tensors.items() if 0 not in tensor.shape)
     digest = hashlib.sha256()
     for name in spread(names, _SAMPLES_OF_FINGERPRINT):
         digest.update(name.encode("utf-8", "surrogatepass"))

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 Kind = Literal["unfinished", "no weights", "piece", "average", "pointer", "start", "run"]
 
@@ -84,18 +84,14 @@ WORDS = (
 )  # fmt: skip
 """What the words say; docs/members.md shows this table."""
 
-_KINDS: dict[str, Kind] = {each.word: each.kind for each in WORDS}
+KINDS: Mapping[str, Kind] = {each.word: each.kind for each in WORDS}
+"""What each word, in lower case, says."""
 # Words of letters: `modelEma` is two of them, `ema2` is the word and a number.
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _WHOLE = "|".join(each.word for each in WORDS if each.kind == "no weights")
 _NO_WEIGHTS = re.compile(
     rf"({_WHOLE})([_-][A-Za-z_-]*\d+)?(\.(pt|pth|bin|pkl))?|.*_optim_states\.pt"
 )
-
-
-def kind_of_word(word: str) -> Kind | None:
-    """What a word in lower case says; None if it says nothing."""
-    return _KINDS.get(word)
 
 
 def words_in(name: str) -> Iterator[str]:
@@ -110,4 +106,4 @@ def is_no_checkpoint(name: str) -> bool:
 
 def is_average(name: str) -> bool:
     """Whether the name of a file or a state dict says that it is an average of others."""
-    return any(_KINDS.get(word) == "average" for word in words_in(name))
+    return any(KINDS.get(word) == "average" for word in words_in(name))

@@ -24,7 +24,7 @@ from ckptavg.select.names import steps_in_names
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.checkpoint import Checkpoint, TrainingRecord
 
 State = Mapping[str, Any]
 
@@ -252,12 +252,13 @@ def _last_rates(checkpoints: Sequence[Checkpoint], recorded: Reading | None) -> 
     Raises:
         SelectionError: a checkpoint records no rate.
     """
-    readings = [recorded] * len(checkpoints) if recorded else _readings(checkpoints)
+    records = [checkpoint.training for checkpoint in checkpoints]
+    readings = [recorded] * len(records) if recorded else _readings(records)
     # Until 2025, transformers logged the next rate, the one that it records (its issue 35942).
     logs = {
-        (training.logged_rate, training.learning_rate)
-        for training in (checkpoint.training for checkpoint in checkpoints)
-        if training.logged_rate is not None and steps_taken(training.scheduler)
+        (record.logged_rate, record.learning_rate)
+        for record in records
+        if record.logged_rate is not None and steps_taken(record.scheduler)
     }
     logs_next = len(logs) > 1 and all(logged == rate for logged, rate in logs)
     rates, missing = list[_Rate](), []
@@ -296,12 +297,10 @@ def _rate_before(checkpoints: Sequence[Checkpoint], place: int) -> _Rate:
 
 def _is_one_later(first: Checkpoint, second: Checkpoint) -> bool:
     """Whether a step or an epoch, as recorded or in the names, is one more."""
-    steps = [
-        (first.training.steps.get(name, 0), second.training.steps.get(name, 0))
-        for name in STEP_NAMES
-    ]
+    before, after = first.training.steps, second.training.steps
     numbers = steps_in_names((first.name, second.name)) or (0, 0)
-    return any(later - earlier == 1 for earlier, later in [*steps, numbers])
+    pairs = [numbers, *((before.get(name, 0), after.get(name, 0)) for name in STEP_NAMES)]
+    return any(later - earlier == 1 for earlier, later in pairs)
 
 
 def _check_first(names: Sequence[str], rates: Sequence[_Rate]) -> None:
@@ -347,20 +346,18 @@ def _last_rate(
     return _Rate(used, is_minimum(scheduler, steps - 1))
 
 
-def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
+def _readings(records: Sequence[TrainingRecord]) -> Sequence[Reading | None]:
     """The rate that each checkpoint records; None if nothing tells it.
 
     The scheduler counts the same thing as a recorded counter if the two differ by 1 at most.
     """
-    for counter in ("global_step", "step", "epoch"):
-        pairs = [
-            (steps_taken(c.training.scheduler), c.training.steps.get(counter)) for c in checkpoints
-        ]
+    for counter in STEP_NAMES:
+        pairs = [(steps_taken(each.scheduler), each.steps.get(counter)) for each in records]
         ahead = {None if n is None else steps - n for steps, n in pairs if steps is not None}
         if ahead <= {0, 1} or ahead <= {-1, 0}:
-            first = 0 if 1 in ahead else 1 if -1 in ahead else _first_count(checkpoints, counter)
+            first = 0 if 1 in ahead else 1 if -1 in ahead else _first_count(records, counter)
             if first is None:
-                return [None] * len(checkpoints)
+                return [None] * len(records)
             # If a counter starts from 0, one more unit is done than it says.
             return [
                 "next" if n is not None and steps == n + 1 - first else "used" for steps, n in pairs
@@ -368,22 +365,20 @@ def _readings(checkpoints: Sequence[Checkpoint]) -> Sequence[Reading | None]:
     # A scheduler may count updates where only epochs are recorded: then both are in proportion.
     epochs = [(steps, n) for steps, n in pairs if steps is not None and n is not None]
     if _first_epoch(epochs) is not None:
-        return ["next"] * len(checkpoints)
+        return ["next"] * len(records)
     if _first_epoch([(steps + 1, n) for steps, n in epochs]) is not None:
-        return ["used"] * len(checkpoints)
-    return [None] * len(checkpoints)
+        return ["used"] * len(records)
+    return [None] * len(records)
 
 
-def _first_count(checkpoints: Sequence[Checkpoint], counter: str) -> int | None:
+def _first_count(records: Sequence[TrainingRecord], counter: str) -> int | None:
     """The number from which a counter starts, 0 or 1; None if nothing tells it."""
-    counts = {checkpoint.training.steps.get(counter) for checkpoint in checkpoints}
+    counts = {record.steps.get(counter) for record in records}
     if counter == "epoch":
-        if any(checkpoint.training.epochs_from_zero for checkpoint in checkpoints):
+        if any(record.epochs_from_zero for record in records):
             return 0
-        recorded = [checkpoint.training.steps for checkpoint in checkpoints]
-        updates = [(each.get("global_step", 0), each.get("epoch", 0)) for each in recorded]
-        first = _first_epoch([pair for pair in updates if pair[0] > 0])
-        if first is not None:
+        updates = [(r.steps.get("global_step", 0), r.steps.get("epoch", 0)) for r in records]
+        if (first := _first_epoch([pair for pair in updates if pair[0] > 0])) is not None:
             return first
     if 0 in counts:
         return 0

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, SelectionError, listed, printable
-from ckptavg.formats.words import is_no_checkpoint, kind_of_word, words_in
+from ckptavg.formats.words import KINDS, is_no_checkpoint, words_in
 from ckptavg.select.copies import find_copies
 from ckptavg.select.names import (
     is_one_series,
@@ -50,7 +50,7 @@ def mark_by_name(candidates: Iterable[Candidate]) -> None:
     """Leave out interrupted saves, and the state of optimizers and the like, by their names."""
     for each in candidates:
         words = words_in(each.name)
-        word = next((word for word in words if kind_of_word(word) == "unfinished"), None)
+        word = next((word for word in words if KINDS.get(word) == "unfinished"), None)
         if each.reason or each.folder is None:
             continue
         if is_no_checkpoint(each.path.name):
@@ -86,7 +86,7 @@ def _set_kinds(candidates: Sequence[Candidate]) -> None:
     words = {each: frozenset(words_in(each.name)) for each in candidates}
     common = frozenset.intersection(*words.values()) if len(words) > 1 else frozenset()
     for each in candidates:
-        kinds = {kind_of_word(word) for word in words[each] - common}
+        kinds = {KINDS.get(word) for word in words[each] - common}
         if each.kind == "checkpoint":
             each.kind = next((kind for kind in _BESIDE if kind in kinds), "checkpoint")
 

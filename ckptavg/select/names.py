@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.parts import absolute, is_remote
-from ckptavg.formats.words import kind_of_word, words_in
+from ckptavg.formats.words import KINDS, words_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -109,7 +109,7 @@ def _number(match: re.Match[str], before: str, stem: str) -> Number:
     if match["date"] and not (label in ("step", "epoch") and match[0].isdecimal()):
         return Number(match[0], None, "date")
     word = [*words_in(before)][-1:] if before[-1:].isalpha() or before[-1:] in "-_=." else []
-    kind = kind_of_word(word[0]) if word else None
+    kind = KINDS.get(word[0]) if word else None
     behind = stem[match.end() :]
     if word == ["v"] and behind:
         kind = None  # only at the end

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.formats.checkpoint import check_one_model, fingerprint
+from ckptavg.formats.checkpoint import fingerprint
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.parts import as_paths
 from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
+from ckptavg.merge.names import without_skipped
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
@@ -193,7 +194,7 @@ def write_averages(
         CkptAvgError: as `average` does.
     """
     members = _all_members(run, recipes)
-    check_one_model(members, any_rank=options.lora == "exact")
+    read, skipped = without_skipped(members, [recipe.last for recipe in recipes], options)
     log_other_state_dicts(members)
     if len(members) == 1:
         name = printable(members[0].name)
@@ -205,8 +206,9 @@ def write_averages(
         )
         for output, recipe in zip(outputs, recipes, strict=True)
     ]  # fmt: skip
-    read, files = _with_joined_factors(members, recipes[0], targets[0], options)
-    plan = make_plan(read, [recipe.weights_over(members) for recipe in recipes], options)
+    read, files = _with_joined_factors(read, recipes[0], targets[0], options)
+    weights = [recipe.weights_over(members) for recipe in recipes]
+    plan = replace(make_plan(read, weights, options), skipped=skipped)
     _check_order(run, plan, recipes, targets)
     threads = options.threads or default_threads(members)
     hashes = _hashes(members, targets, options, threads)

@@ -106,13 +106,15 @@ def verify(
             "(its members are those that it records)",
             path=record.path,
         )
+    groups = tied_names(members)
     if record.is_copy:
-        compared, skipped = _compare(average, members[0], tied_names(members), record)
+        compared, skipped = _compare(average, members[0], groups, record)
     else:
         with _averaged_again(
             members, record, threads, progress, is_torch=average.container == "torch"
         ) as again:
-            compared, skipped = _compare(average, again, tied_names(members), record)
+            left = [[name for name in names if name in again.tensors] for names in groups]
+            compared, skipped = _compare(average, again, [*filter(None, left)], record)
     return Verification(str(output), record.scheme, len(record.members), hashed, compared, skipped)
 
 
@@ -235,7 +237,8 @@ def _averaged_again(
     recipe = Recipe(record.scheme, members, record.weights)
     options = record.options
     again = AverageOptions(
-        dtype=options.dtype, ints=options.ints, norm_stats=options.norm_stats, lora=options.lora,
+        dtype=options.dtype, skip=options.skip, take_last=options.take_last, ints=options.ints,
+        norm_stats=options.norm_stats, lora=options.lora,
         allow_nonfinite=True, fsync=False, threads=threads, progress=progress,
     )  # fmt: skip
     with _temporary_folder(record.path) as folder:

@@ -27,6 +27,7 @@ _ROLES = {
     "last": "taken from the last checkpoint",
     "kept": "the same in all",
     "joined": "LoRA factors side by side",
+    "skipped": "skipped",
 }
 _SUM_TO_1 = ("ema:", "power:", "decay:")
 
@@ -37,6 +38,8 @@ _AVERAGING = parse("""
                            directory OUTPUT, from one read.  [default: uniform]
 --no-normalize             Do not divide by the sum of the weights.
 --update                   Fold the inputs into an earlier uniform average, which is one of them.
+--skip REGEX               Leave out the tensors whose names match; repeatable.
+--take-last REGEX          Take the tensors whose names match from the last checkpoint; repeatable.
 --ints equal|last          Require equal integer tensors, or take those of the last checkpoint.
                            [default: equal]
 --norm-stats average|last  Average running_mean and running_var, or take those of the last
@@ -87,7 +90,7 @@ _NO_EFFECT = (
     NoEffect(
         "with --container last",
         lambda params: params["container"] == "last",
-        ["max_shard_size", "dtype", "drop_aliases"],
+        ["max_shard_size", "dtype", "drop_aliases", "skip"],
     ),
     NoEffect("with an --output that is one file", _is_one_file, ["max_shard_size"]),
     NoEffect(

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.errors import MismatchError, printable
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import Memory, Part
-from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of, has_rank
+from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -263,44 +262,12 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
     return unwrapped, prefix
 
 
-def differences(first: Checkpoint, other: Checkpoint, *, any_rank: bool = False) -> Iterator[str]:
-    """Every difference in names, shapes and dtypes of tensors, as a line of text.
-
-    Args:
-        first: a checkpoint.
-        other: another checkpoint.
-        any_rank: let the ranks of LoRA factors differ.
-    """
+def have_equal_headers(first: Checkpoint, other: Checkpoint) -> bool:
+    """Whether names, shapes and dtypes of all tensors are equal."""
     if other.tensors is first.tensors:
-        return
-    here, there = printable(first.path), printable(other.path)
-    for name, tensor in first.tensors.items():
-        label, twin = printable(name), other.tensors.get(name)
-        if twin is None:
-            yield f"{label}: in {here}, missing in {there}"
-            continue
-        if twin.shape != tensor.shape and not (any_rank and has_rank(name)):
-            yield f"{label}: shape {tensor.shape} in {here}, {twin.shape} in {there}"
-        if twin.dtype is not tensor.dtype:
-            yield f"{label}: {tensor.dtype.name} in {here}, {twin.dtype.name} in {there}"
-    for name in sorted(other.tensors.keys() - first.tensors.keys()):
-        yield f"{printable(name)}: in {there}, missing in {here}"
-
-
-def check_one_model(checkpoints: Sequence[Checkpoint], *, any_rank: bool = False) -> None:
-    """Refuse checkpoints that are not of one model.
-
-    Args:
-        checkpoints: at least one.
-        any_rank: let the ranks of LoRA factors differ.
-
-    Raises:
-        MismatchError: names, shapes or dtypes of tensors differ; it lists all differences.
-    """
-    first, *others = checkpoints
-    lines = [line for other in others for line in differences(first, other, any_rank=any_rank)]
-    if lines:
-        raise MismatchError("the checkpoints are not of one model:", lines)
+        return True
+    kinds = ({n: (t.dtype, t.shape) for n, t in each.tensors.items()} for each in (first, other))
+    return next(kinds) == next(kinds)
 
 
 def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:

@@ -62,11 +62,13 @@ class Plan:
         members: the checkpoints that are read, each with a weight other than 0 in some output.
         weights: those of `members` in each output.
         tensors: the tensors in the order of the outputs; tied tensors are one.
+        skipped: the number of names that were skipped.
     """
 
     members: tuple[Checkpoint, ...]
     weights: tuple[Weights, ...]
     tensors: tuple[PlannedTensor, ...]
+    skipped: int = 0
 
     def _last(self, output: int) -> Checkpoint:
         """The last member of an output."""
@@ -74,8 +76,9 @@ class Plan:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of tensors with each role."""
-        return dict(sorted(Counter(planned.role for planned in self.tensors).items()))
+        """The number of tensors with each role, and of those that were skipped."""
+        counts = Counter[str](planned.role for planned in self.tensors)
+        return dict(sorted((counts + Counter(skipped=self.skipped)).items()))
 
     def norm_stats(self, recipe: Recipe) -> dict[str, Any]:
         """The entry on the norm statistics in the provenance of an output.
@@ -113,7 +116,8 @@ class Plan:
         """Bytes of memory for the largest strided tensor: each output's result is held in full."""
         largest = 0
         for planned in self.tensors:
-            if any(member.tensors[planned.names[0]].strides is not None for member in self.members):
+            tensors = (member.tensors.get(planned.names[0]) for member in self.members)
+            if any(tensor is not None and tensor.strides is not None for tensor in tensors):
                 largest = max(largest, planned.nbytes)
         return largest * len(self.weights)
 
@@ -248,9 +252,9 @@ def tied_names(checkpoints: Sequence[Checkpoint]) -> list[list[str]]:
     Empty tensors are never tied, though several may have the same offset.
     """
     names_by_place: dict[object, list[str]] = {}
-    for name in checkpoints[0].tensors:
-        twins = [checkpoint.tensors[name] for checkpoint in checkpoints]
+    for name, tensor in checkpoints[-1].tensors.items():
         # Everything but the bytes: dtype, shape, file, offset and strides.
-        place = tuple(twins) if twins[0].count else name
+        twins = (each.tensors.get(name) for each in checkpoints)
+        place = tuple(twins) if tensor.count else name
         names_by_place.setdefault(place, []).append(name)
     return list(names_by_place.values())

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
-_RECORDED = ("dtype", "ints", "norm_stats", "lora", "container", "keep_prefix", "update")
+_RECORDED = (
+    *("dtype", "skip", "take_last", "ints", "norm_stats", "lora"),
+    *("container", "keep_prefix", "update"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class AverageOptions:
         key: name of the state dict to average, where a file holds several.
         keep_prefix: leave the prefix of a wrapper (`module.`, `_orig_mod.`) on the names.
         dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
+        skip: regular expressions of the names of tensors that are not in the output.
+        take_last: regular expressions of the names of tensors that are the last checkpoint's.
         ints: `equal` refuses integer tensors that differ; `last` uses the last checkpoint's.
         norm_stats: `average` averages running statistics; `last` uses the last checkpoint's.
         lora: `separate` averages the factors A and B of LoRA adapters apart. `exact` averages their
@@ -72,6 +77,8 @@ class AverageOptions:
     key: str | None = None
     keep_prefix: bool = False
     dtype: str | None = None
+    skip: Sequence[str] = ()
+    take_last: Sequence[str] = ()
     ints: Literal["equal", "last"] = "equal"
     norm_stats: Literal["average", "last"] = "average"
     lora: Literal["separate", "exact"] = "separate"
@@ -114,6 +121,11 @@ class AverageOptions:
         if self.container == "last" and self.dtype is not None:
             raise SelectionError(
                 "the last checkpoint's container keeps its dtypes: leave dtype out"
+            )
+        if self.container == "last" and self.skip:
+            raise SelectionError(
+                "the last checkpoint's container keeps all of its tensors",
+                remedy="leave `skip` out, or use `take_last`",
             )
         if self.container == "last" and self.max_shard_size is not None:
             raise SelectionError("the last checkpoint's container is one file: no shards")

@@ -16,6 +16,7 @@ from ckptavg.formats.tensors import (
     norm_layers,
     power_iteration_vectors,
 )
+from ckptavg.merge.names import matching
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +45,8 @@ def decide_roles(
     """The role of each tensor, by name.
 
     Integers and norm statistics that are equal in all members are kept. Other integers, and the
-    vectors of spectral norm's power iteration, which would shrink in a mean, are the last member's.
+    vectors of spectral norm's power iteration, which would shrink in a mean, are the last member's,
+    and so is what `take_last` names.
 
     Args:
         members: checkpoints of one model, in order.
@@ -58,7 +60,9 @@ def decide_roles(
     vectors = power_iteration_vectors(first.tensors)
     if vectors and others:
         log.info("%d vectors of spectral norm are the last checkpoint's", len(vectors))
-    opaque = {name for name in first.tensors if is_extra_state(name) or name in vectors}
+    names = members[-1].tensors.keys()
+    opaque = matching("take_last", options.take_last, names) | vectors
+    opaque |= {name for name in names if is_extra_state(name)}
     comparable = {
         name
         for name, tensor in first.tensors.items()
@@ -70,7 +74,7 @@ def decide_roles(
     if options.ints != "last":
         _refuse_differing_integers(first, differing)
     roles: dict[str, Role] = {}
-    for name, tensor in first.tensors.items():
+    for name, tensor in members[-1].tensors.items():
         if name in opaque:
             roles[name] = "last"
         elif name in comparable and name not in differing:

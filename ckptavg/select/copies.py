@@ -6,7 +6,12 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ckptavg.formats.checkpoint import SAMPLE_BYTES, differences, differing_tensors, fingerprint
+from ckptavg.formats.checkpoint import (
+    SAMPLE_BYTES,
+    differing_tensors,
+    fingerprint,
+    have_equal_headers,
+)
 from ckptavg.formats.lora_config import scales_beside
 from ckptavg.formats.tensors import has_lora_factors
 
@@ -69,7 +74,7 @@ def _copies_among(alike: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoint]:
 
 def _have_equal_tensors(first: Checkpoint, other: Checkpoint) -> bool:
     """Whether names, shapes, dtypes and bytes of all tensors are equal."""
-    if next(differences(first, other), None) is not None:
+    if not have_equal_headers(first, other):
         return False
     # A job for each tensor: a difference, or a signal, waits only for those under way.
     with ThreadPoolExecutor(_THREADS) as pool:

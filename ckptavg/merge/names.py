@@ -1,0 +1,164 @@
+"""Which tensors an average has: those whose name, shape and dtype are the same in all members.
+
+Two lists of regular expressions say otherwise of names: `skip` leaves tensors out, and `take_last`
+takes them from the last member, whatever the others have.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import MismatchError, SelectionError, listed, printable
+from ckptavg.formats.tensors import has_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import Tensor
+    from ckptavg.merge.recipe import AverageOptions
+
+_MISSING = "missing in"
+_MOST_REMEDIES = 16  # more are not shown
+
+
+def without_skipped(
+    members: Sequence[Checkpoint], last: Collection[Checkpoint], options: AverageOptions
+) -> tuple[tuple[Checkpoint, ...], int]:
+    """The members with the tensors that they contribute to an average.
+
+    Args:
+        members: the checkpoints that are averaged, in order.
+        last: those that are the last member of an average. They alone have what is taken from it.
+        options: `skip`, `take_last`, and `lora`, with which the ranks of LoRA factors may differ.
+
+    Returns:
+        The members, and the number of names that are skipped.
+
+    Raises:
+        MismatchError: names, shapes or dtypes differ otherwise.
+        SelectionError: a pattern is no regular expression, or matches no name.
+    """
+    mappings = {id(each): each for m in members for each in (m.tensors, m.other_entries)}
+    names = {name for mapping in mappings.values() for name in mapping}
+    skipped = matching("skip", options.skip, names)
+    taken = matching("take_last", options.take_last, names - skipped)
+    kept = _without(members, skipped)
+    averaged = _without(kept, taken)
+    lasts = [new for new, member in zip(kept, members, strict=True) if member in last]
+    any_rank = options.lora == "exact"
+    problems = [*_mismatches(averaged, any_rank=any_rank), *_mismatches(lasts, any_rank=any_rank)]
+    if problems:
+        raise MismatchError("the checkpoints are not of one model:", [*dict.fromkeys(problems)])
+    contributing = tuple(
+        new if member in last else other
+        for member, new, other in zip(members, kept, averaged, strict=True)
+    )
+    return contributing, len(skipped)
+
+
+def matching(option: str, patterns: Sequence[str], names: Collection[str]) -> set[str]:
+    """The names in which one of the regular expressions is found.
+
+    Raises:
+        SelectionError: one of them is none, or matches no name.
+    """
+    matching: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = set(filter(re.compile(pattern).search, names))
+        except re.error as error:
+            what = f"`{option}` '{printable(pattern)}' is no regular expression: {error}"
+            raise SelectionError(what) from error
+        if not found:
+            what = f"`{option}` '{printable(pattern)}' matches no tensor's name"
+            raise SelectionError(what, remedy=f"the names are {listed(sorted(names))}")
+        matching |= found
+    return matching
+
+
+def _without(checkpoints: Sequence[Checkpoint], names: Collection[str]) -> list[Checkpoint]:
+    """The checkpoints without tensors of these names. Equal mappings of tensors stay the same."""
+    if not names:
+        return list(checkpoints)
+    left: dict[int, Mapping[str, Tensor]] = {}
+    shorter = []
+    for checkpoint in checkpoints:
+        tensors = checkpoint.tensors
+        if id(tensors) not in left:
+            left[id(tensors)] = {name: each for name, each in tensors.items() if name not in names}
+        shorter.append(
+            replace(
+                checkpoint,
+                tensors=left[id(tensors)],
+                # Metadata may name the tensor that stands for another one.
+                metadata={k: v for k, v in checkpoint.metadata.items() if v not in names},
+                other_entries={k: v for k, v in checkpoint.other_entries.items() if k not in names},
+            )
+        )
+    return shorter
+
+
+def _mismatches(checkpoints: Sequence[Checkpoint], *, any_rank: bool) -> Iterator[str]:
+    """A line for each group of tensors that differ in the same way, and what helps."""
+    if len({id(checkpoint.tensors) for checkpoint in checkpoints}) < 2:  # noqa: PLR2004
+        return
+    groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    names = list(dict.fromkeys(name for each in checkpoints for name in each.tensors))
+    for name in names:
+        for difference in _differences(name, checkpoints, any_rank=any_rank):
+            groups[re.sub(r"\d+", "#", name), difference].append(name)
+    is_of_few = 2 * sum(map(len, groups.values())) <= len(names)
+    for number, ((_, difference), alike) in enumerate(groups.items()):
+        what, them = printable(alike[0]), "it"
+        if len(alike) > 1:
+            what, them = f"{len(alike)} tensors such as {what}", "them"
+        remedy = ""
+        if is_of_few and number < _MOST_REMEDIES and (pattern := _pattern(alike, names)):
+            if difference.startswith(_MISSING):
+                remedy = f"; `skip` {pattern} leaves {them} out"
+            else:
+                remedy = f"; `take_last` {pattern} takes {them} from the last checkpoint"
+        yield f"{what}: {difference}{remedy}"
+
+
+def _differences(name: str, checkpoints: Sequence[Checkpoint], *, any_rank: bool) -> Iterator[str]:
+    """How the tensors of one name differ."""
+    shapes: defaultdict[str, list[Checkpoint]] = defaultdict(list)
+    dtypes: defaultdict[str, list[Checkpoint]] = defaultdict(list)
+    missing, held = [], []
+    for checkpoint in checkpoints:
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            missing.append(checkpoint)
+        else:
+            held.append(checkpoint)
+            shapes[f"shape {tensor.shape}"].append(checkpoint)
+            dtypes[tensor.dtype.name].append(checkpoint)
+    if missing:
+        yield f"{_MISSING} {_where(missing)}, in {_where(held)}"
+    for values in (shapes if not (any_rank and has_rank(name)) else {}, dtypes):
+        if len(values) > 1:
+            yield ", ".join(f"{value} in {_where(those)}" for value, those in values.items())
+
+
+def _where(checkpoints: Sequence[Checkpoint]) -> str:
+    return listed((each.path for each in checkpoints), 1)
+
+
+def _pattern(alike: Sequence[str], names: Sequence[str]) -> str | None:
+    """A short regular expression, quoted for a shell, that matches these names alone.
+
+    It is the end of the names, or all of them but for numbers. None if there is no such expression.
+    """
+    first = alike[0].split(".")
+    ends = [re.escape(".".join(first[-count:])) + "$" for count in range(1, len(first))]
+    whole = "^" + re.sub(r"\d+", r"\\d+", re.escape(alike[0])) + "$"
+    for pattern in (*ends, whole):
+        if set(filter(re.compile(pattern).search, names)) == set(alike):
+            return shlex.quote(printable(pattern))
+    return None

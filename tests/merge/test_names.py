@@ -1,0 +1,177 @@
+"""Tensors that are left out by name, or taken from the last checkpoint, and what asks for that."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ckptavg
+from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
+from ckptavg.formats import open_checkpoint
+from ckptavg.merge.schemes import parse
+from tests.helpers import outcome, run
+from tests.oracle import naive_mean, same_bits
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def states() -> list[State]:
+    """The vocabulary grows, and only some of the checkpoints have the rotary buffers."""
+    states = []
+    for number in range(3):
+        state = {f"layers.{layer}.w": torch.randn(4, 3) for layer in range(9)}
+        if number:
+            state |= {f"layers.{layer}.rotary.inv_freq": torch.randn(2) for layer in range(3)}
+        state["embed.weight"] = torch.randn(10 + number, 4)
+        states.append(state)
+    return states
+
+
+@pytest.fixture
+def folder(states: list[State], tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    for number, state in enumerate(states):
+        torch.save(state, tmp_path / "run" / f"step_{number}.pt")
+    return tmp_path / "run"
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    with pytest.raises(CkptAvgError) as caught:
+        ckptavg.average(folder, folder.parent / "out.safetensors", **options)
+    assert not (folder.parent / "out.safetensors").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_the_rest_is_averaged(states, folder, suffix):
+    output = folder.parent / f"out{suffix}"
+    summary = ckptavg.average(folder, output, skip=["inv_freq$"], take_last=[r"embed\.weight"])
+    result = load_file(output) if suffix == ".safetensors" else torch.load(output)
+    assert result.keys() == states[0].keys()
+    assert same_bits(result["embed.weight"], states[2]["embed.weight"])
+    for name in (name for name in result if name != "embed.weight"):
+        assert same_bits(result[name], naive_mean([state[name] for state in states])), name
+    assert summary.roles == {"averaged": 9, "last": 1, "skipped": 3}
+    entry = open_checkpoint(output).provenance or {}
+    assert entry["roles"] == summary.roles
+    assert entry["options"] == {"skip": ["inv_freq$"], "take_last": [r"embed\.weight"]}
+    assert ckptavg.verify(output, [folder]).compared == 10
+
+
+def test_averages_from_one_read_must_agree_in_what_is_the_last_of_each(states, folder):
+    schemes = (*parse("1,1,0"), *parse("uniform"))
+    with pytest.raises(MismatchError, match=r"embed.weight: shape .*1.pt, shape .*2.pt"):
+        ckptavg.average_many(
+            folder, folder.parent / "all", weights=schemes, skip=["inv_freq"], take_last=["embed"]
+        )
+    ckptavg.average_many(folder, folder.parent / "all", weights=schemes, skip=["inv", "embed"],
+                         take_last=["0.w"])  # fmt: skip
+    results = [load_file(path) for path in sorted((folder.parent / "all").iterdir())]
+    last = [states[1]["layers.0.w"], states[2]["layers.0.w"]]
+    for result, value in zip(results, last, strict=True):
+        assert same_bits(result["layers.0.w"], value)
+
+
+def test_it_makes_no_difference_what_others_have(states, folder):
+    plain = folder.parent / "plain"
+    plain.mkdir()
+    for number, state in enumerate(states):
+        kept = {n: v for n, v in state.items() if "inv_freq" not in n and n != "embed.weight"}
+        torch.save(kept, plain / f"step_{number}.pt")
+    ckptavg.average(plain, folder.parent / "expected.safetensors")
+    output = folder.parent / "out.safetensors"
+    ckptavg.average(folder, output, skip=["inv_freq", "embed"])
+    expected = load_file(folder.parent / "expected.safetensors")
+    assert load_file(output).keys() == expected.keys()
+    assert all(same_bits(value, expected[name]) for name, value in load_file(output).items())
+
+
+def test_a_name_that_stands_for_another_is_skipped_with_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    for number in range(2):
+        tensors = {"embed.weight": torch.randn(3, 2), "w": torch.randn(2)}
+        path = tmp_path / "run" / f"step_{number}.safetensors"
+        save_file(tensors, path, metadata={"head.weight": "embed.weight", "kept": "yes"})
+    output = tmp_path / "out.safetensors"
+    ckptavg.average(tmp_path / "run", output, skip=["embed"])
+    metadata = open_checkpoint(output).metadata
+    assert metadata["kept"] == "yes"
+    assert "head.weight" not in metadata
+
+
+def test_integers_that_differ_and_quantised_weights_have_a_way_out(tmp_path):
+    (tmp_path / "run").mkdir()
+    states = []
+    for number in range(2):
+        ids = torch.arange(4) + number
+        states.append({"w": torch.randn(2), "ids": ids, "old.qweight": torch.ones(2).int()})
+        torch.save(states[-1], tmp_path / "run" / f"step_{number}.pt")
+    assert "is quantised" in refusal(tmp_path / "run")
+    assert "integer tensors differ" in refusal(tmp_path / "run", skip=["qweight"])
+    output = tmp_path / "out.safetensors"
+    ckptavg.average(tmp_path / "run", output, skip=["qweight"], take_last=["^ids$"])
+    assert same_bits(load_file(output)["ids"], states[1]["ids"])
+
+
+def test_take_last_needs_to_know_which_is_last(states, tmp_path):
+    for name, state in zip(("a.pt", "b_7.pt"), states[1:], strict=True):
+        torch.save(state, tmp_path / name)
+    with pytest.raises(SelectionError, match="the result depends on their order"):
+        ckptavg.average(
+            [tmp_path / "a.pt", tmp_path / "b_7.pt"], tmp_path / "o.pt", take_last=["embed"]
+        )
+
+
+class TestMessages:
+    def test_group_what_differs_alike_and_name_the_way_out(self, folder):
+        lines = refusal(folder).splitlines()
+        assert lines[0] == "the checkpoints are not of one model:"
+        assert sorted(lines[1:]) == [
+            (
+                f"  3 tensors such as layers.0.rotary.inv_freq: missing in {folder}/step_0.pt, "
+                f"in {folder}/step_1.pt and 1 more; `skip` 'inv_freq$' leaves them out"
+            ),
+            (
+                f"  embed.weight: shape (10, 4) in {folder}/step_0.pt, shape (11, 4) in "
+                f"{folder}/step_1.pt, shape (12, 4) in {folder}/step_2.pt; "
+                "`take_last` 'weight$' takes it from the last checkpoint"
+            ),
+        ]
+
+    def test_work_when_they_are_followed(self, folder):
+        output, options = folder.parent / "out.safetensors", list[str]()
+        _, _, error = outcome("average", folder, "-o", output)
+        for option, pattern in re.findall(r"(--[a-z-]+) '([^']+)'", error):
+            options += [option, pattern]
+        assert options[::2] == ["--take-last", "--skip"]
+        result = json.loads(run("average", folder, "-o", output, "--json", *options).stdout)
+        assert result["roles"] == {"averaged": 9, "last": 1, "skipped": 3}
+
+    def test_of_other_models_are_short_and_advise_nothing(self, tmp_path):
+        for number in range(2):
+            state = {f"model{number}.{layer}.{n}": torch.ones(1) for layer in "abc" for n in "xyz"}
+            torch.save(state | {"w": torch.ones(1)}, tmp_path / f"step_{number}.pt")
+        assert "skip" not in refusal(tmp_path)
+
+    @pytest.mark.parametrize("option", ["skip", "take_last"])
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [("em(", "is no regular expression"), ("embde", "matches no tensor's name; the names are")],
+    )
+    def test_of_a_pattern_that_does_nothing(self, folder, option, pattern, message):
+        assert f"`{option}` '{pattern}' {message}" in refusal(folder, **{option: [pattern]})
+
+    def test_of_a_container_which_keeps_all(self, folder):
+        said = run("average", folder, "-o", "o.pt", "--container", "last", "--skip", "x", code=2)
+        assert "--skip" in said.stderr
+        with pytest.raises(SelectionError, match="keeps all of its tensors"):
+            ckptavg.average(folder, "o.pt", container="last", skip=["inv_freq"])

@@ -195,6 +195,7 @@ def write_averages(
     """
     members = _all_members(run, recipes)
     read, skipped = without_skipped(members, [recipe.last for recipe in recipes], options)
+    contributing = dict(zip(members, read, strict=True))
     log_other_state_dicts(members)
     if len(members) == 1:
         name = printable(members[0].name)
@@ -218,7 +219,7 @@ def write_averages(
         entry = provenance(plan, recipe, options.recorded, fingerprints, hashes)
         layouts.append(
             lay_out(
-                target, plan.tensors, entry, recipe.last,
+                target, plan.tensors, entry, contributing[recipe.last],
                 dtype=options.dtype, replaced=files, mirrored=len(recipe.members) > 1,
             )
         )  # fmt: skip

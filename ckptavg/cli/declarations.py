@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.errors import SelectionError
-from ckptavg.landscape import spaced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,8 +62,11 @@ def _numbers(text: str) -> tuple[float, ...]:
     """Numbers: `0,0.5,1`, or `FIRST:LAST:COUNT`."""
     try:
         if ":" in text:
+            import numpy as np
+
             first, last, count = text.split(":")
-            values = spaced(float(first), float(last), int(count))
+            with np.errstate(all="ignore"):  # of infinite ends
+                values = tuple(map(float, np.linspace(float(first), float(last), int(count))))
         else:
             values = tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ckptavg.landscape.explore import ExploreOptions
-    from ckptavg.landscape.plane import PlaneResult
-    from ckptavg.landscape.rays import Rays
-    from ckptavg.landscape.segment import Segment
+    from ckptavg.landscape.result import Landscape
 
 
 @click.group()
@@ -133,7 +131,7 @@ def _run(
     function: Callable[..., Any],
     points: Sequence[click.Option],
     params: Mapping[str, Any],
-    say: Callable[[Console, Any], None],
+    say: Callable[[Console, Landscape], None],
 ) -> None:
     """Make a landscape, write it, and print what it shows."""
     if params["plots"]:
@@ -141,82 +139,83 @@ def _run(
     from ckptavg.formats.parts import as_path
     from ckptavg.landscape.saving import save
 
-    console, kind = params["console"], function.__name__
-    folder, explore = as_path(params["output"]), _explore_options(params)
+    console, folder = params["console"], as_path(params["output"])
+    explore = _explore_options(params)
     which = {name: params[name] for name in names_of(points)}
     files = []
     with console.ranks() as ranks:
         with console.others_to_stderr(), console.progress("evaluating", "point") as progress:
-            result = function(
+            made = function(
                 params["checkpoints"], folder, explore, ranks=ranks, progress=progress, **which
             )
         if ranks.rank == 0:
-            files = save(result, folder, kind, plots=params["plots"])
-    say(console, result)
+            files = save(made, folder, plots=params["plots"])
+    say(console, made)
     console.say(f"  wrote {', '.join(printable(file) for file in files)}")
-    console.result({"kind": kind, **vars(result), "files": [str(file) for file in files]})
+    console.result({**made.as_dict(), "files": [str(file) for file in files]})
 
 
 def _explore_options(params: Mapping[str, Any]) -> ExploreOptions:
-    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.evaluation.evaluate import EvaluationOptions
     from ckptavg.landscape.explore import ExploreOptions
 
-    refresh = RefreshOptions(**fields_of(RefreshOptions, params)) if params["refresh"] else None
+    refresh = options.refresh_options(params) if params["refresh"] else None
     evaluation = EvaluationOptions(**{**fields_of(EvaluationOptions, params), "refresh": refresh})
     return ExploreOptions(**fields_of(ExploreOptions, params), evaluation=evaluation)
 
 
-def _say_rays(console: Console, result: Rays) -> None:
+def _say_rays(console: Console, landscape: Landscape) -> None:
+    from ckptavg.landscape.rays import rises
+
+    names, risen = [*map(printable, landscape.checkpoints)], rises(landscape)
     console.say(
-        f"{plural(result.directions, 'direction')} from {plural(len(result.checkpoints), 'point')} "
-        f"in the space of {result.dimension:,} parameters"
+        f"{plural(len(landscape.axes['direction']), 'direction')} from "
+        f"{plural(len(names), 'point')} in the space of {landscape.dimension:,} parameters"
     )
-    header = ("", *map(printable, result.checkpoints))
     rows = [
         (
             f"  {printable(rise.metric)}, risen at {rise.distance:.3g}",
             *(f"{value:+.4g}" for value in rise.rises),
         )
-        for rise in result.rises()
+        for rise in risen
     ]
-    console.say_table([header, *rows])
-    if len(result.checkpoints) > 1:
-        first, last = printable(result.checkpoints[0]), printable(result.checkpoints[-1])
-        for rise in result.rises():
+    console.say_table([("", *names), *rows])
+    if len(names) > 1:
+        for rise in risen:
             console.say(
-                f"  {printable(rise.metric)} rises less from {last} than from {first} in "
+                f"  {printable(rise.metric)} rises less from {names[-1]} than from {names[0]} in "
                 f"{rise.lower} of {rise.directions} directions"
             )
 
 
-def _say_segment(console: Console, result: Segment) -> None:
-    first, second = map(printable, result.checkpoints)
+def _say_segment(console: Console, landscape: Landscape) -> None:
+    first, second = map(printable, landscape.checkpoints)
     console.say(
-        f"{plural(len(result.positions), 'point')} on the line from {first} to {second}, which are "
-        f"{result.apart:.4g} apart"
+        f"{plural(len(landscape.axes['position']), 'point')} on the line from {first} to {second}, "
+        f"which are {landscape.apart:.4g} apart"
     )
-    for metric in result.curves:
-        if point := _least(result, metric):
+    for metric in landscape.values:
+        if point := _least(landscape, metric):
             value, position = point[metric], point["position"]
             console.say(f"  least {printable(metric)}: {value:.4g} at {position:.3g}")
 
 
-def _say_plane(console: Console, result: PlaneResult) -> None:
-    console.say(f"{len(result.xs)} x {len(result.ys)} points on the plane through")
-    metrics = list(result.grids)
-    rows = [("  weights", "x", "y", *map(printable, metrics))]
-    for mark in result.checkpoints:
-        values = (f"{mark.values[name]:.4g}" for name in metrics)
-        rows.append((f"  {mark.checkpoint}", f"{mark.x:.4g}", f"{mark.y:.4g}", *values))
-    console.say_table(rows)
-    for metric in metrics:
-        if point := _least(result, metric):
+def _say_plane(console: Console, landscape: Landscape) -> None:
+    columns, rows = len(landscape.axes["x"]), len(landscape.axes["y"])
+    console.say(f"{columns} x {rows} points on the plane through")
+    numbers = ("x", "y", *landscape.values)
+    corners = [
+        (f"  {corner['checkpoint']}", *(f"{corner[name]:.4g}" for name in numbers))
+        for corner in landscape.corners
+    ]
+    console.say_table([("  weights", *map(printable, numbers)), *corners])
+    for metric in landscape.values:
+        if point := _least(landscape, metric):
             value, x, y = point[metric], point["x"], point["y"]
             console.say(f"  least {printable(metric)} on the grid: {value:.4g} at {x:.4g}, {y:.4g}")
 
 
-def _least(result: Segment | PlaneResult, metric: str) -> dict[str, float] | None:
+def _least(landscape: Landscape, metric: str) -> dict[str, float] | None:
     """The point at which a metric is least; None if it is NaN at all of them."""
-    points = [point for point in result.rows() if not math.isnan(point[metric])]
+    points = [point for point in landscape.rows() if not math.isnan(point[metric])]
     return min(points, key=lambda point: point[metric], default=None)

@@ -163,20 +163,19 @@ EVALUATION_NO_EFFECT = (
 )
 
 
-def refresh_options(params: Mapping[str, Any]) -> RefreshOptions:
-    """The options of a refresh."""
+def refresh_options(params: Mapping[str, Any], prefix: str = "") -> RefreshOptions:
+    """The options of a refresh, some of which have a prefix as in `fields_of`."""
     from ckptavg.batchnorm.options import RefreshOptions
 
-    return RefreshOptions(**fields_of(RefreshOptions, params))
+    return RefreshOptions(**fields_of(RefreshOptions, params, prefix))
 
 
 def evaluation_fields(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `EvaluateOptions` or `SoupOptions` that a command's parameters have."""
-    from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.select.rules import Selection
 
     select = Selection(**{name: params[name] for name in names_of(CANDIDATES) if name in params})
     refresh = None
     if params["refresh_loader"] is not None:
-        refresh = RefreshOptions(**fields_of(RefreshOptions, params, prefix="refresh_"))
+        refresh = refresh_options(params, "refresh_")
     return {**fields_of(kind, params), "select": select, "refresh": refresh}

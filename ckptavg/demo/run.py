@@ -16,7 +16,7 @@ from ckptavg.errors import CkptAvgError, OutputError, without_notices
 from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.explore import ExploreOptions
-from ckptavg.landscape.rays import Rise, rays
+from ckptavg.landscape.rays import Rise, rays, rises
 from ckptavg.landscape.saving import save
 from ckptavg.select.rules import Selection
 
@@ -192,8 +192,8 @@ def look_around(
     folder = directory / "landscape"
     paths = [last, directory / "refreshed-bn.safetensors"]
     found = rays(paths, folder, options, steps=_STEPS, progress=progress)
-    files = save(found, folder, "rays", plots=True)
-    [rise] = [one for one in found.rises() if one.metric == "test loss"]
+    files = save(found, folder, plots=True)
+    [rise] = [one for one in rises(found) if one.metric == "test loss"]
     pictures = [file for file in files if file.suffix in (".png", ".svg")]
     return rise, tuple(file.relative_to(directory).as_posix() for file in pictures)
 

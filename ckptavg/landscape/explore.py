@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
+
 from ckptavg import __version__
 from ckptavg.errors import (
     OutputError,
@@ -24,6 +26,7 @@ from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
+from ckptavg.landscape.result import Landscape
 from ckptavg.model.factories import name_of, user_code
 from ckptavg.model.loading import load_weights, unwrapped
 from ckptavg.select.names import relative_names
@@ -134,9 +137,29 @@ class Explorer:
             )
         return list(first_names.values()), aliases
 
-    def run(
-        self, kind: str, places: Iterable[Place], progress: Progress | None
-    ) -> dict[str, dict[Place, float]]:
+    def landscape(
+        self,
+        kind: str,
+        axes: Mapping[str, Sequence[Any]],
+        values: Mapping[str, Sequence[float]],
+        corners: Sequence[Mapping[str, Any]] = (),
+    ) -> Landscape:
+        """The landscape that these values make, in the order of the axes' product."""
+        shape = [len(axis) for axis in axes.values()]
+        return Landscape(
+            kind=kind,
+            checkpoints=self.names,
+            dimension=self.space.dimension,
+            apart=self.space.apart,
+            refreshed=self._options.evaluation.refresh is not None,
+            axes=axes,
+            values={metric: np.reshape(numbers, shape) for metric, numbers in values.items()},
+            corners=corners,
+        )
+
+    def evaluate(
+        self, kind: str, places: Sequence[Place], progress: Progress | None
+    ) -> dict[str, list[float]]:
         """Evaluate the places that have not been evaluated yet.
 
         Args:
@@ -145,7 +168,7 @@ class Explorer:
             progress: hears of each point.
 
         Returns:
-            The values of each metric at the places.
+            By metric, its values at the places.
         """
         task = {"ckptavg": __version__, "inputs": self._digest(), "kind": kind, **self._facts()}
         points = {repr(place): place for place in places}
@@ -169,10 +192,8 @@ class Explorer:
             found: dict[str, Values] = {}
             for done in ranks.gather(kept.done):
                 found |= done
-        return {
-            metric: {place: found[name][metric] for name, place in points.items()}
-            for metric in found[next(iter(points))]
-        }
+        rows = [found[repr(place)] for place in places]
+        return {metric: [row[metric] for row in rows] for metric in rows[0]}
 
     def _evaluated(self, checkpoint: Checkpoint, known: Values | None) -> Values:
         """The metrics at a point.

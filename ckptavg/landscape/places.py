@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,8 +163,11 @@ class Space:
         """The norm of the first checkpoint's parameters."""
         return math.sqrt(sum(one @ one for [one] in self._real(self._checkpoints[:1])))
 
-    def distance(self) -> float:
-        """The Euclidean distance of the first two checkpoints' parameters."""
+    @cached_property
+    def apart(self) -> float | None:
+        """The Euclidean distance of the first two checkpoints' parameters; None where one is."""
+        if len(self._checkpoints) == 1:
+            return None
         pairs = self._real(self._checkpoints[:2])
         return math.sqrt(sum((first - second) @ (first - second) for first, second in pairs))
 

@@ -5,16 +5,14 @@ Izmailov et al. 2018, section 3.1 and figures 2 and 3.
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
-from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.landscape.places import Place
 from ckptavg.model.making import random_state_kept
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.landscape.places import Floats
+    from ckptavg.landscape.result import Landscape
     from ckptavg.options import Progress
 
 _FLAT = 1e-12  # of a square, relative to the largest: what is rounding
@@ -71,52 +70,6 @@ class Plane:
         return 1 - second - third, second, third
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A weight's place on the plane.
-
-    Attributes:
-        checkpoint: its name.
-        x: its first coordinate, in the units of the parameters.
-        y: its second.
-        values: its metrics.
-    """
-
-    checkpoint: str
-    x: float
-    y: float
-    values: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PlaneResult:
-    """What came out.
-
-    Attributes:
-        checkpoints: the three weights: w0 at the origin, w1 on the first axis.
-        dimension: number of parameters.
-        xs: first coordinates of the grid.
-        ys: second coordinates.
-        refreshed: whether the norm statistics were refreshed at each point.
-        grids: metric to `[ys][xs]`.
-    """
-
-    checkpoints: tuple[Mark, ...]
-    dimension: int
-    xs: tuple[float, ...]
-    ys: tuple[float, ...]
-    refreshed: bool
-    grids: dict[str, list[list[float]]] = field(repr=False)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each point of the grid, for CSV."""
-        return [
-            {"x": x, "y": y, **{metric: grid[row][column] for metric, grid in self.grids.items()}}
-            for row, y in enumerate(self.ys)
-            for column, x in enumerate(self.xs)
-        ]
-
-
 @random_state_kept()
 def plane(
     paths: Sequence[Path],
@@ -126,7 +79,7 @@ def plane(
     size: int = _SIZE,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
-) -> PlaneResult:
+) -> Landscape:
     """Evaluate on a grid in the plane through three weights.
 
     Args:
@@ -153,22 +106,18 @@ def plane(
             raise SelectionError("the three checkpoints are on one line, and make no plane")
         xs = _axis([x for x, _ in basis.corners], size)
         ys = _axis([y for _, y in basis.corners], size)
-        corners = [space.place(number) for number in range(3)]
-        grid = [[Place(basis.coefficients(x, y)) for x in xs] for y in ys]
-        found = explorer.run("plane", [*corners, *itertools.chain(*grid)], progress)
-    return PlaneResult(
-        tuple(
-            Mark(name, *point, {metric: values[corner] for metric, values in found.items()})
-            for name, point, corner in zip(explorer.names, basis.corners, corners, strict=True)
-        ),
-        space.dimension, xs, ys, options.evaluation.refresh is not None,
-        {
-            metric: [[values[place] for place in row] for row in grid]
-            for metric, values in found.items()
-        },
-    )  # fmt: skip
+        places = [space.place(number) for number in range(3)]
+        places += [Place(basis.coefficients(x, y)) for y in ys for x in xs]
+        values = explorer.evaluate("plane", places, progress)
+        corners = [
+            {"checkpoint": name, "x": x, "y": y}
+            | {metric: numbers[place] for metric, numbers in values.items()}
+            for place, (name, (x, y)) in enumerate(zip(explorer.names, basis.corners, strict=True))
+        ]
+        grid = {metric: numbers[3:] for metric, numbers in values.items()}
+        return explorer.landscape("plane", {"y": ys, "x": xs}, grid, corners)
 
 
-def _axis(values: Sequence[float], size: int) -> tuple[float, ...]:
+def _axis(values: Sequence[float], size: int) -> list[float]:
     margin = _MARGIN * (max(values) - min(values))
-    return spaced(min(values) - margin, max(values) + margin, size)
+    return [*map(float, np.linspace(min(values) - margin, max(values) + margin, size))]

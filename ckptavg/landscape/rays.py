@@ -6,14 +6,15 @@ the same ones from each of the weights.
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass, field
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
-from ckptavg.landscape import spaced
 from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.model.making import random_state_kept
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ckptavg.landscape.places import Space
+    from ckptavg.landscape.result import Landscape
     from ckptavg.options import Progress
 
 _STEPS = 11
@@ -48,55 +51,16 @@ class Rise:
     directions: int
 
 
-@dataclass(frozen=True)
-class Rays:
-    """What came out.
-
-    Attributes:
-        checkpoints: the weights' names.
-        dimension: number of parameters.
-        distances: along the rays.
-        directions: how many.
-        apart: the distance of the first two weights' parameters; None where there is one.
-        refreshed: whether the norm statistics were refreshed at each point.
-        curves: metric to `[checkpoints][directions][distances]`.
-    """
-
-    checkpoints: tuple[str, ...]
-    dimension: int
-    distances: tuple[float, ...]
-    directions: int
-    apart: float | None
-    refreshed: bool
-    curves: dict[str, list[list[list[float]]]] = field(repr=False)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each point, for CSV."""
-        return [
-            {
-                "checkpoint": name,
-                "direction": direction,
-                "distance": distance,
-                **{metric: one[place][direction][step] for metric, one in self.curves.items()},
-            }
-            for place, name in enumerate(self.checkpoints)
-            for direction in range(self.directions)
-            for step, distance in enumerate(self.distances)
-        ]
-
-    def rises(self) -> list[Rise]:
-        """How each metric has risen at the largest distance."""
-        found = []
-        for metric, curves in self.curves.items():
-            risen = [[ray[-1] - ray[0] for ray in rays] for rays in curves]
-            pairs = zip(risen[0], risen[-1], strict=True)
-            found.append(
-                Rise(
-                    metric, self.distances[-1], tuple(fmean(rises) for rises in risen),
-                    sum(last < first for first, last in pairs), self.directions,
-                )
-            )  # fmt: skip
-        return found
+def rises(landscape: Landscape) -> list[Rise]:
+    """How each metric has risen at the largest distance of some rays."""
+    distance, directions = landscape.axes["distance"][-1], len(landscape.axes["direction"])
+    found = []
+    for metric, values in landscape.values.items():
+        risen = values[:, :, -1] - values[:, :, 0]  # [checkpoints, directions]
+        lower = int((risen[-1] < risen[0]).sum())
+        means = tuple(risen.mean(axis=1).tolist())
+        found.append(Rise(metric, distance, means, lower, directions))
+    return found
 
 
 @random_state_kept()
@@ -110,7 +74,7 @@ def rays(
     steps: int = _STEPS,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
-) -> Rays:
+) -> Landscape:
     """Evaluate along random directions from each of some weights.
 
     Args:
@@ -133,37 +97,28 @@ def rays(
     with ranks.together():
         explorer = Explorer(paths, folder, options, ranks)
         space = explorer.space
-        apart = space.distance() if len(paths) > 1 else None
-        farthest = 2 * apart if apart else _BY_ITSELF * space.norm()
-        if not 0 < farthest < math.inf and not distances:
-            raise SelectionError(
-                f"how far to go is not known: the parameters are {farthest:g} apart, or long",
-                remedy="say it with --distances",
-            )
-        along = tuple(distances or spaced(0.0, farthest, steps))
+        along = tuple(distances or _distances(space, steps))
         _check(along)
-        numbers = range(len(paths))
-        places = [
-            space.place(number, direction, distance)
-            for distance in along
-            for direction in range(directions)
-            for number in numbers
-        ]
-        found = explorer.run("rays", places, progress)
-    return Rays(
-        explorer.names, space.dimension, along, directions, apart,
-        options.evaluation.refresh is not None,
-        {
-            metric: [
-                [
-                    [values[space.place(number, direction, distance)] for distance in along]
-                    for direction in range(directions)
-                ]
-                for number in numbers
-            ]
-            for metric, values in found.items()
-        },
-    )  # fmt: skip
+        numbers = range(len(paths)), range(directions)
+        places = [space.place(*each) for each in itertools.product(*numbers, along)]
+        values = explorer.evaluate("rays", places, progress)
+        axes = {"checkpoint": explorer.names, "direction": range(directions), "distance": along}
+        return explorer.landscape("rays", axes, values)
+
+
+def _distances(space: Space, count: int) -> list[float]:
+    """Distances up to twice that of the first two checkpoints.
+
+    Raises:
+        SelectionError: that is 0, or not finite.
+    """
+    farthest = 2 * space.apart if space.apart else _BY_ITSELF * space.norm()
+    if not 0 < farthest < math.inf:
+        raise SelectionError(
+            f"how far to go is not known: the parameters are {farthest:g} apart, or long",
+            remedy="say it with `distances`",
+        )
+    return [*map(float, np.linspace(0.0, farthest, count))]
 
 
 def _check(distances: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""What was found, as JSON and CSV and as pictures, in the directory that has the points."""
+"""A landscape as JSON, as CSV and as pictures, in the directory that has the points."""
 
 from __future__ import annotations
 
@@ -15,23 +15,18 @@ from ckptavg.write.temporary import temporary_beside
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptavg.landscape.plane import PlaneResult
-    from ckptavg.landscape.rays import Rays
-    from ckptavg.landscape.segment import Segment
+    from ckptavg.landscape.result import Landscape
 
 
 log = logging.getLogger("ckptavg")
 
 
-def save(
-    result: Rays | Segment | PlaneResult, folder: Path, kind: str, *, plots: bool
-) -> list[Path]:
-    """Write it, each file whole or not at all.
+def save(landscape: Landscape, folder: Path, *, plots: bool) -> list[Path]:
+    """Write a landscape, each file whole or not at all.
 
     Args:
-        result: what was found.
+        landscape: the landscape, whose kind is the files' name.
         folder: where it goes.
-        kind: the files' name, before their endings.
         plots: draw it as well, which needs matplotlib.
 
     Returns:
@@ -40,25 +35,26 @@ def save(
     Raises:
         OutputError: they cannot be written.
     """
+    kind = landscape.kind
     with temporary_beside(folder / kind, folder=True) as made:
         try:
-            as_json = {"ckptavg": __version__, "kind": kind, **vars(result)}
+            as_json = {"ckptavg": __version__, **landscape.as_dict()}
             (made / f"{kind}.json").write_text(to_text(as_json) + "\n", encoding="utf-8")
-            (made / f"{kind}.csv").write_text(_csv(result.rows()), encoding="utf-8")
+            (made / f"{kind}.csv").write_text(_csv(landscape.rows()), encoding="utf-8")
             saved = [file.replace(folder / file.name) for file in sorted(made.iterdir())]
             if plots:
-                _draw(result, made / kind, _title(result, kind))
+                _draw(landscape, made / kind)
             return saved + [file.replace(folder / file.name) for file in sorted(made.iterdir())]
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror}", path=folder) from error
 
 
-def _draw(result: Rays | Segment | PlaneResult, path: Path, title: str) -> None:
+def _draw(landscape: Landscape, path: Path) -> None:
     """Draw it; the numbers are there if that fails."""
     from ckptavg.landscape.plots import draw  # noqa: PLC0415 - an extra
 
     try:
-        draw(result, path, title)
+        draw(landscape, path)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever values can make matplotlib trip over
@@ -73,8 +69,3 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _title(result: Rays | Segment | PlaneResult, kind: str) -> str:
-    statistics = "refreshed at each point" if result.refreshed else "not refreshed"
-    return f"{kind}, {result.dimension:,} parameters, norm statistics {statistics}"

@@ -224,17 +224,17 @@ class TestRays:
                     at = space.at(Place(tuple(one), direction, distance))
                     state = {name: torch.from_numpy(np.array(at.read(name))) for name in at.tensors}
                     for metric, value in naive(state).items():
-                        assert found.curves[metric][place][direction][step] == pytest.approx(value)
+                        assert found.values[metric][place][direction][step] == pytest.approx(value)
 
     def test_begin_at_the_weights_themselves(self):
         found = rays(PATHS[:2], Path("o"), options(), directions=3, distances=(0, 1))
-        for curves in found.curves.values():
-            assert all(len({ray[0] for ray in of_one}) == 1 for of_one in curves)
+        for values in found.values.values():
+            assert all(len({ray[0] for ray in rays_of_one}) == 1 for rays_of_one in values)
 
     def test_without_a_refresh_the_statistics_are_the_weights_own(self):
         found = rays(PATHS[:1], Path("o"), options(refresh=False), directions=1, distances=(0, 1))
         wanted = naive(load_file(PATHS[0]), refresh=False)["train loss"]
-        assert found.curves["train loss"][0][0][0] == pytest.approx(wanted)
+        assert found.values["train loss"][0][0][0] == pytest.approx(wanted)
         assert wanted != pytest.approx(naive(load_file(PATHS[0]))["train loss"], rel=1e-3)
 
     def test_go_twice_as_far_as_the_first_two_are_apart(self):
@@ -242,7 +242,7 @@ class TestRays:
         first, second = (vector(open_checkpoint(path)) for path in PATHS[:2])
         apart = np.linalg.norm(first - second)
         assert found.apart == pytest.approx(apart)
-        assert found.distances[-1] == pytest.approx(2 * apart)
+        assert found.axes["distance"][-1] == pytest.approx(2 * apart)
         assert found.dimension == len(vector(open_checkpoint(PATHS[0])))
 
     @pytest.mark.parametrize("distances", [(1, 2), (0, 2, 1), (0, 1, 1), (0, float("inf"))])
@@ -254,7 +254,7 @@ class TestRays:
         found = rays(
             PATHS[:1], Path("o"), options(metric="setup.py:logged"), directions=1, distances=(0, 1)
         )
-        assert list(found.curves) == ["train sum"]
+        assert list(found.values) == ["train sum"]
 
     def test_metrics_that_change_between_points_are_an_error(self):
         with pytest.raises(SelectionError, match="returned other metrics: train xx"):
@@ -268,16 +268,16 @@ class TestRays:
 class TestSegment:
     def test_values_are_those_of_torch(self):
         found = segment(PATHS[:2], Path("o"), options(**TEST), positions=(-0.5, 0, 0.25, 1, 1.5))
-        for place, position in enumerate(found.positions):
+        for place, position in enumerate(found.axes["position"]):
             wanted = naive(combined(1 - position, position, 0))
             for metric, value in wanted.items():
-                assert found.curves[metric][place] == pytest.approx(value)
+                assert found.values[metric][place] == pytest.approx(value)
 
     def test_reaches_past_both_ends(self):
         found = segment(PATHS[:2], Path("o"), options())
-        assert found.positions[0] == -0.5
-        assert found.positions[-1] == 1.5
-        assert {0.0, 1.0} <= set(found.positions)
+        assert found.axes["position"][0] == -0.5
+        assert found.axes["position"][-1] == 1.5
+        assert {0.0, 1.0} <= set(found.axes["position"])
 
     def test_is_between_two(self):
         with pytest.raises(SelectionError, match="2 checkpoints, not 3"):
@@ -298,19 +298,20 @@ class TestPlane:
 
     def test_the_three_weights_have_their_own_losses(self):
         found = plane(PATHS, Path("o"), options(**TEST), size=3)
-        for mark, path in zip(found.checkpoints, PATHS, strict=True):
-            assert mark.values == pytest.approx(naive(load_file(path)))
+        for corner, path in zip(found.corners, PATHS, strict=True):
+            values = {metric: corner[metric] for metric in found.values}
+            assert values == pytest.approx(naive(load_file(path)))
 
     def test_values_on_the_grid_are_those_of_torch(self):
         found = plane(PATHS, Path("o"), options(**TEST), size=3)
         made = Plane(space_of().gram())
-        for row, y in enumerate(found.ys):
-            for column, x in enumerate(found.xs):
+        for row, y in enumerate(found.axes["y"]):
+            for column, x in enumerate(found.axes["x"]):
                 for metric, value in naive(combined(*made.coefficients(x, y))).items():
-                    assert found.grids[metric][row][column] == pytest.approx(value)
+                    assert found.values[metric][row][column] == pytest.approx(value)
         xs, ys = zip(*made.corners, strict=True)
-        assert found.xs[0] == pytest.approx(min(xs) - 0.2 * (max(xs) - min(xs)))
-        assert found.ys[-1] == pytest.approx(max(ys) + 0.2 * (max(ys) - min(ys)))
+        assert found.axes["x"][0] == pytest.approx(min(xs) - 0.2 * (max(xs) - min(xs)))
+        assert found.axes["y"][-1] == pytest.approx(max(ys) + 0.2 * (max(ys) - min(ys)))
 
     def test_three_on_a_line_make_none(self):
         save_file(combined(0.5, 0.5, 0), "w2.safetensors")
@@ -393,7 +394,7 @@ class TestResuming:
             rays(PATHS[:1], Path("o"), options(), **one)
         found = rays(PATHS[:1], Path("o"), options(force=True), **one)
         wanted = naive(load_file(PATHS[0]))["train loss"]
-        assert found.curves["train loss"][0][0][0] == pytest.approx(wanted)
+        assert found.values["train loss"][0][0][0] == pytest.approx(wanted)
 
 
 @pytest.mark.usefixtures("here")
@@ -539,7 +540,7 @@ class TestCheckpoints:
         found = segment([Path("ddp.safetensors"), PATHS[1]], Path("o"), options(), positions=(0, 1))
         for place, path in enumerate(PATHS[:2]):
             wanted = naive(load_file(path))["train loss"]
-            assert found.curves["train loss"][place] == pytest.approx(wanted)
+            assert found.values["train loss"][place] == pytest.approx(wanted)
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     def test_of_unlike_dtypes_have_their_own_losses(self, order):
@@ -552,7 +553,7 @@ class TestCheckpoints:
         found = segment(paths, Path("o"), options(), positions=(0, 1))
         for place, path in enumerate(paths):
             wanted = naive(load_file(path))["train loss"]
-            assert found.curves["train loss"][place] == pytest.approx(wanted, rel=1e-6)
+            assert found.values["train loss"][place] == pytest.approx(wanted, rel=1e-6)
 
     def test_of_one_name_are_told_apart(self):
         for folder, path in (("a", PATHS[0]), ("b", PATHS[1])):

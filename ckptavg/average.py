@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
-from ckptavg.formats.checkpoint import fingerprint
+from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG
 from ckptavg.formats.parts import as_paths
 from ckptavg.formats.tensors import has_lora_factors
@@ -23,8 +23,7 @@ from ckptavg.merge.recipe import AverageOptions, find_base, fold, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.options import takes_fields_of
 from ckptavg.select.candidates import find_candidates
-from ckptavg.select.names import relative_names
-from ckptavg.select.order import sort_checkpoints, unordered
+from ckptavg.select.order import unordered
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.layouts import destination, lay_out
@@ -84,11 +83,15 @@ def find_recipe(
         raise SelectionError("several averages are asked for", remedy="use average_many")
     if options.update and schemes[0].name != "uniform":
         raise SelectionError("only a uniform average can be updated")
-    run = open_run(inputs, options)
+    paths = as_paths(inputs)
+    base = _open_base(paths, options) if options.update else None
+    if base is not None:
+        paths = [path for path in paths if path != base.path]
+        if not paths:
+            raise SelectionError("there is nothing to fold into it", path=base.path)
+    run = open_run(paths, options)
     [recipe] = recipes_of(run, schemes, options.select, options)
-    if run.base is not None:
-        recipe = fold(run.base, recipe)
-    return run, recipe
+    return run, recipe if base is None else fold(base, recipe)
 
 
 @takes_fields_of(AverageOptions)
@@ -134,35 +137,31 @@ def average_many(
 
 
 def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> Run:
-    """The run of the checkpoints among the inputs; with `update`, their earlier average apart.
+    """The run of the checkpoints among the inputs.
 
     Raises:
         CkptAvgError: there is no checkpoint, or one cannot be read.
     """
-    paths, excludes = as_paths(inputs), options.select.exclusion_reason
-    # include and exclude do not apply to the average that is updated: the user named it.
-    averages = _named_averages(paths) if options.update else ()
-    run = find_run(
-        paths, key=options.key, keep_prefix=options.keep_prefix,
-        exclusion_reason=lambda name: None if name in averages else excludes(name),
+    return find_run(
+        as_paths(inputs), key=options.key, keep_prefix=options.keep_prefix,
+        exclusion_reason=options.select.exclusion_reason,
     )  # fmt: skip
-    if not options.update:
-        return run
-    base = find_base(run.checkpoints)
-    others = [each for each in run.checkpoints if each is not base]
-    ordered, order_is_known = sort_checkpoints(others)
-    return replace(run, members=tuple(ordered), order_is_known=order_is_known, base=base)
 
 
-def _named_averages(paths: Sequence[Path]) -> set[str]:
-    """The names, in their run, of earlier averages that the user named."""
-    folders = find_candidates(paths)
-    names, averages = relative_names(folders), set()
-    for path in (path for path, folder in folders.items() if folder is None):
+def _open_base(paths: Sequence[Path], options: AverageOptions) -> Checkpoint:
+    """The earlier average that is to be updated: the one among the files that the user named.
+
+    Raises:
+        SelectionError: there is none, or it cannot be updated.
+    """
+    averages = []
+    for path in (path for path, folder in find_candidates(paths).items() if folder is None):
         with contextlib.suppress(SelectionError):  # it holds several state dicts, and no average
-            if open_checkpoint(path).is_average:
-                averages.add(names[path])
-    return averages
+            checkpoint = open_checkpoint(path, key=options.key)
+            if checkpoint.is_average:
+                averages.append(checkpoint)
+    base, _ = without_wrappers(find_base(averages), keep_prefix=options.keep_prefix)
+    return base
 
 
 def _file_name(recipe: Recipe, options: AverageOptions) -> str:
@@ -335,15 +334,12 @@ def _check_outputs(run: Run, layouts: Sequence[Layout], options: AverageOptions)
     Raises:
         OutputError: one of them cannot. A dry run logs a warning instead.
     """
-    inputs = set(run.files)
-    if run.base is not None and options.force:
-        inputs -= {part.path for part in run.base.parts}
     try:
         folder = layouts[0].path.parent
         if len(layouts) > 1 and options.dry_run and not folder.exists():
             check_parent(folder)  # it would be made
         else:
-            check_outputs(layouts, force=options.force, inputs=inputs)
+            check_outputs(layouts, force=options.force, inputs=run.files)
     except OutputError as error:
         if not options.dry_run:
             raise

@@ -232,22 +232,19 @@ _FEWEST_BITS = 32
 _UNIFORM = ("uniform", "greedy soup")
 
 
-def find_base(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
-    """The earlier average among the checkpoints.
+def find_base(averages: Sequence[Checkpoint]) -> Checkpoint:
+    """The only one of these earlier averages, if it can be updated.
 
     Raises:
         SelectionError: there is none or several; it is not uniform; or it has floats of fewer than
             32 bits, which each update would round again.
     """
-    averages = [checkpoint for checkpoint in checkpoints if checkpoint.is_average]
     if len(averages) != 1:
         raise SelectionError(
             f"an update needs one earlier average among its inputs, and there are {len(averages)}",
             remedy="name it, and the checkpoints to fold into it",
         )
     [base] = averages
-    if len(checkpoints) == 1:
-        raise SelectionError("there is nothing to fold into it", path=base.path)
     recorded_members(base)
     for name, tensor in base.tensors.items():
         if tensor.dtype.averaged and tensor.dtype.bits < _FEWEST_BITS and not is_extra_state(name):

@@ -45,14 +45,12 @@ class Run:
         members: the checkpoints in the order of training.
         order_is_known: whether steps tell the order; otherwise it is that of the names.
         candidates: all that may be checkpoints, and for each that is none the reason.
-        base: an earlier average that is to be updated with the checkpoints; not one of them.
         error: what keeps the run from being averaged; then there are no members.
     """
 
     members: tuple[Checkpoint, ...]
     order_is_known: bool = True
     candidates: tuple[Candidate, ...] = ()
-    base: Checkpoint | None = None
     error: CkptAvgError | None = None
 
     @property

@@ -261,8 +261,11 @@ class TestUpdate:
                 ckptavg.average([swa, new], out, update=True)
         with pytest.raises(SelectionError, match="there are 0"):
             ckptavg.average(tmp_path / "run", out, update=True)
+        save_run(tmp_path / "other", random_state_dicts(2))
+        alone = tmp_path / "alone.safetensors"
+        ckptavg.average(tmp_path / "other", alone)
         with pytest.raises(SelectionError, match="nothing to fold"):
-            ckptavg.average(tmp_path / "swa_uni.safetensors", out, update=True)
+            ckptavg.average(alone, out, update=True)
         with pytest.raises(SelectionError, match="uniform average can be updated"):
             ckptavg.average(
                 [tmp_path / "swa_uni.safetensors", new], out, update=True, weights="linear"

@@ -55,6 +55,8 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """The values of all processes, in the order of ranks. All processes must call this.
 
+        A failing process sends a `PeerError` instead of a value.
+
         Raises:
             PeerError: another process has failed.
             CkptAvgError: another process has died.
@@ -63,8 +65,8 @@ class Ranks:
             return [value]
         values = self._exchange(value)
         for each in values:
-            if isinstance(each, _Failure):
-                raise PeerError(each.message)
+            if isinstance(each, PeerError):
+                raise each
         return values
 
     def _exchange(self, value: Any) -> list[Any]:  # noqa: ANN401
@@ -115,14 +117,14 @@ class Ranks:
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._store.set(_FAILED, str(self.rank))
-        failure = _Failure(f"process {self.rank} of {self.size} failed: {error}")
+        failure = PeerError(f"process {self.rank} of {self.size} failed: {error}")
         try:
             values = self._exchange(failure)
         except CkptAvgError:  # the others have died already
             return
         for value in values[: self.rank]:
-            if isinstance(value, _Failure):
-                raise PeerError(value.message) from error
+            if isinstance(value, PeerError):
+                raise value from error
 
     def close(self) -> None:
         """Drop the references to the process group and the store: see `_clear_frames`."""
@@ -131,13 +133,6 @@ class Ranks:
 
 ALONE: Final = Ranks()
 """The ranks of a process that works alone."""
-
-
-class _Failure:
-    """What a failing process sends instead of a value."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
 
 
 @contextlib.contextmanager

@@ -156,13 +156,14 @@ def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, .
         if not paths:
             faults[number] = f"{printable(name)}: is not among the inputs"
         for path in paths:
-            member, difference = _open_member(path, entry, record)
-            if member is not None and not difference:
-                members[number] = member
+            try:
+                members[number] = _open_member(path, entry, record)
+            except CkptAvgError as error:
+                faults.setdefault(number, f"{printable(path)}: {error.message}")
+            else:
                 assigned.add(path)
                 faults.pop(number, None)
                 break
-            faults.setdefault(number, f"{printable(path)}: {difference}")
     if faults:
         raise _mismatch(record, [fault for _, fault in sorted(faults.items())])
     return tuple(members[number] for number in range(len(record.members)))
@@ -172,24 +173,23 @@ def _mismatch(record: Record, faults: Sequence[str]) -> MismatchError:
     return MismatchError(f"not the checkpoints that {printable(record.path)} was made of:", faults)
 
 
-def _open_member(
-    path: Path, entry: dict[str, Any], record: Record
-) -> tuple[Checkpoint | None, str]:
-    """A checkpoint, and how it differs from what is recorded of a member; empty if it does not."""
-    try:
-        member = open_checkpoint(path, key=entry.get("key"))
-    except CkptAvgError as error:
-        return None, error.message
+def _open_member(path: Path, entry: dict[str, Any], record: Record) -> Checkpoint:
+    """The checkpoint at a path, if it is as the entry of a member records it.
+
+    Raises:
+        VerificationError: it differs.
+        CkptAvgError: it cannot be opened.
+    """
+    member = open_checkpoint(path, key=entry.get("key"))
     if not record.is_copy:
         member, _ = without_wrappers(member, keep_prefix=record.options.keep_prefix)
-    difference = ""
     if member.size != entry["bytes"]:
-        difference = f"has {member.size} bytes, and had {entry['bytes']}"
-    elif member.digest != entry["header_sha256"]:
-        difference = "has another header than it had"
-    elif entry.get("content") not in (None, fingerprint(member)):
-        difference = "has other values than it had"
-    return member, difference
+        raise VerificationError(f"has {member.size} bytes, and had {entry['bytes']}", path=path)
+    if member.digest != entry["header_sha256"]:
+        raise VerificationError("has another header than it had", path=path)
+    if entry.get("content") not in (None, fingerprint(member)):
+        raise VerificationError("has other values than it had", path=path)
+    return member
 
 
 def _check_hashes(

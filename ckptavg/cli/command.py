@@ -86,7 +86,7 @@ class Command(click.Command):
                     [spelled] = [param.opts[-1] for param in self.params if param.name == name]
                     raise click.UsageError(f"{spelled} has no effect {where}", ctx)
                 ctx.params.pop(name, None)
-        as_json, quiet = ctx.params.pop("as_json"), ctx.params.pop("quiet")
+        as_json, quiet = ctx.params.pop("json"), ctx.params.pop("quiet")
         ctx.params["console"] = Console(as_json=as_json, quiet=quiet)
         return super().invoke(ctx)
 

@@ -143,8 +143,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "loss|accuracy|SPEC": {"type": _metric},
     "KEY=VALUE": {"type": _key_value, "multiple": True, "callback": _as_dict},
 }
-# The fields that are not named like their options.
-_FIELDS = {"--json": "as_json"}
 
 
 def parse(text: str) -> tuple[click.Option, ...]:
@@ -168,7 +166,7 @@ def _option(spelled: str, text: str) -> click.Option:
         settings |= {"metavar": value, **_SETTINGS.get(value, {})}
     else:
         settings |= {"is_flag": True}
-    field = _FIELDS.get(names[-1], names[-1].strip("-").replace("-", "_"))
+    field = names[-1].strip("-").replace("-", "_")
     if not value and field.startswith("no_"):
         field = field.removeprefix("no_")
         settings = {"flag_value": False, "default": True}

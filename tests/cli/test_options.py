@@ -68,7 +68,7 @@ def test_options_are_named_after_the_fields_that_they_fill():
         for field in dataclasses.fields(kind)
     }
     names = {str(param.name) for param in cli.cli.commands["average"].params}
-    assert names - fields == {"inputs", "output", "config", "as_json", "quiet"}
+    assert names - fields == {"inputs", "output", "config", "json", "quiet"}
 
 
 WITHOUT_EFFECT = [

@@ -111,7 +111,8 @@ def _refreshed(
         RefreshError: no layer was refreshed, unless that `is_optional`.
     """
     import_all(options.seed, options.model)
-    model = make_model(options.model, options.model_args, options.device)
+    sources = (checkpoint, *reversed(options.members))
+    model = make_model(options.model, options.model_args, options.device, sources)
     check_skip(options.skip, model, [checkpoint])
     loaded = load_weights(model, checkpoint, options.skip)
     kept = layers_to_keep(model, loaded, checkpoint)
@@ -121,7 +122,7 @@ def _refreshed(
     if layers:
         with random_state_kept():
             import_all(options.seed, options.model, options.loader, options.forward)
-        batches = make_batches(options.loader, options.loader_args, for_refresh=True)
+        batches = make_batches(options.loader, options.loader_args, is_training=True)
         if options.dry_run:
             batches = list(islice(limited(batches), 1))
         forward = load_object(options.forward) if options.forward else None

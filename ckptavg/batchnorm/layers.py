@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import RefreshError, listed, printable
-from ckptavg.model.names import matching
+from ckptavg.merge.names import matching
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -86,15 +86,15 @@ def layers_to_refresh(
         kept: layers that must keep their statistics.
 
     Raises:
-        RefreshError: an expression is not valid, or matches no layer; a layer cannot be refreshed.
+        RefreshError: a layer cannot be refreshed.
+        SelectionError: an expression is not valid, or matches no layer.
     """
     layers, skip_layers = ([one] if isinstance(one, str) else one for one in (layers, skip_layers))
     known = norm_layers(model)
     if not known:
         layers = skip_layers = ()
-    wanted, unwanted = (
-        matching(known, expressions, "norm layer") for expressions in (layers, skip_layers)
-    )
+    wanted = matching("layers", layers, known, "norm layer")
+    unwanted = matching("skip_layers", skip_layers, known, "norm layer")
     reasons = {each.name: each for each in _of_other_kinds(model, known)}
     reasons |= {each.name: each for each in kept}
     for name in wanted - unwanted:

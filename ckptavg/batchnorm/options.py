@@ -92,6 +92,7 @@ class RefreshCheckpointOptions(RefreshOptions):
         dry_run: try one batch, and write nothing.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
+        members: what the checkpoint is an average of, which may record hyper-parameters.
         judge: evaluates the checkpoint before and after, and may keep the old statistics.
         ranks: the processes that share the pass, all of which call this; the first one writes.
         progress: called after each batch.
@@ -105,6 +106,7 @@ class RefreshCheckpointOptions(RefreshOptions):
     dry_run: bool = False
     force: bool = False
     fsync: bool = True
+    members: Sequence[Checkpoint] = ()
     judge: Judge | None = None
     ranks: Ranks = ALONE
     progress: Progress | None = None

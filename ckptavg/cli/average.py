@@ -164,9 +164,11 @@ def average(
         else:
             from ckptavg.batchnorm.together import average_and_refresh
 
+            # What the average leaves out need not be skipped once more.
+            refresh = options.refresh_options({**params, "skip": ()})
             with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
                 summary, report = average_and_refresh(
-                    [*map(path_or_url, inputs)], output, options.refresh_options(params),
+                    [*map(path_or_url, inputs)], output, refresh,
                     refresh_progress=progress, **fields,
                 )  # fmt: skip
             _say(console, summary, output)

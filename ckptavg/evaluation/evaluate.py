@@ -203,7 +203,7 @@ class Evaluator:
         metric = None if options.metric in BUILT_IN else options.metric
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
-        self._model = make_model(options.model, options.model_args, options.device)
+        self._model = make_model(options.model, options.model_args, options.device, checkpoints)
         check_skip(options.skip, self._model, checkpoints)
         self._random = RandomState()
         self._passing = _passing_buffers(self._model)
@@ -252,13 +252,20 @@ class Evaluator:
         loaded = load_weights(self._model, checkpoint, self._options.skip)
         if refresh is not None:
             kept = layers_to_keep(self._model, loaded, checkpoint, self._frozen)
-            batches = self._batches(refresh.loader, refresh.loader_args, for_refresh=True)
+            batches = self._batches(refresh.loader, refresh.loader_args, is_training=True)
             refresh_norm(self._model, batches, forward=self._forward, kept=kept, **refresh.keywords)
         with user_code("the model's eval()"):
             self._model.eval()
 
-    def measured(self, loader: Loader, arguments: Mapping[str, Any]) -> dict[str, float]:
+    def measured(
+        self, loader: Loader, arguments: Mapping[str, Any], *, is_training: bool = False
+    ) -> dict[str, float]:
         """The metrics of what the model is, on the batches of a loader.
+
+        Args:
+            loader: the loader.
+            arguments: keywords for it.
+            is_training: whether a data module's training data are meant, not the held-out ones.
 
         Raises:
             CkptAvgError: there is nothing to evaluate, or no metric comes out.
@@ -266,7 +273,7 @@ class Evaluator:
         """
         options = self._options
         held_out = _Batches(
-            self._batches(loader, arguments, for_refresh=False), device_of(self._model),
+            self._batches(loader, arguments, is_training=is_training), device_of(self._model),
             max_samples=options.max_samples,
         )  # fmt: skip
         # Not inference mode: what a model makes in it cannot be loaded into again.
@@ -289,7 +296,7 @@ class Evaluator:
         return next(iter(metrics.values()))
 
     def _batches(
-        self, spec: Loader, arguments: Mapping[str, Any], *, for_refresh: bool
+        self, spec: Loader, arguments: Mapping[str, Any], *, is_training: bool
     ) -> Iterable[Any]:
         """The loader, made anew with the same random numbers.
 
@@ -297,7 +304,7 @@ class Evaluator:
             CkptAvgError: it is what the last checkpoint has used up.
         """
         self._random.restore()
-        made = make_batches(spec, arguments, for_refresh=for_refresh)
+        made = make_batches(spec, arguments, is_training=is_training)
         if isinstance(made, Iterator) and any(made is used for used in self._used):
             raise CkptAvgError(
                 f"{name_of(spec)} can be gone through only once, and is needed for each checkpoint",

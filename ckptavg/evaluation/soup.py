@@ -151,7 +151,7 @@ def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupO
             summary = _write(run, members, output, last, make_folder=lambda: folder)
             report = refresh_checkpoint(
                 Path(summary.output), output, **vars(options.refresh),
-                is_optional=True, force=options.force, fsync=options.fsync,
+                members=members, is_optional=True, force=options.force, fsync=options.fsync,
             )  # fmt: skip
             summary = of_both(summary, target, report)
     return Soup(options.metric_name, mode, tuple(steps), value, uniform, summary, report)

@@ -45,6 +45,7 @@ class TrainingRecord:
         has_optimizer_state: whether the optimizer has momenta or the like; None if not recorded.
         averaged: the number of models in the average of Lightning's `StochasticWeightAveraging`,
             and the epoch of its last update.
+        hyper_parameters: those of Lightning's model by name, as the pickle describes them.
     """
 
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class TrainingRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     has_optimizer_state: bool | None = None
     averaged: tuple[int, int | None] | None = None
+    hyper_parameters: Mapping[Any, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

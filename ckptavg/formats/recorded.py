@@ -70,6 +70,7 @@ def training_record(
         metrics=_numbers({**values, **scalars}),
         has_optimizer_state=_has_optimizer_state(root),
         averaged=_averaged(root, read_scalars),
+        hyper_parameters=_hyper_parameters(root),
     )
 
 
@@ -88,6 +89,16 @@ def _updates(root: Mapping[Any, object]) -> object:
         case [*_, {"num_updates": updates}]:
             return updates
     return root.get("num_updates")
+
+
+def _hyper_parameters(root: Mapping[Any, object]) -> Mapping[Any, object]:
+    """What Lightning's `save_hyperparameters` has saved: keywords, or one argument that has all."""
+    match root:
+        case {"hparams_name": str(name), "hyper_parameters": values} if name != "kwargs":
+            return {name: values}
+        case {"hyper_parameters": dict(values)}:
+            return values
+    return {}
 
 
 def _averaged(

@@ -216,7 +216,9 @@ class Explorer:
         is_error = options.evaluation.metric in (None, "accuracy")
         found: Values = {}
         for data, (loader, arguments) in loaders.items():
-            for name, value in self._evaluator.measured(loader, arguments).items():
+            for name, value in self._evaluator.measured(
+                loader, arguments, is_training=data == "train"
+            ).items():
                 if name == "accuracy" and is_error:
                     found[f"{data} error"] = 1 - value
                 else:

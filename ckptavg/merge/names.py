@@ -16,7 +16,7 @@ from ckptavg.errors import MismatchError, SelectionError, listed, printable
 from ckptavg.formats.tensors import has_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import Tensor
@@ -61,8 +61,16 @@ def without_skipped(
     return contributing, len(skipped)
 
 
-def matching(option: str, patterns: Sequence[str], names: Collection[str]) -> set[str]:
+def matching(
+    option: str, patterns: Iterable[str], names: Collection[str], kind: str = "tensor"
+) -> set[str]:
     """The names in which one of the regular expressions is found.
+
+    Args:
+        option: what the expressions were given as, for messages.
+        patterns: the expressions.
+        names: the names.
+        kind: what they are the names of, for messages.
 
     Raises:
         SelectionError: one of them is none, or matches no name.
@@ -75,7 +83,7 @@ def matching(option: str, patterns: Sequence[str], names: Collection[str]) -> se
             what = f"`{option}` '{printable(pattern)}' is no regular expression: {error}"
             raise SelectionError(what) from error
         if not found:
-            what = f"`{option}` '{printable(pattern)}' matches no tensor's name"
+            what = f"`{option}` '{printable(pattern)}' matches no {kind}'s name"
             raise SelectionError(what, remedy=f"the names are {listed(sorted(names))}")
         matching |= found
     return matching

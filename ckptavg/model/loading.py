@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
 from ckptavg.formats.tensors import is_norm_statistic, is_of_lora, lora_factor
+from ckptavg.merge.names import matching
 from ckptavg.model.factories import user_code
-from ckptavg.model.names import is_found, match_names, matching, way_out
+from ckptavg.model.names import is_found, match_names, way_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -127,11 +128,11 @@ def check_skip(
     """Refuse expressions of `skip` that are found in no name of the model and the checkpoints.
 
     Raises:
-        RefreshError: there is one.
+        SelectionError: there is one, or it is no regular expression.
     """
     if skip:
         names = [name for checkpoint in checkpoints for name in checkpoint.tensors]
-        matching(dict.fromkeys([*names, *_state_dict(model, ())]), skip, "tensor")
+        matching("skip", skip, {*names, *_state_dict(model, ())})
 
 
 def _state_dict(model: torch.nn.Module, skip: Iterable[str]) -> dict[str, torch.Tensor]:

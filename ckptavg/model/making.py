@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError
+from ckptavg.model.arguments import completed
 from ckptavg.model.factories import load_object, name_of, user_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.model.factories import Loader, Model
 
 
@@ -74,7 +78,10 @@ def import_all(seed: int, model: Model, *others: object) -> None:
 
 
 def make_model(
-    spec: Model, arguments: Mapping[str, Any], device: torch.device | str | None
+    spec: Model,
+    arguments: Mapping[str, Any],
+    device: torch.device | str | None,
+    checkpoints: Iterable[Checkpoint] = (),
 ) -> torch.nn.Module:
     """The model that a spec names, or that the callable returns which it names.
 
@@ -82,6 +89,7 @@ def make_model(
         spec: a model, a callable that returns it, or the spec of either.
         arguments: keywords for the callable.
         device: where it is put; None for a GPU if there is one.
+        checkpoints: may record the model's hyper-parameters, which are keywords too.
 
     Raises:
         RefreshError: it is no model, or does not go there.
@@ -91,6 +99,7 @@ def make_model(
     if isinstance(made, torch.nn.Module):
         _refuse_arguments(spec, arguments)
     elif callable(made):
+        arguments = completed(made, arguments, checkpoints)
         with user_code(name_of(spec)):
             made = made(**arguments)
     if not isinstance(made, torch.nn.Module):
@@ -104,13 +113,13 @@ def make_model(
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
 
 
-def make_batches(spec: Loader, arguments: Mapping[str, Any], *, for_refresh: bool) -> Iterable[Any]:
+def make_batches(spec: Loader, arguments: Mapping[str, Any], *, is_training: bool) -> Iterable[Any]:
     """The iterable of batches that a spec names, or that the callable returns which it names.
 
     Args:
         spec: an iterable, a callable that returns it, or the spec of either.
         arguments: keywords for the callable.
-        for_refresh: whether training data are wanted: a Lightning data module has them.
+        is_training: whether training data are wanted, of a Lightning data module, or held-out ones.
 
     Raises:
         RefreshError: it is no iterable.
@@ -122,11 +131,12 @@ def make_batches(spec: Loader, arguments: Mapping[str, Any], *, for_refresh: boo
     elif callable(made):
         with user_code(name_of(spec)):
             made = made(**arguments)
-    if for_refresh and callable(getattr(made, "train_dataloader", None)):
-        with user_code(f"{name_of(spec)}.train_dataloader()"):
+    stage, method = ("fit", "train_dataloader") if is_training else ("validate", "val_dataloader")
+    if callable(getattr(made, method, None)):
+        with user_code(f"{name_of(spec)}.{method}()"):
             made.prepare_data()
-            made.setup("fit")
-            made = made.train_dataloader()
+            made.setup(stage)
+            made = _only_loader(getattr(made, method)(), f"{name_of(spec)}.{method}()")
     if not hasattr(made, "__iter__") or isinstance(made, type):
         raise RefreshError(
             f"{name_of(spec)} is a {type(made).__name__}, which gives no batches",
@@ -134,6 +144,25 @@ def make_batches(spec: Loader, arguments: Mapping[str, Any], *, for_refresh: boo
         )
     batches: Iterable[Any] = made
     return batches
+
+
+def _only_loader(made: Any, what: str) -> Any:  # noqa: ANN401 - the user's own
+    """What a data module returns; of a collection its only loader.
+
+    Raises:
+        RefreshError: there are several.
+    """
+    loaders = list(made.values()) if isinstance(made, Mapping) else made
+    if not isinstance(loaders, list | tuple) or not any(
+        isinstance(each, DataLoader) for each in loaders
+    ):
+        return made
+    if len(loaders) > 1:
+        raise RefreshError(
+            f"{what} returns {len(loaders)} loaders",
+            remedy="name a function that returns the one that is meant",
+        )
+    return loaders[0]
 
 
 def _refuse_arguments(spec: object, arguments: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import MismatchError, RefreshError, listed, printable
+from ckptavg.errors import MismatchError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -123,32 +123,6 @@ def _fullest_prefixes(short: AbstractSet[str], long: Iterable[str]) -> list[str]
 def is_found(expressions: Iterable[str], name: str) -> bool:
     """Whether one of the regular expressions is found somewhere in a name."""
     return any(re.search(expression, name) for expression in expressions)
-
-
-def matching(names: Iterable[str], expressions: Iterable[str], kind: str) -> set[str]:
-    """The names in which one of the regular expressions is found.
-
-    Args:
-        names: the names.
-        expressions: the expressions.
-        kind: what the names are of, for messages.
-
-    Raises:
-        RefreshError: an expression is not valid, or is found nowhere.
-    """
-    names, found = list(names), set()
-    for expression in expressions:
-        try:
-            pattern = re.compile(expression)
-        except re.error as error:
-            raise RefreshError(f"{expression!r} is no regular expression: {error}") from error
-        matches = [name for name in names if pattern.search(name)]
-        if not matches:
-            raise RefreshError(
-                f"no {kind} matches {expression!r}; they are {listed(map(repr, names))}"
-            )
-        found.update(matches)
-    return found
 
 
 def way_out(differing: Sequence[str], fitting: Collection[str]) -> str:

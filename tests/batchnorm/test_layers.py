@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from ckptavg.batchnorm.refresh import refresh_norm
-from ckptavg.errors import RefreshError, UserCodeError
+from ckptavg.errors import CkptAvgError, RefreshError, UserCodeError
 from tests.helpers_norm import (
     STATISTICS,
     Renorm,
@@ -86,15 +86,18 @@ class TestChosen:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"layers": ["foot"]}, r"no norm layer matches 'foot'; they are 'stem', 'body.0'"),
-            ({"skip_layers": ["foot"]}, r"no norm layer matches 'foot'"),
+            (
+                {"layers": ["foot"]},
+                r"`layers` 'foot' matches no norm layer's name; the names are body\.0",
+            ),
+            ({"skip_layers": ["foot"]}, r"`skip_layers` 'foot' matches no norm layer's name"),
             ({"layers": ["("]}, r"'\(' is no regular expression: .*"),
             ({"skip_layers": ["."]}, r"no norm layer was refreshed: 'stem', .* \(as asked\)"),
         ],
         ids=str,
     )
     def test_by_what_does_not_match_are_an_error(self, options, message):
-        with pytest.raises(RefreshError, match=message):
+        with pytest.raises(CkptAvgError, match=message):
             refresh_norm(blocks(), data_for("mlp"), forward=through, **options)
 
     def test_of_a_model_without_any_are_none_whatever_is_asked(self):

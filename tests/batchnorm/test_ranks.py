@@ -254,7 +254,7 @@ class TestFailure:
             (("--loader", "train.py:loader", "--model", "train.py:bad_model"), "no model today"),
             (("--loader", "train.py:nothing"), "has no 'nothing'"),
             (("--loader", "train.py:loader", "--key", "none"), "none"),
-            (("--loader", "train.py:loader", "--layers", "none"), "no norm layer matches"),
+            (("--loader", "train.py:loader", "--layers", "none"), "matches no norm layer's name"),
             (("--loader", "train.py:own_seed"), "draw the examples in different orders"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",

@@ -270,7 +270,7 @@ class TestOptions:
         ("arguments", "code", "message"),
         [
             (("--skip-layers", "."), 1, "no norm layer was refreshed: '1' (as asked)"),
-            (("--layers", "x"), 1, "no norm layer matches 'x'; they are '1'"),
+            (("--layers", "x"), 1, "`layers` 'x' matches no norm layer's name; the names are 1"),
             (("--tol", "0"), 2, "--tol"),
             (("--amp", "fp16"), 2, "--amp"),
         ],

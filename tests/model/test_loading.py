@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import ckptavg
-from ckptavg.errors import MismatchError, RefreshError
+from ckptavg.errors import MismatchError, RefreshError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.model.loading import load_weights
 from tests.helpers import run
@@ -254,7 +254,7 @@ class TestSkip:
         assert torch.equal(refreshed["head.bias"], state["head.bias"])
 
     def test_that_fits_nothing_is_an_error(self, counted):
-        with pytest.raises(RefreshError, match="no tensor matches 'nowhere'"):
+        with pytest.raises(SelectionError, match="`skip` 'nowhere' matches no tensor's name"):
             refresh(counted, Net(), skip=["total_", "nowhere"])
 
     @pytest.mark.usefixtures("counted")
@@ -343,3 +343,13 @@ class TestAdapters:
 
         state = Net().state_dict()
         assert_refreshed(refresh(state, Hides()), state, "norm")
+
+
+def test_what_an_average_leaves_out_its_refresh_does_not_look_for(user_folder):
+    (user_folder / "mine.py").write_text(TestSkip.CODE)
+    Path("run").mkdir()
+    for step in range(2):
+        torch.save(Net().state_dict() | {"total_ops": torch.ones(1) * step}, f"run/{step}.pt")
+    specs = ("--model", "mine.py:Net", "--loader", "mine.py:loader", "--skip", "total_ops")
+    run("average", "run", "-o", "swa.pt", *specs)
+    assert torch.load("swa.pt").keys() == Net().state_dict().keys()

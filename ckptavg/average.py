@@ -31,7 +31,7 @@ from ckptavg.write.provenance import Summary, provenance, summarise
 from ckptavg.write.writing import check_outputs, check_parent, check_room, check_vacant, write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
@@ -177,7 +177,7 @@ def write_averages(
     outputs: Sequence[PathLike],
     options: AverageOptions,
     *,
-    make_folder: Callable[[], Path] | None = None,
+    folder: Path | None = None,
 ) -> tuple[Summary, ...]:
     """Write several averages of one run from one read of its checkpoints.
 
@@ -186,8 +186,8 @@ def write_averages(
         recipes: the members and weights of each average.
         outputs: the path of each average.
         options: the options of all averages.
-        make_folder: called after the outputs are checked and before any tensor is read. The
-            averages are written into the folder that it returns, under the names of the outputs.
+        folder: the averages are written into it, under the names of the outputs, which are checked
+            all the same; None for the outputs themselves.
 
     Raises:
         CkptAvgError: as `average` does.
@@ -225,8 +225,7 @@ def write_averages(
     if options.hash:
         _check_provenance(layouts)
     _check_outputs(run, layouts, options)
-    if make_folder is not None:
-        folder = make_folder()
+    if folder is not None:
         elsewhere = [replace(layout, path=folder / layout.path.name) for layout in layouts]
         check_room([*layouts, *elsewhere])
         layouts = elsewhere

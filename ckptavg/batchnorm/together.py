@@ -54,14 +54,11 @@ def average_and_refresh(
     with options.ranks.together(), contextlib.ExitStack() as stack:
         check_vacant(target, force=options.force)
         run, recipe = find_recipe(inputs, options)
-
-        def make_folder() -> Path:
-            import_all(refresh.seed, refresh.model, refresh.loader, refresh.forward)
-            return stack.enter_context(_shared_folder_beside(target, options.ranks))
-
+        import_all(refresh.seed, refresh.model, refresh.loader, refresh.forward)
+        folder = stack.enter_context(_shared_folder_beside(target, options.ranks))
         try:
             [summary] = write_averages(
-                run, [recipe], [output], replace(options, fsync=False), make_folder=make_folder
+                run, [recipe], [output], replace(options, fsync=False), folder=folder
             )
         except OutputError as error:
             error.path = target  # and not the folder, which is gone by now

@@ -28,7 +28,7 @@ from ckptavg.write.temporary import temporary_beside
 from ckptavg.write.writing import check_vacant, refuse_own_input
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupO
         if options.refresh is None:
             summary = _write(run, members, output, replace(last, fsync=options.fsync))
         else:
-            summary = _write(run, members, output, last, make_folder=lambda: folder)
+            summary = _write(run, members, output, last, folder=folder)
             report = refresh_checkpoint(
                 Path(summary.output), output, **vars(options.refresh),
                 members=members, is_optional=True, force=options.force, fsync=options.fsync,
@@ -177,12 +177,12 @@ def _write(
     output: PathLike,
     options: AverageOptions,
     *,
-    make_folder: Callable[[], Path] | None = None,
+    folder: Path | None = None,
 ) -> Summary:
     """Write the uniform average of some of a run's checkpoints, in the order of training."""
     ordered = tuple(checkpoint for checkpoint in run.checkpoints if checkpoint in members)
     recipe = Recipe(SCHEME, ordered, uniform(len(ordered)))
-    [summary] = write_averages(run, [recipe], [output], options, make_folder=make_folder)
+    [summary] = write_averages(run, [recipe], [output], options, folder=folder)
     return summary
 
 

@@ -20,7 +20,7 @@ FLOORS = (
     {"average", "verify"},
     {"write"},
     {"merge", "select"},
-    {"formats", "distributed", "options"},
+    {"formats", "distributed", "options", "patterns"},
     {"errors"},
 )
 BESIDE = {("batchnorm", "model"), ("verify", "average"), ("merge", "select")}
@@ -86,7 +86,7 @@ def test_the_rooms_are_those_of_the_map():
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     files = {path.stem for path in PACKAGE.glob("*.py")} - ENTRANCES
     assert rooms | files == LEVELS.keys()
-    assert files == {"average", "verify", "distributed", "options", "errors"}
+    assert files == {"average", "verify", "distributed", "options", "patterns", "errors"}
     assert len(FLOORS) <= 10
 
 

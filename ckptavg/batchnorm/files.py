@@ -38,7 +38,7 @@ from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object
 from ckptavg.model.feeding import limited
-from ckptavg.model.loading import check_skip, load_weights, unwrapped
+from ckptavg.model.loading import check_ignore, load_weights, unwrapped
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
 from ckptavg.options import takes_fields_of
 from ckptavg.write.output import followed
@@ -113,8 +113,8 @@ def _refreshed(
     import_all(options.seed, options.model)
     sources = (checkpoint, *reversed(options.members))
     model = make_model(options.model, options.model_args, options.device, sources)
-    check_skip(options.skip, model, [checkpoint])
-    loaded = load_weights(model, checkpoint, options.skip)
+    check_ignore(options.ignore, model, [checkpoint])
+    loaded = load_weights(model, checkpoint, options.ignore)
     kept = layers_to_keep(model, loaded, checkpoint)
     layers = norm_layers(unwrapped(model))
     batches: Iterable[Any] = ()

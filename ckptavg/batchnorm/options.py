@@ -54,7 +54,7 @@ class RefreshOptions(PassOptions):
         forward: a function that is called with model and batch, or its spec.
         device: where the model runs; None for a GPU if there is one.
         seed: of Python's, numpy's and torch's random numbers, set before model and loader are made.
-        skip: regular expressions; tensors with one of them in their names are not loaded.
+        ignore: regular expressions; tensors with one of them in their names are not loaded.
     """
 
     model: Model
@@ -64,7 +64,7 @@ class RefreshOptions(PassOptions):
     forward: Function | None = None
     device: str | None = None
     seed: int = 0
-    skip: Sequence[str] = ()
+    ignore: Sequence[str] = ()
 
 
 class Judge(Protocol):

@@ -106,7 +106,8 @@ def refresh_norm(
         refreshed if the model has no norm layers, or only such as are meant to keep theirs.
 
     Raises:
-        RefreshError: an argument is wrong, there were no usable batches, no layer could be
+        SelectionError: an expression of `layers` or `skip_layers` matches no layer.
+        RefreshError: another argument is wrong, there were no usable batches, no layer could be
             refreshed, or the statistics are NaN or Inf.
         PeerError: another process has failed.
         UserCodeError: the model, the loader or `forward` raised.

@@ -164,8 +164,7 @@ def average(
         else:
             from ckptavg.batchnorm.together import average_and_refresh
 
-            # What the average leaves out need not be skipped once more.
-            refresh = options.refresh_options({**params, "skip": ()})
+            refresh = options.refresh_options(params)
             with console.others_to_stderr(), console.progress("refreshing", "batch") as progress:
                 summary, report = average_and_refresh(
                     [*map(path_or_url, inputs)], output, refresh,

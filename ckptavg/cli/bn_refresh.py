@@ -38,7 +38,7 @@ _OUTPUT, _IN_PLACE = parse("""
     groups={
         "Refresh of the norm statistics": [
             *(variant(each, required=each.name in ("model", "loader")) for each in options.REFRESH),
-            options.SKIP,
+            options.IGNORE,
         ],
         "Evaluation before and after": (_EVAL_LOADER, *_EVALUATION),
         "What is written": (

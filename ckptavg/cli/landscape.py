@@ -45,7 +45,7 @@ _COMMON = {
         *(variant(options.MODEL, required=True), _LOADER, _TEST_LOADER),
         *(options.MODEL_ARG, options.LOADER_ARG, _TEST_LOADER_ARG, options.METRIC),
         *(
-            options.SKIP,
+            options.IGNORE,
             options.FORWARD,
             options.MAX_SAMPLES,
             options.DEVICE,

@@ -103,9 +103,9 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --device NAME           Device of the model.  [default: a GPU if there is one]
 --seed SEED             Seed of Python's, numpy's and torch's random numbers.  [default: 0]
 """)
-MAX_SAMPLES, SKIP = parse("""
+MAX_SAMPLES, IGNORE = parse("""
 --max-samples N  Stop after the batch that reaches N examples.
---skip REGEX     Do not load tensors whose names match; the model keeps its own, and an output those
+--ignore REGEX   Do not load tensors whose names match; the model keeps its own, and an output those
                  of the checkpoint. Repeatable.
 """)
 
@@ -148,7 +148,7 @@ EVALUATION = (
     *parse("""
 --loader SPEC  Held-out batches: an iterable, or a callable that returns it. [required]
 """),
-    *(MODEL_ARG, LOADER_ARG, SKIP, FORWARD, MAX_SAMPLES, DEVICE, SEED),
+    *(MODEL_ARG, LOADER_ARG, IGNORE, FORWARD, MAX_SAMPLES, DEVICE, SEED),
 )
 _REFRESH_LOADER, *_ABOUT_REFRESH = parse("""
 --refresh-loader SPEC           Training batches to refresh the statistics with, before each

@@ -28,7 +28,7 @@ from ckptavg.merge.roles import frozen_layers
 from ckptavg.model.batches import default_forward, moved
 from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.feeding import limited
-from ckptavg.model.loading import check_skip, load_weights
+from ckptavg.model.loading import check_ignore, load_weights
 from ckptavg.model.making import (
     RandomState,
     import_all,
@@ -69,7 +69,7 @@ class EvaluationOptions:
         max_samples: stop with the batch that reaches so many examples.
         device: where it runs; None for a GPU if there is one.
         seed: of the random numbers that model and loader draw, the same for each checkpoint.
-        skip: regular expressions; tensors with one of them in their names are not loaded.
+        ignore: regular expressions; tensors with one of them in their names are not loaded.
         refresh: how the norm statistics are refreshed beforehand; None to leave them alone.
     """
 
@@ -82,7 +82,7 @@ class EvaluationOptions:
     max_samples: int | None = None
     device: str | None = None
     seed: int = 0
-    skip: Sequence[str] = ()
+    ignore: Sequence[str] = ()
     refresh: RefreshOptions | None = None
 
     @property
@@ -204,7 +204,7 @@ class Evaluator:
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
         self._model = make_model(options.model, options.model_args, options.device, checkpoints)
-        check_skip(options.skip, self._model, checkpoints)
+        check_ignore(options.ignore, self._model, checkpoints)
         self._random = RandomState()
         self._passing = _passing_buffers(self._model)
         self._forward: Forward | None = load_object(options.forward) if options.forward else None
@@ -249,7 +249,7 @@ class Evaluator:
             self._model.train()
         for module, name, values in self._passing:
             module._buffers[name] = values.clone()  # noqa: SLF001
-        loaded = load_weights(self._model, checkpoint, self._options.skip)
+        loaded = load_weights(self._model, checkpoint, self._options.ignore)
         if refresh is not None:
             kept = layers_to_keep(self._model, loaded, checkpoint, self._frozen)
             batches = self._batches(refresh.loader, refresh.loader_args, is_training=True)

@@ -103,7 +103,7 @@ class Explorer:
         Raises:
             MismatchError: it does not fit the model.
         """
-        names = load_weights(self._model, checkpoint, self._options.evaluation.skip).names
+        names = load_weights(self._model, checkpoint, self._options.evaluation.ignore).names
         # A tied tensor may be there under another of its names.
         tensors = {
             name: checkpoint.tensors[names[name][0]] for name in self._state() if name in names

@@ -7,16 +7,16 @@ takes them from the last member, whatever the others have.
 from __future__ import annotations
 
 import re
-import shlex
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import MismatchError, SelectionError, listed, printable
+from ckptavg.errors import MismatchError, listed, printable
 from ckptavg.formats.tensors import has_rank
+from ckptavg.patterns import matching, pattern_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import Tensor
@@ -61,34 +61,6 @@ def without_skipped(
     return contributing, len(skipped)
 
 
-def matching(
-    option: str, patterns: Iterable[str], names: Collection[str], kind: str = "tensor"
-) -> set[str]:
-    """The names in which one of the regular expressions is found.
-
-    Args:
-        option: what the expressions were given as, for messages.
-        patterns: the expressions.
-        names: the names.
-        kind: what they are the names of, for messages.
-
-    Raises:
-        SelectionError: one of them is none, or matches no name.
-    """
-    matching: set[str] = set()
-    for pattern in patterns:
-        try:
-            found = set(filter(re.compile(pattern).search, names))
-        except re.error as error:
-            what = f"`{option}` '{printable(pattern)}' is no regular expression: {error}"
-            raise SelectionError(what) from error
-        if not found:
-            what = f"`{option}` '{printable(pattern)}' matches no {kind}'s name"
-            raise SelectionError(what, remedy=f"the names are {listed(sorted(names))}")
-        matching |= found
-    return matching
-
-
 def _without(checkpoints: Sequence[Checkpoint], names: Collection[str]) -> list[Checkpoint]:
     """The checkpoints without tensors of these names. Equal mappings of tensors stay the same."""
     if not names:
@@ -125,8 +97,8 @@ def _mismatches(checkpoints: Sequence[Checkpoint], *, any_rank: bool) -> Iterato
         what, them = printable(alike[0]), "it"
         if len(alike) > 1:
             what, them = f"{len(alike)} tensors such as {what}", "them"
-        remedy = ""
-        if is_of_few and number < _MOST_REMEDIES and (pattern := _pattern(alike, names)):
+        remedy, others = "", set(names).difference(alike)
+        if is_of_few and number < _MOST_REMEDIES and (pattern := pattern_of(alike, others)):
             if difference.startswith(_MISSING):
                 remedy = f"; `skip` {pattern} leaves {them} out"
             else:
@@ -156,17 +128,3 @@ def _differences(name: str, checkpoints: Sequence[Checkpoint], *, any_rank: bool
 
 def _where(checkpoints: Sequence[Checkpoint]) -> str:
     return listed((each.path for each in checkpoints), 1)
-
-
-def _pattern(alike: Sequence[str], names: Sequence[str]) -> str | None:
-    """A short regular expression, quoted for a shell, that matches these names alone.
-
-    It is the end of the names, or all of them but for numbers. None if there is no such expression.
-    """
-    first = alike[0].split(".")
-    ends = [re.escape(".".join(first[-count:])) + "$" for count in range(1, len(first))]
-    whole = "^" + re.sub(r"\d+", r"\\d+", re.escape(alike[0])) + "$"
-    for pattern in (*ends, whole):
-        if set(filter(re.compile(pattern).search, names)) == set(alike):
-            return shlex.quote(printable(pattern))
-    return None

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
 from ckptavg.formats.tensors import is_norm_statistic, is_of_lora, lora_factor
-from ckptavg.merge.names import matching
 from ckptavg.model.factories import user_code
-from ckptavg.model.names import is_found, match_names, way_out
+from ckptavg.model.names import match_names
+from ckptavg.patterns import is_found, matching, pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -46,7 +46,7 @@ class Loaded:
 
 
 def load_weights(
-    model: torch.nn.Module, checkpoint: Checkpoint, skip: Sequence[str] = ()
+    model: torch.nn.Module, checkpoint: Checkpoint, ignore: Sequence[str] = ()
 ) -> Loaded:
     """Load every tensor that the model wants.
 
@@ -57,14 +57,14 @@ def load_weights(
         model: gets the weights.
         checkpoint: has them, perhaps with a prefix on all names that the model lacks, or without
             one that it has. Parts of names that wrappers add may differ, too.
-        skip: regular expressions; tensors with one of them in their names are left alone, in the
+        ignore: regular expressions; tensors with one of them in their names are left alone, in the
             checkpoint and in the model.
 
     Raises:
         MismatchError: names or shapes differ.
     """
-    wanted = _state_dict(model, skip)
-    given = {name: None for name in checkpoint.tensors if not is_found(skip, name)}
+    wanted = _state_dict(model, ignore)
+    given = {name: None for name in checkpoint.tensors if not is_found(ignore, name)}
     names = match_names(wanted.keys(), given.keys())
     unlike = {} if _may_adapt(model) else _unlike_shapes(wanted, names, checkpoint)
     state = {own: as_torch(checkpoint, name) for own, name in names.items() if own not in unlike}
@@ -75,7 +75,7 @@ def load_weights(
     known = {name for each in arrived.values() for name in each}
     # A model that does not answer is judged by what has arrived.
     lacking = getattr(answer, "unexpected_keys", [own for own in state if names[own] not in known])
-    held = _state_dict(model, skip)
+    held = _state_dict(model, ignore)
     absent = getattr(answer, "missing_keys", held)
     missing = [name for name in absent if name in held and name not in names]
     missing = _needed(missing, held, copies, names.values())
@@ -109,7 +109,11 @@ def _mismatch(
     lines += [f"{printable(name)}: in {where}, missing in the model" for name in unexpected]
     lines += unlike.values()
     fitting = {own: name for own, name in names.items() if own not in lacking}
-    hint = "" if unlike else way_out([*missing, *unexpected], [*fitting, *fitting.values()])
+    hint = ""
+    if fitting and not unlike:
+        others = [*fitting, *fitting.values()]
+        pattern = pattern_of([*missing, *unexpected], others) or "REGEX"
+        hint = f" (`ignore` {pattern} leaves these tensors alone)"
     return MismatchError(f"{where} does not fit the model, {len(lines)} differences{hint}:", lines)
 
 
@@ -122,27 +126,27 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, wrappers) else model
 
 
-def check_skip(
-    skip: Iterable[str], model: torch.nn.Module, checkpoints: Iterable[Checkpoint]
+def check_ignore(
+    ignore: Iterable[str], model: torch.nn.Module, checkpoints: Iterable[Checkpoint]
 ) -> None:
-    """Refuse expressions of `skip` that are found in no name of the model and the checkpoints.
+    """Refuse expressions of `ignore` that are found in no name of the model and the checkpoints.
 
     Raises:
         SelectionError: there is one, or it is no regular expression.
     """
-    if skip:
+    if ignore:
         names = [name for checkpoint in checkpoints for name in checkpoint.tensors]
-        matching("skip", skip, {*names, *_state_dict(model, ())})
+        matching("ignore", ignore, {*names, *_state_dict(model, ())})
 
 
-def _state_dict(model: torch.nn.Module, skip: Iterable[str]) -> dict[str, torch.Tensor]:
+def _state_dict(model: torch.nn.Module, ignore: Iterable[str]) -> dict[str, torch.Tensor]:
     """The tensors of the model's state dict, the very ones that it has."""
     with user_code("the model's state_dict"):
         state = model.state_dict(keep_vars=True)
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, torch.Tensor) and not is_found(skip, name)
+        if isinstance(value, torch.Tensor) and not is_found(ignore, name)
     }
 
 

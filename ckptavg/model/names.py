@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
-import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import MismatchError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Iterable
     from collections.abc import Set as AbstractSet
 
 log = logging.getLogger("ckptavg")
@@ -24,7 +22,6 @@ _WRAPPERS = frozenset(
         *("modules_to_save", "default"),
     }
 )
-_MOST_ALTERNATIVES = 4
 
 
 def match_names(wanted: AbstractSet[str], given: AbstractSet[str]) -> dict[str, str]:
@@ -94,8 +91,8 @@ def _prefixes(wanted: AbstractSet[str], given: AbstractSet[str]) -> tuple[str, s
     if len(rivals) > 1:
         raise MismatchError(
             "the checkpoint holds the model more than once, and which is meant is unclear; "
-            "let --model be what holds them all, or leave the others alone with --skip. It is "
-            "there under the prefixes:",
+            "let `model` be what holds them all, or name the others in `ignore`. It is there "
+            "under the prefixes:",
             [printable(prefix) for prefix in rivals],
         )
     return chosen
@@ -118,23 +115,3 @@ def _fullest_prefixes(short: AbstractSet[str], long: Iterable[str]) -> list[str]
                 found[name[: position + 1]] += 1
     most = max(found.values(), default=0)
     return sorted((prefix for prefix in found if found[prefix] == most), key=len)
-
-
-def is_found(expressions: Iterable[str], name: str) -> bool:
-    """Whether one of the regular expressions is found somewhere in a name."""
-    return any(re.search(expression, name) for expression in expressions)
-
-
-def way_out(differing: Sequence[str], fitting: Collection[str]) -> str:
-    """How to leave tensors alone: an expression that is found in their names and no others."""
-    if not fitting:
-        return ""
-    last = (re.escape(name.rpartition(".")[2]) + "$" for name in differing)
-    first = ("^" + re.escape(name.partition(".")[0] + ".") for name in differing)
-    for parts in (last, first):
-        expressions = list(dict.fromkeys(parts))
-        if len(expressions) <= _MOST_ALTERNATIVES and not any(
-            is_found(expressions, name) for name in fitting
-        ):
-            return f" (to leave these alone: --skip {shlex.quote('|'.join(expressions))})"
-    return " (--skip REGEX leaves tensors alone)"

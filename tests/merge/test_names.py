@@ -165,10 +165,13 @@ class TestMessages:
     @pytest.mark.parametrize("option", ["skip", "take_last"])
     @pytest.mark.parametrize(
         ("pattern", "message"),
-        [("em(", "is no regular expression"), ("embde", "matches no tensor's name; the names are")],
+        [
+            ("em(", "'em(' is no regular expression"),
+            ("embde", "'embde' matches no tensor's name; the names are"),
+        ],
     )
     def test_of_a_pattern_that_does_nothing(self, folder, option, pattern, message):
-        assert f"`{option}` '{pattern}' {message}" in refusal(folder, **{option: [pattern]})
+        assert message in refusal(folder, **{option: [pattern]})
 
     def test_of_a_container_which_keeps_all(self, folder):
         said = run("average", folder, "-o", "o.pt", "--container", "last", "--skip", "x", code=2)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import ckptavg
+from ckptavg.cli.console import with_options
 from ckptavg.errors import MismatchError, RefreshError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.model.loading import load_weights
@@ -209,7 +210,7 @@ class TestWrappersWithin:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-class TestSkip:
+class TestIgnore:
     CODE = (
         "import torch\n"
         "from tests.model.test_loading import BATCHES, Net\n"
@@ -238,31 +239,31 @@ class TestSkip:
             arguments += ["--loader", "mine.py:held_out"]
         message = str(run(command, *arguments, code=1).exception)
         assert "8 differences" in message
-        [way_out] = re.findall(r"\(to leave these alone: (--skip .*)\):", message)
-        run(command, *arguments, *shlex.split(way_out))
+        [way_out] = re.findall(r"\((`ignore` .*) leaves these tensors alone\):", message)
+        run(command, *arguments, *shlex.split(with_options(way_out)))
         if command == "bn-refresh":
             assert_refreshed(torch.load("new.pt"), counted, "norm")
 
     def test_lets_the_model_keep_what_it_has(self):
         model, state = Net(), Net().state_dict()
         del state["head.weight"]
-        with pytest.raises(MismatchError, match=r"1 differences .*--skip REGEX"):
+        with pytest.raises(MismatchError, match=r"1 differences .*`ignore` "):
             refresh(state, model)
         before = model.head.weight.clone()
-        refreshed = refresh(state, model, skip=["^head"])
+        refreshed = refresh(state, model, ignore=["^head"])
         assert torch.equal(model.head.weight, before)
         assert torch.equal(refreshed["head.bias"], state["head.bias"])
 
     def test_that_fits_nothing_is_an_error(self, counted):
-        with pytest.raises(SelectionError, match="`skip` 'nowhere' matches no tensor's name"):
-            refresh(counted, Net(), skip=["total_", "nowhere"])
+        with pytest.raises(SelectionError, match="`ignore` 'nowhere' matches no tensor's name"):
+            refresh(counted, Net(), ignore=["total_", "nowhere"])
 
     @pytest.mark.usefixtures("counted")
     def test_need_not_fit_each_checkpoint_of_an_evaluation(self):
         torch.save(Net().state_dict(), "plain.pt")
         first, second = ckptavg.evaluate(
             ["swa.pt", "plain.pt"], model=Net, loader=[(BATCHES[0], torch.arange(16) % 4)],
-            skip=["total_"],
+            ignore=["total_"],
         )  # fmt: skip
         assert first.metrics == second.metrics
 
@@ -346,7 +347,7 @@ class TestAdapters:
 
 
 def test_what_an_average_leaves_out_its_refresh_does_not_look_for(user_folder):
-    (user_folder / "mine.py").write_text(TestSkip.CODE)
+    (user_folder / "mine.py").write_text(TestIgnore.CODE)
     Path("run").mkdir()
     for step in range(2):
         torch.save(Net().state_dict() | {"total_ops": torch.ones(1) * step}, f"run/{step}.pt")

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
+# Options on which the values at the points do not depend.
 _WITHOUT_INFLUENCE = {"evaluation", "key", "force", "device"}
 
 

@@ -101,11 +101,11 @@ class Space:
         Floats of fewer than 32 bits come as float32: rounded to theirs, a short step is another.
         """
         first = self._checkpoints[0]
-        fields = {name: getattr(first, name) for name in first.__dataclass_fields__}
-        fields["tensors"] = {
+        tensors = {
             name: replace(tensor, dtype=self._out_dtype(name))
             for name, tensor in first.tensors.items()
         }
+        fields = {**vars(first), "tensors": tensors}
         return _Mixture(**fields, make=lambda name: self._value(place, name))
 
     def _value(self, place: Place, name: str) -> AnyArray:
@@ -204,7 +204,7 @@ def _wide(values: AnyArray) -> AnyArray:
 class _Mixture(Checkpoint):
     """Something like a checkpoint whose tensors are computed as they are read."""
 
-    make: Callable[[str], AnyArray] = field(default=None, kw_only=True)  # type: ignore[assignment]
+    make: Callable[[str], AnyArray] = field(kw_only=True)
 
     def read(self, name: str) -> AnyArray:
         """The tensor as an array of its shape."""

@@ -38,8 +38,8 @@ def evaluate(
 
     CHECKPOINT is a checkpoint, or a directory of them. The model is made once, put in eval mode,
     and given the weights of one checkpoint after the other. --model and --loader name your own
-    code, which is imported and run; batches are (inputs, targets). `average --best N --metrics
-    FILE` reads what --json prints.
+    code, which is imported and run; batches are (inputs, targets), or dicts with labels. `average
+    --best N --metrics FILE` reads what --json prints.
     """
     from ckptavg.evaluation.evaluate import EvaluateOptions, winners
     from ckptavg.evaluation.evaluate import evaluate as run

@@ -97,8 +97,9 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --forward SPEC          Function that is called with the model and a batch.
                         [default: model(batch), or model(batch[0]) of a list or tuple]
 --metric loss|accuracy|SPEC
-                        Mean cross-entropy, share of correct predictions, or a function of the model
-                        and the batches that returns a number, or several by name.
+                        Mean cross-entropy (or the loss that the model returns), share of
+                        correct predictions, or a function of the model and the batches that returns
+                        a number, or several by name.
                         [default: loss and accuracy]
 --device NAME           Device of the model.  [default: a GPU if there is one]
 --seed SEED             Seed of Python's, numpy's and torch's random numbers.  [default: 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,21 @@ from torch.nn.functional import cross_entropy
 
 from ckptavg.batchnorm.moments import in_float64
 from ckptavg.errors import CkptAvgError, printable
+from ckptavg.model.batches import attribute_of
 from ckptavg.model.factories import load_object, name_of, user_code
 
 if TYPE_CHECKING:
     from ckptavg.batchnorm.refresh import Forward
     from ckptavg.model.factories import Function
 
+log = logging.getLogger("ckptavg")
+
 Measure = Callable[[torch.nn.Module, Iterable[Any]], dict[str, float]]
 """Called with the model in eval mode and the batches; returns metrics by name."""
 
 BUILT_IN = (None, "loss", "accuracy")
 _IGNORED = -100  # torch's own mark of targets that do not count
+_OTHER_METRIC = "compute another metric with --metric FILE.py:FUNCTION"
 _OTHER_KEYS = ("checkpoint", "path", "step")
 
 
@@ -38,11 +43,14 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
         CkptAvgError: the metric is no function.
     """
     if metric in BUILT_IN:
-        names = ("loss", "accuracy") if metric is None else (str(metric),)
 
         def measure(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-            found = classification(model, batches, forward)
-            return {name: found[name] for name in names}
+            found, misfit = classification(model, batches, forward)
+            if misfit is not None and metric == "accuracy":
+                raise misfit
+            if misfit is not None and metric is None:
+                log.info("there is no accuracy: %s", misfit.message)
+            return {name: value for name, value in found.items() if metric in (None, name)}
 
         return measure
     own = load_object(metric)
@@ -84,70 +92,109 @@ def _number(metric: Function, value: Any) -> float:  # noqa: ANN401 - what the u
 
 def classification(
     model: torch.nn.Module, batches: Iterable[Any], forward: Forward
-) -> dict[str, float]:
+) -> tuple[dict[str, float], CkptAvgError | None]:
     """Mean cross-entropy, and the share of targets that the largest output names.
 
     Every target counts alike, whatever batch it is in; those of -100 do not count, as in torch.
+    Where the model returns a loss of its own, as those of transformers do, that is the loss. Their
+    `logits` may then be none of a plain classification, and there is no accuracy.
 
     Args:
         model: in eval mode.
-        batches: each begins with inputs and targets; these are classes, `[batch, ...]`.
-        forward: called with model and batch, returns `[batch, classes, ...]`.
+        batches: each begins with inputs and targets, or is a dict with `labels`; these are
+            classes, `[batch, ...]`, unless the model has a loss of its own.
+        forward: called with model and batch; returns scores `[batch, classes, ...]`, or what has
+            them as `logits`.
 
     Returns:
-        `loss` in nats, and `accuracy` from 0 to 1. Both are NaN if an output is.
+        `loss` in nats, and `accuracy` from 0 to 1; both are NaN if an output is. And the reason why
+        there is no accuracy, or None.
 
     Raises:
         CkptAvgError: outputs and targets are none of a classification, or there are none.
     """
     loss, right, count = 0.0, 0.0, 0
+    misfit = None
     for batch in batches:
         with user_code("the forward pass"):
             outputs = forward(model, batch)
-        outputs, targets = _checked(outputs, batch)
+        targets = _targets(batch)
         counted = targets != _IGNORED
-        wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-        losses = cross_entropy(wide, targets, reduction="none", ignore_index=_IGNORED)
-        hits = (wide.argmax(1) == targets).float()
-        hits[wide.isnan().any(1)] = math.nan
-        loss += float(in_float64(losses[counted]).sum())
-        right += float(in_float64(hits[counted]).sum())
         count += int(counted.sum())
+        own_loss = attribute_of(outputs, "loss")
+        has_loss = isinstance(own_loss, torch.Tensor) and own_loss.numel() == 1
+        if has_loss and counted.any():
+            loss += float(own_loss.detach()) * int(counted.sum())
+        try:
+            scores, targets = _checked(outputs, targets)
+        except CkptAvgError as error:
+            if not has_loss:
+                raise
+            misfit = error
+            continue
+        hits = (scores.argmax(1) == targets).float()
+        hits[scores.isnan().any(1)] = math.nan
+        right += float(in_float64(hits[counted]).sum())
+        if not has_loss:
+            losses = cross_entropy(scores, targets, reduction="none", ignore_index=_IGNORED)
+            loss += float(in_float64(losses[counted]).sum())
     if not count:
         raise CkptAvgError(
             "the loader gave no examples to evaluate with",
             remedy="if it was used up before, name a callable that makes it anew",
         )
-    return {"loss": loss / count, "accuracy": right / count}
+    found = {"loss": loss / count}
+    return found if misfit else found | {"accuracy": right / count}, misfit
 
 
-def _checked(outputs: object, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-    """The outputs and the targets, which are found to fit each other.
+def _targets(batch: Any) -> torch.Tensor:  # noqa: ANN401
+    """What comes behind the inputs in a batch, or the labels of a dict.
+
+    Raises:
+        CkptAvgError: there is nothing.
+    """
+    targets = None
+    if isinstance(batch, Mapping):
+        targets = batch.get("labels")
+    elif isinstance(batch, list | tuple) and len(batch) > 1:
+        targets = batch[1]
+    if not isinstance(targets, torch.Tensor):
+        raise CkptAvgError(
+            "the loader's batches are neither (inputs, targets) nor dicts with labels",
+            remedy=_OTHER_METRIC,
+        )
+    return targets
+
+
+def _checked(
+    outputs: Any,  # noqa: ANN401 - what the user's model returns
+    targets: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores and the classes, which are found to fit each other.
 
     Raises:
         CkptAvgError: they do not.
     """
-    remedy = "compute another metric with --metric FILE.py:FUNCTION"
-    targets = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-    if not isinstance(targets, torch.Tensor):
-        raise CkptAvgError("the loader's batches are not (inputs, targets)", remedy=remedy)
-    if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
-        what = outputs.dtype if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    scores = outputs if isinstance(outputs, torch.Tensor) else attribute_of(outputs, "logits")
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+        what = scores.dtype if isinstance(scores, torch.Tensor) else type(outputs).__name__
         raise CkptAvgError(
             f"the model gave {what}, not one tensor with a score for each class",
             remedy="say how it is called with --forward FILE.py:FUNCTION",
         )
-    shapes = f"targets are {tuple(targets.shape)} and outputs {tuple(outputs.shape)}"
-    fit = outputs.dim() > 1 and (outputs.shape[:1] + outputs.shape[2:]) == targets.shape
+    fit = scores.dim() > 1 and (scores.shape[:1] + scores.shape[2:]) == targets.shape
     if not fit or targets.is_floating_point() or targets.is_complex():
         raise CkptAvgError(
-            f"{shapes}, not [batch, ...] classes and [batch, classes, ...]", remedy=remedy
+            f"targets are {tuple(targets.shape)} and outputs {tuple(scores.shape)}, not "
+            "[batch, ...] classes and [batch, classes, ...]",
+            remedy=_OTHER_METRIC,
         )
     targets = targets.long()
-    classes = outputs.shape[1]
+    classes = scores.shape[1]
     if bool(((targets != _IGNORED) & ((targets < 0) | (targets >= classes))).any()):
         low, high = int(targets.min()), int(targets.max())
         raise CkptAvgError(
-            f"targets are from {low} to {high}, and the model has {classes} classes", remedy=remedy
+            f"targets are from {low} to {high}, and the model has {classes} classes",
+            remedy=_OTHER_METRIC,
         )
-    return outputs, targets
+    return (scores if scores.dtype == torch.float64 else scores.float()), targets

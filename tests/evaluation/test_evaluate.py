@@ -247,7 +247,7 @@ class TestRefusals:
         ("text", "message"),
         [
             ("x = []", "gave no examples to evaluate with"),
-            ("x = batches()[0][0].split(9)", "are not \\(inputs, targets\\)"),
+            ("x = batches()[0][0].split(9)", "neither \\(inputs, targets\\)"),
             ("x = [(a, b.float()) for a, b in batches()]", r"targets are \(16,\) and outputs"),
             ("x = [(a, b[:, None]) for a, b in batches()]", r"\(16, 1\) and outputs \(16, 4\)"),
             ("x = [(a, b + 1) for a, b in batches()]", "from 1 to 4, and the model has 4 classes"),

@@ -208,7 +208,7 @@ def write_averages(
     ]  # fmt: skip
     read, files = _with_joined_factors(read, recipes[0], targets[0], options)
     weights = [recipe.weights_over(members) for recipe in recipes]
-    plan = replace(make_plan(read, weights, options), skipped=skipped)
+    plan = make_plan(read, weights, options, skipped=skipped)
     _check_order(run, plan, recipes, targets)
     threads = options.threads or default_threads(members)
     hashes = _hashes(members, targets, options, threads)

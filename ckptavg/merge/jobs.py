@@ -5,7 +5,7 @@ A layout says where the bytes of each tensor go, before the first of them is wri
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -197,13 +197,9 @@ class Job:
                 return False
         size = self.count * self.dtype.itemsize
         return all(
-            len(mine.targets) == 1
-            and theirs.targets == (mine.targets[0] + size,)
-            and (mine.weights, mine.divisor, mine.output, mine.nonnegative, mine.must_be_finite)
-            == (theirs.weights, theirs.divisor, theirs.output, theirs.nonnegative,
-                theirs.must_be_finite)
+            len(mine.targets) == 1 and theirs == replace(mine, targets=(mine.targets[0] + size,))
             for mine, theirs in zip(self.means, other.means, strict=True)
-        )  # fmt: skip
+        )
 
     @staticmethod
     def copy_of(copied: StoredTensor, target: int, output: int) -> Job:

@@ -205,6 +205,7 @@ def make_plan(
     options: AverageOptions,
     *,
     roles: Mapping[str, Role] | None = None,
+    skipped: int = 0,
 ) -> Plan:
     """Decide the role and the output dtype of each tensor, and their order in the outputs.
 
@@ -214,6 +215,7 @@ def make_plan(
         weights: for each output, one weight for each of `members`.
         options: how integers, norm statistics, LoRA factors and dtypes are treated.
         roles: the role of each tensor by name; None to decide them here.
+        skipped: the number of names that were skipped.
 
     Raises:
         FormatError: a tensor is quantised.
@@ -225,7 +227,7 @@ def make_plan(
         roles = decide_roles(members, options, is_mean=is_mean)
     dtype = BY_NAME[options.dtype] if options.dtype else None
     tensors = tuple(_planned_tensors(members, roles, dtype))
-    return Plan(tuple(members), tuple(weights), tensors)
+    return Plan(tuple(members), tuple(weights), tensors, skipped)
 
 
 def _planned_tensors(

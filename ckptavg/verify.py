@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from ckptavg.formats.parts import absolute, as_path, is_remote
 from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
-from ckptavg.merge.recipe import AverageOptions, Recipe
+from ckptavg.merge.recipe import Recipe
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.run import Run
 from ckptavg.write.digests import hash_checkpoints
@@ -235,25 +235,23 @@ def _averaged_again(
         CkptAvgError: the members cannot be averaged.
     """
     recipe = Recipe(record.scheme, members, record.weights)
-    options = record.options
-    again = AverageOptions(
-        dtype=options.dtype, skip=options.skip, take_last=options.take_last, ints=options.ints,
-        norm_stats=options.norm_stats, lora=options.lora,
-        allow_nonfinite=True, fsync=False, threads=threads, progress=progress,
+    again = replace(
+        record.options, container="weights", allow_nonfinite=True, fsync=False, threads=threads,
+        progress=progress,
     )  # fmt: skip
     with _temporary_folder(record.path) as folder:
         # Names and dtypes of a torch file may have no place in safetensors, which is faster.
-        suffix = ".pt" if is_torch else ".safetensors"
-        output = os.path.join(folder, f"average{suffix}")  # noqa: PTH118 - the other one has a slash
-        if options.lora == "exact":
-            output = os.path.join(folder, "average", "")  # noqa: PTH118
+        ending = ".pt" if is_torch else ".safetensors"
+        if record.options.lora == "exact":
+            ending = "/"
+        output = f"{folder}/average{ending}"
         try:
             with without_notices():
                 write_averages(Run(members), [recipe], [output], again)
         except OutputError as error:
             message = f"the copy to compare it with: {error.message}"
             raise OutputError(message, path=record.path) from error
-        if options.lora == "exact" and record.path.is_dir():
+        if record.options.lora == "exact" and record.path.is_dir():
             path, wanted = record.path / CONFIG, Path(output, CONFIG).read_bytes()
             if not path.is_file() or path.read_bytes() != wanted:
                 raise VerificationError("is not what its members give", path=path)

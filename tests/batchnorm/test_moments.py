@@ -246,7 +246,7 @@ class TestErrors:
     """Against what many passes over other data of the same kind give."""
 
     @pytest.mark.parametrize("name", ["paper", "torch", "exact"])
-    @pytest.mark.parametrize("shape", [(64,), (64, 6)], ids=str)
+    @pytest.mark.parametrize("shape", [(64,), (64, 2)], ids=str)
     def test_are_not_exceeded_but_now_and_then(self, name, shape):
         exceeded, ratios = [], []
         for seed in range(40):

@@ -75,18 +75,18 @@ def distance(model, other):
 
 class TestTolerance:
     @pytest.mark.parametrize("estimator", ["paper", "torch", "exact"])
-    def test_of_a_hundredth_takes_a_part_of_the_data_and_is_kept(self, estimator):
+    def test_takes_a_part_of_the_data_and_is_kept(self, estimator):
         model, other = wide_net(), wide_net()
-        loader = shuffled(100_000, 128)
-        report = refresh_norm(model, loader, estimator=estimator, tol=0.01)
+        loader = shuffled(30_000, 128)
+        report = refresh_norm(model, loader, estimator=estimator, tol=0.02)
         refresh_norm(other, loader, estimator=estimator)
         assert report.converged
-        assert 2048 <= report.samples < 60_000
+        assert 2048 <= report.samples < 15_000
         stated = [
             max(getattr(layer, name) for layer in report.layers)
             for name in ("mean_error", "log_std_error")
         ]
-        assert max(stated) <= 0.01
+        assert max(stated) <= 0.02
         assert all(real <= said for real, said in zip(distance(model, other), stated, strict=True))
 
     @pytest.mark.parametrize("factors", [256, 4])

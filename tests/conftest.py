@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector all modules and tests: it would go through them each time."""
+    gc.freeze()
+
 
 # Torch's threads wait for each other by spinning, which takes longer than the tests' small work.
 os.environ["OMP_NUM_THREADS"] = "1"

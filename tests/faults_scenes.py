@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.faults import CHANGES, Fault, Outcome, Run, Server, build, tree
+from tests.helpers import all_but_slow
 
 Tree = dict[str, bytes | None]
 
@@ -58,9 +59,13 @@ def library() -> Path:
     return build(folder)
 
 
-@functools.cache
 def server(*, torch: bool = False, number: int = 0) -> Server:
     """A warm process, started when it is first needed."""
+    return _server(torch, number)
+
+
+@functools.cache
+def _server(torch: bool, number: int) -> Server:  # noqa: FBT001 - the cache's key
     made = Server(library(), torch=torch)
     atexit.register(made.close)
     return made
@@ -207,6 +212,12 @@ SCENES = _BASE | {
         ("a directory refreshed in place", "exchange"),
     )
 }
+ALIKE = (
+    "a new file with digests",
+    "a training checkpoint, no link",
+    "a directory refreshed in place, no exchange",
+)
+"""Scenes that write and publish as others do together."""
 
 
 class Stage:
@@ -316,7 +327,7 @@ def folder_in_memory() -> Iterator[Path]:
 def stages() -> Any:
     """A fixture: each scene in turn, made once for all tests of a module."""
 
-    @pytest.fixture(params=SCENES, scope="module", name="stage")
+    @pytest.fixture(params=all_but_slow(SCENES, ALIKE), scope="module", name="stage")
     def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
         with folder_in_memory() as folder:
             yield Stage(request.param, folder)

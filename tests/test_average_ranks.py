@@ -76,7 +76,9 @@ def test_one_of_them_speaks(checkpoints, tmp_path):
     assert [out for out, _ in outputs[1:]] == ["", ""]
 
 
-def test_a_failure_of_one_ends_all_and_leaves_nothing(checkpoints, tmp_path):
+@pytest.mark.parametrize("anew", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_failure_of_one_ends_all_and_leaves_nothing(checkpoints, tmp_path, anew):
+    """Started anew they show, too, that interpreters of which one failed end well."""
     folder = tmp_path / "run"
     folder.mkdir()
     for path in checkpoints.iterdir():
@@ -84,15 +86,22 @@ def test_a_failure_of_one_ends_all_and_leaves_nothing(checkpoints, tmp_path):
     with (folder / "step_1.safetensors").open("r+b") as file:
         file.seek(-64, os.SEEK_END)
         file.write(b"\xff" * 64)  # NaN in the last chunk alone
-    words = [sys.executable, "-m", "ckptavg", "average", folder, "-o", tmp_path / "o.safetensors"]
-    common = os.environ | variables(2)
-    processes = [  # no forks: how the interpreters end counts as well
-        subprocess.Popen(words, env=common | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], outputs
-    [error] = [err for err in outputs if err]
+    arguments = ["average", folder, "-o", tmp_path / "o.safetensors"]
+    if anew:
+        common = os.environ | variables(2)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "ckptavg", *arguments],
+                env=common | {"RANK": rank}, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in ("0", "1")
+        ]  # fmt: skip
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1], errors
+    else:
+        outputs = Job([command(*arguments)] * 2, tmp_path).finish(1, 1)
+        errors = [err for _, err in outputs]
+    [error] = [err for err in errors if err]
     assert "step_1.safetensors" in error
     assert len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

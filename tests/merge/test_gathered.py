@@ -26,7 +26,7 @@ def _write(path, tensors):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def _run(folder, count=5, tensors=3000):
+def _run(folder, count=5, tensors=600):
     """Checkpoints whose tensors stand in any order; returns their means by name."""
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -70,11 +70,9 @@ def test_a_value_that_is_none_is_named(run, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     wrong = tmp_path / "step_2.safetensors"
     state = load_file(wrong)
-    state["layer.2000.weight"] = np.full_like(means["layer.2000.weight"], np.nan)
+    state["layer.7.weight"] = np.full_like(means["layer.7.weight"], np.nan)
     _write(wrong, {name: state[name] for name in sorted(state)})
-    if not state["layer.2000.weight"].size:
-        pytest.skip("an empty tensor")
-    with pytest.raises(ValueRangeError, match=r"step_2\.safetensors: layer\.2000\.weight: elem"):
+    with pytest.raises(ValueRangeError, match=r"step_2\.safetensors: layer\.7\.weight: elem"):
         ckptavg.average(tmp_path, tmp_path / "o.safetensors")
     assert not (tmp_path / "o.safetensors").exists()
 

@@ -55,7 +55,7 @@ def put(path: Path, value: float, *, is_weightless: bool = False) -> None:
         torch.save(OPTIMIZER if is_weightless else {"w": torch.full((3,), value)}, path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     template=st.sampled_from(SERIES),
     numbers=st.lists(st.integers(1, 30), min_size=2, max_size=4, unique=True),

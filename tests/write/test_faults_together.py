@@ -118,9 +118,10 @@ def test_one_with_another_output_leaves_alone_what_a_live_one_has_begun(stage, e
         stage.clear(root)
 
 
-def test_at_the_same_time_one_wins_at_least(stage):
+@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_at_the_same_time_one_wins_at_least(stage, times):
     with ThreadPoolExecutor(2) as pool:
-        for _ in range(10):
+        for _ in range(times):
             root = stage.set()
             runs = (
                 stage.begin(Fault(), root),

@@ -273,8 +273,11 @@ def have_equal_headers(first: Checkpoint, other: Checkpoint) -> bool:
 
 
 def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    """Those of the names whose tensors differ in their bytes between two checkpoints."""
+    """Those of the names whose tensors differ in dtype or bytes between two checkpoints."""
     for name in names:
+        if first.tensors[name].dtype is not other.tensors[name].dtype:
+            yield name
+            continue
         for one, another in zip(first.pieces(name), other.pieces(name), strict=True):
             # Comparing memoryviews takes thirty times as long.
             if not np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(another, np.uint8)):

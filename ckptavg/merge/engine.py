@@ -368,15 +368,15 @@ class _Chunk:
         job = self.job
         pairs = zip(job.inputs, mean.weights, strict=True)
         used = [entry for entry, weight in pairs if weight != 0]
-        first = np.array(self.read(used[0])[odd])
+        wide = accumulator_dtype(job.dtype)
+        first = self.read(used[0])[odd].astype(wide)
         same = np.full(len(first), not mean.must_be_finite)
         culprit = np.where(np.isfinite(first), -1, 0)
         for number, entry in enumerate(used[1:], 1):
-            other = self.read(entry)[odd]
+            other = self.read(entry)[odd].astype(wide)
             same &= (other == first) | (np.isnan(other) & np.isnan(first))
             culprit = np.where((culprit < 0) & ~np.isfinite(other), number, culprit)
-        wide = first.astype(accumulator_dtype(job.dtype))
-        kept = rounded(wide, job.dtype, new_arrays(first.shape))
+        kept = rounded(first, job.dtype, new_arrays(first.shape))
         misfit = (culprit < 0) | (same & np.isinf(first) & np.isnan(kept))
         wrong = misfit if self.allow_nonfinite else misfit | ~same
         if wrong.any():

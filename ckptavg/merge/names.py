@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.tensors import Tensor
+    from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.merge.recipe import AverageOptions
 
-_MISSING = "missing in"
 _MOST_REMEDIES = 16  # more are not shown
 
 
@@ -34,7 +33,8 @@ def without_skipped(
     Args:
         members: the checkpoints that are averaged, in order.
         last: those that are the last member of an average. They alone have what is taken from it.
-        options: `skip`, `take_last`, and `lora`, with which the ranks of LoRA factors may differ.
+        options: `skip`, `take_last`, `dtype`, with which floating dtypes may differ, and `lora`,
+            with which the ranks of LoRA factors may.
 
     Returns:
         The members, and the number of names that are skipped.
@@ -50,8 +50,7 @@ def without_skipped(
     kept = _without(members, skipped)
     averaged = _without(kept, taken)
     lasts = [new for new, member in zip(kept, members, strict=True) if member in last]
-    any_rank = options.lora == "exact"
-    problems = [*_mismatches(averaged, any_rank=any_rank), *_mismatches(lasts, any_rank=any_rank)]
+    problems = [*_mismatches(averaged, options), *_mismatches(lasts, options)]
     if problems:
         raise MismatchError("the checkpoints are not of one model:", [*dict.fromkeys(problems)])
     contributing = tuple(
@@ -83,33 +82,37 @@ def _without(checkpoints: Sequence[Checkpoint], names: Collection[str]) -> list[
     return shorter
 
 
-def _mismatches(checkpoints: Sequence[Checkpoint], *, any_rank: bool) -> Iterator[str]:
+def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> Iterator[str]:
     """A line for each group of tensors that differ in the same way, and what helps."""
     if len({id(checkpoint.tensors) for checkpoint in checkpoints}) < 2:  # noqa: PLR2004
         return
-    groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     names = list(dict.fromkeys(name for each in checkpoints for name in each.tensors))
     for name in names:
-        for difference in _differences(name, checkpoints, any_rank=any_rank):
-            groups[re.sub(r"\d+", "#", name), difference].append(name)
+        for difference, option in _differences(name, checkpoints, options):
+            series = "" if option.startswith("dtype") else re.sub(r"\d+", "#", name)
+            groups[series, difference, option].append(name)
     is_of_few = 2 * sum(map(len, groups.values())) <= len(names)
-    for number, ((_, difference), alike) in enumerate(groups.items()):
+    for number, ((_, difference, option), alike) in enumerate(groups.items()):
         what, them = printable(alike[0]), "it"
         if len(alike) > 1:
             what, them = f"{len(alike)} tensors such as {what}", "them"
-        remedy, others = "", set(names).difference(alike)
-        if is_of_few and number < _MOST_REMEDIES and (pattern := pattern_of(alike, others)):
-            if difference.startswith(_MISSING):
-                remedy = f"; `skip` {pattern} leaves {them} out"
-            else:
-                remedy = f"; `take_last` {pattern} takes {them} from the last checkpoint"
+        remedy = ""
+        if option.startswith("dtype"):
+            remedy = f"; `{option}` averages {them}"
+        elif is_of_few and number < _MOST_REMEDIES:
+            pattern = pattern_of(alike, set(names).difference(alike))
+            does = "leaves %s out" if option == "skip" else "takes %s from the last checkpoint"
+            remedy = f"; `{option}` {pattern} {does % them}" if pattern else ""
         yield f"{what}: {difference}{remedy}"
 
 
-def _differences(name: str, checkpoints: Sequence[Checkpoint], *, any_rank: bool) -> Iterator[str]:
-    """How the tensors of one name differ."""
+def _differences(
+    name: str, checkpoints: Sequence[Checkpoint], options: AverageOptions
+) -> Iterator[tuple[str, str]]:
+    """How the tensors of one name differ, and the option that leads out of that."""
     shapes: defaultdict[str, list[Checkpoint]] = defaultdict(list)
-    dtypes: defaultdict[str, list[Checkpoint]] = defaultdict(list)
+    dtypes: defaultdict[DType, list[Checkpoint]] = defaultdict(list)
     missing, held = [], []
     for checkpoint in checkpoints:
         tensor = checkpoint.tensors.get(name)
@@ -118,12 +121,20 @@ def _differences(name: str, checkpoints: Sequence[Checkpoint], *, any_rank: bool
         else:
             held.append(checkpoint)
             shapes[f"shape {tensor.shape}"].append(checkpoint)
-            dtypes[tensor.dtype.name].append(checkpoint)
+            dtypes[tensor.dtype].append(checkpoint)
     if missing:
-        yield f"{_MISSING} {_where(missing)}, in {_where(held)}"
-    for values in (shapes if not (any_rank and has_rank(name)) else {}, dtypes):
-        if len(values) > 1:
-            yield ", ".join(f"{value} in {_where(those)}" for value, those in values.items())
+        yield f"missing in {_where(missing)}, in {_where(held)}", "skip"
+    if len(shapes) > 1 and not (options.lora == "exact" and has_rank(name)):
+        yield _by_value(shapes), "take_last"
+    are_floats = options.lora == "separate" and all(dtype.kind == "float" for dtype in dtypes)
+    if len(dtypes) > 1 and not (are_floats and options.dtype):
+        widest = max(dtypes, key=lambda dtype: dtype.bits).name
+        values = {dtype.name: those for dtype, those in dtypes.items()}
+        yield _by_value(values), f"dtype={widest}" if are_floats else "take_last"
+
+
+def _by_value(values: Mapping[str, Sequence[Checkpoint]]) -> str:
+    return ", ".join(f"{value} in {_where(those)}" for value, those in values.items())
 
 
 def _where(checkpoints: Sequence[Checkpoint]) -> str:

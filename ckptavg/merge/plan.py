@@ -107,8 +107,9 @@ class Plan:
     def bytes_to_read(self) -> int:
         """Bytes that are read from the checkpoints, for all outputs together."""
         return sum(
-            planned.tensor.nbytes * (len(self.members) if planned.role == "averaged" else 1)
+            member.tensors[planned.names[0]].nbytes
             for planned in self.tensors
+            for member in (self.members if planned.role == "averaged" else self.members[-1:])
         )
 
     @property
@@ -222,7 +223,8 @@ def make_plan(
         MismatchError: an integer tensor differs between checkpoints.
     """
     if roles is None:
-        refuse_quantised(members[-1])
+        for member in {id(each.tensors): each for each in members}.values():
+            refuse_quantised(member)
         is_mean = all(each.sum_to_one for each in weights)
         roles = decide_roles(members, options, is_mean=is_mean)
     dtype = BY_NAME[options.dtype] if options.dtype else None

@@ -122,6 +122,48 @@ def test_integers_that_differ_and_quantised_weights_have_a_way_out(tmp_path):
     assert same_bits(load_file(output)["ids"], states[1]["ids"])
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("inputs", "output"),
+    [
+        (("float32", "float16", "bfloat16"), "float32"),
+        (("bfloat16", "float64", "float16"), "bfloat16"),
+        (("float16", "float8_e5m2", "float32"), "float16"),
+    ],
+)
+def test_floats_of_unlike_dtypes_average_in_the_one_that_is_asked_for(
+    tmp_path, inputs, output, suffix
+):
+    (tmp_path / "run").mkdir()
+    states = []
+    for number, dtype in enumerate(inputs):
+        values = torch.randn(70, 5).to(getattr(torch, dtype))
+        mask = torch.full((3,), -torch.inf).to(values.dtype)
+        states.append({"w": values, "mask": mask, "ids": torch.arange(3)})
+        torch.save(states[-1], tmp_path / "run" / f"step_{number}.pt")
+    path = tmp_path / f"out{suffix}"
+    ckptavg.average(tmp_path / "run", path, dtype=output)
+    result = load_file(path) if suffix == ".safetensors" else torch.load(path)
+    dtype = getattr(torch, output)
+    total = states[0]["w"].double()
+    for state in states[1:]:
+        total = total + state["w"].double()
+    assert same_bits(result["w"], (total / 3).float().to(dtype))
+    assert same_bits(result["mask"], torch.full((3,), -torch.inf).to(dtype))
+    assert ckptavg.verify(path, [tmp_path / "run"]).compared == 3
+
+
+def test_norm_statistics_of_unlike_dtypes_are_no_frozen_ones(tmp_path):
+    (tmp_path / "run").mkdir()
+    for number, dtype in enumerate((torch.float32, torch.float16)):
+        state = {"bn.running_mean": torch.ones(2), "bn.running_var": torch.ones(2) * 2}
+        state = {name: value.to(dtype) for name, value in state.items()}
+        torch.save(state, tmp_path / "run" / f"step_{number}.pt")
+    summary = ckptavg.average(tmp_path / "run", tmp_path / "o.pt", dtype="float32")
+    assert summary.roles == {"averaged": 2}
+    assert same_bits(torch.load(tmp_path / "o.pt")["bn.running_var"], torch.ones(2) * 2)
+
+
 def test_take_last_needs_to_know_which_is_last(states, tmp_path):
     for name, state in zip(("a.pt", "b_7.pt"), states[1:], strict=True):
         torch.save(state, tmp_path / name)
@@ -161,6 +203,19 @@ class TestMessages:
             state = {f"model{number}.{layer}.{n}": torch.ones(1) for layer in "abc" for n in "xyz"}
             torch.save(state | {"w": torch.ones(1)}, tmp_path / f"step_{number}.pt")
         assert "skip" not in refusal(tmp_path)
+
+    def test_of_unlike_dtypes_are_one_line_with_the_option(self, tmp_path):
+        for number, dtype in enumerate((torch.float16, torch.float32)):
+            state = {f"{letter}.weight": torch.ones(1).to(dtype) for letter in "abcdefghijkl"}
+            torch.save(state, tmp_path / f"step_{number}.pt")
+        assert refusal(tmp_path).splitlines()[1:] == [
+            (
+                f"  12 tensors such as a.weight: float16 in {tmp_path}/step_0.pt, "
+                f"float32 in {tmp_path}/step_1.pt; `dtype=float32` averages them"
+            )
+        ]
+        error = outcome("average", tmp_path, "-o", tmp_path / "o.pt")[2]
+        assert "; --dtype float32 averages them" in error
 
     @pytest.mark.parametrize("option", ["skip", "take_last"])
     @pytest.mark.parametrize(

@@ -28,7 +28,10 @@ def load_defaults(context: click.Context, _: click.Parameter, path: Path | None)
     Raises:
         click.UsageError: the file cannot be read, or names an option that does not exist.
     """
-    table, root, own = _read(path), context.find_root(), context
+    table = _read(path)
+    if not table:
+        return
+    root, own = context.find_root(), context
     while own.parent is not None and own.parent is not root:  # from `landscape rays` to `landscape`
         own = own.parent
     name = own.info_name or ""

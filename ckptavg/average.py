@@ -200,12 +200,9 @@ def write_averages(
         name = printable(members[0].name)
         log.warning("only one checkpoint: the output is a copy of %s", name)
     targets = [
-        destination(
-            output, recipe.last, container=options.container,
-            max_shard_size=options.max_shard_size, drop_aliases=options.drop_aliases,
-        )
+        destination(output, recipe.last, options)
         for output, recipe in zip(outputs, recipes, strict=True)
-    ]  # fmt: skip
+    ]
     read, files = _with_joined_factors(read, recipes[0], targets[0], options)
     weights = [recipe.weights_over(members) for recipe in recipes]
     plan = make_plan(read, weights, options, skipped=skipped)
@@ -218,8 +215,8 @@ def write_averages(
         entry = provenance(plan, recipe, options.recorded, fingerprints, hashes)
         layouts.append(
             lay_out(
-                target, plan.tensors, entry, contributing[recipe.last],
-                dtype=options.dtype, replaced=files, mirrored=len(recipe.members) > 1,
+                target, plan.tensors, entry, contributing[recipe.last], options,
+                replaced=files, mirrored=len(recipe.members) > 1,
             )
         )  # fmt: skip
     if options.hash:

@@ -21,7 +21,6 @@ from ckptavg.write.provenance import source_entries
 from ckptavg.write.writing import check_outputs, write
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from ckptavg.batchnorm.options import RefreshCheckpointOptions
@@ -62,14 +61,16 @@ class Rewriting:
         self.replaces = output is None or _is_same(Path(output), checkpoint.path)
         if self.replaces:
             _check_in_place(checkpoint, allowed=options.in_place, named=output is not None)
-        self._force, self._fsync = options.force or self.replaces, options.fsync
-        self._target = _destination(
-            checkpoint,
-            output,
-            container=options.container,
-            max_shard_size=options.max_shard_size,
-            replaces=self.replaces,
-        )
+        container = options.container
+        if self.replaces and checkpoint.container == "torch":
+            container = "last"  # the same file but for its norm statistics
+        self._options = AverageOptions(
+            container=container, max_shard_size=options.max_shard_size,
+            force=options.force or self.replaces, fsync=options.fsync,
+        )  # fmt: skip
+        self._target = destination(output or checkpoint.path, checkpoint, self._options)
+        if self.replaces:
+            _check_same_kind(checkpoint, self._target)
         try:
             with without_notices():
                 _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
@@ -78,24 +79,25 @@ class Rewriting:
                 error.remedy = "write another file with -o"
             raise
         inputs = () if self.replaces else [part.path for part in checkpoint.parts]
-        check_outputs([layout], force=self._force, inputs=inputs)
+        check_outputs([layout], force=self._options.force, inputs=inputs)
         if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
             log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
 
     def write(self, refreshed: Checkpoint, entry: dict[str, Any]) -> None:
         """Write the checkpoint as it is now, with that provenance."""
         plan, layout = self._lay_out(refreshed, entry)
-        check_outputs([layout], force=self._force)
-        options = AverageOptions(force=self._force, fsync=self._fsync)
-        write(plan, [layout], options, default_threads(plan.members))
+        check_outputs([layout], force=self._options.force)
+        write(plan, [layout], self._options, default_threads(plan.members))
 
     def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
         """The output with that provenance."""
         original = self._checkpoint
         roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
-        plan = make_plan([refreshed], [uniform(1)], AverageOptions(), roles=roles)
+        plan = make_plan([refreshed], [uniform(1)], self._options, roles=roles)
         mirrored = original.is_average
-        layout = lay_out(self._target, plan.tensors, entry, original, mirrored=mirrored)
+        layout = lay_out(
+            self._target, plan.tensors, entry, original, self._options, mirrored=mirrored
+        )
         return plan, layout
 
 
@@ -179,31 +181,16 @@ def _is_same(output: Path, path: Path) -> bool:
     return not is_remote(path) and output.exists() and output.samefile(path)
 
 
-def _destination(
-    checkpoint: Checkpoint,
-    output: str | os.PathLike[str] | None,
-    *,
-    container: str,
-    max_shard_size: int | None,
-    replaces: bool,
-) -> Destination:
-    """Where the result goes, and as what.
-
-    A torch file that is refreshed in place stays the same file but for its norm statistics.
+def _check_same_kind(checkpoint: Checkpoint, target: Destination) -> None:
+    """Check that a checkpoint that is written in place stays what it is.
 
     Raises:
-        OutputError: the output's name does not say what it is to be, or not what it is in place.
+        OutputError: it would become a file of another kind.
     """
-    if replaces and checkpoint.container == "torch":
-        container = "last"
-    target = destination(
-        output or checkpoint.path, checkpoint, container=container, max_shard_size=max_shard_size
-    )
     kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
-    if replaces and target.kind not in ("container", kinds.get(checkpoint.container)):
+    if target.kind not in ("container", kinds.get(checkpoint.container)):
         raise OutputError(
             f"is a {checkpoint.container} file by its content, and would become another in place",
             path=checkpoint.path,
             remedy="write another file with -o",
         )
-    return target

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.jobs import Layout, OutputTensor
+    from ckptavg.merge.recipe import AverageOptions
 
 Kind = Literal["safetensors", "torch", "container", "directory"]
 _SAFETENSORS = ".safetensors"
@@ -37,23 +38,14 @@ class Destination:
         kind: `safetensors` and `torch` are a file with a state dict alone; `container` is the last
             checkpoint's torch file with other weights in it; `directory` is what Hugging Face's
             `save_pretrained` writes.
-        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' own.
-        drop_aliases: of tied tensors, write one and name the others in the metadata.
     """
 
     path: Path
     kind: Kind
-    max_shard_size: int | None = None
-    drop_aliases: bool = False
 
 
 def destination(
-    output: str | os.PathLike[str],
-    last: Checkpoint,
-    *,
-    container: str = "weights",
-    max_shard_size: int | None = None,
-    drop_aliases: bool = False,
+    output: str | os.PathLike[str], last: Checkpoint, options: AverageOptions
 ) -> Destination:
     """The kind of output that a name and the options ask for.
 
@@ -61,26 +53,24 @@ def destination(
         output: ends with a file's suffix; a directory ends with a slash, or is there already, or
             has no such suffix where the checkpoints are directories themselves.
         last: the last checkpoint.
-        container: `last` for its whole file with other weights, `weights` for them alone.
-        max_shard_size: bytes of tensors in a file of a directory.
-        drop_aliases: of tied tensors, write one and name the others in the metadata.
+        options: `container`, `max_shard_size` and `drop_aliases`.
 
     Raises:
         OutputError: the name stands for no kind of output, or not for what the options ask for.
     """
     path = _local(output)
-    kind = _kind(output, path, last, container)
-    if max_shard_size is not None and kind != "directory":
+    kind = _kind(output, path, last, options.container)
+    if options.max_shard_size is not None and kind != "directory":
         raise OutputError(
             "shards need a directory", path=path, remedy="let the output's name end with a slash"
         )
-    if drop_aliases and kind in ("torch", "container"):
+    if options.drop_aliases and kind in ("torch", "container"):
         raise OutputError(
             "a torch file keeps tied tensors tied: there are no aliases to drop",
             path=path,
             remedy="leave `drop_aliases` out",
         )
-    return Destination(path, kind, max_shard_size, drop_aliases)
+    return Destination(path, kind)
 
 
 def _kind(output: str | os.PathLike[str], path: Path, last: Checkpoint, container: str) -> Kind:
@@ -134,8 +124,8 @@ def lay_out(
     tensors: Sequence[OutputTensor],
     provenance: Mapping[str, Any],
     last: Checkpoint,
+    options: AverageOptions,
     *,
-    dtype: str | None = None,
     replaced: Mapping[str, bytes] | None = None,
     mirrored: bool = False,
 ) -> Layout:
@@ -147,7 +137,7 @@ def lay_out(
         provenance: the entry on what it is made of, which joins the last checkpoint's metadata.
         last: the last checkpoint: its other content comes along, and a container has each tensor
             in the place that it has there.
-        dtype: the floating dtype for the configuration of a directory; None if it stays.
+        options: `dtype`, `max_shard_size` and `drop_aliases`.
         replaced: files of a directory that are not as the last checkpoint has them, by name.
         mirrored: in a container of Lightning's WeightAveraging, which has an average of its own,
             write the weights in the place of that as well: Lightning loads it.
@@ -162,14 +152,14 @@ def lay_out(
         return lay_out_torch(target.path, tensors, metadata, last)
     if last.other_entries:
         mention_left_out(last.other_entries)
-    if target.drop_aliases:
+    if options.drop_aliases:
         aliases = {alias: each.names[0] for each in tensors for alias in each.names[1:]}
         metadata |= aliases
         tensors = [replace(tensor, names=tensor.names[:1]) for tensor in tensors]
     if target.kind == "directory":
-        configuration = with_dtype(last.path, dtype) if dtype is not None else {}
+        configuration = with_dtype(last.path, options.dtype) if options.dtype else {}
         return lay_out_directory(
             target.path, tensors, metadata, last,
-            max_shard_size=target.max_shard_size, replaced={**configuration, **(replaced or {})},
+            max_shard_size=options.max_shard_size, replaced={**configuration, **(replaced or {})},
         )  # fmt: skip
     return lay_out_safetensors(target.path, tensors, metadata)

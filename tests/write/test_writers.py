@@ -32,6 +32,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.tensors import BY_NAME, DTYPES
 from ckptavg.merge.jobs import OutputTensor
+from ckptavg.merge.recipe import AverageOptions
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.output import Output
 from ckptavg.write.safetensors import lay_out_safetensors
@@ -342,8 +343,8 @@ def test_the_ending_decides(tmp_path, ending):
     made = [make("w", "float32", (2,))]
     path = tmp_path / f"x{ending}"
     last = checkpoint(tmp_path)
-    target = destination(path, last)
-    write(lay_out(target, [made[0][0]], {}, last), [made[0][1]])
+    target = destination(path, last, AverageOptions())
+    write(lay_out(target, [made[0][0]], {}, last, AverageOptions()), [made[0][1]])
     load = safetensors.torch.load_file if target.kind == "safetensors" else torch.load
     assert (target.kind == "safetensors") == (ending == ".safetensors")
     assert_holds(load(path), made)
@@ -352,31 +353,32 @@ def test_the_ending_decides(tmp_path, ending):
 @pytest.mark.parametrize("container", ["torch", "safetensors", "huggingface", "dcp"])
 def test_a_slash_or_a_directory_that_is_there_asks_for_a_directory(tmp_path, container):
     last = checkpoint(tmp_path, container)
-    assert destination(f"{tmp_path}/new.pt/", last).kind == "directory"
-    assert destination(tmp_path, last).kind == "directory"
+    assert destination(f"{tmp_path}/new.pt/", last, AverageOptions()).kind == "directory"
+    assert destination(tmp_path, last, AverageOptions()).kind == "directory"
 
 
 def test_directories_become_a_directory_by_any_other_name(tmp_path):
     last = checkpoint(tmp_path, "huggingface")
-    assert destination(tmp_path / "Llama-3.1-avg", last).kind == "directory"
-    assert destination(tmp_path / "x.safetensors", last).kind == "safetensors"
+    assert destination(tmp_path / "Llama-3.1-avg", last, AverageOptions()).kind == "directory"
+    assert destination(tmp_path / "x.safetensors", last, AverageOptions()).kind == "safetensors"
 
 
 def test_shards_need_a_directory(tmp_path):
+    options = AverageOptions(max_shard_size=10)
     with pytest.raises(OutputError, match="shards need a directory"):
-        destination(tmp_path / "x.safetensors", checkpoint(tmp_path), max_shard_size=10)
+        destination(tmp_path / "x.safetensors", checkpoint(tmp_path), options)
 
 
 @pytest.mark.parametrize("output", ["s3://bucket/x.pt", "memory://x.pt"])
 def test_outputs_behind_urls_are_refused(tmp_path, output):
     with pytest.raises(OutputError, match="on this machine only"):
-        destination(output, checkpoint(tmp_path))
+        destination(output, checkpoint(tmp_path), AverageOptions())
 
 
 @pytest.mark.parametrize("name", ["x", "x.npz", "x.PT.gz", ".pt"])
 def test_an_ending_that_stands_for_nothing_is_an_error(tmp_path, name):
     with pytest.raises(OutputError, match="ending"):
-        destination(tmp_path / name, checkpoint(tmp_path))
+        destination(tmp_path / name, checkpoint(tmp_path), AverageOptions())
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
@@ -386,6 +388,7 @@ import sys
 from pathlib import Path
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.merge.jobs import OutputTensor
+from ckptavg.merge.recipe import AverageOptions
 from ckptavg.write.output import Output
 from ckptavg.formats.tensors import DTYPES
 from ckptavg.write.layouts import destination, lay_out
@@ -397,7 +400,8 @@ versions = {"": {"version": 1}, "a": {"version": 1, "name": "version"}}
 metadata = {name: "x" for name in {"one", "format", "other"}}
 last = Checkpoint(path, "torch", (), {}, metadata, "", module_versions=versions)
 entry = {name: "x" for name in {"one", "scheme", "other"}}
-layout = lay_out(destination(path, last), tensors, entry, last)
+options = AverageOptions()
+layout = lay_out(destination(path, last, options), tensors, entry, last, options)
 with Output(layout, force=False, fsync=False) as output:
     for index, targets in enumerate(layout.targets):
         for target in targets:

@@ -254,7 +254,7 @@ def _tensor(
         return UnreadableTensor(f"a tensor of {kind}, which is not supported")
     tensor = PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
     # Anything else could take for ever to hash.
-    if not all(type(number) is int for number in (offset, *tensor.shape, *tensor.strides)):
+    if set(map(type, (offset, *tensor.shape, *tensor.strides))) != {int}:
         return UnreadableTensor("a tensor without a valid shape and strides")
     return tensor
 

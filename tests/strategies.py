@@ -68,9 +68,7 @@ def headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     end = 0
     for name in draw(st.lists(NAMES.filter(_is_sound), unique=True, max_size=4)):
         code, shape = draw(st.sampled_from([*BY_CODE])), draw(SHAPES)
-        if math.prod(shape) * BY_CODE[code].bits % 8:
-            code = "F32"
-        begin, end = end, end + BY_CODE[code].nbytes(math.prod(shape))
+        begin, end = end, end + BY_CODE[code].itemsize * math.prod(shape)
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     if draw(st.booleans()):
         texts = st.text(max_size=5)

@@ -57,7 +57,7 @@ class Box:
 
 
 class Pieces:
-    """A tensor that lies in boxes, each element in one. Elements of packed types are bytes here."""
+    """A tensor that lies in boxes, each element in one."""
 
     def __init__(self, dtype: DType, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         self.dtype, self.shape = dtype, shape

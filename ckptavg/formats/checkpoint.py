@@ -141,7 +141,7 @@ class Checkpoint:
         return entry if isinstance(entry, dict) else None
 
     def read(self, name: str) -> AnyArray:
-        """A tensor as an array in C order; one of a packed type as its bytes, uint8 `[nbytes]`."""
+        """A tensor as an array in C order."""
         tensor = self.tensors[name]
         return np.asarray(read_view(self.parts[tensor.part], tensor), order="C")
 
@@ -184,7 +184,7 @@ class Checkpoint:
 
 
 def read_view(part: Part, tensor: Tensor) -> AnyArray:
-    """A tensor as an array of its shape and with its strides; see `Checkpoint.read`.
+    """A tensor as an array of its shape and with its strides.
 
     All bytes between its first and its last element are read. Where the tensor is a view of a
     larger storage, these are more than its own.
@@ -200,12 +200,8 @@ def read_span(part: Part, tensor: Tensor) -> tuple[AnyArray, AnyArray]:
     """
     itemsize = tensor.dtype.itemsize
     strides = tensor.element_strides
-    is_packed = tensor.dtype.kind == "packed"
-    nbytes = tensor.nbytes if is_packed else span_elements(tensor.shape, strides) * itemsize
-    out = np.empty(nbytes, np.uint8)
+    out = np.empty(span_elements(tensor.shape, strides) * itemsize, np.uint8)
     part.read_into(tensor.offset, out.data)
-    if is_packed:
-        return out, out
     byte_strides = tuple(stride * itemsize for stride in strides)
     return out, np.ndarray(tensor.shape, tensor.dtype.numpy, out, 0, byte_strides)
 

@@ -146,8 +146,6 @@ def _describe(
             [box] = tensor.boxes
             tensors[name] = Tensor(dtype, shape, parts.index(box.source), box.offset, box.strides)
             continue
-        if dtype.kind == "packed" and shape:
-            shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)  # torch counts bytes
         tensors[name] = Tensor(dtype, shape, 0, offset)
     return parts, tensors
 

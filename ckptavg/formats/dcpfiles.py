@@ -97,7 +97,7 @@ class Metadata:
         shape = self._numbers(fields.get("size"), name)
         match getattr(fields.get("properties"), "state", None):
             case (DType() as dtype, *_) | {"dtype": DType() as dtype}:
-                if not is_possible(shape, 8 * dtype.itemsize):
+                if not is_possible(shape, dtype.itemsize):
                     raise self._fault("has no valid shape", name)
                 return PickledTensor(Storage(name, dtype), dtype, 0, shape, ())
         return UnreadableTensor("a tensor of a dtype that is not supported")

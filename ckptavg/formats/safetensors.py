@@ -110,12 +110,16 @@ def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  
         entry = library.get_slice(name)
         code, shape = entry.get_dtype(), tuple(entry.get_shape())
         dtype = BY_CODE.get(code)
-        if dtype is None or not is_possible(shape, dtype.bits):
+        if dtype is None:
             raise FormatError(
-                f"damaged header: no tensor of {code} has the shape {printable(shape)}",
+                f"is of {code}: elements smaller than a byte are not supported",
                 path=path,
                 tensor=name,
+                remedy="average the checkpoints before they are quantised",
             )
+        if not is_possible(shape, dtype.itemsize):
+            problem = f"damaged header: no tensor of {code} has the shape {printable(shape)}"
+            raise FormatError(problem, path=path, tensor=name)
         tensor = Tensor(dtype, shape, 0, offset)
         nbytes = tensor.nbytes
         tensors.append((offset, nbytes, name, tensor))  # no two have the same name

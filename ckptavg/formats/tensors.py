@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["float", "complex", "int", "bool", "packed"]
+Kind = Literal["float", "complex", "int", "bool"]
 AnyArray = npt.NDArray[Any]
 """An array of any dtype."""
 Allocate = Callable[[str, np.dtype[Any]], AnyArray]
@@ -31,8 +31,8 @@ class DType:
     Attributes:
         name: torch's name, such as `bfloat16`.
         code: safetensors' code, such as `BF16`; None where that format has none.
-        bits: size of an element; less than 8 for packed types.
-        kind: what the elements are. Elements of `packed` types can only be copied.
+        bits: size of an element.
+        kind: what the elements are.
     """
 
     name: str
@@ -42,27 +42,21 @@ class DType:
 
     @cached_property
     def numpy(self) -> np.dtype[Any]:
-        """The numpy dtype of the same elements; uint8 for packed types."""
-        if self.kind == "packed":
-            return np.dtype(np.uint8)
+        """The numpy dtype of the same elements."""
         return np.dtype(getattr(ml_dtypes, self.name, None) or self.name)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element; 1 for packed types."""
-        return max(1, self.bits // 8)
+        """Bytes of an element."""
+        return self.bits // 8
 
     @property
     def averaged(self) -> bool:
         """Whether tensors of this type are averaged."""
         return self.kind in ("float", "complex")
 
-    def nbytes(self, count: int) -> int:
-        """Bytes of `count` elements."""
-        return (count * self.bits + 7) // 8
 
-
-# safetensors has all but complex128.
+# safetensors has all but complex128, and others whose elements are smaller than a byte.
 DTYPES = (
     DType("float64", "F64", 64, "float"),
     DType("float32", "F32", 32, "float"),
@@ -84,9 +78,6 @@ DTYPES = (
     DType("uint16", "U16", 16, "int"),
     DType("uint8", "U8", 8, "int"),
     DType("bool", "BOOL", 8, "bool"),
-    DType("float4_e2m1fn_x2", "F4", 4, "packed"),
-    DType("float6_e2m3fn", "F6_E2M3", 6, "packed"),
-    DType("float6_e3m2fn", "F6_E3M2", 6, "packed"),
 )
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_CODE = {dtype.code: dtype for dtype in DTYPES if dtype.code}
@@ -118,7 +109,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return self.dtype.nbytes(self.count)
+        return self.count * self.dtype.itemsize
 
     @property
     def element_strides(self) -> tuple[int, ...]:
@@ -150,19 +141,19 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     )
 
 
-def is_possible(shape: tuple[int, ...], bits: int) -> bool:
+def is_possible(shape: tuple[int, ...], itemsize: int) -> bool:
     """Whether numpy could have an array of this shape, in which no size is negative.
 
     Dimensions of size 0 do not count: numpy refuses `(2**62, 4, 0)`, which has no element.
 
     Args:
         shape: sizes of the dimensions.
-        bits: size of an element.
+        itemsize: bytes of an element.
     """
     if len(shape) > _MOST_DIMENSIONS:
         return False
     count = math.prod(shape) or math.prod(size for size in shape if size)
-    return count * bits < 8 * _MOST_BYTES
+    return count * itemsize < _MOST_BYTES
 
 
 def new_arrays(shape: tuple[int, ...]) -> Allocate:

@@ -146,7 +146,7 @@ def _locate(
     if (
         len(shape) != len(strides)
         or not all(0 <= number < 1 << 62 for number in numbers)
-        or not is_possible(shape, 8 * dtype.itemsize)
+        or not is_possible(shape, dtype.itemsize)
     ):
         raise fault("has no valid shape and strides")
     if value.storage.key not in storages:
@@ -160,11 +160,6 @@ def _locate(
         raise fault(f"repeats the {size} bytes of its storage to {nbytes}")
     # The stride of an axis with one index has no meaning, and any number may stand there.
     steps = tuple(step if extent > 1 else 1 for extent, step in zip(shape, strides, strict=True))
-    if dtype.kind == "packed":
-        if not (contiguous and shape):
-            raise fault("has a packed dtype and is not contiguous")
-        # torch counts bytes, safetensors (and so we) the elements in them.
-        shape = (*shape[:-1], shape[-1] * 8 // dtype.bits)
     offset = start + value.offset * dtype.itemsize
     return Tensor(dtype, shape, 0, offset, None if contiguous else steps)
 

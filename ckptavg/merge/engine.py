@@ -208,7 +208,7 @@ class _Worker:
     def carry_out(self, job: Job, start: int, count: int) -> int:
         """Carry out a chunk of a job, and return the number of bytes written."""
         if job.strided:
-            is_large = job.dtype.nbytes(count) > _LARGE
+            is_large = count * job.dtype.itemsize > _LARGE
             with self._large_tensor if is_large else contextlib.nullcontext():
                 return self._carry_out_strided(job)
         if job.copy:

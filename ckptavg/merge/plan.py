@@ -246,7 +246,7 @@ def _planned_tensors(
         name, tensor = names[0], tensors[names[0]]
         is_cast = dtype is not None and tensor.dtype.kind == "float" and not is_extra_state(name)
         target = dtype if dtype is not None and is_cast else tensor.dtype
-        nbytes = target.nbytes(tensor.count)
+        nbytes = tensor.count * target.itemsize
         yield PlannedTensor(names, target, tensor.shape, nbytes, tensor, roles[name])
 
 

@@ -176,10 +176,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
             scaled.add(layer)
     for name, tensor in checkpoint.tensors.items():
         is_scaled = name in scaled or name.rpartition(".")[0] in scaled
-        if (
-            tensor.dtype.kind == "packed"
-            or _QUANTISED.fullmatch(name)
-            or (is_scaled and tensor.count > 1 and _may_be_codes(name, tensor))
+        if _QUANTISED.fullmatch(name) or (
+            is_scaled and tensor.count > 1 and _may_be_codes(name, tensor)
         ):
             raise FormatError(
                 "is quantised: codes and scales do not average apart",

@@ -295,7 +295,7 @@ def as_torch(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """
     tensor = checkpoint.tensors[name]
     dtype = getattr(torch, tensor.dtype.name, None)
-    if dtype is None or tensor.dtype.kind == "packed":
+    if dtype is None:
         raise FormatError(f"torch has no {tensor.dtype.name}", path=checkpoint.path, tensor=name)
     if not tensor.count:
         return torch.empty(tensor.shape, dtype=dtype)

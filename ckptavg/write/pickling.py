@@ -7,7 +7,6 @@ import pickle
 import struct
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import OutputError
 from ckptavg.formats.pickled import STORAGES, PickledTensor, Placeholder, StateOrderedDict
 from ckptavg.formats.tensors import DType, contiguous_strides
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from ckptavg.merge.jobs import OutputTensor
 
 _STORAGES = {name: storage for storage, name in STORAGES.items()}
-_PACKED = ("float4_e2m1fn_x2",)
 _DEEPEST = 100
 _LONGEST = 64 << 20
 
@@ -55,9 +53,6 @@ def pickle_tensor(key: str, tensor: OutputTensor) -> bytes:
     Args:
         key: of the storage, which has the tensor's bytes alone.
         tensor: its dtype and shape.
-
-    Raises:
-        OutputError: torch has no such tensor.
     """
     name = tensor.dtype.name
     if name in _STORAGES:
@@ -67,31 +62,16 @@ def pickle_tensor(key: str, tensor: OutputTensor) -> bytes:
         rebuild, storage = "_rebuild_tensor_v3", _global("torch.storage", "UntypedStorage")
         dtype, size = _global("torch", name), tensor.nbytes
     storage_id = _text("storage") + storage + _text(key) + _text("cpu") + _number(size)
-    shape = _torch_shape(tensor)
     arguments = (
         pickle.MARK + storage_id + pickle.TUPLE + pickle.BINPERSID,
         _number(0),  # the tensor's first element in the storage
-        _numbers(shape),
-        _numbers(contiguous_strides(shape)),
+        _numbers(tensor.shape),
+        _numbers(contiguous_strides(tensor.shape)),
         pickle.NEWFALSE,  # requires_grad
         _ORDERED_DICT,  # backward hooks
         dtype,
     )
     return _call("torch._utils", rebuild, *arguments)
-
-
-def _torch_shape(tensor: OutputTensor) -> tuple[int, ...]:
-    """The shape as torch counts: bytes instead of elements where a byte holds two."""
-    if tensor.dtype.kind != "packed":
-        return tensor.shape
-    *outer, last = tensor.shape or (1,)
-    if tensor.dtype.name not in _PACKED or last * tensor.dtype.bits % 8:
-        raise OutputError(
-            f"torch has no {tensor.dtype.name} of shape {tensor.shape}",
-            tensor=tensor.names[0],
-            remedy="write a .safetensors",
-        )
-    return (*outer, last * tensor.dtype.bits // 8)
 
 
 def pickle_entries(

@@ -35,9 +35,6 @@ def lay_out_torch(
         metadata: strings; the file has no place for any but the provenance.
         last: the checkpoint that has the order of the names, the versions of the modules, and
             entries that are no tensors.
-
-    Raises:
-        OutputError: torch has no such dtype.
     """
     inner = [*last.inner_tensors.values()]
     storages = [

@@ -25,7 +25,6 @@ from ckptavg.batchnorm.options import RefreshOptions
 from ckptavg.batchnorm.together import average_and_refresh
 from ckptavg.errors import (
     CkptAvgError,
-    FormatError,
     MismatchError,
     OutputError,
     RefreshError,
@@ -643,13 +642,6 @@ class TestLoadWeights:
         }
         checkpoint = open_checkpoint(save(state, tmp_path / "a.pt"))
         assert all(same_bits(as_torch(checkpoint, name), state[name]) for name in state)
-
-    def test_packed_types_are_an_error(self, tmp_path):
-        header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
-        path = tmp_path / "a.safetensors"
-        path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x11")
-        with pytest.raises(FormatError, match="torch has no float4_e2m1fn_x2"):
-            as_torch(open_checkpoint(path), "a")
 
     def test_what_the_model_raises_is_shown(self, tmp_path):
         class Picky(nn.Linear):

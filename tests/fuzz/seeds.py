@@ -68,9 +68,6 @@ def _safetensors() -> dict[str, bytes]:
         "empty": safetensors_of({}),
         "metadata-last": safetensors_of({"a": entry, "__metadata__": {"a": "b"}}, bytes(8)),
         "escaped": safetensors_of({"\u00e9\n": entry, "z": last}, bytes(9)),
-        "packed": safetensors_of(
-            {"p": {"dtype": "F4", "shape": [4, 2], "data_offsets": [0, 4]}}, bytes(4)
-        ),
         "ours": safetensors_of(
             {
                 "__metadata__": {"ckptavg": json.dumps({"scheme": "uniform"}), "epoch": "1"},

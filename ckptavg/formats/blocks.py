@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.parts import Part
-from ckptavg.formats.tensors import Tensor, contiguous_strides
+from ckptavg.formats.tensors import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,26 +34,22 @@ class Box:
     Attributes:
         source: the file that it is in.
         corner: index in the tensor of its first element.
-        shape: its dimensions.
-        offset: of its first element in the file, in bytes.
-        strides: in elements; None where it is contiguous in C order.
+        tensor: the piece, as a tensor of that file.
     """
 
     source: Part
     corner: Index
-    shape: tuple[int, ...]
-    offset: int
-    strides: tuple[int, ...] | None = None
+    tensor: Tensor
 
     def holds(self, axis: int, index: int) -> bool:
         """Whether elements of the tensor with that index along an axis are in the box."""
-        return 0 <= index - self.corner[axis] < self.shape[axis]
+        return 0 <= index - self.corner[axis] < self.tensor.shape[axis]
 
-    def address(self, index: Index, itemsize: int) -> int:
-        """Offset in the file, in bytes, of the first element below an index of the tensor."""
-        strides = contiguous_strides(self.shape) if self.strides is None else self.strides
-        steps = zip(index, self.corner, strides, strict=False)
-        return self.offset + itemsize * sum((i - first) * step for i, first, step in steps)
+    def address(self, index: Index) -> int:
+        """Offset in the file, in bytes, of the first element below an index of the whole tensor."""
+        steps = zip(index, self.corner, self.tensor.element_strides, strict=False)
+        elements = sum((i - first) * step for i, first, step in steps)
+        return self.tensor.offset + self.tensor.dtype.itemsize * elements
 
 
 class Pieces:
@@ -62,7 +58,7 @@ class Pieces:
     def __init__(self, dtype: DType, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         self.dtype, self.shape = dtype, shape
         self.boxes = sorted(boxes, key=lambda box: box.corner)
-        self._tallest = max(box.shape[0] for box in boxes) if shape and boxes else 0
+        self._tallest = max(box.tensor.shape[0] for box in boxes) if shape and boxes else 0
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +84,7 @@ class Pieces:
         axis = len(index)
         if axis == len(self.shape):
             [box] = boxes
-            box.source.read_into(box.address(index, self.dtype.itemsize) + first, out)
+            box.source.read_into(box.address(index) + first, out)
             return
         row = self._nbytes_below(axis + 1)
         while len(out):  # the end of a row, whole rows, the beginning of a row
@@ -107,18 +103,18 @@ class Pieces:
         axis, row = len(index), self._nbytes_below(len(index) + 1)
         last, rest = first + len(out) // row, self.shape[axis + 1 :]
         for box in boxes:
+            shape, strides = box.tensor.shape, box.tensor.strides
             low = max(first, box.corner[axis])
-            high = min(last, box.corner[axis] + box.shape[axis])
+            high = min(last, box.corner[axis] + shape[axis])
             if low >= high:
                 continue
             rows = out[(low - first) * row : (high - first) * row]
-            offset = box.address((*index, low), self.dtype.itemsize)
-            corner, sizes = box.corner[axis + 1 :], box.shape[axis + 1 :]
-            if box.strides is None and sizes == rest:
+            offset = box.address((*index, low))
+            corner, sizes = box.corner[axis + 1 :], shape[axis + 1 :]
+            if strides is None and sizes == rest:
                 box.source.read_into(offset, rows)
                 continue
-            strides = None if box.strides is None else box.strides[axis:]
-            piece = Tensor(self.dtype, (high - low, *sizes), 0, offset, strides)
+            piece = Tensor(self.dtype, (high - low, *sizes), 0, offset, strides and strides[axis:])
             place = (slice(c, c + size) for c, size in zip(corner, sizes, strict=True))
             target = np.ndarray((high - low, *rest), self.dtype.numpy, rows)
             target[:, *place] = read_view(box.source, piece)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError
@@ -140,13 +141,11 @@ def _describe(
     parts: tuple[Part, ...] = (blocks, *shards.files.values())
     tensors = {}
     for name, tensor, offset in zip(names, pieces, blocks.offsets, strict=True):
-        dtype, shape = tensor.dtype, tensor.shape
-        if len(tensor.boxes) == 1 and tensor.boxes[0].strides is not None:
+        tensors[name] = Tensor(tensor.dtype, tensor.shape, 0, offset)
+        if len(tensor.boxes) == 1 and tensor.boxes[0].tensor.strides is not None:
             # Strided tensors are read whole; in chunks, each would read nearly all of it again.
             [box] = tensor.boxes
-            tensors[name] = Tensor(dtype, shape, parts.index(box.source), box.offset, box.strides)
-            continue
-        tensors[name] = Tensor(dtype, shape, 0, offset)
+            tensors[name] = replace(box.tensor, part=parts.index(box.source))
     return parts, tensors
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
@@ -18,7 +19,7 @@ from ckptavg.formats.blocks import Box, misfit
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.parts import Memory, Part, is_inside, open_source
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
-from ckptavg.formats.tensors import DType, Tensor, is_possible
+from ckptavg.formats.tensors import DType, is_possible
 from ckptavg.formats.torchpickle import locate
 from ckptavg.formats.torchzip import Archive
 
@@ -218,7 +219,7 @@ class Shards:
         leaf = self._metadata.leaf(name)
         if isinstance(leaf, PickledTensor) and not leaf.shape and leaf.dtype.kind == "int":
             [box] = self.boxes({name: leaf})[name]
-            return int(read_view(box.source, Tensor(leaf.dtype, (), 0, box.offset)))
+            return int(read_view(box.source, box.tensor))
         items = self._metadata.items({name})[name, None] if isinstance(leaf, Placeholder) else []
         if len(items) != 1 or items[0].length > _LARGEST_OBJECT:
             return None
@@ -270,7 +271,7 @@ class Shards:
                 f"where the metadata says {dtype.name} {list(shape)}"
             )
             raise FormatError(message, path=file.path, tensor=name)
-        return Box(file, corner, shape, item.offset + tensor.offset, tensor.strides)
+        return Box(file, corner, replace(tensor, offset=item.offset + tensor.offset))
 
 
 class _Zip(Part):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptavg.formats.blocks import Blocks, Box, Pieces, Region, misfit
 from ckptavg.formats.parts import Memory
-from ckptavg.formats.tensors import BY_NAME, AnyArray
+from ckptavg.formats.tensors import BY_NAME, AnyArray, Tensor
 
 HERE = Path("checkpoint")
 # Of 1, 2, 4, 8 and 16 bytes, ml_dtypes' among them.
@@ -37,15 +37,15 @@ def stored(source: Memory, whole: AnyArray, region: Region, order: tuple[int, ..
     place = tuple(slice(first, first + size) for first, size in zip(corner, sizes, strict=True))
     piece = whole[place] if place else whole  # whose only element would be no array
     source.data += b"\xa5" * 3  # nothing is aligned
-    offset = len(source.data)
+    offset, dtype = len(source.data), BY_NAME[whole.dtype.name]
     if order is None:
         source.data += piece.tobytes()
-        return Box(source, corner, sizes, offset)
+        return Box(source, corner, Tensor(dtype, sizes, 0, offset))
     source.data += piece.transpose(order).tobytes()
     strides = [0] * whole.ndim
     for position, axis in enumerate(order):
         strides[axis] = math.prod(sizes[other] for other in order[position + 1 :])
-    return Box(source, corner, sizes, offset, tuple(strides))
+    return Box(source, corner, Tensor(dtype, sizes, 0, offset, tuple(strides)))
 
 
 @st.composite
@@ -157,8 +157,9 @@ def test_one_of_thousands_of_pieces_is_found_without_a_look_at_the_others():
             Watched.looked += 1
             return super().holds(axis, index)
 
-    boxes = [Watched(source, (row, 0), (1, 2), 16 * row) for row in range(50_000)]
-    blocks = Blocks(HERE, [Pieces(BY_NAME["int64"], whole.shape, boxes)])
+    dtype = BY_NAME["int64"]
+    boxes = [Watched(source, (row, 0), Tensor(dtype, (1, 2), 0, 16 * row)) for row in range(50_000)]
+    blocks = Blocks(HERE, [Pieces(dtype, whole.shape, boxes)])
     out = bytearray(64)
     blocks.read_into(16 * 31_000 + 8, memoryview(out))
     assert bytes(out) == whole.tobytes()[16 * 31_000 + 8 :][:64]

@@ -36,7 +36,6 @@ _MOST_SCORES = 100_000
 _MOST_VALUES = 1_000
 _MOST_LEVELS = 5
 _LONGEST_NAME = 200
-_LONGEST_SCALAR = 8
 # A scheduler's state has one of these.
 _SCHEDULER_FACTS = ("last_epoch", "_last_lr", "_schedulers")
 # Entries of the Trainer's log that are no metrics.
@@ -178,22 +177,15 @@ def _numbers(values: Mapping[str, object]) -> dict[str, float]:
 def _number(value: object) -> float | None:
     """The value of a plain number, or of numpy's, which may be infinite or NaN.
 
-    A numpy number is pickled as dtype and bytes, which old protocols spell as latin-1.
+    A numpy number is pickled as dtype and bytes.
     """
     match value:
         case Placeholder(
             origin="numpy._core.multiarray.scalar" | "numpy.core.multiarray.scalar",
-            arguments=(Placeholder(arguments=(str(kind), *_)), data),
-        ) if kind in _NUMPY_DTYPES:
-            pass
-        case _:
-            return float(value) if type(value) is float or _is_count(value) else None
-    match data:
-        case Placeholder(origin="_codecs.encode", arguments=(str(text), *_)):
-            data = text.encode("latin-1", "ignore") if len(text) <= _LONGEST_SCALAR else None
-    if not isinstance(data, bytes) or len(data) != int(kind[1]):
-        return None
-    return float(np.frombuffer(data, f"<{kind}")[0])
+            arguments=(Placeholder(arguments=(str(kind), *_)), bytes(data)),
+        ) if kind in _NUMPY_DTYPES and len(data) == int(kind[1]):
+            return float(np.frombuffer(data, f"<{kind}")[0])
+    return float(value) if type(value) is float or _is_count(value) else None
 
 
 def _rates(root: Mapping[Any, object]) -> tuple[float, ...]:

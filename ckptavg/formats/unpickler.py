@@ -273,6 +273,26 @@ def _tensor_of_subclass(
     return unpickler.call(function, arguments)
 
 
+def _encode(_unpickler: InertUnpickler, *arguments: object) -> object:
+    """Bytes, which protocols up to 2 pickle as text that is to be encoded."""
+    match arguments:
+        case (str(text), "latin1"):
+            return text.encode("latin1")
+    return Placeholder("_codecs.encode", arguments)
+
+
+def _bytes(_unpickler: InertUnpickler, *arguments: object) -> object:
+    """No bytes, as protocols up to 2 pickle them."""
+    return Placeholder("builtins.bytes", arguments) if arguments else b""
+
+
+def _bytearray(_unpickler: InertUnpickler, *arguments: object) -> object:
+    match arguments:
+        case () | (bytes(),):
+            return bytearray(*arguments)
+    return Placeholder("builtins.bytearray", arguments)
+
+
 def _attribute(unpickler: InertUnpickler, owner: object, name: object) -> object:
     """A nested class, a member of an enumeration, a bound method."""
     if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
@@ -281,6 +301,9 @@ def _attribute(unpickler: InertUnpickler, owner: object, name: object) -> object
 
 
 _GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
+    ("_codecs", "encode"): _encode,
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "bytearray"): _bytearray,
     ("builtins", "set"): lambda _, items=(): _set(items),
     ("builtins", "frozenset"): lambda _, items=(): frozenset(_set(items)),
     ("builtins", "dict"): lambda _, pairs=(): _fill({}, pairs),

@@ -111,7 +111,7 @@ class _Encoder:
         """Pickle a value, unless it is not plain, too large, or contains itself."""
         if depth > _DEEPEST:
             raise _NotPlainError
-        data = self._encode(_spelled_out(value), depth + 1)
+        data = self._encode(value, depth + 1)
         # Lists that share lists have a short pickle, which without the memo has no end.
         self._left -= len(data)
         if self._left < 0:
@@ -136,9 +136,7 @@ class _Encoder:
                 return _global("torch", value.name)
             case PickledTensor() if value in self._tensors:
                 return self._tensors[value]
-            case Placeholder(origin="_io.BytesIO", state=(content, int() as at, *_)) if isinstance(
-                content := _spelled_out(content), bytes
-            ):
+            case Placeholder(origin="_io.BytesIO", state=(bytes(content), int(at), *_)):
                 # Transformer Engine keeps its `_extra_state` in these.
                 state = self.encode((content, at, None), depth)
                 return _call("_io", "BytesIO") + state + pickle.BUILD
@@ -154,25 +152,6 @@ class _Encoder:
 
     def _joined(self, values: Iterable[object], depth: int) -> bytes:
         return b"".join(self.encode(value, depth) for value in values)
-
-
-def _spelled_out(value: object) -> object:
-    """The bytes that protocol 2 pickles as a call; other values as they are."""
-    match value:
-        case Placeholder(origin="_codecs.encode", arguments=(str() as text, "latin1")):
-            try:
-                return text.encode("latin1")
-            except UnicodeEncodeError as error:
-                raise _NotPlainError from error
-        case Placeholder(origin="builtins.bytes", arguments=()):
-            return b""
-        case Placeholder(origin="builtins.bytearray", arguments=()):
-            return bytearray()
-        case Placeholder(origin="builtins.bytearray", arguments=(content,)) if isinstance(
-            content := _spelled_out(content), bytes
-        ):
-            return bytearray(content)
-    return value
 
 
 def _call(module: str, name: str, *arguments: bytes) -> bytes:

@@ -410,7 +410,6 @@ def test_strange_schedules_are_small_and_do_no_harm(state):
         (Placeholder("numpy.dtype", ("U8",)), b"12345678"),
         (Placeholder("numpy.dtype", ([],)), b"12345678"),
         (Placeholder("numpy.dtype", ("f8",)), Placeholder("_codecs.encode", (3, "latin1"))),
-        (Placeholder("numpy.dtype", ("f8",)), Placeholder("_codecs.encode", ("\u20ac" * 8,))),
     ],
 )
 def test_what_only_looks_like_a_number_of_numpy_s_is_none(arguments):

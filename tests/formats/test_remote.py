@@ -352,7 +352,7 @@ class TestSecrets:
         UPath(urls[1]).write_bytes((tmp_path / "other.safetensors").read_bytes())
         with pytest.raises(MismatchError) as caught:
             ckptavg.average(urls, tmp_path / "out.safetensors")
-        assert "other: in memory://" in str(caught.value)
+        assert "layer.ids: missing in memory://" in str(caught.value)
         assert "secret" not in str(caught.value)
 
 

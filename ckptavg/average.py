@@ -19,8 +19,9 @@ from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.names import without_skipped
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.recipe import AverageOptions, find_base, fold, recipes_of
+from ckptavg.merge.recipe import AverageOptions, recipes_of
 from ckptavg.merge.schemes import schemes_of
+from ckptavg.merge.update import find_base, fold
 from ckptavg.options import takes_fields_of
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.order import unordered

@@ -29,10 +29,10 @@ from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
+from ckptavg.merge.record import Record
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.run import Run
 from ckptavg.write.digests import hash_checkpoints
-from ckptavg.write.provenance import Record
 from ckptavg.write.temporary import temporary_beside
 
 if TYPE_CHECKING:

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError, printable
-from ckptavg.formats.checkpoint import fingerprint
-from ckptavg.formats.tensors import BY_NAME, is_extra_state
-from ckptavg.merge.weights import Weights
+from ckptavg.formats.tensors import BY_NAME
 from ckptavg.select.names import relative_names
 from ckptavg.select.rules import Selection, chosen, select
 
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.schemes import Scheme
+    from ckptavg.merge.weights import Weights
     from ckptavg.options import Progress
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
@@ -226,95 +225,3 @@ def _recipe(
     label = scheme.label if rules.last is None else f"last{rules.last}-{scheme.label}"
     weights = replace(weights, values=values)
     return Recipe(scheme.name, members, weights, scheme.needs_order, recorded_rules, label=label)
-
-
-_FEWEST_BITS = 32
-_UNIFORM = ("uniform", "greedy soup")
-
-
-def find_base(averages: Sequence[Checkpoint]) -> Checkpoint:
-    """The only one of these earlier averages, if it can be updated.
-
-    Raises:
-        SelectionError: there is none or several; it is not uniform; or it has floats of fewer than
-            32 bits, which each update would round again.
-    """
-    if len(averages) != 1:
-        raise SelectionError(
-            f"an update needs one earlier average among its inputs, and there are {len(averages)}",
-            remedy="name it, and the checkpoints to fold into it",
-        )
-    [base] = averages
-    recorded_members(base)
-    for name, tensor in base.tensors.items():
-        if tensor.dtype.averaged and tensor.dtype.bits < _FEWEST_BITS and not is_extra_state(name):
-            raise SelectionError(
-                f"has {tensor.dtype.name} in it ({printable(name)}), which each update would "
-                "round again",
-                path=base.path,
-                remedy="average all checkpoints at once",
-            )
-    return base
-
-
-def recorded_members(base: Checkpoint) -> list[dict[str, Any]]:
-    """The entries of the members in the provenance of a uniform average.
-
-    Raises:
-        SelectionError: it is not a uniform average.
-    """
-    entry = base.provenance or {}
-    scheme, members = entry.get("scheme"), entry.get("sources")
-    if scheme not in _UNIFORM or not isinstance(members, list) or not members:
-        raise SelectionError(
-            f"is no uniform average ({printable(scheme)}): only such an average can be updated",
-            path=base.path,
-        )
-    if entry.get("divisor") != len(members):
-        raise SelectionError("is no mean: its provenance has another divisor", path=base.path)
-    if not all(isinstance(member, dict) and member.get("weight") == 1 for member in members):
-        raise SelectionError("is no mean: its provenance has other weights", path=base.path)
-    return members
-
-
-def fold(base: Checkpoint, new: Recipe) -> Recipe:
-    """The recipe of the updated average, in which each checkpoint has the same share.
-
-    The result is `(n * average + x_1 + ... + x_m) / (n + m)`, where n is the number of members in
-    the provenance of the earlier average.
-
-    The earlier average takes the place of its newest member in the order of training. So it counts
-    as the last checkpoint if that member is the newest of all.
-
-    Args:
-        base: the earlier average.
-        new: the recipe of the checkpoints to fold in.
-
-    Raises:
-        SelectionError: a checkpoint is a member of the average already.
-    """
-    recorded = recorded_members(base)
-    contents = {member["content"]: member for member in recorded if member.get("content")}
-    for checkpoint in new.members:
-        if member := contents.get(fingerprint(checkpoint)):
-            raise SelectionError(
-                f"has {printable(checkpoint.path)} in it already, as "
-                f"{printable(member.get('name'))}",
-                path=base.path,
-                remedy="leave it out",
-            )
-    count, place = len(recorded), sum(_is_newer(recorded, each) for each in new.members)
-    members, values = [*new.members], [1.0] * len(new.members)
-    members.insert(place, base)
-    values.insert(place, float(count))
-    weights = Weights(tuple(values), float(count + len(new.members)))
-    return replace(new, members=tuple(members), weights=weights, needs_order=False, base=base)
-
-
-def _is_newer(recorded: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> bool:
-    """Whether a recorded member has a later step than a checkpoint; False if not recorded."""
-    step = checkpoint.step
-    steps = [member.get("step") for member in recorded]
-    return step is not None and any(
-        isinstance(each, list) and each[0] == step[0] and each[1] > step[1] for each in steps
-    )

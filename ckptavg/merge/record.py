@@ -1,0 +1,114 @@
+"""The provenance of an average, read back: what it is made of, and with which options."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from ckptavg import __version__
+from ckptavg.errors import SelectionError, VerificationError, printable
+from ckptavg.merge.recipe import AverageOptions
+from ckptavg.merge.weights import Weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ckptavg.formats.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Record:
+    """The provenance of an average, read back and checked.
+
+    Attributes:
+        path: the average.
+        scheme: of its weights; `none` for a copy with refreshed norm statistics.
+        members: what is recorded of each member.
+        weights: of the members.
+        options: the options that its values depend on.
+        version: of the ckptavg that made it.
+        is_refreshed: whether its norm statistics come from data.
+    """
+
+    path: Path
+    scheme: str
+    members: tuple[dict[str, Any], ...]
+    weights: Weights
+    options: AverageOptions
+    version: str
+    is_refreshed: bool
+
+    @staticmethod
+    def of(average: Checkpoint) -> Record:
+        """Read the provenance of an average.
+
+        Raises:
+            VerificationError: there is none, or it is damaged.
+        """
+        entry = average.provenance
+        if entry is None:
+            raise VerificationError("was not made by ckptavg", path=average.path)
+        damaged = VerificationError("has a damaged provenance", path=average.path)
+        members, state = entry.get("sources"), entry.get("norm_stats", {})
+        divisor, options = entry.get("divisor"), entry.get("options", {})
+        if (
+            not isinstance(members, list)
+            or not members
+            or not all(map(_is_member, members))
+            or not _is_number(divisor)
+            or not divisor
+            or not isinstance(state, dict)
+            or not isinstance(options, dict)
+        ):
+            raise damaged
+        try:
+            checked = AverageOptions(**options)
+        except (SelectionError, TypeError) as error:
+            raise damaged from error
+        if checked.recorded != options:
+            raise damaged
+        scheme = str(entry.get("scheme"))
+        weights = Weights(tuple(member["weight"] for member in members), float(divisor))
+        return Record(
+            average.path, scheme, tuple(members), weights, checked, str(entry.get("version")),
+            state.get("state") in ("refreshed", "partly refreshed"),
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        """The state dict of the last member that was averaged; empty for the whole file."""
+        key: str = self.members[-1].get("key") or ""
+        return key
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a checkpoint with refreshed norm statistics, and no average."""
+        return self.scheme == "none"
+
+    @property
+    def remedy(self) -> str | None:
+        """What to say where a value differs."""
+        if self.version == __version__:
+            return None
+        return f"it was made by ckptavg {printable(self.version)}, and this is {__version__}"
+
+
+def _is_member(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("header_sha256"), str)
+        and isinstance(entry.get("content"), str | None)
+        and isinstance(entry.get("key"), str | None)
+        and isinstance(entry.get("sha256"), str | dict | None)
+        and _is_number(entry.get("weight"))
+        and entry["weight"] != 0
+    )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return False
+    return abs(value) <= sys.float_info.max

@@ -16,8 +16,10 @@ from ckptavg.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from ckptavg.distributed import Ranks
     from ckptavg.landscape.explore import ExploreOptions
     from ckptavg.landscape.result import Landscape
+    from ckptavg.options import Progress
 
 
 @click.group()
@@ -140,14 +142,12 @@ def _run(
     from ckptavg.landscape.saving import save
 
     console, folder = params["console"], as_path(params["output"])
-    explore = _explore_options(params)
     which = {name: params[name] for name in names_of(points)}
     files = []
     with console.ranks() as ranks:
         with console.others_to_stderr(), console.progress("evaluating", "point") as progress:
-            made = function(
-                params["checkpoints"], folder, explore, ranks=ranks, progress=progress, **which
-            )
+            explore = _explore_options(params, ranks, progress)
+            made = function(params["checkpoints"], folder, explore, **which)
         if ranks.rank == 0:
             files = save(made, folder, plots=params["plots"])
     say(console, made)
@@ -155,13 +155,16 @@ def _run(
     console.result({**made.as_dict(), "files": [str(file) for file in files]})
 
 
-def _explore_options(params: Mapping[str, Any]) -> ExploreOptions:
+def _explore_options(
+    params: Mapping[str, Any], ranks: Ranks, progress: Progress | None
+) -> ExploreOptions:
     from ckptavg.evaluation.evaluate import EvaluationOptions
     from ckptavg.landscape.explore import ExploreOptions
 
     refresh = options.refresh_options(params) if params["refresh"] else None
     evaluation = EvaluationOptions(**{**fields_of(EvaluationOptions, params), "refresh": refresh})
-    return ExploreOptions(**fields_of(ExploreOptions, params), evaluation=evaluation)
+    fields = fields_of(ExploreOptions, params)
+    return ExploreOptions(**fields, evaluation=evaluation, ranks=ranks, progress=progress)
 
 
 def _say_rays(console: Console, landscape: Landscape) -> None:

@@ -188,10 +188,10 @@ def look_around(
         refresh=RefreshOptions(model=_MODEL, loader=_TRAIN_LOADER),
         device="cpu",
     )
-    options = ExploreOptions(evaluation=evaluation, test_loader=_TEST_LOADER)
+    options = ExploreOptions(evaluation=evaluation, test_loader=_TEST_LOADER, progress=progress)
     folder = directory / "landscape"
     paths = [last, directory / "refreshed-bn.safetensors"]
-    found = rays(paths, folder, options, steps=_STEPS, progress=progress)
+    found = rays(paths, folder, options, steps=_STEPS)
     files = save(found, folder, plots=True)
     [rise] = [one for one in rises(found) if one.metric == "test loss"]
     pictures = [file for file in files if file.suffix in (".png", ".svg")]

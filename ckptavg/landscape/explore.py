@@ -15,6 +15,7 @@ from uuid import uuid4
 import numpy as np
 
 from ckptavg import __version__
+from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import (
     OutputError,
     RefreshError,
@@ -32,14 +33,10 @@ from ckptavg.model.loading import load_weights, unwrapped
 from ckptavg.select.names import relative_names
 
 if TYPE_CHECKING:
-    from ckptavg.distributed import Ranks
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.options import Progress
 
 log = logging.getLogger("ckptavg")
-
-# Options on which the values at the points do not depend.
-_WITHOUT_INFLUENCE = {"evaluation", "key", "force", "device"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +50,8 @@ class ExploreOptions:
         test_loader_args: keywords for it.
         key: which state dict to take where a file holds several.
         force: replace what another landscape has left in the directory.
+        ranks: the processes that share the points, all of which make the landscape.
+        progress: called after each point.
     """
 
     evaluation: EvaluationOptions
@@ -60,6 +59,8 @@ class ExploreOptions:
     test_loader_args: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     force: bool = False
+    ranks: Ranks = ALONE
+    progress: Progress | None = None
 
 
 class Explorer:
@@ -69,7 +70,6 @@ class Explorer:
         paths: the checkpoints, of one model.
         folder: the directory.
         options: how points are evaluated.
-        ranks: the processes that share the points, all of which make one.
 
     Attributes:
         names: what they are called: their paths below the folder that they have in common.
@@ -80,10 +80,8 @@ class Explorer:
         OutputError: the directory cannot be used.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], folder: Path, options: ExploreOptions, ranks: Ranks
-    ) -> None:
-        self._options, self._folder, self._ranks = options, folder, ranks
+    def __init__(self, paths: Sequence[Path], folder: Path, options: ExploreOptions) -> None:
+        self._options, self._folder = options, folder
         opened = [open_checkpoint(path, key=options.key) for path in paths]
         self._evaluator = Evaluator(options.evaluation, opened)
         self._model = unwrapped(self._evaluator.model)
@@ -158,22 +156,19 @@ class Explorer:
             corners=corners,
         )
 
-    def evaluate(
-        self, kind: str, places: Sequence[Place], progress: Progress | None
-    ) -> dict[str, list[float]]:
+    def evaluate(self, kind: str, places: Sequence[Place]) -> dict[str, list[float]]:
         """Evaluate the places that have not been evaluated yet.
 
         Args:
             kind: the kind of landscape: points of another kind do not count.
             places: where to evaluate; the same place may occur several times.
-            progress: hears of each point.
 
         Returns:
             By metric, its values at the places.
         """
         task = {"ckptavg": __version__, "inputs": self._digest(), "kind": kind, **self._facts()}
         points = {repr(place): place for place in places}
-        ranks = self._ranks
+        ranks, progress = self._options.ranks, self._options.progress
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -242,14 +237,15 @@ class Explorer:
 
     def _facts(self) -> dict[str, Any]:
         """The options that the values depend on."""
-        refresh = self._options.evaluation.refresh
-        options = {**vars(self._options.evaluation), **vars(self._options)}
-        options["refresh"] = None if refresh is None else refresh.keywords
-        facts = {
-            name: _identity(value)
-            for name, value in options.items()
-            if name not in _WITHOUT_INFLUENCE
+        evaluation, refresh = self._options.evaluation, self._options.evaluation.refresh
+        options = {
+            **vars(evaluation),
+            "refresh": None if refresh is None else refresh.keywords,
+            "test_loader": self._options.test_loader,
+            "test_loader_args": self._options.test_loader_args,
         }
+        del options["device"]
+        facts = {name: _identity(value) for name, value in options.items()}
         return facts | {"code": _code_of(options.values())}
 
 

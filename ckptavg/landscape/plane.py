@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.landscape.places import Place
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from ckptavg.landscape.places import Floats
     from ckptavg.landscape.result import Landscape
-    from ckptavg.options import Progress
 
 _FLAT = 1e-12  # of a square, relative to the largest: what is rounding
 _SIZE = 21
@@ -77,8 +75,6 @@ def plane(
     options: ExploreOptions,
     *,
     size: int = _SIZE,
-    ranks: Ranks = ALONE,
-    progress: Progress | None = None,
 ) -> Landscape:
     """Evaluate on a grid in the plane through three weights.
 
@@ -87,8 +83,6 @@ def plane(
         folder: where points are kept, so that a run that was killed goes on.
         options: how points are evaluated.
         size: points of the grid along each axis.
-        ranks: the processes that share the points.
-        progress: hears of each point.
 
     Raises:
         CkptAvgError: the checkpoints do not fit the model or each other, or evaluating failed.
@@ -98,8 +92,8 @@ def plane(
         raise SelectionError(f"a plane is through 3 checkpoints, not {len(paths)}")
     if size < 2:  # noqa: PLR2004
         raise SelectionError(f"a grid has at least 2 points along each axis, not {size}")
-    with ranks.together():
-        explorer = Explorer(paths, folder, options, ranks)
+    with options.ranks.together():
+        explorer = Explorer(paths, folder, options)
         space = explorer.space
         basis = Plane(space.gram())
         if basis.is_flat:
@@ -108,7 +102,7 @@ def plane(
         ys = _axis([y for _, y in basis.corners], size)
         places = [space.place(number) for number in range(3)]
         places += [Place(basis.coefficients(x, y)) for y in ys for x in xs]
-        values = explorer.evaluate("plane", places, progress)
+        values = explorer.evaluate("plane", places)
         corners = [
             {"checkpoint": name, "x": x, "y": y}
             | {metric: numbers[place] for metric, numbers in values.items()}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.model.making import random_state_kept
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
     from ckptavg.landscape.places import Space
     from ckptavg.landscape.result import Landscape
-    from ckptavg.options import Progress
 
 _STEPS = 11
 _BY_ITSELF = 0.5
@@ -72,8 +70,6 @@ def rays(
     directions: int = 10,
     distances: Sequence[float] | None = None,
     steps: int = _STEPS,
-    ranks: Ranks = ALONE,
-    progress: Progress | None = None,
 ) -> Landscape:
     """Evaluate along random directions from each of some weights.
 
@@ -85,8 +81,6 @@ def rays(
         distances: along them, 0 first; None for `steps`, up to twice the distance of the first two
             weights, or half of the norm of the parameters of one.
         steps: how many distances there are then.
-        ranks: the processes that share the points.
-        progress: hears of each point.
 
     Raises:
         CkptAvgError: the checkpoints do not fit the model or each other, or evaluating failed.
@@ -94,14 +88,14 @@ def rays(
     """
     if directions < 1:
         raise SelectionError(f"at least 1 direction is needed, not {directions}")
-    with ranks.together():
-        explorer = Explorer(paths, folder, options, ranks)
+    with options.ranks.together():
+        explorer = Explorer(paths, folder, options)
         space = explorer.space
         along = tuple(distances or _distances(space, steps))
         _check(along)
         numbers = range(len(paths)), range(directions)
         places = [space.place(*each) for each in itertools.product(*numbers, along)]
-        values = explorer.evaluate("rays", places, progress)
+        values = explorer.evaluate("rays", places)
         axes = {"checkpoint": explorer.names, "direction": range(directions), "distance": along}
         return explorer.landscape("rays", axes, values)
 

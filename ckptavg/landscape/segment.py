@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError
 from ckptavg.landscape.explore import ExploreOptions, Explorer
 from ckptavg.landscape.places import Place
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.landscape.result import Landscape
-    from ckptavg.options import Progress
 
 _POSITIONS = tuple(map(float, np.linspace(-0.5, 1.5, 21)))
 
@@ -32,8 +30,6 @@ def segment(
     options: ExploreOptions,
     *,
     positions: Sequence[float] = _POSITIONS,
-    ranks: Ranks = ALONE,
-    progress: Progress | None = None,
 ) -> Landscape:
     """Evaluate along the line through two weights.
 
@@ -42,8 +38,6 @@ def segment(
         folder: where points are kept, so that a run that was killed goes on.
         options: how points are evaluated.
         positions: 0 is the first of the weights, 1 the second.
-        ranks: the processes that share the points.
-        progress: hears of each point.
 
     Raises:
         CkptAvgError: the checkpoints do not fit the model or each other, or evaluating failed.
@@ -52,8 +46,8 @@ def segment(
     if len(paths) != 2:  # noqa: PLR2004
         raise SelectionError(f"a segment is between 2 checkpoints, not {len(paths)}")
     along = tuple(dict.fromkeys(positions))
-    with ranks.together():
-        explorer = Explorer(paths, folder, options, ranks)
+    with options.ranks.together():
+        explorer = Explorer(paths, folder, options)
         places = [Place((1 - position, position)) for position in along]
-        values = explorer.evaluate("segment", places, progress)
+        values = explorer.evaluate("segment", places)
         return explorer.landscape("segment", {"position": along}, values)

@@ -618,7 +618,7 @@ class TestJournal:
             raise error
 
         with pytest.raises(type(error)) as caught:
-            rays(PATHS[:1], Path("o"), options(), **self.one, progress=progress)
+            rays(PATHS[:1], Path("o"), options(progress=progress), **self.one)
         assert caught.value is error
 
     def test_what_objects_gave_is_not_taken_for_what_others_give(self):

@@ -196,7 +196,8 @@ def write_averages(
     members = _all_members(run, recipes)
     read, skipped = without_skipped(members, [recipe.last for recipe in recipes], options)
     contributing = dict(zip(members, read, strict=True))
-    log_other_state_dicts(members)
+    if options.key is None:
+        log_other_state_dicts(members)
     if len(members) == 1:
         name = printable(members[0].name)
         log.warning("only one checkpoint: the output is a copy of %s", name)

@@ -32,11 +32,12 @@ from ckptavg.batchnorm.layers import (
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
+from ckptavg.batchnorm.setting import undo_eval
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.tensors import is_norm_statistic
-from ckptavg.model.factories import load_object
+from ckptavg.model.factories import load_object, user_code
 from ckptavg.model.feeding import limited
 from ckptavg.model.loading import check_ignore, load_weights, unwrapped
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
@@ -114,6 +115,8 @@ def _refreshed(
     sources = (checkpoint, *reversed(options.members))
     model = make_model(options.model, options.model_args, options.device, sources)
     check_ignore(options.ignore, model, [checkpoint])
+    was_training = model.training
+    undo_eval(model)
     loaded = load_weights(model, checkpoint, options.ignore)
     kept = layers_to_keep(model, loaded, checkpoint)
     layers = norm_layers(unwrapped(model))
@@ -134,7 +137,11 @@ def _refreshed(
         _explain_nothing(report, checkpoint, is_optional=options.is_optional)
     used = {layer.name: layers[layer.name] for layer in report.layers}
     _warn_of_uncounted(used, loaded)
-    return checkpoint.with_values(_statistics(used, loaded, checkpoint)), report, loaded
+    refreshed = checkpoint.with_values(_statistics(used, loaded, checkpoint))
+    if not was_training:
+        with user_code("the model's eval()"):
+            model.eval()
+    return refreshed, report, loaded
 
 
 def layers_to_keep(

@@ -88,6 +88,18 @@ def kept_in_eval(model: torch.nn.Module) -> list[KeptLayer]:
         ]
 
 
+def undo_eval(model: torch.nn.Module) -> None:
+    """Put a model into training mode, so that it undoes what its `eval()` may have done.
+
+    Weights that were merged would be taken for those of the checkpoint that is loaded.
+    """
+    if _has_own_train(model):
+        with user_code("the model's train()"):
+            model.train()
+    else:  # what else a `train` is may run a training
+        torch.nn.Module.train(model)
+
+
 def _has_own_train(module: torch.nn.Module) -> bool:
     """Whether it has a `train(mode)` of its own. Other methods of this name may run a training."""
     if isinstance(module, torch.jit.ScriptModule):

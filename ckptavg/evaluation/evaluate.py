@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
+from ckptavg.batchnorm.setting import undo_eval
 from ckptavg.errors import CkptAvgError
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
 from ckptavg.formats import open_checkpoint
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from ckptavg.formats.parts import PathLike
     from ckptavg.model.factories import Function, Loader, Model
     from ckptavg.options import Progress
+    from ckptavg.select.rules import Verdict
+    from ckptavg.select.run import Run
 
 log = logging.getLogger("ckptavg")
 
@@ -131,7 +134,9 @@ class Evaluation:
 @takes_fields_of(EvaluateOptions)
 @random_state_kept()
 def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) -> list[Evaluation]:
-    """Evaluate checkpoints on all of the loader's batches, in the order of training.
+    """Evaluate checkpoints on all of the loader's batches.
+
+    They come in the order of training, or as they were named if one of them has no step.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
@@ -145,17 +150,32 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
     with said_once():
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
         taken = chosen(select(run, rules))
+        steps = [verdict.step for verdict in taken]
+        if None in steps:
+            taken, steps = _as_named(run, taken)
         checkpoints = [verdict.checkpoint for verdict in taken]
         evaluator = Evaluator(options, checkpoints)
         evaluator.compare(checkpoints)
         found = []
-        for verdict in taken:
-            path = verdict.checkpoint.path
-            metrics = evaluator(open_checkpoint(path, key=key))
-            found.append(Evaluation(verdict.checkpoint.name, str(path), verdict.step, metrics))
+        for checkpoint, step in zip(checkpoints, steps, strict=True):
+            metrics = evaluator(open_checkpoint(checkpoint.path, key=key))
+            found.append(Evaluation(checkpoint.name, str(checkpoint.path), step, metrics))
             if options.progress is not None:
                 options.progress(1, len(taken))
     return found
+
+
+def _as_named(run: Run, taken: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:
+    """Verdicts in the order of the inputs, and the steps that the checkpoints record.
+
+    There are no steps if they are not of one unit.
+    """
+    inputs = {each.path: each.folder or each.path for each in run.candidates}
+    places = {path: number for number, path in enumerate(dict.fromkeys(inputs.values()))}
+    ordered = sorted(taken, key=lambda verdict: places[inputs[verdict.checkpoint.path]])
+    steps = [verdict.checkpoint.step for verdict in ordered]
+    units = {step[0] for step in steps if step is not None}
+    return ordered, [step[1] if step and len(units) == 1 else None for step in steps]
 
 
 def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
@@ -244,9 +264,7 @@ class Evaluator:
             UserCodeError: the user's code raised.
         """
         refresh = self._options.refresh
-        # Models may do more on a change of mode, such as to merge weights: that has to be undone.
-        with user_code("the model's train()"):
-            self._model.train()
+        undo_eval(self._model)
         for module, name, values in self._passing:
             module._buffers[name] = values.clone()  # noqa: SLF001
         loaded = load_weights(self._model, checkpoint, self._options.ignore)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ckptavg.errors import CkptAvgError, FormatError, SelectionError, printable
+from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord
 from ckptavg.formats.parts import is_remote
+from ckptavg.formats.statedict import without_names
 from ckptavg.formats.tensors import BY_CODE, Tensor, is_possible
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
     """
     path = file.path
     if key is not None:
-        raise SelectionError(f"no state dict {key!r} in it: it holds but one", path=path)
+        raise without_names(path, key)
     header = _read_header(file)
     try:
         library = _open_with_library(file, header)

@@ -223,6 +223,15 @@ def is_trainers_average(found: StateDicts, name: str) -> bool:
     return is_average(name) or "n_averaged" in found[name]
 
 
+def without_names(path: Path, key: str) -> SelectionError:
+    """The error for a file that is a state dict, where one of several is asked for."""
+    return SelectionError(
+        f"no state dict {key!r} in it: the whole file is one, without a name",
+        path=path,
+        remedy="use another command without `key` for it",
+    )
+
+
 def choose(path: Path, found: StateDicts, key: str | None) -> str:
     """Choose the state dict that is meant; SelectionError where that is unclear."""
     if key is not None and key in found:
@@ -231,6 +240,8 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
         raise NoStateDictError("no state dict found in it", path=path)
     top = "the tensors at the top" if len(found) > 1 else "the whole file"
     names = ", ".join(printable(name) or top for name in found)
+    if key is not None and list(found) == [""]:
+        raise without_names(path, key)
     if key is not None:
         message = f"no state dict {key!r} in it; there are: {names}"
         raise SelectionError(message, path=path, choices=tuple(found))

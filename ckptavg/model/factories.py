@@ -71,6 +71,11 @@ _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
         "say how the model is called with a batch: `forward`, a function of model and batch",
     ),
     (
+        Exception,
+        r"[Tt]argets? .*not be none|[Tt]argets .*in training mode",
+        "in training mode the model wants its targets: use `train_mode` norm, or a `forward`",
+    ),
+    (
         RuntimeError,
         "does not require grad",
         "no gradients are computed here: use torch.enable_grad() in a function given as `forward`",

@@ -169,6 +169,19 @@ class TestEachCheckpoint:
         metrics()
         assert len(train.MADE) == 1
 
+    def test_stands_where_it_was_named_if_one_has_no_step(self, states):
+        torch.save(states[1], "an_average.pt")
+        for number, name in enumerate(("b.ckpt", "c.ckpt")):
+            torch.save({"state_dict": states[2 + number], "global_step": 10 * (1 - number)}, name)
+        paths = [Path("b.ckpt"), Path("c.ckpt"), Path("an_average.pt")]
+        for order in (paths, paths[::-1]):
+            found = evaluate(order, **options())
+            assert [one.checkpoint for one in found] == [path.name for path in order]
+            steps = {one.checkpoint: one.step for one in found}
+            assert steps == {"b.ckpt": 10, "c.ckpt": 0, "an_average.pt": None}
+        found = evaluate(["an_average.pt", "run"], **options())
+        assert [one.checkpoint for one in found][:2] == ["an_average.pt", "run/step_0.pt"]
+
     def test_is_evaluated_in_the_order_of_training_and_named(self):
         paths = [Path("run/step_3.pt"), Path("run/step_0.pt")]
         found = evaluate(paths, **options(metric="loss"))

@@ -220,6 +220,10 @@ class TestUserCode:
                 "`forward`",
             ),
             (RuntimeError("element 0 of tensors does not require grad"), "torch.enable_grad"),
+            (
+                AssertionError("targets should not be none when in training mode"),
+                "`train_mode` norm",
+            ),
         ],
         ids=lambda value: type(value).__name__,
     )

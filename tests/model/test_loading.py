@@ -354,3 +354,35 @@ def test_what_an_average_leaves_out_its_refresh_does_not_look_for(user_folder):
     specs = ("--model", "mine.py:Net", "--loader", "mine.py:loader", "--skip", "total_ops")
     run("average", "run", "-o", "swa.pt", *specs)
     assert torch.load("swa.pt").keys() == Net().state_dict().keys()
+
+
+class Merging(Net):
+    """Merges a change into its weights in eval mode, as layers of LoRA do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.full((6, 5), 0.5))
+        self.is_merged = False
+
+    def train(self, mode=True):  # noqa: FBT002 - torch's
+        super().train(mode)
+        if mode == self.is_merged:
+            self.body.weight.data += -self.change.data if mode else self.change.data
+            self.is_merged = not mode
+        return self
+
+    def forward(self, values):
+        change = 0 if self.is_merged else values @ self.change.T
+        return self.head(self.norm(self.body(values) + change))
+
+
+def test_a_model_that_comes_merged_is_refreshed_with_the_weights_of_the_checkpoint():
+    state = Merging().state_dict()
+    state["change"] = torch.randn(6, 5)
+    expected = refresh(state, Merging())
+    model = Merging().eval()
+    assert model.is_merged
+    refreshed = refresh(state, model)
+    assert all(torch.equal(refreshed[name], value) for name, value in expected.items())
+    assert model.is_merged
+    assert not model.training

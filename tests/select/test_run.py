@@ -313,8 +313,16 @@ class TestDiscovery:
             ckptavg.average(tmp_path, tmp_path / "out.safetensors")
         assert "there is also state_dict_ema, which `key` chooses" in caplog.text
         assert load_file(tmp_path / "out.safetensors")["w"][0] == 0.5
+        caplog.clear()
         ckptavg.average(tmp_path, tmp_path / "ema.safetensors", key="state_dict_ema")
+        assert "there is also" not in caplog.text
         assert load_file(tmp_path / "ema.safetensors")["w"][0] == 10.5
+
+    @pytest.mark.parametrize("kind", ["safetensors", "pt"])
+    def test_a_key_of_a_bare_state_dict_is_an_error_that_says_what_to_do(self, kind, tmp_path):
+        save_run(tmp_path, [state(1)], kind)
+        with pytest.raises(SelectionError, match=r"is one, without a name; .* without `key`"):
+            ckptavg.average(tmp_path, tmp_path / "out.safetensors", key="ema")
 
     def test_more_files_than_may_be_open_at_once(self, tmp_path):
         for step in range(130):

@@ -549,13 +549,25 @@ class TestQuantised:
             {"a.weight": torch.ones(4).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(1)},
             {"weight": torch.ones(4, dtype=torch.int8), "weight_scale": torch.ones(1)},
             {"a.W_q": torch.ones(4, dtype=torch.uint8), "a.scale": torch.ones(1)},
+            {"a.weight._data": torch.ones(4, dtype=torch.int8), "a.weight._scale": torch.ones(1)},
+            {"a._weight_qdata": torch.ones(4).char(), "a._weight_scale": torch.ones(1)},
+            {"a.up_blocks": torch.ones(4).byte(), "a.up_scales": torch.ones(4).byte()},
+            {"a.weight": torch.ones(4).byte(), "a.weight_scale_2": torch.ones(1)},
+            {"a.q_weight": torch.ones(4).int(), "a.q_scale": torch.ones(1).int()},
+            {
+                "a.codes": torch.ones(4).short(),
+                "a.codebooks": torch.ones(4),
+                "a.scales": torch.ones(1),
+            },
         ],
+        ids=lambda state: next(iter(state)),
     )
-    def test_codes_with_scales_are_refused(self, tmp_path, state):
+    @pytest.mark.parametrize("ints", ["equal", "last"])
+    def test_codes_with_scales_are_refused(self, tmp_path, state, ints):
         unlike = [state | {"z": torch.full((1,), value)} for value in (1.0, 2.0)]
         save_run(tmp_path / "run", unlike)
         with pytest.raises(FormatError, match="quantised"):
-            ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+            ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", ints=ints)
 
     def test_a_scale_beside_plain_weights_or_a_mask_is_a_parameter(self, tmp_path):
         states = [
@@ -568,6 +580,26 @@ class TestQuantised:
         ]
         save_run(tmp_path / "run", states)
         ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+
+
+def test_metadata_that_are_true_of_the_last_checkpoint_alone_go(tmp_path):
+    (tmp_path / "run").mkdir()
+    untrue = (
+        "sshs_model_hash",
+        "sshs_legacy_hash",
+        "modelspec.hash_sha256",
+        "ss_epoch",
+        "ss_steps",
+    )
+    true = {"ss_network_dim": "8", "modelspec.title": "mine", "format": "pt"}
+    for number in range(2):
+        path = tmp_path / "run" / f"step_{number}.safetensors"
+        save_file({"w": torch.randn(2)}, path, dict.fromkeys(untrue, "1") | true)
+    ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata.pop("ckptavg")
+    assert metadata == true
 
 
 class TestNames:

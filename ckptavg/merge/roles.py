@@ -33,6 +33,9 @@ Role = Literal["averaged", "last", "kept", "joined"]
 checkpoints have (`kept`), or the factors of all LoRA adapters side by side (`joined`)."""
 
 _WIDEST_CODE = 8  # bits
+# Beside a scale. `_data` is quanto's, `_blocks` that of MX, `_weight_qdata` torchao's.
+_CODES = re.compile(r"(.*\.)?(w|W|q|_?weight|_data|[^.]*_blocks)[^.]*")
+_WIDE_CODES = re.compile(r"(.*\.)?(q_weight|codes)")  # EXL2 and AQLM
 _QUANTISED = re.compile(
     r"(.*\.)?(qweight|qzeros|weight_packed|W_q|SCB|absmax|nested_absmax|quant_map|quant_state\..*"
     r"|scaled_fp8)"
@@ -189,5 +192,5 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 def _may_be_codes(name: str, tensor: Tensor) -> bool:
     if tensor.dtype.bits > _WIDEST_CODE:
-        return False
-    return tensor.dtype.averaged or name.rpartition(".")[2].startswith(("weight", "w", "W", "q"))
+        return not tensor.dtype.averaged and _WIDE_CODES.fullmatch(name) is not None
+    return tensor.dtype.averaged or _CODES.fullmatch(name) is not None

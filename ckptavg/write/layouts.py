@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["safetensors", "torch", "container", "directory"]
 _SAFETENSORS = ".safetensors"
+# What LoRA trainers record of the last checkpoint alone: hashes of its weights, and its counters.
+_UNTRUE = re.compile(r"sshs_\w+|modelspec\.hash_\w+|ss_(epoch|steps)")
 _TORCH = tuple(suffix for suffix in SUFFIXES if suffix != _SAFETENSORS)
 
 
@@ -145,7 +148,8 @@ def lay_out(
     Raises:
         OutputError: the kind of output cannot hold the tensors.
     """
-    metadata = {"format": "pt", **last.metadata, PROVENANCE: encode_provenance(provenance)}
+    kept = {name: text for name, text in last.metadata.items() if not _UNTRUE.fullmatch(name)}
+    metadata = {"format": "pt", **kept, PROVENANCE: encode_provenance(provenance)}
     if target.kind == "container":
         return lay_out_container(target.path, tensors, metadata, last, mirrored=mirrored)
     if target.kind == "torch":

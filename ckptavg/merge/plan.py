@@ -5,7 +5,6 @@ Everything that can be refused from headers alone is refused here, before any ou
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from ckptavg.merge.recipe import AverageOptions, Recipe
     from ckptavg.merge.roles import Role
     from ckptavg.merge.weights import Weights
-
-log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True, slots=True)

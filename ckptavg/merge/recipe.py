@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
 
-
-log = logging.getLogger("ckptavg")
 
 _RECORDED = (
     *("dtype", "skip", "take_last", "ints", "norm_stats", "lora"),

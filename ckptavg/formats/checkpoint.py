@@ -20,6 +20,7 @@ PROVENANCE = "ckptavg"
 _PIECE = 1 << 20
 # Prefixes that DistributedDataParallel, torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
+_COMPILED = "._orig_mod."
 _COUNTERS = ("n_averaged", "steps")
 STEP_NAMES = ("global_step", "step", "epoch")
 SAMPLE_BYTES = 512
@@ -214,13 +215,14 @@ def span_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Checkpoint, str]:
-    """Remove the prefix that DistributedDataParallel, torch.compile or AveragedModel add to names.
+    """Remove what DistributedDataParallel, torch.compile or AveragedModel add to names.
 
+    That is a prefix on all of them, and `_orig_mod.` within them, where a submodule is compiled.
     The counters of torch's `AveragedModel` and of MMEngine's averages, `n_averaged` and `steps`
     beside names in `module.`, are not part of the model and are removed in any case.
 
     Returns:
-        The checkpoint and the prefix that was removed; empty where there was none.
+        The checkpoint and what was removed from names; empty where that was nothing.
     """
     wrapper, names = "", list(checkpoint.tensors)
     while True:
@@ -232,32 +234,33 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
                 break
         else:
             break
-    if not wrapper:
+    is_compiled = any(_COMPILED in name for name in names)
+    if not wrapper and not is_compiled:
         return checkpoint, ""
+
+    def plain(name: str) -> str:
+        return name if keep_prefix else name.removeprefix(wrapper).replace(_COMPILED, ".")
+
     prefix = "" if keep_prefix else wrapper
-    tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
     versions = checkpoint.module_versions and {
-        f"{module}.".removeprefix(prefix).removesuffix("."): facts
+        plain(f"{module}.").removesuffix("."): facts
         for module, facts in checkpoint.module_versions.items()
         if f"{module}.".startswith(prefix)
     }
-    entries = {name.removeprefix(prefix): value for name, value in checkpoint.other_entries.items()}
     # safetensors' save_model records the names of tied tensors that it leaves out as metadata.
     metadata = dict(
-        (alias.removeprefix(prefix), name.removeprefix(prefix))
-        if name in checkpoint.tensors
-        else (alias, name)
+        (plain(alias), plain(name)) if name in checkpoint.tensors else (alias, name)
         for alias, name in checkpoint.metadata.items()
     )
     unwrapped = replace(
         checkpoint,
-        tensors=tensors,
+        tensors={plain(name): checkpoint.tensors[name] for name in names},
         module_versions=versions,
         metadata=metadata,
-        names=tuple(name.removeprefix(prefix) for name in checkpoint.names),
-        other_entries=entries,
+        names=tuple(map(plain, checkpoint.names)),
+        other_entries={plain(name): value for name, value in checkpoint.other_entries.items()},
     )
-    return unwrapped, prefix
+    return unwrapped, prefix or (_COMPILED[1:] if is_compiled and not keep_prefix else "")
 
 
 def have_equal_headers(first: Checkpoint, other: Checkpoint) -> bool:

@@ -181,7 +181,7 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
         each.checkpoint = checkpoint
     for prefix, count in prefixes.items():
         if prefix:
-            log.info("took the wrapper's prefix %r off all names in %d checkpoints", prefix, count)
+            log.info("took the wrapper's %r off names in %d checkpoints", prefix, count)
 
 
 def _log_averages(candidates: Sequence[Candidate]) -> None:

@@ -166,7 +166,7 @@ def refusal(path, kind: type[CkptAvgError] = FormatError, key=None):
 
 def small_model() -> torch.nn.Module:
     """A convolution, a norm layer and a linear layer."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
     )

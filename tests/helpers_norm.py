@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 def make(name: str, seed: int = 0) -> Any:
     """A model whose every tensor differs from what a fresh one has."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = MODELS[name][0]()
     disturb(model)
     return model

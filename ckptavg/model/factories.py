@@ -193,10 +193,11 @@ def _imported(path: Path) -> ModuleType | None:
     """The module that a file was imported as, by us or by others."""
     # Looking into each of thousands of modules takes longer than a small model's evaluation.
     ends = (path.stem, path.parent.name)  # a package's `__init__.py` is imported by its folder
-    for name, module in list(sys.modules.items()):
+    for name in (path.stem, *sys.modules):
         if name == "__main__" or not name.endswith(ends):
             continue
         # Not by `getattr`: some modules import more when they are asked for an attribute.
+        module = sys.modules.get(name)
         file = getattr(module, "__dict__", {}).get("__file__")
         if isinstance(file, str) and Path(file).resolve() == path:
             return module

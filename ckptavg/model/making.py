@@ -27,7 +27,10 @@ def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's generators, which users' code draws from."""
     random.seed(seed)
     np.random.seed(seed % (1 << 32))  # noqa: NPY002
-    torch.manual_seed(seed % (1 << 64))
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed % (1 << 64))
+    else:  # for each kind of device that is not there, the other would keep a stack trace
+        torch.default_generator.manual_seed(seed % (1 << 64))
 
 
 class RandomState:

@@ -145,7 +145,7 @@ def net():
 
 
 def disturbed(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     with torch.no_grad():
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point():

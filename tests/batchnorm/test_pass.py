@@ -33,7 +33,7 @@ from tests.helpers_norm import (
 
 def wide_net():
     """Layers of 64 to 256 channels, with a value of each for an example: the slowest to know."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return nn.Sequential(
         *(nn.Linear(256, 128), nn.BatchNorm1d(128), nn.ReLU()),
         *(nn.Linear(128, 256), nn.BatchNorm1d(256), nn.ReLU()),

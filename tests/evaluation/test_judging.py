@@ -61,7 +61,7 @@ def constant(model, batches):
 
 
 def trained():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model = Net().train()
     steps = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(30):

@@ -101,8 +101,8 @@ def classification(
 
     Args:
         model: in eval mode.
-        batches: each begins with inputs and targets, or is a dict with `labels`; these are
-            classes, `[batch, ...]`, unless the model has a loss of its own.
+        batches: each begins with inputs and targets, or is a dict with `labels`, or a batch of
+            graphs with `y`. These are classes, `[batch, ...]`, unless the model has a loss.
         forward: called with model and batch; returns scores `[batch, classes, ...]`, or what has
             them as `logits`.
 
@@ -148,16 +148,15 @@ def classification(
 
 
 def _targets(batch: Any) -> torch.Tensor:  # noqa: ANN401
-    """What comes behind the inputs in a batch, or the labels of a dict.
+    """What comes behind the inputs in a batch, the labels of a dict, or the `y` of graphs.
 
     Raises:
         CkptAvgError: there is nothing.
     """
-    targets = None
-    if isinstance(batch, Mapping):
-        targets = batch.get("labels")
-    elif isinstance(batch, list | tuple) and len(batch) > 1:
-        targets = batch[1]
+    if isinstance(batch, list | tuple):
+        targets = batch[1] if len(batch) > 1 else None
+    else:
+        targets = batch.get("labels") if isinstance(batch, Mapping) else attribute_of(batch, "y")
     if not isinstance(targets, torch.Tensor):
         raise CkptAvgError(
             "the loader's batches are neither (inputs, targets) nor dicts with labels",

@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
@@ -12,9 +11,10 @@ from torchvision.models.detection import RetinaNet, anchor_utils, retinanet
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 COMMANDS = """
+ckptavg average ckpts -o swa.safetensors --last 5
 ckptavg bn-refresh swa.safetensors -o refreshed.safetensors \
     --model detection.py:make_model --loader detection.py:train_loader --forward detection.py:call
-ckptavg evaluate ckpts/model_8.pth swa.safetensors refreshed.safetensors by_hand.safetensors \
+ckptavg evaluate ckpts/model_8.pth swa.safetensors refreshed.safetensors \
     --model detection.py:make_model --loader detection.py:held_out --metric detection.py:recall
 """
 
@@ -87,13 +87,6 @@ def main():
             sum(model(images, targets).values()).backward()
             optimizer.step()
         torch.save({"model": model.state_dict(), "epoch": epoch}, f"ckpts/model_{epoch}.pth")
-
-    subprocess.run(["sh", "-exc", "ckptavg average ckpts -o swa.safetensors --last 5"], check=True)
-    model.load_state_dict(load_file("swa.safetensors"))
-    with torch.no_grad():  # the refresh by hand, of the head alone
-        inputs = [model.transform(list(images))[0].tensors for images, _ in train_loader()]
-        update_bn([([model.backbone(images)],) for images in inputs], model.head)
-    save_file(model.state_dict(), "by_hand.safetensors")
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

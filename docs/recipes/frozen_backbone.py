@@ -4,15 +4,14 @@ import subprocess
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 COMMANDS = """
+ckptavg average ckpts -o swa.safetensors --last 5
 ckptavg bn-refresh swa.safetensors -o refreshed.safetensors \
     --model frozen_backbone.py:Net --loader frozen_backbone.py:train_loader
-ckptavg evaluate ckpts/epoch_7.pt swa.safetensors refreshed.safetensors by_hand.safetensors \
+ckptavg evaluate ckpts/epoch_7.pt swa.safetensors refreshed.safetensors \
     --model frozen_backbone.py:Net --loader frozen_backbone.py:held_out
 """
 
@@ -74,13 +73,6 @@ def main():
     Path("ckpts").mkdir()
     for checkpoint in fit(model, epochs=8, gain=3):
         torch.save(checkpoint, f"ckpts/epoch_{checkpoint['epoch']}.pt")
-
-    subprocess.run(["sh", "-exc", "ckptavg average ckpts -o swa.safetensors --last 5"], check=True)
-    model.load_state_dict(load_file("swa.safetensors"))
-    # By hand; `update_bn(loader, model)` would reset the backbone's statistics to 0 and 1.
-    with torch.no_grad():
-        update_bn([model.eval().backbone(images) for images, _ in train_loader()], model.head)
-    save_file(model.state_dict(), "by_hand.safetensors")
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

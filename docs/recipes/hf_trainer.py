@@ -3,23 +3,18 @@
 import subprocess
 
 import torch
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 COMMANDS = """
+ckptavg average run -o swa/ --start 50%
 ckptavg bn-refresh swa/ -o refreshed/ \
-    --model hf_trainer.py:make_model --loader hf_trainer.py:train_loader
-ckptavg evaluate run/checkpoint-320 swa/ refreshed/ by_hand/ \
-    --model hf_trainer.py:make_model --loader hf_trainer.py:held_out --metric hf_trainer.py:accuracy
+    --model transformers:AutoModelForImageClassification.from_pretrained \
+    --model-arg pretrained_model_name_or_path=swa --loader hf_trainer.py:train_loader
+ckptavg evaluate run/checkpoint-320 swa/ refreshed/ \
+    --model transformers:AutoModelForImageClassification.from_pretrained \
+    --model-arg pretrained_model_name_or_path=swa --loader hf_trainer.py:held_out
 """
-
-
-def make_model():
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4
-    )
-    return ResNetForImageClassification(config)
 
 
 def data(seed, count):
@@ -40,11 +35,6 @@ def held_out():
     return DataLoader(data(2, 1000), batch_size=100)
 
 
-def accuracy(model, batches):
-    hits = [model(b["pixel_values"]).logits.argmax(1) == b["labels"] for b in batches]
-    return torch.cat(hits).float().mean()
-
-
 def main():
     arguments = TrainingArguments(
         "run",
@@ -58,12 +48,9 @@ def main():
         use_cpu=True,
     )
     torch.manual_seed(0)
-    Trainer(make_model(), arguments, train_dataset=data(1, 512)).train()
-
-    subprocess.run(["sh", "-exc", "ckptavg average run -o swa/ --start 50%"], check=True)
-    model = ResNetForImageClassification.from_pretrained("swa")
-    update_bn((batch["pixel_values"] for batch in train_loader()), model)  # the refresh by hand
-    model.save_pretrained("by_hand")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic", num_labels=4))
+    Trainer(model, arguments, train_dataset=data(1, 512)).train()
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

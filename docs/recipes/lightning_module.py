@@ -9,19 +9,19 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 COMMANDS = """
+ckptavg average ckpts -o swa.ckpt --container last --start 50%
 ckptavg bn-refresh swa.ckpt -o refreshed.ckpt --container last \
-    --model lightning_module.py:LitModel --model-arg width=24 --loader lightning_module.py:Data
-ckptavg evaluate ckpts/last.ckpt swa.ckpt refreshed.ckpt by_hand.ckpt \
-    --model lightning_module.py:LitModel --model-arg width=24 --loader lightning_module.py:held_out
+    --model lightning_module.py:LitModel --loader lightning_module.py:Data
+ckptavg evaluate ckpts/last.ckpt swa.ckpt refreshed.ckpt \
+    --model lightning_module.py:LitModel --loader lightning_module.py:Data
 """
 
 
 class LitModel(lightning.LightningModule):
-    def __init__(self, width=16):
+    def __init__(self, width):
         super().__init__()
         self.save_hyperparameters()
         first = nn.Linear(10, width), nn.BatchNorm1d(width), nn.ReLU()
@@ -32,53 +32,34 @@ class LitModel(lightning.LightningModule):
         return self.layers(inputs)
 
     def training_step(self, batch, _):
-        inputs, labels = batch
-        return nn.functional.cross_entropy(self(inputs), labels)
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
 
 
 class Data(lightning.LightningDataModule):
-    def setup(self, stage):  # noqa: ARG002 - Lightning passes it
-        self.train_data, self.test_data = data(1, 600), data(2, 1000)
-
     def train_dataloader(self):
         shuffle = torch.Generator().manual_seed(0)
-        return DataLoader(self.train_data, batch_size=30, shuffle=True, generator=shuffle)
+        return DataLoader(data(1, 600), batch_size=30, shuffle=True, generator=shuffle)
 
-    def test_dataloader(self):
-        return DataLoader(self.test_data, batch_size=100)
+    def val_dataloader(self):
+        return DataLoader(data(2, 1000), batch_size=100)
 
 
 def data(seed, count):
     """Points `[count, 10]`, of which the signs of two products are the four classes."""
-    torch.manual_seed(seed)
-    inputs = torch.randn(count, 10)
+    inputs = torch.randn(count, 10, generator=torch.Generator().manual_seed(seed))
     labels = 2 * (inputs[:, 0] * inputs[:, 1] > 0) + (inputs[:, 2] * inputs[:, 3] > 0)
     return TensorDataset(inputs, labels)
-
-
-def held_out():
-    module = Data()
-    module.setup("test")
-    return module.test_dataloader()
 
 
 def main():
     lightning.seed_everything(0)
     keep = ModelCheckpoint("ckpts", save_top_k=-1, save_last=True)
-    trainer = lightning.Trainer(
-        max_epochs=12, callbacks=[keep], accelerator="cpu", logger=False, enable_progress_bar=False
-    )
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_epochs=12, callbacks=[keep], limit_val_batches=0, **options)
     trainer.fit(LitModel(width=24), Data())
-
-    average = "ckptavg average ckpts -o swa.ckpt --container last --start 50%"
-    subprocess.run(["sh", "-exc", average], check=True)
-    model, module = LitModel.load_from_checkpoint("swa.ckpt"), Data()
-    module.setup("fit")
-    update_bn(module.train_dataloader(), model)  # the refresh by hand
-    torch.save({"state_dict": model.state_dict()}, "by_hand.ckpt")
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

@@ -4,15 +4,14 @@ import subprocess
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 COMMANDS = """
+ckptavg average ckpts -o swa.safetensors --last 5
 ckptavg bn-refresh swa.safetensors -o refreshed.safetensors \
     --model segmentation.py:make_model --loader segmentation.py:train_loader
-ckptavg evaluate ckpts/epoch_7.pt swa.safetensors refreshed.safetensors by_hand.safetensors \
+ckptavg evaluate ckpts/epoch_7.pt swa.safetensors refreshed.safetensors \
     --model segmentation.py:make_model --loader segmentation.py:held_out \
     --metric segmentation.py:mean_iou
 """
@@ -64,11 +63,6 @@ def main():
             nn.functional.cross_entropy(model(images), masks).backward()
             optimizer.step()
         torch.save({"model": model.state_dict(), "epoch": epoch}, f"ckpts/epoch_{epoch}.pt")
-
-    subprocess.run(["sh", "-exc", "ckptavg average ckpts -o swa.safetensors --last 5"], check=True)
-    model.load_state_dict(load_file("swa.safetensors"))
-    update_bn(train_loader(), model)  # the refresh by hand
-    save_file(model.state_dict(), "by_hand.safetensors")
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

@@ -4,17 +4,16 @@ import subprocess
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 COMMANDS = """
+ckptavg average ckpts -o swa.safetensors --key generator --last 8
 ckptavg bn-refresh swa.safetensors -o refreshed.safetensors \
     --model spectral_gan.py:make_generator --loader spectral_gan.py:noise_loader
 ckptavg evaluate ckpts/step_800.pt --key generator --metric spectral_gan.py:energy_distance \
     --model spectral_gan.py:make_generator --loader spectral_gan.py:held_out
-ckptavg evaluate swa.safetensors refreshed.safetensors by_hand.safetensors \
-    --metric spectral_gan.py:energy_distance \
+ckptavg evaluate swa.safetensors refreshed.safetensors --metric spectral_gan.py:energy_distance \
     --model spectral_gan.py:make_generator --loader spectral_gan.py:held_out
 """
 
@@ -75,19 +74,6 @@ def main():
                 "discriminator": discriminator.state_dict(),
             }
             torch.save(both | {"step": step}, f"ckpts/step_{step}.pt")
-
-    average = "ckptavg average ckpts -o swa.safetensors --key generator --last 8"
-    subprocess.run(["sh", "-exc", average], check=True)
-    generator.load_state_dict(load_file("swa.safetensors"))
-    generator.eval()  # by hand: `update_bn` would start power iterations of spectral norm
-    for norm in (module for module in generator if isinstance(module, nn.BatchNorm1d)):
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for noise in noise_loader():
-            generator(noise)
-    save_file(generator.state_dict(), "by_hand.safetensors")
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

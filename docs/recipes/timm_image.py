@@ -7,13 +7,13 @@ import timm
 import torch
 from timm.utils import CheckpointSaver
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 COMMANDS = """
+ckptavg average ckpts -o swa.pth.tar --last 5
 ckptavg bn-refresh swa.pth.tar -o refreshed.pth.tar --model timm:create_model \
     --model-arg model_name=test_resnet --model-arg num_classes=4 --loader timm_image.py:train_loader
-ckptavg evaluate ckpts/last.pth.tar swa.pth.tar refreshed.pth.tar by_hand.pth.tar \
+ckptavg evaluate ckpts/last.pth.tar swa.pth.tar refreshed.pth.tar \
     --model timm:create_model --model-arg model_name=test_resnet --model-arg num_classes=4 \
     --loader timm_image.py:held_out
 """
@@ -49,12 +49,6 @@ def main():
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
         saver.save_checkpoint(epoch)
-
-    average = "ckptavg average ckpts -o swa.pth.tar --last 5"
-    subprocess.run(["sh", "-exc", average], check=True)
-    timm.models.load_checkpoint(model, "swa.pth.tar")
-    update_bn(train_loader(), model)  # the refresh by hand
-    torch.save({"state_dict": model.state_dict()}, "by_hand.pth.tar")
     subprocess.run(["sh", "-exc", COMMANDS], check=True)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg.errors import FormatError, NoStateDictError, SelectionError, printable
 from ckptavg.formats.pickled import ModuleReader, Placeholder, is_module, is_tensor
-from ckptavg.formats.words import is_average
+from ckptavg.formats.words import is_average, words_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,11 +150,7 @@ def is_training(name: str) -> bool:
     """Whether a name says that it holds the state of the training: an optimizer or the like."""
     if name == "frozen_param_fragments":  # DeepSpeed's, of weights that `module` has whole
         return True
-    return any(word.startswith(_TRAINING) for word in _words(name))
-
-
-def _words(name: str) -> list[str]:
-    return re.split(r"[\W_]+", name.lower())
+    return any(word.startswith(_TRAINING) for word in words_in(name))
 
 
 def check_kind(path: Path, root: object, found: StateDicts) -> None:

@@ -208,7 +208,7 @@ def _entries(folder: Path) -> list[str]:
 
 def _strangers(folder: Path, names: Collection[str]) -> list[str]:
     """The files in a directory, weights aside, that the directory replacing it would not have."""
-    weights = huggingface.weight_files(folder) if huggingface.matches(folder) else ()
+    weights = huggingface.weight_files(folder)
     strangers = []
     for entry in sorted(folder.rglob("*")):
         name = entry.relative_to(folder).as_posix()

@@ -17,7 +17,7 @@ from ckptavg.formats.parts import as_paths
 from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
-from ckptavg.merge.names import without_skipped
+from ckptavg.merge.names import choose_tensors
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, recipes_of
 from ckptavg.merge.schemes import schemes_of
@@ -194,7 +194,7 @@ def write_averages(
         CkptAvgError: as `average` does.
     """
     members = _all_members(run, recipes)
-    read, skipped = without_skipped(members, [recipe.last for recipe in recipes], options)
+    read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
     contributing = dict(zip(members, read, strict=True))
     if options.key is None:
         log_other_state_dicts(members)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MOST_REMEDIES = 16  # more are not shown
 
 
-def without_skipped(
+def choose_tensors(
     members: Sequence[Checkpoint], last: Collection[Checkpoint], options: AverageOptions
 ) -> tuple[tuple[Checkpoint, ...], int]:
     """The members with the tensors that they contribute to an average.

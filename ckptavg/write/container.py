@@ -18,6 +18,7 @@ from ckptavg.formats import open_checkpoint, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE, span_elements, without_wrappers
 from ckptavg.formats.torchzip import Archive
 from ckptavg.merge.jobs import Checksum, FileLayout, Layout, OutputTensor, StoredTensor
+from ckptavg.write.torchzip import mention_kept
 from ckptavg.write.zipfile import CRC_IN_CENTRAL, CRC_IN_LOCAL, Zip
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def lay_out_container(
         OutputError: two tensors share bytes, so that each cannot have a value of its own.
     """
     file = last.parts[0]
+    mention_kept(last, last.other_entries)
     targets = [[last.tensors[tensor.names[0]]] for tensor in tensors]
     for key in last.other_keys:
         if mirrored and (last.key in _BESIDE_AVERAGE and key == "state_dict"):

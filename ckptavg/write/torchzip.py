@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import printable
+from ckptavg.errors import listed, printable
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.merge.jobs import FileLayout, Layout, OutputTensor, StoredTensor
 from ckptavg.write.pickling import pickle_entries, pickle_state_dict, pickle_tensor
@@ -45,6 +45,7 @@ def lay_out_torch(
         last.other_entries, dict(zip(last.inner_tensors, pickles[len(tensors) :], strict=True))
     )
     mention_left_out(name for name in last.other_entries if name not in entries)
+    mention_kept(last, entries)
     if not entries:
         inner, storages = [], [*tensors]
     values = {
@@ -76,6 +77,12 @@ def lay_out_torch(
             for tensor, start in zip(inner, starts[len(tensors) :], strict=True)
         ),
     )
+
+
+def mention_kept(last: Checkpoint, names: Iterable[str]) -> None:
+    """Report the entries that an output has as the last checkpoint has them."""
+    if shown := listed(names):
+        log.info("what is no tensor is as in %s: %s", printable(last.name), shown)
 
 
 def mention_left_out(names: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -117,9 +118,11 @@ def same(one: Any, other: Any) -> bool:
     [tensors, *PLAIN.values(), PLAIN],
     ids=["tensors", *PLAIN, "all of them"],
 )
-def test_the_last_one_s_is_kept_in_a_torch_file(tmp_path, state, bare):
+def test_the_last_one_s_is_kept_in_a_torch_file_and_said(tmp_path, state, bare, notices):
     saved = train(tmp_path / "run", state, bare=bare)
     ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+    [said] = [line for line in notices.messages if "what is no tensor" in line]
+    assert re.fullmatch(r"what is no tensor is as in \S+: 1\._extra_state", said)
     result = torch.load(tmp_path / "out.pt", weights_only=not needs_trust(tmp_path / "run"))
     assert result.keys() == saved[0].keys()
     assert same(result["1._extra_state"], saved[-1]["1._extra_state"])
@@ -247,7 +250,8 @@ def test_one_that_cannot_be_kept_does_not_take_the_others_with_it(tmp_path):
         }
         torch.save(root, tmp_path / "run" / f"step_{step}.pt")
     result = run("average", tmp_path / "run", "-o", tmp_path / "out.pt")
-    assert result.stderr == f"ckptavg: {LEFT_OUT}b._extra_state\n"
+    kept = "ckptavg: what is no tensor is as in step_1.pt: a._extra_state, c._extra_state\n"
+    assert result.stderr == f"ckptavg: {LEFT_OUT}b._extra_state\n{kept}"
     loaded = torch.load(tmp_path / "out.pt")
     assert loaded.keys() == {"weight", "a._extra_state", "c._extra_state"}
     assert loaded["a._extra_state"] == {"step": 1}

@@ -288,7 +288,7 @@ def _bytes(_unpickler: InertUnpickler, *arguments: object) -> object:
 
 def _bytearray(_unpickler: InertUnpickler, *arguments: object) -> object:
     match arguments:
-        case () | (bytes(),):
+        case () | (bytes(),) | (str(), "latin-1"):
             return bytearray(*arguments)
     return Placeholder("builtins.bytearray", arguments)
 

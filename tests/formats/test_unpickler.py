@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import builtins
 import collections
 import contextlib
@@ -219,6 +220,29 @@ def test_objects_of_all_kinds_pass_inertly(name, protocol):
     found = built(pickle.dumps({"object": OBJECTS[name], "as key": {}, "after": 7}, protocol))
     assert found["after"] == 7
     assert type(found["object"]).__module__.split(".")[0] in {"builtins", "ckptavg"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("value", [b"", b"a\xff\0", bytearray(), bytearray(b"a\xff\0")], ids=repr)
+def test_bytes_are_bytes_whatever_the_protocol(value, protocol):
+    found = built(pickle.dumps([value], protocol))
+    assert found == [value]
+    assert type(found[0]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "_codecs encode (3, 'latin1')", "_codecs encode ('a', 'rot13')", "builtins bytes (10,)",
+        "builtins bytearray (10,)", "builtins bytearray ('a', 'utf-16')",
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_bytes_is_a_placeholder(call):
+    module, name, arguments = call.split(" ", 2)
+    pickled = pickle.dumps(ast.literal_eval(arguments), 2)[2:-1]
+    found = built(b"\x80\2c" + f"{module}\n{name}\n".encode() + pickled + b"R.")
+    assert isinstance(found, Placeholder)
+    assert found.origin == f"{module}.{name}"
 
 
 @pytest.mark.parametrize("key", [Colour.RED, (1, ("a", (2, (3,)))), frozenset({1}), 2**100])

@@ -13,10 +13,14 @@ from typing import Any
 
 import pytest
 
+# Modules and tests are here to stay: the garbage collector would go through them again and again.
+gc.disable()
+
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector all modules and tests: it would go through them each time."""
+    """Have the garbage collector look after what comes from now on."""
     gc.freeze()
+    gc.enable()
 
 
 # Torch's threads wait for each other by spinning, which takes longer than the tests' small work.

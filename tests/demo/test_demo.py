@@ -21,8 +21,8 @@ from ckptavg.errors import CkptAvgError, OutputError
 from ckptavg.landscape.rays import rays
 from tests import helpers, ranks
 
-TINY = train.Budget(epochs=8, common=6, cycle=80)
-EPOCH = 40  # steps: 2,000 examples in batches of 50
+TINY = train.Budget(epochs=8, common=6, cycle=40)
+EPOCH = 20  # steps: 1,000 examples in batches of 50
 START, END = 6 * EPOCH, 8 * EPOCH
 NAMES = [
     "last iterate",
@@ -34,15 +34,17 @@ NAMES = [
 ]
 
 
-TESTED = 1_000  # examples, instead of 10,000
+TRAINED, TESTED = 1_000, 1_000  # examples, instead of 2,000 and 10,000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_work():
-    """Fewer test examples, and landscapes of a step in one direction."""
+    """Fewer examples, and landscapes of a step in one direction."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ckptavg.demo.run._STEPS", 1)
         patch.setattr("ckptavg.demo.run.rays", partial(rays, directions=1))
+        patch.setattr(train, "TRAIN_EXAMPLES", TRAINED)
+        patch.setattr(train, "STEPS_PER_EPOCH", EPOCH)
         patch.setattr(train, "TEST_EXAMPLES", TESTED)
         train.load_data.cache_clear()
         yield
@@ -95,7 +97,7 @@ def state_of(path):
 
 def test_data_are_few_and_a_fifth_of_the_labels_is_wrong():
     data = train.load_data()
-    assert data.train_signals.shape == (2_000, 1, 40)
+    assert data.train_signals.shape == (TRAINED, 1, 40)
     assert data.test_signals.shape[0] == data.test_labels.shape[0] == TESTED
     clean = np.tile(np.arange(10), 200)
     noisy = train.with_noise(clean)
@@ -124,7 +126,7 @@ def test_rates_are_conventional_then_cyclical(tiny):
         0.2 * max(0.01, 1 - 0.99 * max(0, step / END - 0.5) / 0.4) for step in range(1, END + 1)
     ]
     assert conventional == pytest.approx(expected)
-    assert cycles == pytest.approx([formula(i, 80, 0.2, 0.02) for i in range(1, 81)])
+    assert cycles == pytest.approx([formula(i, 40, 0.2, 0.02) for i in range(1, 41)])
 
 
 def test_every_epoch_is_saved(tiny):
@@ -197,8 +199,8 @@ def test_commands_work_as_printed_and_repeat_the_result(tiny, tmp_path):
     report, directory = tiny[:2]
     script = directory / "train.py"
     code = script.read_text()
-    assert code.count(" 10_000,") == 1
-    script.write_text(code.replace(" 10_000,", f" {TESTED},"))
+    assert code.count(" 2_000, 10_000,") == 1
+    script.write_text(code.replace(" 2_000, 10_000,", f" {TRAINED}, {TESTED},"))
     for line in report.commands:
         program, *words = shlex.split(line)
         assert program == "ckptavg"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.files import refresh_checkpoint as refresh_checkpoint
     from ckptavg.batchnorm.options import RefreshOptions as RefreshOptions
     from ckptavg.batchnorm.refresh import refresh_norm as refresh_norm
+    from ckptavg.convert import convert as convert
     from ckptavg.distributed import Ranks as Ranks
     from ckptavg.errors import CkptAvgError as CkptAvgError
     from ckptavg.evaluation.evaluate import evaluate as evaluate
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "average",
     "average_many",
+    "convert",
     "evaluate",
     "refresh_checkpoint",
     "refresh_norm",
@@ -39,6 +41,7 @@ __all__ = [
 _MODULES = {
     "average": "ckptavg.average",
     "average_many": "ckptavg.average",
+    "convert": "ckptavg.convert",
     "evaluate": "ckptavg.evaluation.evaluate",
     "refresh_checkpoint": "ckptavg.batchnorm.files",
     "refresh_norm": "ckptavg.batchnorm.refresh",

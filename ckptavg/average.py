@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.recipe import Recipe
+    from ckptavg.merge.roles import Role
     from ckptavg.write.layouts import Destination
     from ckptavg.write.provenance import Digests
 
@@ -198,7 +199,8 @@ def write_averages(
     contributing = dict(zip(members, read, strict=True))
     if options.key is None:
         log_other_state_dicts(members)
-    if len(members) == 1:
+    is_copy = recipes[0].is_copy
+    if len(members) == 1 and not is_copy:
         name = printable(members[0].name)
         log.warning("only one checkpoint: the output is a copy of %s", name)
     targets = [
@@ -207,7 +209,8 @@ def write_averages(
     ]
     read, files = _with_joined_factors(read, recipes[0], targets[0], options)
     weights = [recipe.weights_over(members) for recipe in recipes]
-    plan = make_plan(read, weights, options, skipped=skipped)
+    kept: dict[str, Role] = dict.fromkeys(read[-1].tensors, "kept")
+    plan = make_plan(read, weights, options, roles=kept if is_copy else None, skipped=skipped)
     _check_order(run, plan, recipes, targets)
     threads = options.threads or default_threads(members)
     hashes = _hashes(members, targets, options, threads)
@@ -215,6 +218,8 @@ def write_averages(
     layouts = []
     for recipe, target in zip(recipes, targets, strict=True):
         entry = provenance(plan, recipe, options.recorded, fingerprints, hashes)
+        if is_copy and recipe.last.provenance and not (options.dtype or options.skip):
+            entry = recipe.last.provenance
         layouts.append(
             lay_out(
                 target, plan.tensors, entry, contributing[recipe.last], options,

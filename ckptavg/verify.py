@@ -107,7 +107,7 @@ def verify(
             path=record.path,
         )
     groups = tied_names(members)
-    if record.is_copy:
+    if record.is_copy and not (record.options.dtype or record.options.skip):
         compared, skipped = _compare(average, members[0], groups, record)
     else:
         with _averaged_again(

@@ -18,13 +18,18 @@ FLOORS = (
     {"landscape"},
     {"evaluation"},
     {"batchnorm", "model"},
-    {"average", "verify"},
+    {"average", "convert", "verify"},
     {"write"},
     {"merge", "select"},
-    {"formats", "distributed", "options", "patterns"},
+    {"formats", "distributed", "options"},
     {"errors"},
 )
-BESIDE = {("batchnorm", "model"), ("verify", "average"), ("merge", "select")}
+BESIDE = {
+    ("batchnorm", "model"),
+    ("verify", "average"),
+    ("convert", "average"),
+    ("merge", "select"),
+}
 LEVELS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # The package itself, which imports what it offers when asked for it; and `python -m ckptavg`.
 ENTRANCES = {"__init__", "__main__"}
@@ -88,7 +93,7 @@ def test_the_rooms_are_those_of_the_map():
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     files = {path.stem for path in PACKAGE.glob("*.py")} - ENTRANCES
     assert rooms | files == LEVELS.keys()
-    assert files == {"average", "verify", "distributed", "options", "patterns", "errors"}
+    assert files == {"average", "convert", "verify", "distributed", "options", "errors"}
     assert len(FLOORS) <= 10
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import RefreshError, listed, printable
-from ckptavg.patterns import matching
+from ckptavg.merge.patterns import matching
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -14,7 +14,7 @@ from ckptavg.formats.parts import is_remote
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import make_plan
-from ckptavg.merge.recipe import AverageOptions, Recipe
+from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import source_entries
@@ -113,8 +113,8 @@ def provenance(
         seed: of the random numbers.
     """
     entry = checkpoint.provenance or {
-        "scheme": "none",
-        "sources": source_entries(Recipe("none", (checkpoint,), uniform(1))),
+        "scheme": COPY,
+        "sources": source_entries(Recipe(COPY, (checkpoint,), uniform(1))),
         "divisor": 1.0,
     }
     state: dict[str, Any] = {"state": "none"}

@@ -14,6 +14,7 @@ from ckptavg import __version__
 from ckptavg.cli.average import average
 from ckptavg.cli.bn_refresh import bn_refresh
 from ckptavg.cli.console import say_on_stderr
+from ckptavg.cli.convert import convert
 from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for _command in (average, bn_refresh, evaluate, soup, landscape, inspect, verify, demo):
+for _command in (average, convert, bn_refresh, evaluate, soup, landscape, inspect, verify, demo):
     cli.add_command(_command)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,11 +16,8 @@ from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from ckptavg.write.provenance import SourceSummary, Summary
 
-DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _ROLES = {
     "averaged": "averaged",
     "last": "taken from the last checkpoint",
@@ -31,14 +27,15 @@ _ROLES = {
 }
 _SUM_TO_1 = ("ema:", "power:", "decay:")
 
-_AVERAGING = parse("""
+_HOW_WEIGHTED = parse("""
 --weights SCHEME           uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt;
                            or a number for each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,...
                            Several schemes, or several --last, write every combination into the
                            directory OUTPUT, from one read.  [default: uniform]
 --no-normalize             Do not divide by the sum of the weights.
 --update                   Fold the inputs into an earlier uniform average, which is one of them.
---skip REGEX               Leave out the tensors whose names match; repeatable.
+""")
+_HOW_EACH_TENSOR = parse("""
 --take-last REGEX          Take the tensors whose names match from the last checkpoint; repeatable.
 --ints equal|last          Require equal integer tensors, or take those of the last checkpoint.
                            [default: equal]
@@ -48,27 +45,16 @@ _AVERAGING = parse("""
                            products exactly (the ranks add up).  [default: separate]
 --allow-nonfinite          Accept NaN and Inf in the inputs.
 """)
-_OUTPUT, *_TENSORS = parse(f"""
+_OUTPUT, _KEEP_PREFIX, _HASH = parse("""
 -o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for
                            a torch file; or a directory (DIR/) for from_pretrained. [required]
---dtype {"|".join(DTYPES)}
-                           Dtype of floating tensors.  [default: as in the input]
 --keep-prefix              Keep the prefixes module. and _orig_mod. of names.
---drop-aliases             Write tied tensors once, and name the others in the metadata.
 --hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
                            once more.
 """)
 [_EXPECT] = parse("""
 --expect N    Fail unless N checkpoints are taken.
 """)
-
-
-def _is_one_file(params: Mapping[str, Any]) -> bool:
-    from ckptavg.formats import SUFFIXES
-
-    path = Path(params["output"])
-    is_directory = params["output"].endswith(os.sep) or path.is_dir()
-    return path.suffix in SUFFIXES and not is_directory
 
 
 _NO_EFFECT = (
@@ -92,12 +78,7 @@ _NO_EFFECT = (
         lambda params: params["container"] == "last",
         ["max_shard_size", "dtype", "drop_aliases", "skip"],
     ),
-    NoEffect("with an --output that is one file", _is_one_file, ["max_shard_size"]),
-    NoEffect(
-        "with an --output that is a torch file",
-        lambda params: _is_one_file(params) and not params["output"].endswith(".safetensors"),
-        ["drop_aliases"],
-    ),
+    *options.OUTPUT_NO_EFFECT,
     *options.REFRESH_NO_EFFECT,
 )
 
@@ -106,10 +87,10 @@ _NO_EFFECT = (
     cls=Command,
     groups={
         "Which checkpoints": (*options.SELECTION, options.KEY, _EXPECT),
-        "How they are averaged": _AVERAGING,
+        "How they are averaged": (*_HOW_WEIGHTED, options.SKIP, *_HOW_EACH_TENSOR),
         "What is written": (
             *(_OUTPUT, options.FORCE, options.CONTAINER, options.MAX_SHARD_SIZE),
-            *(*_TENSORS, options.NO_FSYNC),
+            *(options.DTYPE, _KEEP_PREFIX, options.DROP_ALIASES, _HASH, options.NO_FSYNC),
         ),
         "Refresh of the norm statistics": options.REFRESH,
         RUNNING: (options.DRY_RUN, options.THREADS, *options.COMMON),

@@ -5,12 +5,13 @@ An option is named after the field of the dataclass that it fills.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ckptavg.cli.command import fields_of, names_of, without
+from ckptavg.cli.command import NoEffect, fields_of, names_of, without
 from ckptavg.cli.configuration import load_defaults
 from ckptavg.cli.declarations import parse, path_or_url, variant
 
@@ -66,6 +67,32 @@ FORCE, CONTAINER, MAX_SHARD_SIZE, NO_FSYNC = parse("""
                           [default: as in the input]
 --no-fsync                Do not wait until the output is on the disk.
 """)
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+SKIP, DTYPE, DROP_ALIASES = parse(f"""
+--skip REGEX    Leave out the tensors whose names match; repeatable.
+--dtype {"|".join(DTYPES)}
+                Dtype of floating tensors.  [default: as in the input]
+--drop-aliases  Write tied tensors once, and name the others in the metadata.
+""")
+
+
+def _is_one_file(params: Mapping[str, Any]) -> bool:
+    from ckptavg.formats import SUFFIXES
+
+    path = Path(params["output"])
+    is_directory = params["output"].endswith(os.sep) or path.is_dir()
+    return path.suffix in SUFFIXES and not is_directory
+
+
+OUTPUT_NO_EFFECT = (
+    NoEffect("with an --output that is one file", _is_one_file, ["max_shard_size"]),
+    NoEffect(
+        "with an --output that is a torch file",
+        lambda params: _is_one_file(params) and not params["output"].endswith(".safetensors"),
+        ["drop_aliases"],
+    ),
+)
 
 THREADS, DRY_RUN = parse("""
 -j --threads N  Threads to use.  [default: the processors, at most 4; 16 for URLs]

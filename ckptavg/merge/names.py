@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import MismatchError, listed, printable
 from ckptavg.formats.tensors import has_rank
-from ckptavg.patterns import matching, pattern_of
+from ckptavg.merge.patterns import matching, pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence

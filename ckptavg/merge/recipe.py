@@ -136,6 +136,10 @@ class AverageOptions:
         }
 
 
+COPY = "none"
+"""The scheme of a checkpoint that is written again, with other norm statistics or elsewhere."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The members of an average and their weights.
@@ -162,6 +166,11 @@ class Recipe:
     def names(self) -> Mapping[Path, str]:
         """The members' paths below the folder that they have in common, without the base."""
         return relative_names([each.path for each in self.members if each is not self.base])
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the only member is written as it is."""
+        return self.scheme == COPY
 
     @property
     def last(self) -> Checkpoint:

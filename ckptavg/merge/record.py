@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg import __version__
 from ckptavg.errors import SelectionError, VerificationError, printable
-from ckptavg.merge.recipe import AverageOptions
+from ckptavg.merge.recipe import COPY, AverageOptions
 from ckptavg.merge.weights import Weights
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Record:
     @property
     def is_copy(self) -> bool:
         """Whether it is a checkpoint with refreshed norm statistics, and no average."""
-        return self.scheme == "none"
+        return self.scheme == COPY
 
     @property
     def remedy(self) -> str | None:

@@ -16,7 +16,7 @@ from ckptavg.formats.tensors import (
     norm_layers,
     power_iteration_vectors,
 )
-from ckptavg.patterns import matching
+from ckptavg.merge.patterns import matching
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
 from ckptavg.formats.tensors import is_norm_statistic, is_of_lora, lora_factor
+from ckptavg.merge.patterns import is_found, matching, pattern_of
 from ckptavg.model.factories import user_code
 from ckptavg.model.names import match_names
-from ckptavg.patterns import is_found, matching, pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

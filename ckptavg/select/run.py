@@ -73,8 +73,9 @@ class Run:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files of the run, those of copies included, but not averages made earlier."""
-        opened = (each.checkpoint for each in self.candidates if each.reason != MADE_EARLIER)
-        return tuple(part.path for each in opened if each is not None for part in each.parts)
+        others = (each.checkpoint for each in self.candidates if each.reason != MADE_EARLIER)
+        opened = dict.fromkeys((*self.members, *filter(None, others)))
+        return tuple(part.path for each in opened for part in each.parts)
 
     @property
     def faults(self) -> Mapping[Checkpoint, CkptAvgError]:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg import cli
-from ckptavg.cli.average import DTYPES
 from ckptavg.cli.console import plural, size
+from ckptavg.cli.options import DTYPES
 from tests.helpers import outcome, process, run
 from tests.oracle import random_state_dicts, save_run
 

@@ -1,0 +1,89 @@
+"""Convert a checkpoint: the tensors of one layout, written in another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptavg.average import write_averages
+from ckptavg.errors import SelectionError, listed, printable
+from ckptavg.formats import is_checkpoint_directory, open_checkpoint
+from ckptavg.formats.parts import as_path, remote_errors
+from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
+from ckptavg.merge.weights import uniform
+from ckptavg.options import takes_fields_of
+from ckptavg.select.candidates import find_candidates
+from ckptavg.select.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import PathLike
+    from ckptavg.options import Progress
+    from ckptavg.write.provenance import Summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """How a checkpoint is converted; the fields are those of `AverageOptions`.
+
+    Attributes:
+        key: name of the state dict to convert, where the file holds several.
+        dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
+        skip: regular expressions of the names of tensors that are not in the output.
+        max_shard_size: bytes of tensors in a file of a directory; None for the input's shards.
+        drop_aliases: write tied tensors once, and record the other names in the metadata.
+        force: replace an existing output.
+        fsync: wait until the output is on the disk.
+        dry_run: write nothing, and return what would be written.
+        threads: the number of threads; None as in `average`.
+        progress: called as bytes are written.
+    """
+
+    key: str | None = None
+    dtype: str | None = None
+    skip: Sequence[str] = ()
+    max_shard_size: int | None = None
+    drop_aliases: bool = False
+    force: bool = False
+    fsync: bool = True
+    dry_run: bool = False
+    threads: int | None = None
+    progress: Progress | None = None
+
+
+@takes_fields_of(ConvertOptions)
+def convert(checkpoint: PathLike, output: PathLike, options: ConvertOptions) -> Summary:
+    """Write a checkpoint in another layout, in memory that does not grow with it.
+
+    Names stay as they are, and so do the bytes of tensors unless `dtype` is given; NaN and Inf are
+    values like others. Of a training checkpoint the output has the state dict alone.
+
+    Args:
+        checkpoint: a file, a directory or a URL in any layout that `average` reads.
+        output: as in `average`.
+        options: the fields of `ConvertOptions`, as keywords.
+
+    Raises:
+        SelectionError: it holds several checkpoints or state dicts, and it is unclear which one is
+            wanted.
+        CkptAvgError: it cannot be read, or the output cannot be written. Nothing is left behind.
+    """
+    opened = _open(as_path(checkpoint), options.key)
+    # As in an average: where the output has other names than the input, the provenance says it.
+    averaging = AverageOptions(keep_prefix=True, allow_nonfinite=True, **vars(options))
+    recipe = Recipe(COPY, (opened,), uniform(1))
+    [summary] = write_averages(Run((opened,)), [recipe], [output], averaging)
+    return summary
+
+
+def _open(path: Path, key: str | None) -> Checkpoint:
+    """The checkpoint; a directory of several is an error that names them."""
+    with remote_errors(path):
+        if path.is_dir() and not is_checkpoint_directory(path):
+            inside = [printable(each) for each in find_candidates([path])]
+            what = f"is a directory of checkpoints: {listed(inside)}"
+            raise SelectionError(what, path=path, remedy="name one of them")
+    return open_checkpoint(path, key=key)

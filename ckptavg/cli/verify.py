@@ -47,12 +47,15 @@ def verify(
 
 
 def _say(console: Console, verification: Verification) -> None:
+    from ckptavg.merge.recipe import COPY
+
     console.say(f"{printable(verification.output)}: verified")
     hashed = verification.sources_hashed
     by_hash = f", {hashed} of them by SHA-256" if hashed else ""
+    scheme = "" if verification.scheme == COPY else f" ({printable(verification.scheme)})"
     console.say(
-        f"  {plural(verification.sources, 'checkpoint')} ({printable(verification.scheme)}): those "
-        f"that it was made of, by sizes and headers{by_hash}"
+        f"  {plural(verification.sources, 'checkpoint')}{scheme}: those that it was made of, "
+        f"by sizes and headers{by_hash}"
     )
     console.say(f"  {plural(verification.compared, 'tensor')}: made again, and equal in every bit")
     if verification.refreshed:

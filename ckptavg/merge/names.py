@@ -92,7 +92,8 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
         for difference, option in _differences(name, checkpoints, options):
             series = "" if option.startswith("dtype") else re.sub(r"\d+", "#", name)
             groups[series, difference, option].append(name)
-    is_of_few = 2 * sum(map(len, groups.values())) <= len(names)
+    unlike = sum(len(alike) for (series, *_), alike in groups.items() if series)
+    is_of_few = 2 * unlike <= len(names)
     for number, ((_, difference, option), alike) in enumerate(groups.items()):
         what, them = printable(alike[0]), "it"
         if len(alike) > 1:

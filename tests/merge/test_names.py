@@ -207,8 +207,11 @@ class TestMessages:
     def test_of_unlike_dtypes_are_one_line_with_the_option(self, tmp_path):
         for number, dtype in enumerate((torch.float16, torch.float32)):
             state = {f"{letter}.weight": torch.ones(1).to(dtype) for letter in "abcdefghijkl"}
+            state["a.weight"] = torch.ones(number + 1).to(dtype)
             torch.save(state, tmp_path / f"step_{number}.pt")
-        assert refusal(tmp_path).splitlines()[1:] == [
+        [shape, *others] = refusal(tmp_path).splitlines()[1:]
+        assert shape.endswith("; `take_last` 'a\\.weight$' takes it from the last checkpoint")
+        assert others == [
             (
                 f"  12 tensors such as a.weight: float16 in {tmp_path}/step_0.pt, "
                 f"float32 in {tmp_path}/step_1.pt; `dtype=float32` averages them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -790,10 +791,22 @@ class TestOutput:
         assert "it would fail: " in caplog.text
         assert "there is no directory" in caplog.text
 
-    @pytest.mark.parametrize("name", ["out.zip", "out", "out.safetensors.gz"])
-    def test_an_unknown_ending_is_an_error(self, tmp_path, name):
+    @pytest.mark.parametrize(
+        ("name", "better"),
+        [
+            ("out.zip", "out.safetensors"),
+            ("out", "out.safetensors"),
+            ("out.safetensor", "out.safetensors"),
+            ("out.SAFETENSORS", "out.safetensors"),
+            ("out.ptt", "out.pt"),
+            ("out.cpkt", "out.ckpt"),
+        ],
+    )
+    def test_an_unknown_ending_is_an_error_that_names_a_better_one(self, tmp_path, name, better):
         save_run(tmp_path / "run", random_state_dicts(2))
-        with pytest.raises(OutputError, match="cannot tell a container"):
+        with pytest.raises(OutputError, match=f"cannot tell a container.* name it {tmp_path}/"):
+            ckptavg.average(tmp_path / "run", tmp_path / name)
+        with pytest.raises(OutputError, match=re.escape(f"/{better};")):
             ckptavg.average(tmp_path / "run", tmp_path / name)
 
     def test_progress_adds_up_to_the_tensors(self, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ _NOT_SHARED = {
     "evaluate": {"loader", "metric"},
     "soup": {"loader", "metric"},
 }
+
+_LARGEST = 1 << 20
 
 
 def load_defaults(context: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -87,10 +90,14 @@ def _read(path: Path | None) -> dict[str, Any]:
     if path is None and not file.is_file():
         return {}
     try:
+        if not stat.S_ISREG(file.stat().st_mode) or file.stat().st_size > _LARGEST:
+            raise click.UsageError(f"configuration: {file}: is no file of at most {_LARGEST} bytes")
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise click.UsageError(f"configuration: {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise click.UsageError(f"configuration: {file}: is nested too deeply") from error
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise click.UsageError(f"configuration: {file}: {error}") from error
     tool = _as_table("tool", content.get("tool", {}))
     if path is not None and "ckptavg" not in tool:

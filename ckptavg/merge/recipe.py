@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import SelectionError, printable
+from ckptavg.errors import SelectionError, listed
 from ckptavg.formats.tensors import BY_NAME
 from ckptavg.select.names import relative_names
 from ckptavg.select.rules import Selection, chosen, select
@@ -219,7 +219,7 @@ def _recipe(
         raise SelectionError("all weights are zero, so there is nothing to average")
     members, values = zip(*used, strict=True)
     if options.expect is not None and len(members) != options.expect:
-        names = ", ".join(printable(member.name) for member in members)
+        names = listed(member.name for member in members)
         raise SelectionError(
             f"expected {options.expect} checkpoints, found {len(members)}: {names}"
         )

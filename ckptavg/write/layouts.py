@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass, replace
@@ -85,11 +86,13 @@ def _kind(output: str | os.PathLike[str], path: Path, last: Checkpoint, containe
     if path.is_dir() or ends_with_slash or (last.is_of_directories and not is_file_name):
         return "directory"
     if not is_file_name:
+        alike = difflib.get_close_matches(path.suffix.lower(), SUFFIXES, 1) or [_SAFETENSORS]
+        better = path.with_suffix(alike[0]) if path.suffix else Path(f"{path}{_SAFETENSORS}")
         raise OutputError(
             f"cannot tell a container from the ending {path.suffix!r}",
             path=path,
-            remedy=f"let it end with {_SAFETENSORS}, with one of {' '.join(_TORCH)}, or with a "
-            "slash for a directory",
+            remedy=f"name it {printable(better)}; {' '.join(_TORCH)} stand for a torch file, and a "
+            "slash at the end for a directory",
         )
     return "safetensors" if path.suffix == _SAFETENSORS else "torch"
 

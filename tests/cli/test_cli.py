@@ -307,6 +307,31 @@ class TestConfiguration:
         other = self.write(tmp_path, "expect = 7\n", "my.toml")
         run("average", ckpts, "-o", tmp_path / "o.safetensors", "--config", other, code=2)
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("[tool.ckptavg]\nx = " + "[" * 3000 + "]" * 3000, "is nested too deeply"),
+            ("[tool.ckptavg]\nexpect = " + "9" * 5000, "limit"),
+            ("#" * (1 << 20) + "\n", "is no file of at most 1048576 bytes"),
+            ("[tool.ckptavg]\nexpect = {a = 1}\n", "Invalid value for '--expect'"),
+            ("[tool.ckptavg]\nforce = 'maybe'\n", "Invalid value"),
+        ],
+        ids=["deep", "long number", "large", "a table", "a text"],
+    )
+    def test_that_cannot_be_is_wrong_usage(self, tmp_path, text, message):
+        file = self.write(tmp_path, text, "odd.toml")
+        output = tmp_path / "o.safetensors"
+        code, _, error = outcome("average", tmp_path, "-o", output, "--config", file)
+        assert code == 2
+        assert message in error
+
+    def test_in_what_is_no_file_is_not_read(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        for path in (tmp_path / "fifo", "/dev/zero"):
+            code, _, error = outcome("average", tmp_path, "-o", "o.pt", "--config", path)
+            assert code == 2
+            assert f"configuration: {path}: is no file of at most" in error
+
     def write(self, folder: Path, text: str, name: str = "pyproject.toml") -> Path:
         (folder / name).write_text(text)
         return folder / name

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Control codes, line separators, marks that turn the direction of text, and halves of characters.
+_CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 # URLs may have secrets in two places: user and password, and the query.
 _USER = re.compile(r"(://)[^/\s]*@")
 # The query is optional here. If it were required, a name full of `://` would take quadratic time.
@@ -23,8 +26,13 @@ _MOST_DIFFERENCES = 16
 def printable(name: object) -> str:
     """A name for one line of a terminal: without control codes and passwords, and cut if long."""
     text = _QUERY.sub(r"\1", _USER.sub(r"\1", str(name)))
-    text = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+    text = escaped(text)
     return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}... ({len(text)} long)"
+
+
+def escaped(text: str) -> str:
+    """A line with escapes for the characters that a terminal would obey and not show."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+
+from ckptavg.errors import SelectionError
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes, batches or points since the last call, and with how many there are in all,
@@ -16,6 +19,24 @@ _Options_co = TypeVar("_Options_co", covariant=True)
 _First = TypeVar("_First")
 _Second = TypeVar("_Second")
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The base of options: where several texts are expected, a single one may be given."""
+
+    def __post_init__(self) -> None:
+        """Make tuples of texts.
+
+        Raises:
+            SelectionError: there is something else.
+        """
+        for name in (each.name for each in fields(self) if each.type == "Sequence[str]"):
+            value = getattr(self, name)
+            texts = (value,) if isinstance(value, str) else value
+            if not isinstance(texts, tuple | list) or not all(isinstance(t, str) for t in texts):
+                raise SelectionError(f"`{name}` is a text, or a list of texts, not {value!r}")
+            object.__setattr__(self, name, tuple(texts))
 
 
 class _Decorator(Protocol[_Fields, _Options_co]):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
+from ckptavg.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassOptions:
+class PassOptions(Options):
     """How the pass over the training data is done: keywords of `refresh_norm`, described there."""
 
     estimator: EstimatorName = "paper"
@@ -117,5 +118,6 @@ class RefreshCheckpointOptions(RefreshOptions):
         Raises:
             RefreshError: there is one.
         """
+        super().__post_init__()
         if self.container not in ("weights", "last"):
             raise RefreshError(f"`container` is weights or last, not {self.container!r}")

@@ -21,7 +21,7 @@ from ckptavg.cli.inspect import inspect
 from ckptavg.cli.landscape import landscape
 from ckptavg.cli.soup import soup
 from ckptavg.cli.verify import verify
-from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
+from ckptavg.errors import CkptAvgError, PeerError, UserCodeError, escaped
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -86,7 +86,8 @@ def _explain(error: BaseException) -> int:
         case _TerminatedError():
             text, code = "terminated", 128 + int(error.args[0])
         case UserCodeError():
-            traceback.print_exception(error.__cause__)
+            lines = "".join(traceback.format_exception(error.__cause__)).splitlines()
+            click.echo("\n".join(map(escaped, lines)), err=True)
             text = f"error: {error}"
         case CkptAvgError():
             text = f"error: {error}"

@@ -37,7 +37,7 @@ from ckptavg.model.making import (
     make_model,
     random_state_kept,
 )
-from ckptavg.options import takes_fields_of
+from ckptavg.options import Options, takes_fields_of
 from ckptavg.select.metrics import indices_of_best, mode_of
 from ckptavg.select.rules import Selection, chosen, select
 from ckptavg.select.run import find_run
@@ -58,7 +58,7 @@ log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """How to evaluate checkpoints.
 
     Attributes:

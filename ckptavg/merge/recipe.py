@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError, listed
 from ckptavg.formats.tensors import BY_NAME
+from ckptavg.options import Options
 from ckptavg.select.names import relative_names
 from ckptavg.select.rules import Selection, chosen, select
 
@@ -30,7 +31,7 @@ _RECORDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageOptions:
+class AverageOptions(Options):
     """The options of an average.
 
     Attributes:
@@ -97,6 +98,7 @@ class AverageOptions:
         Raises:
             SelectionError: a value is unknown, or two values contradict each other.
         """
+        super().__post_init__()
         if self.dtype is not None and (
             self.dtype not in BY_NAME or BY_NAME[self.dtype].kind != "float"
         ):
@@ -129,10 +131,13 @@ class AverageOptions:
     @property
     def recorded(self) -> dict[str, Any]:
         """The options that the output's values depend on, without those at their defaults."""
-        return {
+        changed = {
             each.name: getattr(self, each.name)
             for each in fields(self)
             if each.name in _RECORDED and getattr(self, each.name) != each.default
+        }
+        return {
+            k: list(value) if isinstance(value, tuple) else value for k, value in changed.items()
         }
 
 

@@ -103,9 +103,18 @@ def _is_member(entry: object) -> bool:
         and isinstance(entry.get("content"), str | None)
         and isinstance(entry.get("key"), str | None)
         and isinstance(entry.get("sha256"), str | dict | None)
+        and _is_step(entry.get("step"))
         and _is_number(entry.get("weight"))
         and entry["weight"] != 0
     )
+
+
+def _is_step(value: object) -> bool:
+    """Whether it is what is recorded of a step: its unit and its number, or None."""
+    match value:
+        case [str(), int() | float() as number]:
+            return _is_number(number)
+    return value is None
 
 
 def _is_number(value: object) -> TypeGuard[float]:

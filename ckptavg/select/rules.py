@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.parts import absolute
+from ckptavg.options import Options
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, certain_mode, indices_of_best, metric_in_name, read_metrics
 from ckptavg.select.order import saved_before_training, timeline, unordered
@@ -37,7 +38,7 @@ _RANGE = re.compile(r"(\d{1,18}):(\d{1,18})(?::(\d{1,18}))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class Selection(Options):
     """The rules: which checkpoints to choose.
 
     Attributes:
@@ -80,6 +81,7 @@ class Selection:
         Raises:
             SelectionError: there is such a value or such a pair of rules.
         """
+        super().__post_init__()
         exclusive = [name for name in ("steps", "cycle", "lr_minima") if getattr(self, name)]
         if len(exclusive) > 1:
             names = " and ".join(exclusive)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckptavg
+from ckptavg import Selection
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.merge.schemes import parse
@@ -236,3 +237,16 @@ class TestMessages:
         assert "--skip" in said.stderr
         with pytest.raises(SelectionError, match="keeps all of its tensors"):
             ckptavg.average(folder, "o.pt", container="last", skip=["inv_freq"])
+
+
+def test_one_text_stands_for_a_list_of_it(states, folder):
+    """Its characters are no patterns: `n` would be found in almost every name."""
+    output = folder.parent / "out.safetensors"
+    ckptavg.average(folder, output, skip="inv_freq$", take_last="embed")
+    assert load_file(output).keys() == states[0].keys()
+    chosen = Selection(include="step_[12].pt", exclude="*_2.pt")
+    assert chosen == Selection(include=["step_[12].pt"], exclude=["*_2.pt"])
+    summary = ckptavg.average(folder, output, select=chosen, force=True)
+    assert [source.name for source in summary.sources] == ["step_1.pt"]
+    with pytest.raises(SelectionError, match=r"`skip` is a text, or a list of texts, not \[3\]"):
+        ckptavg.average(folder, output, skip=[3])  # type: ignore[list-item]

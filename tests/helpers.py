@@ -81,7 +81,7 @@ def process(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     )
 
 
-def all_but_slow(kinds: Iterable[str], slow: Collection[str]) -> list[Any]:
+def all_but_slow(kinds: Iterable[object], slow: Collection[object]) -> list[Any]:
     """Parameters, of which those that are slow are marked so."""
     return [pytest.param(kind, marks=pytest.mark.slow) if kind in slow else kind for kind in kinds]
 

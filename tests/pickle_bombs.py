@@ -244,6 +244,8 @@ TELLING = (
     *("a chain of attributes", "wrapped without end"),
 )
 """One for each bound. Whatever is within a file, the unpickler's own tests set off all of them."""
+LONG = ("deep dicts", "laughing parameters", "wrapped without end")
+"""Those of them that take longest."""
 ALIKE = ("laughing set()", "deep tuple as member", "deep tuple in a frozenset")
 """Those that meet the same bounds as `laughing dict()` and `deep tuple as key`."""
 

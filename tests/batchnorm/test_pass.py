@@ -93,15 +93,15 @@ class TestTolerance:
     def test_is_kept_nearly_always(self, factors):
         """However much the channels have in common."""
         full = wide_net()
-        refresh_norm(full, shuffled(40_000, 500, factors=factors))
+        refresh_norm(full, shuffled(20_000, 500, factors=factors))
         kept = []
-        for seed in range(15):
-            model, loader = wide_net(), shuffled(40_000, 100, factors=factors)
+        for seed in range(8):
+            model, loader = wide_net(), shuffled(20_000, 100, factors=factors)
             assert loader.generator is not None
             loader.generator.manual_seed(1000 + seed)
             refresh_norm(model, loader, tol=0.03)
             kept.append(max(distance(model, full)) <= 0.03)
-        assert sum(kept) >= 13
+        assert sum(kept) >= 7
 
     def test_asks_for_2048_examples_and_8_batches(self):
         still = [torch.tensor([[1.0] * 5, [2.0] * 5] * 64)] * 40

@@ -92,7 +92,7 @@ def tensors(draw: st.DrawFn, source: Memory, *, strided: bool) -> tuple[Pieces, 
 
 @pytest.mark.parametrize("strided", [False, True])
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_range_is_what_numpy_has_there(strided, data):
     source = Counted(HERE, bytearray())
     made = data.draw(st.lists(tensors(source, strided=strided), min_size=1, max_size=4))
@@ -110,7 +110,7 @@ def test_any_range_is_what_numpy_has_there(strided, data):
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_piece_too_many_or_too_few_does_not_fit(data):
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
     found = data.draw(regions(shape))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptavg
@@ -137,6 +137,7 @@ def test_tied_tensors_beside_others_in_one_storage(tmp_path):
         assert same_bits(result[name], naive_mean([state[name] for state in states])), name
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_neighbours_are_joined_and_every_element_is_made_once(tmp_path_factory, data):
     """Tensors with gaps between them in one of two checkpoints, in any order."""

@@ -439,7 +439,7 @@ def test_a_nan_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-@LEGACY
+@pytest.mark.parametrize("legacy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, legacy):
     """40 MB of weights, and 40 MB of optimizer state, in what the interpreter takes and a bit."""
     (tmp_path / "run").mkdir()

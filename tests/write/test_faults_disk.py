@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.faults import Fault, Outcome, why_not
 from tests.faults_scenes import EVERY_OR_SOME, LITTER, Stage, files, folders, server, stages
+from tests.helpers import all_but_slow
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 stage = stages()
@@ -269,7 +270,7 @@ def locked(tmp_path: Path) -> Iterator[Path]:
 
 
 class TestPermission:
-    @pytest.mark.parametrize("mode", [0o555, 0o444, 0o000])
+    @pytest.mark.parametrize("mode", all_but_slow([0o555, 0o444, 0o000], [0o444, 0o000]))
     def test_denied_to_the_directory_of_the_output(self, locked, mode):
         locked.chmod(mode)
         done = without_privileges(locked.parent, "average", "run", "-o", "locked/o.safetensors")

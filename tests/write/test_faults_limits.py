@@ -79,7 +79,7 @@ def test_a_run_with_too_little_memory_leaves_nothing_or_the_whole(tmp_path, most
         assert load_file(tmp_path / "o.safetensors")["w"].unique().tolist() == [1]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+@pytest.mark.parametrize("kind", ["pt", pytest.param("safetensors", marks=pytest.mark.slow)])
 def test_300_checkpoints_take_128_open_files(tmp_path, kind):
     (tmp_path / "run").mkdir()
     for step in range(300):

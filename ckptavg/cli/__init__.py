@@ -13,7 +13,7 @@ import click
 from ckptavg import __version__
 from ckptavg.cli.average import average
 from ckptavg.cli.bn_refresh import bn_refresh
-from ckptavg.cli.console import say_on_stderr
+from ckptavg.cli.console import say_on_stderr, shown
 from ckptavg.cli.convert import convert
 from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
@@ -21,7 +21,7 @@ from ckptavg.cli.inspect import inspect
 from ckptavg.cli.landscape import landscape
 from ckptavg.cli.soup import soup
 from ckptavg.cli.verify import verify
-from ckptavg.errors import CkptAvgError, PeerError, UserCodeError, escaped
+from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -86,8 +86,9 @@ def _explain(error: BaseException) -> int:
         case _TerminatedError():
             text, code = "terminated", 128 + int(error.args[0])
         case UserCodeError():
-            lines = "".join(traceback.format_exception(error.__cause__)).splitlines()
-            click.echo("\n".join(map(escaped, lines)), err=True)
+            click.echo(
+                shown("".join(traceback.format_exception(error.__cause__))), err=True, nl=False
+            )
             text = f"error: {error}"
         case CkptAvgError():
             text = f"error: {error}"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptavg.errors import escaped
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -56,7 +58,7 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line of the result, for people."""
         if not self._as_json and not self._quiet:
-            click.echo(text)
+            click.echo(shown(text))
 
     def say_table(self, rows: Sequence[Sequence[str]]) -> None:
         """Print rows of cells in aligned columns."""
@@ -162,9 +164,14 @@ def _option(argument: re.Match[str]) -> str:
     return f"--{name}" if value in (None, "True") else f"--{name} {value}"
 
 
+def shown(text: str) -> str:
+    """Lines of text as a terminal can show them, whatever they quote from files and user code."""
+    return "\n".join(map(escaped, text.split("\n")))
+
+
 def say_on_stderr(text: str) -> None:
     """Print a message on stderr, above the progress bar if there is one."""
-    line = f"ckptavg: {with_options(text)}"
+    line = shown(f"ckptavg: {with_options(text)}")
     if "tqdm" in sys.modules and sys.stderr.isatty():
         sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
     else:

@@ -32,7 +32,6 @@ from ckptavg.batchnorm.layers import (
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
-from ckptavg.batchnorm.setting import undo_eval
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import as_path, is_remote
@@ -41,6 +40,7 @@ from ckptavg.model.factories import load_object, user_code
 from ckptavg.model.feeding import limited
 from ckptavg.model.loading import check_ignore, load_weights, unwrapped
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
+from ckptavg.model.modes import start_training
 from ckptavg.options import takes_fields_of
 from ckptavg.write.output import followed
 from ckptavg.write.replacement import put_back
@@ -116,7 +116,7 @@ def _refreshed(
     model = make_model(options.model, options.model_args, options.device, sources)
     check_ignore(options.ignore, model, [checkpoint])
     was_training = model.training
-    undo_eval(model)
+    start_training(model)
     loaded = load_weights(model, checkpoint, options.ignore)
     kept = layers_to_keep(model, loaded, checkpoint)
     layers = norm_layers(unwrapped(model))

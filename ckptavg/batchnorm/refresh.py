@@ -32,7 +32,7 @@ from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
 from ckptavg.model.batches import count_examples, default_forward, on_device
 from ckptavg.model.factories import user_code
-from ckptavg.model.feeding import Feed, check_loader, is_cut_short, known_length
+from ckptavg.model.feeding import Feed, known_length
 from ckptavg.model.loading import unwrapped
 
 if TYPE_CHECKING:
@@ -125,11 +125,7 @@ def refresh_norm(
             speak_of(kept)
             return _checked(RefreshReport(estimator, 0, 0, 0, (), kept, processes=ranks.size))
         speak_of(kept)
-        check_loader(
-            batches, ranks, is_limited=max_samples is not None,
-            ends_early=tol is not None or is_cut_short(batches, max_samples),
-        )  # fmt: skip
-        feed = Feed(batches, ranks, max_samples=max_samples)
+        feed = Feed(batches, ranks, max_samples=max_samples, ends_early=tol is not None)
         target_device = _device(device) or device_of(model)
         channels = _channels(chosen, estimator)
         local = PassTotals(Moments.empty(channels))  # of this process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -20,7 +19,7 @@ from ckptavg.batchnorm.layers import (
     norm_layers,
     tracks,
 )
-from ckptavg.model.factories import user_code
+from ckptavg.model.modes import has_own_train, start_training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +62,7 @@ def kept_in_eval(model: torch.nn.Module) -> list[KeptLayer]:
     """
     layers = norm_layers(model)
     if not any(
-        _has_own_train(module) and any(tracks(part) for part in module.modules())
+        has_own_train(module) and any(tracks(part) for part in module.modules())
         for module in model.modules()
     ):
         return []
@@ -86,31 +85,6 @@ def kept_in_eval(model: torch.nn.Module) -> list[KeptLayer]:
             for name, layer in layers.items()
             if not layer.training
         ]
-
-
-def undo_eval(model: torch.nn.Module) -> None:
-    """Put a model into training mode, so that it undoes what its `eval()` may have done.
-
-    Weights that were merged would be taken for those of the checkpoint that is loaded.
-    """
-    if _has_own_train(model):
-        with user_code("the model's train()"):
-            model.train()
-    else:  # what else a `train` is may run a training
-        torch.nn.Module.train(model)
-
-
-def _has_own_train(module: torch.nn.Module) -> bool:
-    """Whether it has a `train(mode)` of its own. Other methods of this name may run a training."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    if "train" not in vars(module) and type(module).train is torch.nn.Module.train:
-        return False
-    try:
-        parameters = list(inspect.signature(module.train).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    return bool(parameters) and (parameters[0].name == "mode" or parameters[0].default is True)
 
 
 def _keep_modes(model: torch.nn.Module, undo: ExitStack) -> None:
@@ -200,10 +174,9 @@ def _set_mode(
     """
     _keep_modes(model, undo)
     if train_mode == "full":
-        if any(map(_has_own_train, model.modules())):
+        if any(map(has_own_train, model.modules())):
             _keep_weights(model, undo)
-        with user_code("the model's train()"):
-            model.train()
+        start_training(model)
     else:
         for module in model.modules():
             if hasattr(module, "training"):

@@ -20,7 +20,6 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
-from ckptavg.batchnorm.setting import undo_eval
 from ckptavg.errors import CkptAvgError
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
 from ckptavg.formats import open_checkpoint
@@ -37,8 +36,10 @@ from ckptavg.model.making import (
     make_model,
     random_state_kept,
 )
+from ckptavg.model.modes import start_training
 from ckptavg.options import Options, takes_fields_of
 from ckptavg.select.metrics import indices_of_best, mode_of
+from ckptavg.select.order import timeline
 from ckptavg.select.rules import Selection, chosen, select
 from ckptavg.select.run import find_run
 
@@ -166,16 +167,13 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
 
 
 def _as_named(run: Run, taken: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:
-    """Verdicts in the order of the inputs, and the steps that the checkpoints record.
-
-    There are no steps if they are not of one unit.
-    """
+    """Verdicts in the order of the inputs, and the steps of those that are no averages of ours."""
     inputs = {each.path: each.folder or each.path for each in run.candidates}
     places = {path: number for number, path in enumerate(dict.fromkeys(inputs.values()))}
     ordered = sorted(taken, key=lambda verdict: places[inputs[verdict.checkpoint.path]])
-    steps = [verdict.checkpoint.step for verdict in ordered]
-    units = {step[0] for step in steps if step is not None}
-    return ordered, [step[1] if step and len(units) == 1 else None for step in steps]
+    trained = [each.checkpoint for each in ordered if not each.checkpoint.is_average]
+    steps = dict(zip(trained, timeline(trained).steps, strict=False))
+    return ordered, [steps.get(verdict.checkpoint) for verdict in ordered]
 
 
 def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
@@ -264,7 +262,7 @@ class Evaluator:
             UserCodeError: the user's code raised.
         """
         refresh = self._options.refresh
-        undo_eval(self._model)
+        start_training(self._model)
         for module, name, values in self._passing:
             module._buffers[name] = values.clone()  # noqa: SLF001
         loaded = load_weights(self._model, checkpoint, self._options.ignore)

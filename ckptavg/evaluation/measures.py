@@ -76,14 +76,15 @@ def _name(metric: Function, name: object) -> str:
 
 
 def _number(metric: Function, value: Any) -> float:  # noqa: ANN401 - what the user's function returns
-    """A number of Python's, numpy's or torch's.
+    """A number of Python's, numpy's or torch's; one in an array of one element, too.
 
     Raises:
         CkptAvgError: it is something else.
     """
     shape = getattr(value, "shape", ())
     shape = tuple(shape) if isinstance(shape, tuple) else ()
-    if not shape and not isinstance(value, str | bytes):
+    if math.prod(shape) == 1 and not isinstance(value, str | bytes):
+        value = value.item() if shape else value
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return float(value)
     what = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")

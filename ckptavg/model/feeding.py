@@ -56,65 +56,26 @@ def known_length(batches: Any) -> int | None:  # noqa: ANN401
         return None
 
 
-def is_cut_short(batches: Iterable[Any], max_samples: int | None) -> bool:
+def _is_cut_short(batches: Iterable[Any], max_samples: int | None) -> bool:
     """Whether the limit comes before the loader's end, as far as that is known."""
-    known = known_length(_dataset(batches))
+    known = known_length(batches.dataset if isinstance(batches, DataLoader) else batches)
     return max_samples is not None and (known is None or max_samples < known)
 
 
-def _dataset(batches: Any) -> Any:  # noqa: ANN401 - the user's own
-    return batches.dataset if isinstance(batches, DataLoader) else batches
+def _is_ordered(sampler: object) -> bool:
+    return isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    )
 
 
-def check_loader(
-    batches: Iterable[Any],
-    ranks: Ranks,
-    *,
-    is_limited: bool,
-    ends_early: bool,
-) -> None:
-    """Refuse what may have no end, and warn of a loader that does not shuffle.
-
-    Args:
-        batches: the loader.
-        ranks: the processes.
-        is_limited: whether `max_samples` is given.
-        ends_early: whether the pass may end before the loader does.
-
-    Raises:
-        RefreshError: the loader is an `IterableDataset` without a length, and is not limited.
-    """
-    if (
-        any(isinstance(part, IterableDataset) for part in _parts(batches))
-        and known_length(batches) is None
-        and not is_limited
-    ):
-        raise RefreshError(
-            "the loader is an IterableDataset without a length, and may be endless",
-            remedy="say where to stop with `max_samples`",
-        )
-    dealt = _dealt_out_to(batches)
-    if dealt is not None and ranks.size == 1:
-        log.warning(
-            "the loader gives one part of %d of the data, and no other process has the rest",
-            dealt[0],
-        )
-    if _is_ordered(batches):
-        log.warning(
-            "the loader does not shuffle%s",
-            ", and the pass may end before it does: the statistics are of the first examples, "
-            "which may be alike (shuffle=True)"
-            if ends_early
-            else ": if the data are sorted, by class for example, the statistics come out wrong "
-            "(shuffle=True)",
-        )
-
-
-def _is_ordered(batches: Iterable[Any]) -> bool:
-    return any(
-        isinstance(part, SequentialSampler)
-        or (isinstance(part, DistributedSampler) and not part.shuffle)
-        for part in _parts(batches)
+def _warn_of_order(*, ends_early: bool) -> None:
+    log.warning(
+        "the loader does not shuffle%s",
+        ", and the pass may end before it does: the statistics are of the first examples, "
+        "which may be alike (shuffle=True)"
+        if ends_early
+        else ": if the data are sorted, by class for example, the statistics come out wrong "
+        "(shuffle=True)",
     )
 
 
@@ -136,12 +97,12 @@ def _parts(loader: object, depth: int = 4) -> Iterator[object]:
             yield from _parts(held[name], depth - 1)
 
 
-def _dealt_out_to(batches: Iterable[Any]) -> tuple[int, int] | None:
+def _dealt_out_to(parts: Iterable[object]) -> tuple[int, int] | None:
     """The number of processes that a loader's batches are dealt out to, and the number of this one.
 
     By a `DistributedSampler`, accelerate, Lightning's Fabric or `split_dataset_by_node`.
     """
-    for part in _parts(batches):
+    for part in parts:
         for size_name, rank_name in (
             ("num_replicas", "rank"),
             ("num_processes", "process_index"),
@@ -166,6 +127,11 @@ class Feed:
         batches: the loader.
         ranks: the processes.
         max_samples: the last batch is the one that reaches this number of examples in all.
+        ends_early: whether the pass may end before the loader does.
+
+    Raises:
+        RefreshError: the loader is an `IterableDataset` without a length, and is not limited; or it
+            is dealt out to another number of processes.
     """
 
     def __init__(
@@ -174,11 +140,33 @@ class Feed:
         ranks: Ranks,
         *,
         max_samples: int | None = None,
+        ends_early: bool = False,
     ) -> None:
         self._batches, self._rank, self._size = batches, ranks.rank, ranks.size
         self._samples, self._checksums = max_samples, [0]
+        parts = list(_parts(batches))
+        dealt = _dealt_out_to(parts)
+        is_endless = known_length(batches) is None and max_samples is None
+        if is_endless and any(isinstance(part, IterableDataset) for part in parts):
+            raise RefreshError(
+                "the loader is an IterableDataset without a length, and may be endless",
+                remedy="say where to stop with `max_samples`",
+            )
+        if any(map(_is_ordered, parts)):
+            _warn_of_order(ends_early=ends_early or _is_cut_short(batches, max_samples))
+        if dealt is not None and ranks.size == 1:
+            log.warning(
+                "the loader gives one part of %d of the data, and no other process has the rest",
+                dealt[0],
+            )
+        elif dealt is not None and dealt != (ranks.size, ranks.rank):
+            raise RefreshError(
+                f"the loader is for process {dealt[1]} of {dealt[0]}, and this is process "
+                f"{ranks.rank} of {ranks.size}",
+                remedy="pass a plain DataLoader: ckptavg divides its batches among the processes",
+            )
         self._shares = ranks.size > 1 and _can_share(batches)
-        self._is_dealt = ranks.size > 1 and _deals_already(batches, ranks)
+        self._is_dealt = ranks.size > 1 and dealt is not None
 
     def __iter__(self) -> Numbered:
         """The batches."""
@@ -248,22 +236,6 @@ def _beginning(batch: Any) -> bytes:  # noqa: ANN401
     if first is None or first.device.type != "cpu" or first.layout != torch.strided:
         return b""
     return repr((first.shape, first.detach().flatten()[:16].tolist())).encode()
-
-
-def _deals_already(batches: Iterable[Any], ranks: Ranks) -> bool:
-    """Whether the loader's batches are dealt out to the processes.
-
-    Raises:
-        RefreshError: they are dealt out to another number of processes.
-    """
-    dealt = _dealt_out_to(batches)
-    if dealt is not None and dealt != (ranks.size, ranks.rank):
-        raise RefreshError(
-            f"the loader is for process {dealt[1]} of {dealt[0]}, and this is process "
-            f"{ranks.rank} of {ranks.size}",
-            remedy="pass a plain DataLoader: ckptavg divides its batches among the processes",
-        )
-    return dealt is not None
 
 
 def _can_share(batches: Iterable[Any]) -> bool:

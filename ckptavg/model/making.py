@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,18 @@ from torch.utils.data import DataLoader
 from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError
 from ckptavg.model.arguments import completed
+from ckptavg.model.batches import attribute_of
 from ckptavg.model.factories import load_object, name_of, user_code
+from ckptavg.model.modes import is_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.model.factories import Loader, Model
+
+
+log = logging.getLogger("ckptavg")
 
 
 def seed_everything(seed: int) -> None:
@@ -105,8 +111,7 @@ def make_model(
         arguments = completed(made, arguments, checkpoints)
         with user_code(name_of(spec)):
             made = made(**arguments)
-    if not isinstance(made, torch.nn.Module):
-        raise RefreshError(f"{name_of(spec)} is a {type(made).__name__}, not a torch.nn.Module")
+    made = _network_of(made, name_of(spec))
     place = local_device(device)
     try:
         if torch.device(place).type == "meta":
@@ -114,6 +119,27 @@ def make_model(
         return made.to(place)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
+
+
+def _network_of(made: object, name: str) -> torch.nn.Module:
+    """A network; what trains one, as a `Trainer`, a `Learner` or a `YOLO`, has it as `model`.
+
+    Raises:
+        RefreshError: there is none.
+    """
+    if isinstance(made, torch.nn.Module) and not is_trainer(made):
+        return made
+    for attribute in ("model", "module_"):  # of most; of skorch
+        inner = attribute_of(made, attribute)
+        if isinstance(inner, torch.nn.Module):
+            log.info("%s is a %s: took its attribute '%s'", name, type(made).__name__, attribute)
+            return inner
+    if isinstance(made, torch.nn.Module):
+        return made
+    raise RefreshError(
+        f"{name} is a {type(made).__name__}, not a torch.nn.Module",
+        remedy="name the network, or a function that returns it",
+    )
 
 
 def make_batches(spec: Loader, arguments: Mapping[str, Any], *, is_training: bool) -> Iterable[Any]:

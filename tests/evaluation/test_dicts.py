@@ -136,3 +136,11 @@ def test_a_dict_without_labels_is_an_error(evaluate):
     loader = [{"input_ids": batch["input_ids"]} for batch in batches()]
     with pytest.raises(CkptAvgError, match=r"neither \(inputs, targets\) nor dicts with labels"):
         evaluate(Model(), loader)
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.25]), torch.tensor([[0.25]]).numpy()])
+def test_a_metric_may_be_an_array_of_one_number(value, evaluate):
+    def score(_model: nn.Module, _batches: object) -> object:
+        return value
+
+    assert evaluate(Model(), batches(), metric=score) == {"score": 0.25}

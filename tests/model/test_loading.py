@@ -386,3 +386,32 @@ def test_a_model_that_comes_merged_is_refreshed_with_the_weights_of_the_checkpoi
     assert all(torch.equal(refreshed[name], value) for name, value in expected.items())
     assert model.is_merged
     assert not model.training
+
+
+class Learner:
+    """Trains a network, as a `Learner` of fastai or a `Trainer` does."""
+
+    def __init__(self, network: nn.Module, attribute: str = "model") -> None:
+        setattr(self, attribute, network)
+
+
+class Yolo(nn.Module):
+    """Is a module, too; its `train` runs a training, and calling it makes a copy of the network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.model = network
+
+    def train(self, trainer=None, **settings):  # type: ignore[override]
+        raise AssertionError((trainer, settings))
+
+    def forward(self, *values):
+        raise AssertionError(values)
+
+
+@pytest.mark.parametrize("train_mode", ["norm", "full"])
+@pytest.mark.parametrize("kind", [Learner, lambda net: Learner(net, "module_"), Yolo])
+def test_the_network_of_what_trains_it_is_the_model(kind, train_mode, notices):
+    state = Net().state_dict()
+    assert_refreshed(refresh(state, kind(Net()), train_mode=train_mode), state, "norm")
+    assert re.search(r"is a (Learner|Yolo): took its attribute '(model|module_)'", notices.text)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
-from ckptavg.formats.lora_config import CONFIG
+from ckptavg.formats.lora_names import has_lora
 from ckptavg.formats.parts import as_paths
-from ckptavg.formats.tensors import has_lora_factors
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.names import choose_tensors
@@ -196,7 +195,6 @@ def write_averages(
     """
     members = _all_members(run, recipes)
     read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
-    contributing = dict(zip(members, read, strict=True))
     if options.key is None:
         log_other_state_dicts(members)
     is_copy = recipes[0].is_copy
@@ -208,6 +206,7 @@ def write_averages(
         for output, recipe in zip(outputs, recipes, strict=True)
     ]
     read, files = _with_joined_factors(read, recipes[0], targets[0], options)
+    contributing = dict(zip(members, read, strict=True))
     weights = [recipe.weights_over(members) for recipe in recipes]
     kept: dict[str, Role] = dict.fromkeys(read[-1].tensors, "kept")
     plan = make_plan(read, weights, options, roles=kept if is_copy else None, skipped=skipped)
@@ -255,25 +254,27 @@ def _with_joined_factors(
     """With `lora="exact"`, put the LoRA factors of all members side by side.
 
     Returns:
-        The members, the last of which has the joined factors; and the joined configuration by its
-        file name.
+        The members, the last of which has the joined factors; and the files that the output must
+        have for them, by name.
 
     Raises:
         MismatchError: factors are averaged apart, and the adapters' scales differ.
-        OutputError: the output is no directory, so the configuration cannot be written.
+        OutputError: the output has no place for what must be recorded of the joined factors.
     """
     if options.lora == "separate":
-        if len(members) > 1 and has_lora_factors(members[0].tensors):
+        if len(members) > 1 and has_lora(members[0].tensors):
             check_scales(members)
         return members, {}
-    if target.kind != "directory":
+    joined, files = join_factors(members, recipe.weights, allow_nonfinite=options.allow_nonfinite)
+    if target.kind != "directory" and (files or target.kind != "safetensors"):
+        kinds = "directory" if files else ".safetensors or directory"
+        ends = "a slash" if files else ".safetensors or a slash"
         raise OutputError(
-            "exact LoRA averages need an output with a configuration, which records their rank",
+            f"exact averages of such LoRA adapters need a {kinds}, which records their rank",
             path=target.path,
-            remedy="let the output be a directory: end its name with a slash",
+            remedy=f"let the output's name end with {ends}",
         )
-    joined, config = join_factors(members, recipe.weights, allow_nonfinite=options.allow_nonfinite)
-    return joined, {CONFIG: config}
+    return joined, files
 
 
 def _check_order(

@@ -23,7 +23,7 @@ from ckptavg.errors import (
 )
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
-from ckptavg.formats.lora_config import CONFIG
+from ckptavg.formats.lora_config import CONFIG, METADATA
 from ckptavg.formats.parts import absolute, as_path, is_remote
 from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
@@ -113,6 +113,10 @@ def verify(
         with _averaged_again(
             members, record, threads, progress, is_torch=average.container == "torch"
         ) as again:
+            is_joined = record.options.lora == "exact"
+            if is_joined and again.metadata.get(METADATA) != average.metadata.get(METADATA):
+                problem = f"its {METADATA} is not what its members give"
+                raise VerificationError(problem, path=average.path)
             left = [[name for name in names if name in again.tensors] for names in groups]
             compared, skipped = _compare(average, again, [*filter(None, left)], record)
     return Verification(str(output), record.scheme, len(record.members), hashed, compared, skipped)
@@ -242,7 +246,7 @@ def _averaged_again(
     with _temporary_folder(record.path) as folder:
         # Names and dtypes of a torch file may have no place in safetensors, which is faster.
         ending = ".pt" if is_torch else ".safetensors"
-        if record.options.lora == "exact":
+        if record.options.lora == "exact" and record.path.is_dir():
             ending = "/"
         output = f"{folder}/average{ending}"
         try:
@@ -251,7 +255,7 @@ def _averaged_again(
         except OutputError as error:
             message = f"the copy to compare it with: {error.message}"
             raise OutputError(message, path=record.path) from error
-        if record.options.lora == "exact" and record.path.is_dir():
+        if Path(output, CONFIG).is_file():
             path, wanted = record.path / CONFIG, Path(output, CONFIG).read_bytes()
             if not path.is_file() or path.read_bytes() != wanted:
                 raise VerificationError("is not what its members give", path=path)

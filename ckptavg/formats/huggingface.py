@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 INDEX = ".index.json"
+ADAPTERS = ("adapter_model", "pytorch_lora_weights")
+"""What the names of adapters begin with that PEFT and diffusers write; neither reads shards."""
 
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "pytorch_model_fsdp")
 _ENDINGS = (".safetensors", f".safetensors{INDEX}", ".bin", f".bin{INDEX}")
@@ -89,9 +91,14 @@ def weight_files(path: Path) -> frozenset[str]:
 
 
 def stem(path: Path) -> str:
-    """What the name of the weights begins with where a library writes them as safetensors."""
-    name = (_weights(path) or "").partition(".")[0]
-    return name if name in ("adapter_model", "diffusion_pytorch_model") else "model"
+    """What the name of the weights begins with where a library writes them as safetensors.
+
+    Args:
+        path: a directory, or the file of an adapter that diffusers writes into a directory.
+    """
+    file = path.name if path.is_file() else _weights(path)
+    name = (file or "").partition(".")[0]
+    return name if name in (*ADAPTERS, "diffusion_pytorch_model") else "model"
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The `adapter_config.json` of LoRA adapters: the scales of their products B @ A."""
+"""The configuration of LoRA adapters: what it says of the scales of their products B @ A."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import FormatError, SelectionError, printable
-from ckptavg.formats.jsontext import read_json
+from ckptavg.errors import FormatError, printable
+from ckptavg.formats.jsontext import from_text, read_json
+from ckptavg.formats.lora_names import is_alpha
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from ckptavg.formats.checkpoint import Checkpoint
+
 CONFIG = "adapter_config.json"
+METADATA = "lora_adapter_metadata"
+"""The configurations of all components, in the metadata of what diffusers saves."""
+NETWORK_ALPHA = "ss_network_alpha"
+"""The alpha that kohya-ss records in the metadata, beside the tensors of all modules' alphas."""
 
 _LARGEST_ALPHA = 1e9
 _LONGEST_PATTERN, _LONGEST_NAME = 500, 300
@@ -34,41 +41,39 @@ _OTHER_KINDS = (
     "monteclora_config", "arrow_config",
 )  # fmt: skip
 _RANK_DEPENDENT = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_SCALE_SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# `alpha` is that of PEFT's LoHa and LoKr.
+_SCALE_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of an adapter.
+    """The configuration of an adapter, or of its part for one component of a pipeline.
 
     Attributes:
-        path: its file.
-        content: the JSON object in it.
+        path: the file that has it.
+        content: its settings.
+        component: the component, with a dot: `unet.`; empty for the whole adapter.
     """
 
     path: Path
     content: Mapping[str, Any]
+    component: str = ""
 
     @staticmethod
-    def read(folder: Path) -> Config:
-        """Read the configuration in the directory of an adapter.
+    def read(path: Path) -> Config:
+        """The configuration in a file.
 
         Raises:
-            FormatError: the adapter is not plain LoRA, a sum of products B @ A.
-            SelectionError: there is no configuration.
+            FormatError: it is no valid JSON.
         """
-        path = folder / CONFIG
-        if not folder.is_dir() or not path.is_file():
-            raise SelectionError(
-                f"no directory with {CONFIG}, which has the scales of its LoRA factors",
-                path=folder,
-                remedy="name the directories that PEFT wrote",
-            )
-        config = Config(path, read_json(path))
-        config._check_kind()
-        return config
+        return Config(path, read_json(path))
 
-    def _check_kind(self) -> None:
+    def check_kind(self) -> None:
+        """Refuse what is not plain LoRA, a sum of products B @ A.
+
+        Raises:
+            FormatError: the adapter is of another kind.
+        """
         kind, start = self.content.get("peft_type"), self.content.get("init_lora_weights")
         setting = next((name for name in _OTHER_KINDS if self.content.get(name)), None)
         if kind != "LORA" or setting is not None:
@@ -86,11 +91,6 @@ class Config:
                 "(path_initial_model_for_weight_conversion)",
             )
 
-    @property
-    def scales(self) -> tuple[object, ...]:
-        """Equal for two adapters whose factors are multiplied by the same scales."""
-        return tuple(repr(self.content.get(name)) for name in _SCALE_SETTINGS)
-
     def scale(self, module: str, rank: int) -> float:
         """The factor of a module's product B @ A.
 
@@ -101,7 +101,7 @@ class Config:
         Raises:
             FormatError: the configuration gives none.
         """
-        name = module.removeprefix(_WRAPPER)
+        name = module.removeprefix(self.component).removeprefix(_WRAPPER)
         alpha = self.content.get("lora_alpha")
         patterns = self.content.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
@@ -135,37 +135,91 @@ class Config:
             ) from error
 
 
-def joined_config(last: Mapping[str, Any], ranks: Mapping[str, int]) -> bytes:
-    """The configuration of an average of adapters, whose scale is 1.
+def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:
+    """The configurations of an adapter: PEFT's beside it, or those that diffusers puts into it.
+
+    Raises:
+        FormatError: one is no valid JSON.
+    """
+    path = checkpoint.path
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if file.is_file():
+        return (Config.read(file),)
+    text = checkpoint.metadata.get(METADATA)
+    if text is None:
+        return ()
+    try:
+        settings = from_text(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its {METADATA} is no valid JSON", path=path) from error
+    if not isinstance(settings, dict):
+        raise FormatError(f"its {METADATA} is no JSON object", path=path)
+    components: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        component, dot, setting = name.partition(".")
+        components.setdefault(component + dot, {})[setting] = value
+    return tuple(Config(path, content, name) for name, content in components.items())
+
+
+def recorded_settings(checkpoint: Checkpoint) -> dict[str, str]:
+    """What an adapter records of its scales beside its tensors, by the name of the setting."""
+    settings = {
+        config.component + name: repr(config.content.get(name))
+        for config in configs_of(checkpoint)
+        for name in _SCALE_SETTINGS
+    }
+    if NETWORK_ALPHA in checkpoint.metadata and not any(map(is_alpha, checkpoint.tensors)):
+        settings[NETWORK_ALPHA] = checkpoint.metadata[NETWORK_ALPHA]
+    return settings
+
+
+def joined_settings(
+    last: Checkpoint, configs: Sequence[Config], ranks: Mapping[str, int]
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """What records the ranks of an average of adapters, in which alpha is the rank.
 
     Args:
-        last: the configuration of the last adapter.
+        last: the last adapter.
+        configs: its configurations.
         ranks: rank of each module in the average, by the module's name.
+
+    Returns:
+        The files beside the weights by name, and the metadata in their header.
     """
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    metadata = dict(last.metadata)
+    # kohya-ss records the arguments of the network that was trained.
+    metadata.pop("ss_network_args", None)
+    metadata |= {name: str(rank) for name in ("ss_network_dim", NETWORK_ALPHA) if name in metadata}
+    files: dict[str, bytes] = {}
+    settings: dict[str, Any] = {}
+    for config in configs:
+        own = {
+            module.removeprefix(config.component).removeprefix(_WRAPPER): rank
+            for module, rank in ranks.items()
+            if module.startswith(config.component)
+        }
+        content = {**config.content, **_joined_ranks(own)} if own else config.content
+        if config.component:
+            settings |= {config.component + name: value for name, value in content.items()}
+        else:
+            files[CONFIG] = (json.dumps(content, indent=2) + "\n").encode()
+    if settings:
+        metadata[METADATA] = json.dumps(settings, indent=2, sort_keys=True)
+    return files, metadata
+
+
+def _joined_ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The settings of PEFT with which the scale of each module is 1."""
     [(rank, _)] = Counter(ranks.values()).most_common(1)
     pattern: dict[str, int] = {}
     if len(set(ranks.values())) > 1:
-        by_name = {module.removeprefix(_WRAPPER): rank for module, rank in ranks.items()}
         # PEFT takes the first pattern that matches the end of a module's name: long ones first.
-        names = sorted(by_name, key=lambda name: (-len(name), name))
-        pattern = {name: by_name[name] for name in names}
-    changed = {
+        pattern = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), name))}
+    return {
         "r": rank,
         "lora_alpha": rank,
         "use_rslora": False,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
-    return (json.dumps({**last, **changed}, indent=2) + "\n").encode()
-
-
-def scales_beside(path: Path) -> tuple[object, ...]:
-    """What the configuration in an adapter's directory says of its scales; empty without one.
-
-    Raises:
-        FormatError: it is no valid JSON.
-    """
-    file = path / CONFIG
-    if not path.is_dir() or not file.is_file():
-        return ()
-    return Config(file, read_json(file)).scales

@@ -166,14 +166,7 @@ def bytes_of(array: AnyArray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_((?P<factor>[AB])\.weight|embedding_(?P<table>[AB])|B\.bias)"
-)
-_LORA = re.compile(r"(.+\.)?lora_[A-Za-z_]+(\..+)?")
 _NORM_STATISTICS = ("running_mean", "running_var")
-
-Factor = Literal["A", "B", "bias"]
-"""A LoRA module's down-projection, its up-projection, and the bias of the latter."""
 
 
 def is_norm_statistic(name: str) -> bool:
@@ -226,28 +219,3 @@ def power_iteration_vectors(tensors: Mapping[str, object]) -> frozenset[str]:
 def is_extra_state(name: str) -> bool:
     """Whether a tensor is the opaque state of a module, such as an fp8 recipe."""
     return name.rpartition(".")[2] == "_extra_state"
-
-
-def lora_factor(name: str) -> tuple[str, Factor] | None:
-    """The module that a LoRA factor belongs to, and which factor it is; None for other tensors."""
-    match = _FACTOR.fullmatch(name)
-    if match is None:
-        return None
-    factor: Any = match["factor"] or match["table"] or "bias"
-    return match["module"], factor
-
-
-def is_of_lora(name: str) -> bool:
-    """Whether a tensor belongs to a LoRA adapter of any kind."""
-    return _LORA.fullmatch(name) is not None
-
-
-def has_rank(name: str) -> bool:
-    """Whether the shape of a tensor depends on the rank of a LoRA adapter."""
-    factor = lora_factor(name)
-    return factor is not None and factor[1] != "bias"
-
-
-def has_lora_factors(names: Iterable[str]) -> bool:
-    """Whether some of the tensors are factors of LoRA adapters."""
-    return any(map(_FACTOR.fullmatch, names))

@@ -6,7 +6,8 @@ is one product of higher rank, with the ranks side by side:
 
     sum_i w_i s_i B_i A_i  =  [w_1 s_1 B_1, ..., w_K s_K B_K] @ [A_1; ...; A_K]
 
-so `r' = sum r_i`, and `alpha' = r'` makes its scale 1.
+so `r' = sum r_i`, and `alpha' = r'` makes its scale 1. Where alpha is a tensor, `alpha'` is a value
+that all dtypes can hold, and B makes up for the difference.
 """
 
 from __future__ import annotations
@@ -14,25 +15,35 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
-from ckptavg.errors import FormatError, MismatchError, SelectionError, ValueRangeError, printable
+from ckptavg.errors import (
+    CkptAvgError,
+    MismatchError,
+    ValueRangeError,
+    listed,
+    printable,
+)
 from ckptavg.formats.checkpoint import read_view
-from ckptavg.formats.lora_config import Config, joined_config, scales_beside
+from ckptavg.formats.lora_adapter import Adapter, recorded_scales
+from ckptavg.formats.lora_config import joined_settings
 from ckptavg.formats.parts import Part
-from ckptavg.formats.tensors import bytes_of, is_of_lora, lora_factor, new_arrays
+from ckptavg.formats.tensors import bytes_of, new_arrays
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
 from ckptavg.merge.jobs import StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.tensors import AnyArray, Factor, Tensor
+    from ckptavg.formats.lora_names import Factor
+    from ckptavg.formats.tensors import AnyArray, Tensor
     from ckptavg.merge.weights import Weights
 
 log = logging.getLogger("ckptavg")
@@ -43,10 +54,11 @@ class _Factor:
     """A LoRA factor of the average: the factors of all adapters side by side.
 
     Attributes:
-        kind: `A`, `B` or `bias`.
+        kind: `A`, `B`, `bias` or `alpha`.
         name: the tensor's name.
         inputs: the factor of each adapter.
-        scales: `w_i s_i` of each adapter.
+        scales: `w_i s_i` of each adapter, divided by the scale of the average.
+        alpha: that of the average.
         groups: the number of groups of a convolution; A has one block of rows for each of them.
         output: dtype and shape in the average, and the offset in `Joined`.
     """
@@ -55,6 +67,7 @@ class _Factor:
     name: str
     inputs: tuple[StoredTensor, ...]
     scales: tuple[float, ...]
+    alpha: float
     groups: int
     output: Tensor
 
@@ -82,6 +95,13 @@ class _Factor:
         Raises:
             ValueRangeError: a finite value does not fit the dtype.
         """
+        if self.kind == "alpha":
+            values = np.full(self.output.shape, self.alpha).astype(self.output.dtype.numpy)
+            if (values != self.alpha).any():
+                raise ValueRangeError(
+                    f"{self.alpha:g} does not fit {self.output.dtype.name}", tensor=self.name
+                )
+            return values
         if self.kind == "A":
             blocks = [np.split(values, self.groups) for values in self._read()]
             return np.concatenate([block for group in zip(*blocks, strict=True) for block in group])
@@ -139,29 +159,53 @@ def check_scales(members: Sequence[Checkpoint]) -> None:
     """Warn that LoRA factors are averaged apart, and refuse that if the scales differ.
 
     Raises:
-        MismatchError: the adapters' configurations differ in rank or alpha.
+        MismatchError: the adapters differ in rank or alpha.
     """
-    first, *others = members
-    differences = [
-        f"{printable(first.path)} and {printable(other.path)}"
-        for other in others
-        if scales_beside(other.path) != scales_beside(first.path)
-    ]
+    reason = _reason_against_joining(members)
+    differences = _differing_scales(members)
     if differences:
+        helps = "they have no exact average" if reason else "`lora=exact` averages their products"
         raise MismatchError(
-            "LoRA adapters of unlike rank or alpha, whose factors do not average apart "
-            "(`lora=exact` averages their products):",
+            f"LoRA adapters of unlike rank or alpha, whose factors do not average apart ({helps}):",
             differences,
         )
     log.warning(
-        "averaging the factors A and B of LoRA adapters apart is not averaging their products; "
-        "`lora=exact` does"
+        "averaging the factors of LoRA adapters apart is not averaging their products; %s",
+        f"these have no exact average: {reason}" if reason else "`lora=exact` does",
     )
+
+
+def _differing_scales(members: Sequence[Checkpoint]) -> list[str]:
+    """A line for the ranks and alphas that two adapters do not record alike, by their values."""
+    first, *others = members
+    recorded = recorded_scales(first)
+    groups: defaultdict[tuple[str, str, Path], list[str]] = defaultdict(list)
+    for other in others:
+        scales = recorded_scales(other)
+        for name in {**recorded, **scales}:
+            values = (recorded.get(name, "nothing"), scales.get(name, "nothing"))
+            if values[0] != values[1]:
+                groups[(*values, other.path)].append(name)
+    return [
+        f"{listed(names, 1)}: {printable(value)} in {printable(first.path)}, "
+        f"{printable(another)} in {printable(path)}"
+        for (value, another, path), names in groups.items()
+    ]
+
+
+def _reason_against_joining(members: Sequence[Checkpoint]) -> str:
+    """Why the products of adapters have no exact average; empty where they have one."""
+    try:
+        adapters = [Adapter.read(member) for member in members]
+        _joined_factors(adapters, [1.0] * len(members))
+    except CkptAvgError as error:
+        return str(error)
+    return ""
 
 
 def join_factors(
     members: Sequence[Checkpoint], weights: Weights, *, allow_nonfinite: bool = False
-) -> tuple[tuple[Checkpoint, ...], bytes]:
+) -> tuple[tuple[Checkpoint, ...], dict[str, bytes]]:
     """Put the factors of all adapters side by side, in place of those of the last adapter.
 
     Args:
@@ -170,117 +214,101 @@ def join_factors(
         allow_nonfinite: let NaN and Inf pass.
 
     Returns:
-        The members, of which the last one with a weight has the joined factors; and the
-        configuration of the joined factors (JSON).
+        The members, of which the last one with a weight has the joined factors, and metadata that
+        say so; and the files that an output must have beside them, by name.
 
     Raises:
         FormatError: a member is no plain LoRA adapter, or a module has only one of A and B.
         MismatchError: factors differ in more than their ranks.
-        SelectionError: there is no configuration beside an adapter, or it has no factor.
+        SelectionError: an adapter records no alpha, or has no factor.
         ValueRangeError: a factor has NaN or Inf.
     """
-    pairs = zip(members, weights.values, strict=True)
-    adapters = [
-        _Adapter(member, Config.read(member.path), value / weights.divisor)
-        for member, value in pairs
-        if value
-    ]
+    pairs = [pair for pair in zip(members, weights.values, strict=True) if pair[1]]
+    adapters = [Adapter.read(member) for member, _ in pairs]
+    coefficients = [value / weights.divisor for _, value in pairs]
     last = adapters[-1].checkpoint
     factors: list[_Factor] = []
     ranks: dict[str, int] = {}
     offset = 0
-    for module, names in _factors_by_module(last).items():
-        for factor in _joined(adapters, module, names):
+    for module, of_module in _joined_factors(adapters, coefficients).items():
+        for factor in of_module:
             factors.append(replace(factor, output=replace(factor.output, offset=offset)))
             offset += factor.output.nbytes
             if factor.kind == "A":
                 ranks[module] = factor.output.shape[0]
     for factor in () if allow_nonfinite else factors:
         factor.check()
+    if not all(map(adapters[-1].records_alpha, adapters[-1].modules)):
+        log.warning("no alpha is recorded: it is taken to be the rank, as loaders do")
+    files, metadata = joined_settings(last, adapters[-1].configs, ranks)
     part = len(last.parts)
     by_name = {factor.name: replace(factor.output, part=part) for factor in factors}
     joined = replace(
         last,
         parts=(*last.parts, Joined(last.path, factors)),
         tensors={**last.tensors, **by_name},
+        metadata=metadata,
     )
-    replaced = tuple(joined if member is last else member for member in members)
-    return replaced, joined_config(adapters[-1].config.content, ranks)
+    return tuple(joined if member is last else member for member in members), files
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    """An adapter with a weight other than 0.
-
-    Attributes:
-        checkpoint: its tensors.
-        config: its configuration.
-        coefficient: its weight, divided by the divisor.
-    """
-
-    checkpoint: Checkpoint
-    config: Config
-    coefficient: float
-
-    def stored(self, name: str) -> StoredTensor:
-        """A tensor of the adapter."""
-        tensor = self.checkpoint.tensors[name]
-        return StoredTensor(self.checkpoint.parts[tensor.part], tensor)
-
-
-def _factors_by_module(checkpoint: Checkpoint) -> dict[str, dict[Factor, str]]:
-    """The names of the factors of each module."""
-    modules: dict[str, dict[Factor, str]] = {}
-    for name in checkpoint.tensors:
-        factor = lora_factor(name)
-        if factor is not None:
-            modules.setdefault(factor[0], {})[factor[1]] = name
-        elif is_of_lora(name):
-            raise FormatError(
-                "is no factor A or B of a plain LoRA", path=checkpoint.path, tensor=name
-            )
-    if not modules:
-        raise SelectionError("has no LoRA factors", path=checkpoint.path)
-    return modules
+def _joined_factors(
+    adapters: Sequence[Adapter], coefficients: Sequence[float]
+) -> dict[str, list[_Factor]]:
+    """The joined factors of each module."""
+    return {module: _joined(adapters, coefficients, module) for module in adapters[-1].modules}
 
 
 def _joined(
-    adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, str]
+    adapters: Sequence[Adapter], coefficients: Sequence[float], module: str
 ) -> list[_Factor]:
-    """The joined factors of a module."""
-    for kind in ("A", "B"):
-        if kind not in names:
-            path = adapters[0].checkpoint.path
-            raise FormatError(f"has no LoRA factor {kind}", path=path, tensor=module)
-    groups = _groups(adapters, module, names)
-    ranks = [adapter.stored(names["A"]).tensor.shape[0] for adapter in adapters]
+    """The joined factors of a module.
+
+    Raises:
+        MismatchError: adapters lack some of them, or they differ in more than their ranks.
+    """
+    factors = adapters[-1].modules[module]
+    lacking = [each for each in adapters if each.modules.get(module) != factors]
+    if lacking:
+        raise MismatchError(
+            "LoRA factors are joined if all adapters have them:",
+            [f"{printable(module)}: not in {printable(each.checkpoint.path)}" for each in lacking],
+        )
+    groups = _groups(adapters, module)
+    ranks = [adapter.tensor(module, "A").shape[0] for adapter in adapters]
+    rank = sum(ranks)
+    alpha = float(ml_dtypes.bfloat16(rank)) if "alpha" in factors else float(rank)
     scales = tuple(
-        adapter.coefficient * adapter.config.scale(module, rank)
-        for adapter, rank in zip(adapters, ranks, strict=True)
+        coefficient * adapter.scale(module, each) * rank / alpha
+        for adapter, coefficient, each in zip(adapters, coefficients, ranks, strict=True)
     )
-    factors = []
-    for kind, name in names.items():
-        inputs = tuple(adapter.stored(name) for adapter in adapters)
+    joined = []
+    for kind, tensor in factors.items():
+        inputs = tuple(_stored(adapter.checkpoint, tensor.name) for adapter in adapters)
         like = inputs[-1].tensor
         shape = like.shape
         if kind == "A":
-            shape = (sum(ranks), *shape[1:])
+            shape = (rank, *shape[1:])
         elif kind == "B":
-            shape = (shape[0], sum(ranks) // groups, *shape[2:])
-        factors.append(
-            _Factor(kind, name, inputs, scales, groups, replace(like, shape=shape, strides=None))
-        )
-    return factors
+            shape = (shape[0], rank // groups, *shape[2:])
+        output = replace(like, shape=shape, strides=None)
+        joined.append(_Factor(kind, tensor.name, inputs, scales, alpha, groups, output))
+    return joined
 
 
-def _groups(adapters: Sequence[_Adapter], module: str, names: Mapping[Factor, str]) -> int:
+def _stored(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    tensor = checkpoint.tensors[name]
+    return StoredTensor(checkpoint.parts[tensor.part], tensor)
+
+
+def _groups(adapters: Sequence[Adapter], module: str) -> int:
     """The number of groups of a convolution; 1 for other modules.
 
     Raises:
         MismatchError: the factors differ in more than their ranks.
     """
     shapes = [
-        (adapter.stored(names["A"]).tensor.shape, adapter.stored(names["B"]).tensor.shape)
+        (adapter.tensor(module, "A").shape, adapter.tensor(module, "B").shape)
         for adapter in adapters
     ]
     without_rank = {_without_rank(a, b) for a, b in shapes}

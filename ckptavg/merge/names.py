@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import MismatchError, listed, printable
-from ckptavg.formats.tensors import has_rank
+from ckptavg.formats.lora_names import has_rank
 from ckptavg.merge.patterns import matching, pattern_of
 
 if TYPE_CHECKING:

@@ -48,7 +48,8 @@ class AverageOptions(Options):
         ints: `equal` refuses integer tensors that differ; `last` uses the last checkpoint's.
         norm_stats: `average` averages running statistics; `last` uses the last checkpoint's.
         lora: `separate` averages the factors A and B of LoRA adapters apart. `exact` averages their
-            products: the ranks add up, and the output must be a directory.
+            products: the ranks add up. The output is a directory, or a `.safetensors` where no
+            configuration has to come along.
         allow_nonfinite: accept NaN and Inf.
         container: `weights` writes a state dict alone. `last` writes the last checkpoint's torch
             file, with the average in place of its weights.

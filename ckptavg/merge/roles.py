@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, MismatchError, printable
 from ckptavg.formats.checkpoint import differing_tensors
+from ckptavg.formats.lora_names import lora_modules
 from ckptavg.formats.tensors import (
     is_extra_state,
     is_norm_state,
     is_norm_statistic,
-    lora_factor,
     norm_layers,
     power_iteration_vectors,
 )
@@ -66,10 +66,12 @@ def decide_roles(
     names = members[-1].tensors.keys()
     opaque = matching("take_last", options.take_last, names) | vectors
     opaque |= {name for name in names if is_extra_state(name)}
+    modules = lora_modules(names) if options.lora == "exact" else {}
+    joined = {tensor.name for tensors in modules.values() for tensor in tensors}
     comparable = {
         name
         for name, tensor in first.tensors.items()
-        if name not in opaque
+        if name not in opaque | joined
         and (not tensor.dtype.averaged or (is_norm_statistic(name) and others and is_mean))
     }
     differing = _differing(comparable, first, others)
@@ -80,10 +82,10 @@ def decide_roles(
     for name, tensor in members[-1].tensors.items():
         if name in opaque:
             roles[name] = "last"
+        elif name in joined:
+            roles[name] = "joined"
         elif name in comparable and name not in differing:
             roles[name] = "kept"
-        elif options.lora == "exact" and lora_factor(name):
-            roles[name] = "joined"
         elif options.norm_stats == "last" and is_norm_statistic(name):
             roles[name] = "last"
         else:

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
-from ckptavg.formats.tensors import is_norm_statistic, is_of_lora, lora_factor
+from ckptavg.formats.lora_names import has_lora, lora_modules
+from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.merge.patterns import is_found, matching, pattern_of
 from ckptavg.model.factories import user_code
 from ckptavg.model.names import match_names
@@ -225,7 +226,7 @@ def _needed(
         for name in missing
         if not name.endswith("num_batches_tracked") and _place(held[name]) not in copies.names
     ]
-    if missing and _are_of_adapter_alone(given) and not any(map(is_of_lora, missing)):
+    if missing and _are_of_adapter_alone(given) and not has_lora(missing):
         log.info(
             "the checkpoint holds an adapter: %d other tensors are what the model was made with",
             len(missing),
@@ -236,7 +237,7 @@ def _needed(
 
 def _are_of_adapter_alone(names: Collection[str]) -> bool:
     """Whether there are LoRA factors, and none of the weights that they are added to."""
-    modules = {factor[0] for factor in map(lora_factor, names) if factor is not None}
+    modules = lora_modules(names)
     weights = {f"{module}{end}" for module in modules for end in (".weight", ".base_layer.weight")}
     return bool(modules) and not weights.intersection(names)
 

@@ -12,8 +12,8 @@ from ckptavg.formats.checkpoint import (
     fingerprint,
     have_equal_headers,
 )
-from ckptavg.formats.lora_config import scales_beside
-from ckptavg.formats.tensors import has_lora_factors
+from ckptavg.formats.lora_config import recorded_settings
+from ckptavg.formats.lora_names import has_lora
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
@@ -54,8 +54,8 @@ def _sample(checkpoint: Checkpoint) -> Hashable:
     name = names[len(names) // 2] if names else ""
     data = b"".join(checkpoint.pieces(name, SAMPLE_BYTES)) if names else b""
     # With another alpha, equal LoRA factors make another adapter.
-    is_lora = has_lora_factors(checkpoint.tensors)
-    return len(names), name, data, scales_beside(checkpoint.path) if is_lora else ()
+    settings = recorded_settings(checkpoint) if has_lora(checkpoint.tensors) else {}
+    return len(names), name, data, tuple(settings.items())
 
 
 def _copies_among(alike: Sequence[Checkpoint]) -> dict[Checkpoint, Checkpoint]:

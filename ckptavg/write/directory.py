@@ -35,7 +35,6 @@ _LEFT_BEHIND = re.compile(
 )
 _FOLDERS_ALONG = ("additional_chat_templates",)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_ADAPTER = "adapter_model"
 _QUANTIZATION = ("quantization_config", "compression_config")
 
 
@@ -61,10 +60,11 @@ def lay_out_directory(
     Raises:
         OutputError: the format has no such dtype or name.
     """
-    stem = huggingface.stem(last.path) if last.container == "huggingface" else "model"
+    has_name = last.container in ("huggingface", "safetensors")
+    stem = huggingface.stem(last.path) if has_name else "model"
     shards = _shards(tensors, stem, max_shard_size or _largest_shard(last))
-    if len(shards) > 1 and stem == _ADAPTER:
-        raise OutputError("PEFT reads no adapter in shards", path=path)
+    if len(shards) > 1 and stem in huggingface.ADAPTERS:
+        raise OutputError("no library reads an adapter in shards", path=path)
     files: dict[str, FileLayout] = {}
     targets: list[tuple[int, ...]] = []
     size = 0

@@ -126,8 +126,8 @@ def index(data: bytes, folder: Path) -> None:
         else:
             (folder / name).unlink(missing_ok=True)
     with _refusals():
-        lora_config.scales_beside(folder)
-        config = lora_config.Config.read(folder)
+        config = lora_config.Config.read(folder / lora_config.CONFIG)
+        config.check_kind()
         config.scale("base_model.model.layers.0.self_attn.q_proj", 4)
     _open(folder)
 

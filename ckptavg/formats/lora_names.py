@@ -1,0 +1,153 @@
+"""The names of the tensors of low-rank adapters, by the library that writes them.
+
+An adapter adds `scale * B @ A` to the weight of a module, with `scale = alpha / rank`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+Factor = Literal["A", "B", "bias", "alpha", "other"]
+"""The down-projection of a module, its up-projection and the bias of that, and the alpha of both;
+`other` is part of an adapter that is no plain product B @ A."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the tensors of one kind of adapter are named.
+
+    Attributes:
+        kind: its name in messages.
+        factors: for each factor, what follows the module's name: a regular expression.
+        module: what the module's name is like, behind a dot: a regular expression.
+        implies_rank: whether loaders take the rank for alpha where no alpha is recorded.
+    """
+
+    kind: str
+    factors: Mapping[Factor, str]
+    module: str = ".*"
+    implies_rank: bool = False
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """What a name matches behind a dot: the last group is the factor."""
+        factors = "|".join(f"(?P<{factor}>{text})" for factor, text in self.factors.items())
+        return re.compile(f"(?P<module>{self.module})(?:{factors})")
+
+
+# In a model, PEFT puts the name of the adapter behind that of the factor: `lora_A.default.weight`.
+_ADAPTER = r"(?:\.[^.]+)?"
+# The parts of a pipeline, which precede the names that PEFT gives.
+_COMPONENT = r"\.(?:unet|transformer|text_encoder|prior|diffusion_model)(?:_\d+)?\..+"
+_ALPHA = ".alpha"  # behind the module's name, in all schemes
+_SCHEMES = (
+    Scheme(
+        "diffusers",
+        {"A": r"\.lora_A\.weight", "B": r"\.lora_B\.weight", "bias": r"\.lora_B\.bias"},
+        module=_COMPONENT,
+        implies_rank=True,
+    ),
+    Scheme(
+        "diffusers before PEFT",
+        {
+            "A": r"(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight",
+            "B": r"(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight",
+        },
+        implies_rank=True,
+    ),
+    Scheme(
+        "kohya-ss",
+        {"A": r"\.lora_down\.weight", "B": r"\.lora_up\.weight"},
+        implies_rank=True,
+    ),
+    Scheme(
+        "PEFT",
+        {
+            "A": rf"\.lora_A{_ADAPTER}\.weight|\.lora_embedding_A{_ADAPTER}",
+            "B": rf"\.lora_B{_ADAPTER}\.weight|\.lora_embedding_B{_ADAPTER}",
+            "bias": rf"\.lora_B{_ADAPTER}\.bias",
+        },
+    ),
+    Scheme("loralib", {"A": r"\.lora_A", "B": r"\.lora_B"}),
+    Scheme("DoRA", {"other": r"\.(?:dora_scale|lora_magnitude_vector(?:\..+)?)"}),
+    Scheme("LoKr", {"other": r"\.lokr_.+"}),
+    Scheme("LoHa", {"other": r"\.hada_.+"}),
+    Scheme("AdaLoRA", {"other": r"\.(?:lora_[ABE]\.[^.]+|lora_E|ranknum(?:\.[^.]+)?)"}),
+    Scheme("Tucker", {"other": r"\.lora_mid\.weight"}),
+    Scheme("GLoRA", {"other": r"\.[ab][12]\.weight"}, module=r"\.(?:lora|lycoris)_[^.]+"),
+    Scheme(
+        "T-LoRA",
+        {"other": r"\.(?:[pq]_layer\.weight|lambda_layer)"},
+        module=r"\.(?:lora|lycoris)_[^.]+",
+    ),
+    Scheme("VeRA", {"other": r"\.vera_lambda_.+"}),
+    Scheme("OFT", {"other": r"\.b?oft_.+"}),
+    # A module of kohya-ss, `lora_unet_mid_block`, is at the beginning of the name.
+    Scheme("LoRA-like", {"other": r"\.lora_[A-Za-z_]+(?:\..+)?"}, module=r"\..+"),
+)
+_MARKS = re.compile(
+    "lora|dora|lokr|hada|lycoris|vera|oft_|ranknum"
+)  # most names have none, and no scheme
+
+
+@dataclass(frozen=True)
+class LoraTensor:
+    """A tensor of a low-rank adapter.
+
+    Attributes:
+        name: its name.
+        module: the module whose weight the adapter changes.
+        factor: what it is in that module.
+        scheme: how it is named.
+    """
+
+    name: str
+    module: str
+    factor: Factor
+    scheme: Scheme
+
+
+def lora_tensor(name: str) -> LoraTensor | None:
+    """What a name tells of a tensor of a low-rank adapter; None for other names, and for alphas."""
+    if _MARKS.search(name) is None:
+        return None
+    for scheme in _SCHEMES:
+        match = scheme.pattern.fullmatch(f".{name}")
+        if match is not None:
+            factor: Any = match.lastgroup
+            return LoraTensor(name, match["module"].removeprefix("."), factor, scheme)
+    return None
+
+
+def lora_modules(names: Collection[str]) -> dict[str, list[LoraTensor]]:
+    """The tensors of low-rank adapters, alphas included, by the module that they belong to."""
+    modules: dict[str, list[LoraTensor]] = {}
+    for tensor in filter(None, map(lora_tensor, names)):
+        modules.setdefault(tensor.module, []).append(tensor)
+    for module, tensors in modules.items():
+        alpha = module + _ALPHA
+        if alpha in names:
+            tensors.append(LoraTensor(alpha, module, "alpha", tensors[0].scheme))
+    return modules
+
+
+def is_alpha(name: str) -> bool:
+    """Whether a tensor beside the factors of a LoRA module is its alpha."""
+    return name.endswith(_ALPHA)
+
+
+def has_rank(name: str) -> bool:
+    """Whether the shape of a tensor depends on the rank of a LoRA adapter."""
+    tensor = lora_tensor(name)
+    return tensor is not None and tensor.factor in ("A", "B")
+
+
+def has_lora(names: Iterable[str]) -> bool:
+    """Whether some of the tensors belong to low-rank adapters."""
+    return any(map(lora_tensor, names))

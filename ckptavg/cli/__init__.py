@@ -69,7 +69,11 @@ def _run() -> int:
     except PeerError:
         return _ERROR  # the process that failed says why
     except BaseException as error:  # noqa: BLE001 - an unknown one is raised again
-        return _explain(error)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the end
+        # In an import an interruption may come out as another exception.
+        cause = error.__cause__ or error.__context__
+        return _explain(cause if isinstance(cause, KeyboardInterrupt) else error)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code if isinstance(code, int) else 0
 
 

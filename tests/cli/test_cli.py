@@ -432,3 +432,23 @@ def test_plurals():
         "2 batches",
         "1,000 tensors",
     ]
+
+
+def test_an_interruption_that_an_import_made_another_error_of_is_one(monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise RuntimeError("Error calling __set_name__ on an attribute") from KeyboardInterrupt()
+
+    monkeypatch.setattr(cli, "cli", interrupted)
+    assert outcome("inspect", "x") == (130, "", "ckptavg: interrupted\n")
+
+
+def test_an_interruption_before_the_command_line_is_there_is_one_line(tmp_path):
+    code = (
+        "import builtins, os, signal, sys; plain = builtins.__import__\n"
+        "def slow(name, *rest):\n"
+        "    if name == 'ckptavg.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return plain(name, *rest)\n"
+        "builtins.__import__ = slow; from ckptavg.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "ckptavg: interrupted\n")

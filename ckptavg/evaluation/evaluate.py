@@ -167,12 +167,20 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
 
 
 def _as_named(run: Run, taken: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:
-    """Verdicts in the order of the inputs, and the steps of those that are no averages of ours."""
+    """Verdicts in the order of the inputs, and the steps of those that are no averages of ours.
+
+    What is in one directory is in the order of training.
+    """
     inputs = {each.path: each.folder or each.path for each in run.candidates}
     places = {path: number for number, path in enumerate(dict.fromkeys(inputs.values()))}
-    ordered = sorted(taken, key=lambda verdict: places[inputs[verdict.checkpoint.path]])
-    trained = [each.checkpoint for each in ordered if not each.checkpoint.is_average]
+    trained = [each.checkpoint for each in taken if not each.checkpoint.is_average]
     steps = dict(zip(trained, timeline(trained).steps, strict=False))
+
+    def place(verdict: Verdict) -> tuple[int, int]:
+        checkpoint = verdict.checkpoint
+        return places[inputs[checkpoint.path]], steps.get(checkpoint, 0)
+
+    ordered = sorted(taken, key=place)
     return ordered, [steps.get(verdict.checkpoint) for verdict in ordered]
 
 

@@ -171,9 +171,14 @@ class TestEachCheckpoint:
 
     def test_has_its_step_though_an_average_has_none(self):
         ckptavg.average("run", "swa.pt")
+        for step in range(5):  # later ones have names that come first
+            state = torch.load(f"run/step_{step}.pt")
+            Path(f"run/step_{step}.pt").unlink()
+            torch.save({"model": state, "step": step}, f"run/loss{9 - step}_step{step}.pt")
         found = evaluate(["swa.pt", "run"], **options())
         steps = [(one.checkpoint, one.step) for one in found]
-        assert steps[:2] == [("swa.pt", None), ("run/step_0.pt", 0)]
+        assert steps[0] == ("swa.pt", None)
+        assert steps[1:] == [(f"run/loss{9 - step}_step{step}.pt", step) for step in range(5)]
 
     def test_stands_where_it_was_named_if_one_has_no_step(self, states):
         state = {name: naive_mean([each[name] for each in states[:2]]) for name in states[0]}

@@ -107,3 +107,15 @@ def test_pickled_adapters_are_averaged(tmp_path):
     assert (tmp_path / "run" / "step-0" / "adapter_model.bin").is_file()
     ckptavg.average(tmp_path / "run", tmp_path / "out")
     assert_mean(reload(tmp_path / "out"), wanted)
+
+
+def test_an_adapter_is_evaluated_on_the_base_that_it_was_trained_on(adapters):
+    """The file has neither the base nor the adapter's name, and the model has both."""
+    ids = torch.arange(48).reshape(6, 8) % 32
+    batches = [{"input_ids": part, "labels": part} for part in ids.split(4)]
+    found = ckptavg.evaluate(adapters, model=adapted(seed=9), loader=batches, device="cpu")
+    for each in found:
+        model = peft.PeftModel.from_pretrained(llama(), each.path).eval()
+        with torch.no_grad():
+            expected = model(input_ids=ids, labels=ids).loss
+        assert each.metrics == {"loss": pytest.approx(float(expected), rel=1e-5)}

@@ -59,7 +59,7 @@ def average(
         inputs: a directory of checkpoints, a checkpoint, or several of either; URLs such as
             `s3://bucket/run` as well.
         output: ends with `.safetensors`, or with `.pt`, `.pth`, `.bin`, `.ckpt` or `.tar` for a
-            torch file, or with a slash for a directory such as `from_pretrained` takes.
+            torch file, or with a slash for a directory, whose `format` says who can load it.
         options: the fields of `AverageOptions`, as keywords.
 
     Raises:
@@ -167,7 +167,7 @@ def _open_base(paths: Sequence[Path], options: AverageOptions) -> Checkpoint:
 
 def _file_name(recipe: Recipe, options: AverageOptions) -> str:
     """The name of one of several outputs: a directory where the checkpoints are directories."""
-    if recipe.last.is_of_directories:
+    if recipe.last.is_of_directories or options.format == "dcp":
         return f"{recipe.label}/"
     return recipe.label + (".pt" if options.container == "last" else ".safetensors")
 
@@ -267,7 +267,7 @@ def _with_joined_factors(
         return members, {}
     joined, files = join_factors(members, recipe.weights, allow_nonfinite=options.allow_nonfinite)
     if target.kind != "directory" and (files or target.kind != "safetensors"):
-        kinds = "directory" if files else ".safetensors or directory"
+        kinds = "Hugging Face directory" if files else ".safetensors or Hugging Face directory"
         ends = "a slash" if files else ".safetensors or a slash"
         raise OutputError(
             f"exact averages of such LoRA adapters need a {kinds}, which records their rank",
@@ -291,7 +291,8 @@ def _check_order(
     if "last" in plan.counts or any(recipe.needs_order for recipe in recipes):
         what = "the result depends on their order"
     elif any(
-        target.kind == "container" or (target.kind == "torch" and recipe.last.other_entries)
+        target.kind == "container"
+        or (target.kind in ("torch", "dcp") and recipe.last.other_entries)
         for recipe, target in zip(recipes, targets, strict=True)
     ):
         what = "the output contains other entries of the last one"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ckptavg.average import write_averages
 from ckptavg.errors import SelectionError, listed, printable
@@ -33,7 +33,9 @@ class ConvertOptions:
         key: name of the state dict to convert, where the file holds several.
         dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
         skip: regular expressions of the names of tensors that are not in the output.
-        max_shard_size: bytes of tensors in a file of a directory; None for the input's shards.
+        format: of an output that is a directory: `huggingface` or `dcp`.
+        max_shard_size: bytes of tensors in a file of a directory; None for the input's shards, or
+            for one file of `dcp`.
         drop_aliases: write tied tensors once, and record the other names in the metadata.
         force: replace an existing output.
         fsync: wait until the output is on the disk.
@@ -45,6 +47,7 @@ class ConvertOptions:
     key: str | None = None
     dtype: str | None = None
     skip: Sequence[str] = ()
+    format: Literal["huggingface", "dcp"] = "huggingface"
     max_shard_size: int | None = None
     drop_aliases: bool = False
     force: bool = False

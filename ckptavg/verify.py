@@ -111,7 +111,7 @@ def verify(
         compared, skipped = _compare(average, members[0], groups, record)
     else:
         with _averaged_again(
-            members, record, threads, progress, is_torch=average.container == "torch"
+            members, record, threads, progress, is_torch=average.container in ("torch", "dcp")
         ) as again:
             is_joined = record.options.lora == "exact"
             if is_joined and again.metadata.get(METADATA) != average.metadata.get(METADATA):
@@ -126,10 +126,12 @@ def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
     """The average, with its tensors named as in the members, and its provenance."""
     average = open_checkpoint(path, key=key)
     record = Record.of(average)
-    # A container has the average in the place of the last member's weights.
+    # A container has the average in the place of the last member's weights, and a DCP directory
+    # has the keys of the last member's.
     if key is None and record.key != average.key and record.key in average.other_keys:
         average = open_checkpoint(path, key=record.key)
-    if record.options.container == "last" and not record.is_copy:
+    keeps_wrappers = record.options.container == "last" or average.container == "dcp"
+    if keeps_wrappers and not record.is_copy:
         average, _ = without_wrappers(average, keep_prefix=record.options.keep_prefix)
     return average, record
 

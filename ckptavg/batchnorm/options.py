@@ -87,6 +87,7 @@ class RefreshCheckpointOptions(RefreshOptions):
         in_place: let a file that is not ours be replaced.
         container: `last` writes the whole torch file with the new statistics in it, `weights` the
             state dict alone. In place it is always the whole.
+        format: of an output that is a directory, as in `average`. In place it is what it was.
         max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
         is_optional: write an unchanged copy if the model has no norm layer to refresh, instead of
             raising an error.
@@ -102,6 +103,7 @@ class RefreshCheckpointOptions(RefreshOptions):
     key: str | None = None
     in_place: bool = False
     container: Literal["weights", "last"] = "weights"
+    format: Literal["huggingface", "dcp"] = "huggingface"
     max_shard_size: int | None = None
     is_optional: bool = False
     dry_run: bool = False

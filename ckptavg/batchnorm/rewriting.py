@@ -61,11 +61,13 @@ class Rewriting:
         self.replaces = output is None or _is_same(Path(output), checkpoint.path)
         if self.replaces:
             _check_in_place(checkpoint, allowed=options.in_place, named=output is not None)
-        container = options.container
+        container, format_ = options.container, options.format
         if self.replaces and checkpoint.container == "torch":
             container = "last"  # the same file but for its norm statistics
+        if self.replaces and checkpoint.container == "dcp":
+            format_ = "dcp"
         self._options = AverageOptions(
-            container=container, max_shard_size=options.max_shard_size,
+            container=container, format=format_, max_shard_size=options.max_shard_size,
             force=options.force or self.replaces, fsync=options.fsync,
         )  # fmt: skip
         self._target = destination(output or checkpoint.path, checkpoint, self._options)
@@ -163,7 +165,8 @@ def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> No
         )
     if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
         raise OutputError(
-            "is a directory without weights in safetensors files, and not written in place",
+            "is a directory that has more than weights, or has them in no safetensors files: it is "
+            "not written in place",
             path=checkpoint.path,
             remedy="write another output with -o",
         )
@@ -171,6 +174,8 @@ def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> No
 
 def _has_plain_weights(checkpoint: Checkpoint) -> bool:
     """Whether a directory's weights are what would be written into it."""
+    if checkpoint.container == "dcp":
+        return not checkpoint.other_content
     names = (
         huggingface.weight_files(checkpoint.path) if checkpoint.container == "huggingface" else ()
     )
@@ -187,8 +192,8 @@ def _check_same_kind(checkpoint: Checkpoint, target: Destination) -> None:
     Raises:
         OutputError: it would become a file of another kind.
     """
-    kinds = {"safetensors": "safetensors", "torch": "torch", "huggingface": "directory"}
-    if target.kind not in ("container", kinds.get(checkpoint.container)):
+    kind = {"huggingface": "directory"}.get(checkpoint.container, checkpoint.container)
+    if target.kind not in ("container", kind):
         raise OutputError(
             f"is a {checkpoint.container} file by its content, and would become another in place",
             path=checkpoint.path,

@@ -66,9 +66,10 @@ def average_and_refresh(
         report = refresh_checkpoint(
             Path(summary.output), output, **vars(refresh),
             key=options.key if options.container == "last" else None,
-            container=options.container, max_shard_size=options.max_shard_size,
-            members=recipe.members, is_optional=True, force=options.force, fsync=options.fsync,
-            ranks=options.ranks, progress=refresh_progress,
+            container=options.container, format=options.format,
+            max_shard_size=options.max_shard_size, members=recipe.members, is_optional=True,
+            force=options.force, fsync=options.fsync, ranks=options.ranks,
+            progress=refresh_progress,
         )  # fmt: skip
     return of_both(summary, target, report), report
 

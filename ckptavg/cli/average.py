@@ -47,7 +47,8 @@ _HOW_EACH_TENSOR = parse("""
 """)
 _OUTPUT, _KEEP_PREFIX, _HASH = parse("""
 -o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for
-                           a torch file; or a directory (DIR/) for from_pretrained. [required]
+                           a torch file; or a directory (DIR/), whose --format says for whom.
+                           [required]
 --keep-prefix              Keep the prefixes module. and _orig_mod. of names.
 --hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
                            once more.
@@ -76,7 +77,7 @@ _NO_EFFECT = (
     NoEffect(
         "with --container last",
         lambda params: params["container"] == "last",
-        ["max_shard_size", "dtype", "drop_aliases", "skip"],
+        ["format", "max_shard_size", "dtype", "drop_aliases", "skip"],
     ),
     *options.OUTPUT_NO_EFFECT,
     *options.REFRESH_NO_EFFECT,
@@ -89,7 +90,7 @@ _NO_EFFECT = (
         "Which checkpoints": (*options.SELECTION, options.KEY, _EXPECT),
         "How they are averaged": (*_HOW_WEIGHTED, options.SKIP, *_HOW_EACH_TENSOR),
         "What is written": (
-            *(_OUTPUT, options.FORCE, options.CONTAINER, options.MAX_SHARD_SIZE),
+            *(_OUTPUT, options.FORCE, options.CONTAINER, options.FORMAT, options.MAX_SHARD_SIZE),
             *(options.DTYPE, _KEEP_PREFIX, options.DROP_ALIASES, _HASH, options.NO_FSYNC),
         ),
         "Refresh of the norm statistics": options.REFRESH,

@@ -43,7 +43,7 @@ _OUTPUT, _IN_PLACE = parse("""
         "Evaluation before and after": (_EVAL_LOADER, *_EVALUATION),
         "What is written": (
             *(options.KEY, _OUTPUT, _IN_PLACE, options.FORCE, options.CONTAINER),
-            *(options.MAX_SHARD_SIZE, options.NO_FSYNC),
+            *(options.FORMAT, options.MAX_SHARD_SIZE, options.NO_FSYNC),
         ),
         RUNNING: (options.DRY_RUN, *options.COMMON),
     },

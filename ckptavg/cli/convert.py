@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 [_OUTPUT] = parse("""
 -o --output PATH  Where it goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for a torch file; or a
-                  directory (DIR/) for from_pretrained. [required]
+                  directory (DIR/), whose --format says for whom. [required]
 """)
 
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     groups={
         "What is written": (
             *(_OUTPUT, options.FORCE, options.KEY, options.SKIP, options.DTYPE),
-            *(options.MAX_SHARD_SIZE, options.DROP_ALIASES, options.NO_FSYNC),
+            *(options.FORMAT, options.MAX_SHARD_SIZE, options.DROP_ALIASES, options.NO_FSYNC),
         ),
         RUNNING: (options.DRY_RUN, options.THREADS, *options.COMMON),
     },

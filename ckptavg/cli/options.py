@@ -58,13 +58,15 @@ SELECTION_NO_EFFECT = (
     without("lr_minima", "lr_recorded"),
 )
 
-FORCE, CONTAINER, MAX_SHARD_SIZE, NO_FSYNC = parse("""
+FORCE, CONTAINER, FORMAT, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 -f --force                Replace an existing output.
 --container weights|last  Write the weights alone, or the last checkpoint's whole torch file
                           (optimizer, hyper-parameters) with the new weights.
                           [default: weights]
+--format huggingface|dcp  Write a directory for from_pretrained, or for
+                          torch.distributed.checkpoint.  [default: huggingface]
 --max-shard-size SIZE     Largest size of a file in a directory, such as 5GB.
-                          [default: as in the input]
+                          [default: as in the input; one file for dcp]
 --no-fsync                Do not wait until the output is on the disk.
 """)
 
@@ -86,7 +88,12 @@ def _is_one_file(params: Mapping[str, Any]) -> bool:
 
 
 OUTPUT_NO_EFFECT = (
-    NoEffect("with an --output that is one file", _is_one_file, ["max_shard_size"]),
+    NoEffect("with an --output that is one file", _is_one_file, ["format", "max_shard_size"]),
+    NoEffect(
+        "with --format dcp, which has tied tensors once",
+        lambda params: params["format"] == "dcp",
+        ["drop_aliases"],
+    ),
     NoEffect(
         "with an --output that is a torch file",
         lambda params: _is_one_file(params) and not params["output"].endswith(".safetensors"),

@@ -83,6 +83,7 @@ class Checkpoint:
         other_entries: entries of the state dict that are not tensors (`_extra_state`), by name, as
             the pickle describes them.
         inner_tensors: the pickled tensors in such entries, and their places.
+        places: keys under which a DCP directory had each entry in the nested state dict, by name.
         module_versions: the `_metadata` that torch gives to a state dict; None where there is none.
         name_in_run: its path below the folder that all candidates of its run have in common.
     """
@@ -101,6 +102,7 @@ class Checkpoint:
     names: tuple[str, ...] = ()
     other_entries: Mapping[str, object] = field(default_factory=dict)
     inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)
+    places: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
     name_in_run: str = ""
 
@@ -258,6 +260,7 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         module_versions=versions,
         metadata=metadata,
         names=tuple(map(plain, checkpoint.names)),
+        places={plain(name): place for name, place in checkpoint.places.items()},
         other_entries={plain(name): value for name, value in checkpoint.other_entries.items()},
     )
     return unwrapped, prefix or (_COMPILED[1:] if is_compiled and not keep_prefix else "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError
 from ckptavg.formats.blocks import Blocks, Pieces
-from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint
+from ckptavg.formats.checkpoint import PROVENANCE, STEP_NAMES, Checkpoint
 from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import is_tensor
@@ -66,13 +66,17 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         container="dcp",
         parts=(*parts, metadata.file),
         tensors=tensors,
-        metadata={},
+        metadata={} if metadata.provenance is None else {PROVENANCE: metadata.provenance},
         digest=metadata.digest,
         training=_training(path, metadata, shards),
         key=chosen,
         other_keys=tuple(name for name in state_dicts if name != chosen),
         other_content=len(entries) < len(metadata.names),
         other_entries={name: value for name, value in entries.items() if name not in values},
+        places={
+            name: _place(metadata, value.storage.key, chosen, name)
+            for name, value in values.items()
+        },
     )
 
 
@@ -85,6 +89,8 @@ def _state_dicts(metadata: Metadata, key: str | None) -> tuple[StateDicts, str |
     """
     tree = _tree(metadata)
     kept = {name: value for name, value in tree.items() if not _is_state_of_training(name)}
+    if metadata.provenance is not None:
+        kept = tree  # it has weights alone, whatever their names
     left_out = [name for name in tree if name not in kept and is_tensor(tree[name])]
     if left_out and not any(map(is_tensor, kept.values())):
         kept, left_out = tree, []
@@ -116,6 +122,12 @@ def _tree(metadata: Metadata) -> dict[Any, Any]:
             raise FormatError(message, path=metadata.file.path, tensor=name)
         node[last] = metadata.leaf(name)
     return tree
+
+
+def _place(metadata: Metadata, flat: str, key: str, name: str) -> tuple[str | int, ...]:
+    """Keys of an entry in the nested state dict. Where the key is a prefix, it becomes a folder."""
+    place = metadata.place(flat)
+    return (key, name) if place == (f"{key}.{name}",) else place
 
 
 def _is_state_of_training(name: object) -> bool:

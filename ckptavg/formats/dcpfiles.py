@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.blocks import Box, misfit
-from ckptavg.formats.checkpoint import read_view
+from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory, Part, is_inside, open_source
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
 from ckptavg.formats.tensors import DType, is_possible
@@ -76,6 +76,8 @@ class Metadata:
         self._entries, self._items = entries, items
         places = fields.get("planner_data")
         self.places: Mapping[Any, object] = places if isinstance(places, Mapping) else {}
+        provenance = fields.get(PROVENANCE)
+        self.provenance = provenance if isinstance(provenance, str) else None
         self.names: tuple[str, ...] = tuple(entries)
         self._pieces_left = _MOST_PIECES
 

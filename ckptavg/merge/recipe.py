@@ -53,7 +53,10 @@ class AverageOptions(Options):
         allow_nonfinite: accept NaN and Inf.
         container: `weights` writes a state dict alone. `last` writes the last checkpoint's torch
             file, with the average in place of its weights.
-        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' shards.
+        format: of an output that is a directory: `huggingface` is what `from_pretrained` takes,
+            `dcp` what `torch.distributed.checkpoint` loads.
+        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' shards, or
+            for one file of `dcp`.
         drop_aliases: write tied tensors once, and record the other names in the metadata.
         hash: record the SHA-256 of the checkpoints' files.
         force: replace an existing output.
@@ -82,6 +85,7 @@ class AverageOptions(Options):
     lora: Literal["separate", "exact"] = "separate"
     allow_nonfinite: bool = False
     container: Literal["weights", "last"] = "weights"
+    format: Literal["huggingface", "dcp"] = "huggingface"
     max_shard_size: int | None = None
     drop_aliases: bool = False
     hash: bool = False
@@ -109,6 +113,7 @@ class AverageOptions(Options):
             ("norm_stats", ("average", "last")),
             ("lora", ("separate", "exact")),
             ("container", ("weights", "last")),
+            ("format", ("huggingface", "dcp")),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise SelectionError(f"{name} is {choices[0]!r} or {choices[1]!r}, not {value!r}")

@@ -62,7 +62,7 @@ def lay_out_directory(
     """
     has_name = last.container in ("huggingface", "safetensors")
     stem = huggingface.stem(last.path) if has_name else "model"
-    shards = _shards(tensors, stem, max_shard_size or _largest_shard(last))
+    shards = _by_name(in_shards(tensors, max_shard_size or _largest_shard(last)), stem)
     if len(shards) > 1 and stem in huggingface.ADAPTERS:
         raise OutputError("no library reads an adapter in shards", path=path)
     files: dict[str, FileLayout] = {}
@@ -96,10 +96,13 @@ def _largest_shard(last: Checkpoint) -> int | None:
     return max(sizes) if last.container == "huggingface" and len(sizes) > 1 else None
 
 
-def _shards(
-    tensors: Sequence[OutputTensor], stem: str, max_size: int | None
-) -> dict[str, list[OutputTensor]]:
-    """The tensors of each file of weights. A tensor larger than a shard fills one alone."""
+def in_shards(tensors: Sequence[OutputTensor], max_size: int | None) -> list[list[OutputTensor]]:
+    """The tensors of each file of weights. A tensor larger than a shard fills one alone.
+
+    Args:
+        tensors: in the order of their bytes in the output.
+        max_size: bytes of tensors in a file; None for one file.
+    """
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -109,6 +112,10 @@ def _shards(
             size = 0
         shards[-1].append(tensor)
         size += nbytes
+    return shards
+
+
+def _by_name(shards: Sequence[list[OutputTensor]], stem: str) -> dict[str, list[OutputTensor]]:
     if len(shards) == 1:
         return {f"{stem}.safetensors": shards[0]}
     return {

@@ -14,6 +14,7 @@ from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.write.container import lay_out_container
+from ckptavg.write.dcp import lay_out_dcp
 from ckptavg.write.directory import lay_out_directory, with_dtype
 from ckptavg.write.provenance import encode_provenance
 from ckptavg.write.safetensors import lay_out_safetensors
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ckptavg.merge.jobs import Layout, OutputTensor
     from ckptavg.merge.recipe import AverageOptions
 
-Kind = Literal["safetensors", "torch", "container", "directory"]
+Kind = Literal["safetensors", "torch", "container", "directory", "dcp"]
 _SAFETENSORS = ".safetensors"
 # What LoRA trainers record of the last checkpoint alone: hashes of its weights, and its counters.
 _UNTRUE = re.compile(r"sshs_\w+|modelspec\.hash_\w+|ss_(epoch|steps)")
@@ -41,7 +42,7 @@ class Destination:
         path: the file or directory.
         kind: `safetensors` and `torch` are a file with a state dict alone; `container` is the last
             checkpoint's torch file with other weights in it; `directory` is what Hugging Face's
-            `save_pretrained` writes.
+            `save_pretrained` writes, and `dcp` one of `torch.distributed.checkpoint`.
     """
 
     path: Path
@@ -57,34 +58,44 @@ def destination(
         output: ends with a file's suffix; a directory ends with a slash, or is there already, or
             has no such suffix where the checkpoints are directories themselves.
         last: the last checkpoint.
-        options: `container`, `max_shard_size` and `drop_aliases`.
+        options: `container`, `format`, `max_shard_size` and `drop_aliases`.
 
     Raises:
         OutputError: the name stands for no kind of output, or not for what the options ask for.
     """
     path = _local(output)
-    kind = _kind(output, path, last, options.container)
-    if options.max_shard_size is not None and kind != "directory":
+    kind = _kind(output, path, last, options)
+    if options.max_shard_size is not None and kind not in ("directory", "dcp"):
         raise OutputError(
             "shards need a directory", path=path, remedy="let the output's name end with a slash"
         )
-    if options.drop_aliases and kind in ("torch", "container"):
+    if options.drop_aliases and kind in ("torch", "container", "dcp"):
         raise OutputError(
-            "a torch file keeps tied tensors tied: there are no aliases to drop",
+            "torch's own layouts have tied tensors once: there are no aliases to drop",
             path=path,
             remedy="leave `drop_aliases` out",
         )
     return Destination(path, kind)
 
 
-def _kind(output: str | os.PathLike[str], path: Path, last: Checkpoint, container: str) -> Kind:
+def _kind(
+    output: str | os.PathLike[str], path: Path, last: Checkpoint, options: AverageOptions
+) -> Kind:
     is_file_name = path.suffix in SUFFIXES
-    if container == "last":
+    if options.container == "last":
         _check_container(path, last)
         return "container"
     ends_with_slash = os.fspath(output).endswith(os.sep)
-    if path.is_dir() or ends_with_slash or (last.is_of_directories and not is_file_name):
-        return "directory"
+    is_dcp = options.format == "dcp"
+    needs_no_slash = (is_dcp or last.is_of_directories) and not is_file_name
+    if path.is_dir() or ends_with_slash or needs_no_slash:
+        return "dcp" if is_dcp else "directory"
+    if is_dcp:
+        raise OutputError(
+            "is the name of a file, and dcp is a format of directories",
+            path=path,
+            remedy="let the output's name end with a slash",
+        )
     if not is_file_name:
         alike = difflib.get_close_matches(path.suffix.lower(), SUFFIXES, 1) or [_SAFETENSORS]
         better = path.with_suffix(alike[0]) if path.suffix else Path(f"{path}{_SAFETENSORS}")
@@ -157,6 +168,10 @@ def lay_out(
         return lay_out_container(target.path, tensors, metadata, last, mirrored=mirrored)
     if target.kind == "torch":
         return lay_out_torch(target.path, tensors, metadata, last)
+    if target.kind == "dcp":
+        return lay_out_dcp(
+            target.path, tensors, metadata, last, max_shard_size=options.max_shard_size
+        )
     if last.other_entries:
         mention_left_out(last.other_entries)
     if options.drop_aliases:

@@ -1,18 +1,20 @@
-"""Pickle a state dict as `torch.save` does, without torch and without pickle's memo."""
+"""Pickle what torch pickles, without torch: a state dict, and the metadata of a DCP directory."""
 
 from __future__ import annotations
 
 import contextlib
 import pickle
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.pickled import STORAGES, PickledTensor, Placeholder, StateOrderedDict
 from ckptavg.formats.tensors import DType, contiguous_strides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from ckptavg.formats.dcpfiles import Item
     from ckptavg.merge.jobs import OutputTensor
 
 _STORAGES = {name: storage for storage, name in STORAGES.items()}
@@ -37,7 +39,12 @@ def pickle_state_dict(
         )
         state = pickle.EMPTY_DICT + _items([_text("_metadata") + metadata]) + pickle.BUILD
     items = _items(_text(name) + value for name, value in values.items())
-    return pickle.PROTO + b"\2" + _ORDERED_DICT + items + state + pickle.STOP
+    return pickle_one(_ORDERED_DICT + items + state)
+
+
+def pickle_one(value: bytes) -> bytes:
+    """The whole pickle of a value, from the opcodes that make it."""
+    return pickle.PROTO + b"\2" + value + pickle.STOP
 
 
 def _plain_facts(facts: Mapping[Any, object]) -> Iterator[bytes]:
@@ -90,6 +97,133 @@ def pickle_entries(
             pickles[name] = _Encoder(tensors, left).encode(value)
             left -= len(pickles[name])
     return pickles
+
+
+class StoredEntry(NamedTuple):
+    """An entry of a DCP directory.
+
+    Attributes:
+        place: its keys in the nested state dict.
+        tensor: its dtype and shape; None for what is no tensor.
+        item: where it is in the files.
+    """
+
+    place: tuple[str | int, ...]
+    tensor: OutputTensor | None
+    item: Item
+
+    @property
+    def name(self) -> str:
+        """Its name where the state dict is flat."""
+        return ".".join(map(str, self.place))
+
+
+_DCP = "torch.distributed.checkpoint.metadata"
+_DCP_VERSION = "1.0.0"
+
+
+def pickle_dcp(entries: Sequence[StoredEntry], provenance: str | None) -> bytes:
+    """Pickle the `Metadata` that torch's `FileSystemWriter` writes, with the provenance in it.
+
+    The provenance is an attribute more than torch's class has, which torch ignores.
+
+    Args:
+        entries: what is stored, each tensor in one piece.
+        provenance: the text.
+    """
+    memo = _Memo()
+    # In the order of the pickle, as the memo demands.
+    fields = {
+        "state_dict_metadata": pickle.EMPTY_DICT
+        + _items(_text(each.name) + _description(each.tensor, memo) for each in entries),
+        "planner_data": pickle.EMPTY_DICT
+        + _items(_text(each.name) + _place(each.place) for each in entries),
+        "storage_data": pickle.EMPTY_DICT
+        + _items(_index(each, memo) + _storage_info(each.item, memo) for each in entries),
+        "storage_meta": _object(
+            _global(_DCP, "StorageMeta"),
+            checkpoint_id=pickle.NONE,
+            save_id=pickle.NONE,
+            load_id=pickle.NONE,
+            modules=pickle.EMPTY_LIST,
+        ),
+        "version": _text(_DCP_VERSION),
+    }
+    if provenance is not None:
+        fields[PROVENANCE] = _text(provenance)
+    return pickle_one(_object(_global(_DCP, "Metadata"), **fields))
+
+
+class _Memo:
+    """The first time a value is needed it is pickled, and then named by its number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+
+    def __call__(self, value: bytes) -> bytes:
+        is_known = value in self._numbers
+        number = struct.pack("<I", self._numbers.setdefault(value, len(self._numbers)))
+        return pickle.LONG_BINGET + number if is_known else value + pickle.LONG_BINPUT + number
+
+
+def _description(tensor: OutputTensor | None, memo: _Memo) -> bytes:
+    """What torch describes an entry by: a tensor's dtype, shape and only piece."""
+    if tensor is None:
+        return _object(memo(_global(_DCP, "BytesStorageMetadata")))
+    properties = (
+        _global("torch", tensor.dtype.name),
+        _call("torch.serialization", "_get_layout", _text("torch.strided")),
+        pickle.NEWFALSE,  # requires_grad
+        _call(_DCP, "_MEM_FORMAT_ENCODING", _number(0)),  # contiguous
+        pickle.NEWFALSE,  # pin_memory
+    )
+    return _object(
+        memo(_global(_DCP, "TensorStorageMetadata")),
+        properties=memo(
+            _global(_DCP, "TensorProperties") + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+            + pickle.MARK + b"".join(properties) + pickle.TUPLE + pickle.BUILD
+        ),
+        size=_size(tensor.shape, memo),
+        chunks=pickle.EMPTY_LIST
+        + _object(
+            memo(_global(_DCP, "ChunkStorageMetadata")),
+            offsets=_size((0,) * len(tensor.shape), memo),
+            sizes=_size(tensor.shape, memo),
+        )
+        + pickle.APPEND,
+    )  # fmt: skip
+
+
+def _index(entry: StoredEntry, memo: _Memo) -> bytes:
+    kind, name = memo(_global(_DCP, "MetadataIndex")), _text(entry.name)
+    if entry.tensor is None:
+        return _object(kind, fqn=name, index=pickle.NONE)
+    corner = _size((0,) * len(entry.tensor.shape), memo)
+    return _object(kind, fqn=name, index=_number(0), offset=corner)
+
+
+def _storage_info(item: Item, memo: _Memo) -> bytes:
+    return _object(
+        memo(_global("torch.distributed.checkpoint.filesystem", "_StorageInfo")),
+        relative_path=memo(_text(item.file)),
+        offset=_number(item.offset),
+        length=_number(item.length),
+    )
+
+
+def _size(sizes: Iterable[int], memo: _Memo) -> bytes:
+    return memo(_global("torch", "Size")) + _numbers(sizes) + pickle.TUPLE1 + pickle.REDUCE
+
+
+def _place(place: Iterable[str | int]) -> bytes:
+    keys = (_text(key) if isinstance(key, str) else _number(key) for key in place)
+    return pickle.MARK + b"".join(keys) + pickle.TUPLE
+
+
+def _object(kind: bytes, **attributes: bytes) -> bytes:
+    """An object of a class that has no state but its attributes."""
+    state = pickle.EMPTY_DICT + _items(_text(name) + each for name, each in attributes.items())
+    return kind + pickle.EMPTY_TUPLE + pickle.NEWOBJ + state + pickle.BUILD
 
 
 class _NotPlainError(Exception):

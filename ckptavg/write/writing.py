@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import CkptAvgError, OutputError, listed, printable
 from ckptavg.formats import huggingface
+from ckptavg.formats.dcpfiles import METADATA
 from ckptavg.formats.parts import is_remote
 from ckptavg.merge.engine import execute
 from ckptavg.merge.jobs import BadValueError
@@ -209,6 +210,8 @@ def _entries(folder: Path) -> list[str]:
 def _strangers(folder: Path, names: Collection[str]) -> list[str]:
     """The files in a directory, weights aside, that the directory replacing it would not have."""
     weights = huggingface.weight_files(folder)
+    if METADATA in names:
+        weights |= {path.name for path in folder.glob("*.distcp")}
     strangers = []
     for entry in sorted(folder.rglob("*")):
         name = entry.relative_to(folder).as_posix()

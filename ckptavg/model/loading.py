@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from ckptavg.errors import FormatError, MismatchError, RefreshError, printable
+from ckptavg.errors import FormatError, MismatchError, RefreshError, listed, printable
 from ckptavg.formats.lora_names import has_lora, lora_modules
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.merge.patterns import is_found, matching, pattern_of
@@ -80,8 +80,11 @@ def load_weights(
     absent = getattr(answer, "missing_keys", held)
     missing = [name for name in absent if name in held and name not in names]
     missing = _needed(missing, held, copies, names.values())
-    if (missing or lacking or unlike) and not _accepts(model, state):
-        raise _mismatch(checkpoint, names, missing, lacking, unlike)
+    if missing or lacking or unlike:
+        if not _accepts(model, state):
+            raise _mismatch(checkpoint, names, missing, lacking, unlike)
+        differing = listed([*missing, *lacking])
+        log.info("the model's load_state_dict takes a checkpoint that differs in %s", differing)
     if state and not arrived:
         raise RefreshError("the model's load_state_dict has loaded none of the weights")
     lost = (name for name in names.values() if is_norm_statistic(name) and name not in known)

@@ -162,6 +162,17 @@ class TestRenames:
         first, second = ckptavg.evaluate(["a.pt", "b.pt"], model=RenamesInPart, loader=loader)
         assert first.metrics == second.metrics
 
+    def test_are_left_to_a_model_that_takes_what_it_is_given(self, notices):
+        class Takes(Net):
+            def load_state_dict(self, state, strict=True, assign=False):  # noqa: ARG002, FBT002
+                return super().load_state_dict(state, strict=False, assign=assign)
+
+        state = Net().state_dict() | {"total_ops": torch.ones(1)}
+        del state["head.bias"]
+        refreshed = refresh(state, Takes())
+        assert torch.equal(refreshed["total_ops"], torch.ones(1))
+        assert "a checkpoint that differs in head.bias, total_ops" in notices.text
+
     def test_that_leave_something_out_are_an_error(self):
         state = {name.replace("norm.", "bn."): value for name, value in Net().state_dict().items()}
         del state["bn.running_var"]

@@ -248,7 +248,8 @@ def _averaged_again(
     with _temporary_folder(record.path) as folder:
         # Names and dtypes of a torch file may have no place in safetensors, which is faster.
         ending = ".pt" if is_torch else ".safetensors"
-        if record.options.lora == "exact" and record.path.is_dir():
+        is_joined = record.options.lora == "exact" and record.path.is_dir()
+        if is_joined or members[-1].has_several_models:
             ending = "/"
         output = f"{folder}/average{ending}"
         try:

@@ -86,6 +86,8 @@ class Checkpoint:
         places: keys under which a DCP directory had each entry in the nested state dict, by name.
         module_versions: the `_metadata` that torch gives to a state dict; None where there is none.
         name_in_run: its path below the folder that all candidates of its run have in common.
+        models: where a directory has the weights of each model, without the ending, by what the
+            names of its tensors begin with: `{"": "model", "2_Dense/": "2_Dense/model"}`.
     """
 
     path: Path
@@ -105,6 +107,7 @@ class Checkpoint:
     places: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
     name_in_run: str = ""
+    models: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
 
     @property
     def name(self) -> str:
@@ -120,6 +123,11 @@ class Checkpoint:
     def is_of_directories(self) -> bool:
         """Whether its layout is a directory; its average is then one by default."""
         return self.container in ("huggingface", "dcp")
+
+    @property
+    def has_several_models(self) -> bool:
+        """Whether it is a directory in which the names of tensors begin with those of models."""
+        return list(self.models) != [""]
 
     @property
     def step(self) -> tuple[str, int] | None:

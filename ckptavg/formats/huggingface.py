@@ -8,145 +8,140 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, printable
-from ckptavg.formats import dcp, deepspeed
 from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import read_json
+from ckptavg.formats.modelfolders import (
+    check_weights,
+    find_weights,
+    folder_format,
+    is_index,
+    output_stem,
+)
 from ckptavg.formats.parts import is_inside, open_source
 from ckptavg.formats.recorded import trainer_record
 from ckptavg.formats.torchzip import Archive
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
     from pathlib import Path
-    from types import ModuleType
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.parts import Part
     from ckptavg.formats.tensors import Tensor
 
 log = logging.getLogger("ckptavg")
 
-INDEX = ".index.json"
-ADAPTERS = ("adapter_model", "pytorch_lora_weights")
-"""What the names of adapters begin with that PEFT and diffusers write; neither reads shards."""
-
-_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "pytorch_model_fsdp")
-_ENDINGS = (".safetensors", f".safetensors{INDEX}", ".bin", f".bin{INDEX}")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-# Names of weights in the order in which transformers looks for them; PEFT writes adapters only.
-_WEIGHTS = (*(stem + ending for ending in _ENDINGS for stem in _STEMS), *_ADAPTERS)
-_SHARD = re.compile(rf"({'|'.join(_STEMS)})-\d+-of-\d+\.(safetensors|bin)")
-# Folders of weights in a checkpoint: accelerate's sharded FSDP, and DeepSpeed's engine.
-_FOLDERS = re.compile(r"pytorch_model_fsdp_\d+|global_step\d+")
-# Beside these files a `global_step100/` belongs to a checkpoint; elsewhere it is one itself.
-_TRAINER_FILES = {"trainer_state.json", "random_states_0.pkl"}
-
 
 def matches(path: Path) -> bool:
     """Whether the directory has weights under a name that these libraries use."""
-    return _weights(path) is not None
-
-
-def _weights(path: Path) -> str | None:
-    """Name of the weights: a file, an index or a folder; a shard where the index is missing."""
-    names = {entry.name for entry in path.iterdir()}
-    for name in _WEIGHTS:
-        if name in names:
-            return name
-    if names & _TRAINER_FILES:
-        folders = [name for name in sorted(names) if _FOLDERS.fullmatch(name)]
-        if len(folders) == 1 and _folder_format(path / folders[0]) is not None:
-            return folders[0]
-    return next((name for name in sorted(names) if _SHARD.fullmatch(name)), None)
-
-
-def _folder_format(path: Path) -> ModuleType | None:
-    """The module that reads a folder of weights; None for files and for other folders."""
-    if not path.is_dir():
-        return None
-    return next((module for module in (dcp, deepspeed) if module.matches(path)), None)
-
-
-def has_trainer_state(path: Path) -> bool:
-    """Whether the Trainer or accelerate wrote the state of a training into the directory."""
-    return any((path / name).is_file() for name in _TRAINER_FILES)
+    return bool(find_weights(path))
 
 
 def weight_files(path: Path) -> frozenset[str]:
-    """The names of the files in the directory that the weights are read from, and of their index.
+    """The names below the directory of what the weights are read from, and of their indexes.
 
     Raises:
-        FormatError: the index is damaged.
+        FormatError: an index is damaged.
     """
-    name = _weights(path)
-    if name is None or (path / name).is_dir():
-        return frozenset()
-    shards = _weight_map(path / name).values() if name.endswith(INDEX) else ()
-    return frozenset((name, *(shard for shard in shards if "/" not in shard)))
-
-
-def stem(path: Path) -> str:
-    """What the name of the weights begins with where a library writes them as safetensors.
-
-    Args:
-        path: a directory, or the file of an adapter that diffusers writes into a directory.
-    """
-    file = path.name if path.is_file() else _weights(path)
-    name = (file or "").partition(".")[0]
-    return name if name in (*ADAPTERS, "diffusion_pytorch_model") else "model"
+    files = set()
+    for name in find_weights(path).values():
+        files.add(name)
+        if is_index(name):
+            folder = name.rpartition("/")[0]
+            shards = _weight_map(path / name).values()
+            files |= {f"{folder}/{shard}" if folder else shard for shard in shards}
+    return frozenset(files)
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     """Describe the weights in the directory.
 
     Raises:
-        FormatError: the index or a shard is damaged or missing, or they contradict each other.
+        FormatError: an index or a shard is damaged or missing, or they contradict each other.
+        SelectionError: it is unclear which weights are wanted.
     """
-    name = _weights(path) or ""
-    if _SHARD.fullmatch(name):
-        raise FormatError(
-            "has shards and no index of them: was the saving interrupted?", path=path / name
-        )
-    module = _folder_format(path / name)
-    if name.endswith(INDEX):
-        opened = _open_shards(path, name, key)
-    elif module is not None:
-        opened = module.open_checkpoint(path / name, key)
-    else:
-        opened = open_file(path / name, key)
-    return _with_trainer_state(replace(opened, path=path, container="huggingface"))
+    weights = find_weights(path)
+    opened = {prefix: _open_weights(path / name, key) for prefix, name in weights.items()}
+    return replace(
+        _with_trainer_state(_joined(opened), path),
+        path=path,
+        container="huggingface",
+        models={prefix: output_stem(name, prefix) for prefix, name in weights.items()},
+    )
 
 
-def _open_shards(path: Path, index: str, key: str | None) -> Checkpoint:
+def _open_weights(path: Path, key: str | None) -> Checkpoint:
+    """The weights of one model: in a file, in the shards of an index, or in a folder."""
+    check_weights(path)
+    if is_index(path.name):
+        return _open_shards(path, key)
+    module = folder_format(path)
+    if module is None:
+        return open_file(path, key)
+    checkpoint: Checkpoint = module.open_checkpoint(path, key)
+    return checkpoint
+
+
+def _joined(opened: Mapping[str, Checkpoint]) -> Checkpoint:
+    """One checkpoint of several models, by what the names of their tensors begin with."""
+    if list(opened) == [""]:
+        return opened[""]
+    parts: list[Part] = []
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, object] = {}
+    for prefix, model in opened.items():
+        for name, tensor in model.tensors.items():
+            tensors[prefix + name] = replace(tensor, part=len(parts) + tensor.part)
+        entries |= {prefix + name: entry for name, entry in model.other_entries.items()}
+        parts += model.parts
+    first = next(iter(opened.values()))
+    return replace(
+        first,
+        parts=tuple(parts),
+        tensors=tensors,
+        digest=_digest_of(opened.values()),
+        names=(),
+        other_entries=entries,
+        inner_tensors={},
+        module_versions=None,
+    )
+
+
+def _digest_of(checkpoints: Iterable[Checkpoint]) -> str:
+    return hashlib.sha256("".join(each.digest for each in checkpoints).encode()).hexdigest()
+
+
+def _open_shards(index: Path, key: str | None) -> Checkpoint:
     """One checkpoint of the shards that an index names."""
     names: defaultdict[str, set[str]] = defaultdict(set)
-    for tensor, shard in _weight_map(path / index).items():
+    for tensor, shard in _weight_map(index).items():
         names[shard].add(tensor)
     shards: list[Checkpoint] = []
     tensors: dict[str, Tensor] = {}
     first_names: dict[object, str] = {}
     for part, shard in enumerate(sorted(names)):
-        file = path / shard
-        _check_is_file(file, index)
+        file = index.parent / shard
+        _check_is_file(file, index.name)
         opened = open_file(file, key)
         first_name = first_names.setdefault(opened.parts[0].identity, shard)
         if first_name != shard:
             raise FormatError(
                 f"is the same file as {printable(first_name)}: a shard twice", path=file
             )
-        _check_names(file, index, names[shard], opened.tensors.keys())
+        _check_names(file, index.name, names[shard], opened.tensors.keys())
         tensors |= {name: replace(tensor, part=part) for name, tensor in opened.tensors.items()}
         shards.append(opened)
     return replace(
         shards[0],
         parts=tuple(shard.parts[0] for shard in shards),
         tensors=tensors,
-        digest=hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest(),
+        digest=_digest_of(shards),
         other_entries={
             name: entry for shard in shards for name, entry in shard.other_entries.items()
         },
@@ -196,12 +191,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _with_trainer_state(checkpoint: Checkpoint) -> Checkpoint:
-    """Add what the Trainer records in files beside the weights."""
-    file = checkpoint.path / "trainer_state.json"
+def _with_trainer_state(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Add what the Trainer records in files of a directory."""
+    file = path / "trainer_state.json"
     if not file.is_file():
         return checkpoint
-    record = trainer_record(read_json(file), _scheduler(checkpoint.path))
+    record = trainer_record(read_json(file), _scheduler(path))
     steps = {**checkpoint.training.steps, **record.steps}
     return replace(checkpoint, training=replace(record, steps=steps))
 

@@ -64,13 +64,22 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: the file holds something else.
     """
+    content = read_any_json(path)
+    if not isinstance(content, dict):
+        raise FormatError("is no JSON object", path=path)
+    return content
+
+
+def read_any_json(path: Path) -> Any:  # noqa: ANN401
+    """What a file of JSON holds.
+
+    Raises:
+        FormatError: the file is no JSON.
+    """
     file = open_source(path)
     if file.size > _LARGEST_FILE:
         raise FormatError(f"is {file.size} bytes long", path=path)
     try:
-        content = from_text(file.read(0, file.size).decode("utf-8-sig"))
+        return from_text(file.read(0, file.size).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is no valid JSON: {printable(error)}", path=path) from error
-    if not isinstance(content, dict):
-        raise FormatError("is no JSON object", path=path)
-    return content

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
+from ckptavg.formats.modelfolders import has_trainer_state
 from ckptavg.formats.parts import is_remote, remote_errors
 from ckptavg.formats.words import is_no_checkpoint
 from ckptavg.select.names import natural_key, parse_name
@@ -61,12 +62,12 @@ def _candidates_in(folder: Path) -> list[Path]:
     A directory with weights is a checkpoint unless numbered checkpoints are in it. Its own weights
     are then those that a Trainer saved at the end.
     """
-    is_checkpoint = is_checkpoint_directory(folder)
-    candidates = [*_entries_of(folder, 0 if is_checkpoint else _LEVELS)]
-    if is_checkpoint:
-        numbered = [entry for entry in candidates if _is_numbered(entry, folder)]
-        kept = frozenset(entry.name for entry in numbered) or _weight_files(folder)
-        others = [entry.name for entry in candidates if entry.name not in kept]
+    candidates = [*_entries_of(folder, _LEVELS)]
+    if is_checkpoint_directory(folder):
+        tops = {entry: entry.relative_to(folder).parts[0] for entry in candidates}
+        numbered = [entry for entry, top in tops.items() if _is_numbered(top, folder)]
+        kept = {tops[entry] for entry in numbered} or _weight_files(folder)
+        others = [*dict.fromkeys(top for top in tops.values() if top not in kept)]
         if others:
             log.info("left out: %s", listed(others, _MOST_NAMES))
         return numbered
@@ -94,20 +95,20 @@ def _below(entry: Path, levels: int) -> Iterator[Path]:
         yield from _entries_of(entry, levels - 1)
 
 
-def _is_numbered(entry: Path, folder: Path) -> bool:
-    """Whether an entry of a directory with weights is a numbered checkpoint.
+def _is_numbered(name: str, folder: Path) -> bool:
+    """Whether an entry of a directory with weights is a numbered checkpoint, or has it.
 
     DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that checkpoint.
     """
-    is_part = entry.name.startswith("global_step") and huggingface.has_trainer_state(folder)
-    return _NUMBERED.fullmatch(entry.name) is not None and not is_part
+    is_part = name.startswith("global_step") and has_trainer_state(folder)
+    return _NUMBERED.fullmatch(name) is not None and not is_part
 
 
-def _weight_files(folder: Path) -> frozenset[str]:
-    """The names of the files with a directory's own weights."""
+def _weight_files(folder: Path) -> set[str]:
+    """The names of the files and folders with a directory's own weights."""
     if huggingface.matches(folder):
-        return huggingface.weight_files(folder)
-    return frozenset(entry.name for entry in folder.iterdir())
+        return {name.partition("/")[0] for name in huggingface.weight_files(folder)}
+    return {entry.name for entry in folder.iterdir()}
 
 
 def _hint(folder: Path) -> str:

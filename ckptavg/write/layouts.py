@@ -13,9 +13,10 @@ from ckptavg.errors import OutputError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.parts import as_path, is_remote
+from ckptavg.write.companions import mention_weights_left_behind
 from ckptavg.write.container import lay_out_container
 from ckptavg.write.dcp import lay_out_dcp
-from ckptavg.write.directory import lay_out_directory, with_dtype
+from ckptavg.write.directory import lay_out_directory
 from ckptavg.write.provenance import encode_provenance
 from ckptavg.write.safetensors import lay_out_safetensors
 from ckptavg.write.torchzip import lay_out_torch, mention_left_out
@@ -74,6 +75,14 @@ def destination(
             "torch's own layouts have tied tensors once: there are no aliases to drop",
             path=path,
             remedy="leave `drop_aliases` out",
+        )
+    if last.has_several_models and kind != "directory":
+        places = ", ".join(printable(place) for place in last.models.values())
+        raise OutputError(
+            f"only a Hugging Face directory holds the models in {printable(last.name)}: {places}",
+            path=path,
+            remedy="let the output be a directory: end its name with a slash; or name the files "
+            "of one model",
         )
     return Destination(path, kind)
 
@@ -162,6 +171,7 @@ def lay_out(
     Raises:
         OutputError: the kind of output cannot hold the tensors.
     """
+    mention_weights_left_behind(last)
     kept = {name: text for name, text in last.metadata.items() if not _UNTRUE.fullmatch(name)}
     metadata = {"format": "pt", **kept, PROVENANCE: encode_provenance(provenance)}
     if target.kind == "container":
@@ -179,9 +189,8 @@ def lay_out(
         metadata |= aliases
         tensors = [replace(tensor, names=tensor.names[:1]) for tensor in tensors]
     if target.kind == "directory":
-        configuration = with_dtype(last.path, options.dtype) if options.dtype else {}
         return lay_out_directory(
-            target.path, tensors, metadata, last,
-            max_shard_size=options.max_shard_size, replaced={**configuration, **(replaced or {})},
+            target.path, tensors, metadata, last, dtype=options.dtype,
+            max_shard_size=options.max_shard_size, replaced=replaced or {},
         )  # fmt: skip
     return lay_out_safetensors(target.path, tensors, metadata)

@@ -82,7 +82,7 @@ class Output:
     def _create_files(self) -> None:
         for name, file in self._layout.files.items():
             with self._explained(name):
-                (self.temporary / name).parent.mkdir(exist_ok=True)
+                (self.temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 self._open(name, os.O_CREAT)
                 _reserve(self._fds[name], file.size)
             for offset, blob in file.blobs:

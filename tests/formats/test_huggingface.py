@@ -156,16 +156,24 @@ class TestWeightFiles:
         (folder / "model-00003-of-00003.safetensors").touch()
         assert weight_files(folder) == {INDEX, ONE, TWO}
 
-    def test_in_folders_are_not_files_of_the_directory(self, tmp_path):
+    def test_are_named_with_the_folders_that_they_are_in(self, tmp_path):
         folder = save_shards(tmp_path / "x")
         write_index(folder, {"a": ONE, "b": f"below/{TWO}"})
-        assert weight_files(folder) == {INDEX, ONE}
+        assert weight_files(folder) == {INDEX, ONE, f"below/{TWO}"}
 
-    def test_are_none_where_a_folder_has_them(self, tmp_path):
+    def test_are_those_of_all_models(self, tmp_path):
+        folder = save_model(tmp_path / "x", {"w": torch.ones(2)}, {})
+        save_shards(folder / "2_Dense")
+        save_model(folder / "3_Dense", {"w": torch.ones(2)}, {})
+        (folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        inside = {f"2_Dense/{name}" for name in (INDEX, ONE, TWO)}
+        assert weight_files(folder) == {"model.safetensors", *inside}
+
+    def test_are_the_folder_that_has_them(self, tmp_path):
         folder = tmp_path / "checkpoint-1"
         save_dcp({"model": {"w": torch.ones(2)}}, folder / "pytorch_model_fsdp_0")
         (folder / "trainer_state.json").write_text("{}")
-        assert weight_files(folder) == frozenset()
+        assert weight_files(folder) == {"pytorch_model_fsdp_0"}
 
 
 class TestConfiguration:
@@ -211,6 +219,85 @@ class TestConfiguration:
             "link to nothing\n"
         )
         assert not (tmp_path / "out").exists()
+
+
+def save_modules(folder: Path, value: float, modules: object, *, nested: str = "2_Dense") -> None:
+    """A model, and another in a folder, as sentence-transformers lays them out."""
+    save_model(folder, {"w": torch.full((2,), value)}, {})
+    save_model(folder / nested, {"w": torch.full((3,), -value)}, {})
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+class TestSeveralModels:
+    MODULES = ({"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"})
+
+    def test_are_one_checkpoint(self, tmp_path):
+        save_modules(tmp_path / "x", 1.0, self.MODULES)
+        opened = open_checkpoint(tmp_path / "x")
+        assert sorted(opened.tensors) == ["2_Dense/w", "w"]
+        assert opened.read("2_Dense/w").tolist() == [-1, -1, -1]
+
+    def test_in_folders_of_folders_are_found(self, tmp_path):
+        for step in range(2):
+            folder = tmp_path / "run" / f"checkpoint-{step}"
+            save_modules(folder, step * 1.0, self.MODULES, nested="2_Dense/query_0")
+        ckptavg.average(tmp_path / "run", tmp_path / "out")
+        found = load_file(tmp_path / "out" / "2_Dense" / "query_0" / "model.safetensors")
+        assert found["w"].tolist() == [-0.5] * 3
+        assert (tmp_path / "out" / "2_Dense" / "query_0" / "config.json").is_file()
+
+    def test_that_differ_in_one_of_them_are_named(self, tmp_path):
+        for step in range(2):
+            save_modules(tmp_path / "run" / f"checkpoint-{step}", step * 1.0, self.MODULES)
+        save_file({"v": torch.ones(3)}, tmp_path / "run/checkpoint-1/2_Dense/model.safetensors")
+        code, _, said = outcome("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
+        assert code == 1
+        assert "2_Dense/w: missing in" in said
+
+    @pytest.mark.parametrize(
+        "modules",
+        [{"path": "2_Dense"}, ["2_Dense"], [{"path": "../x/2_Dense"}], [{"path": 7}], [{}], "x"],
+        ids=str,
+    )  # fmt: skip
+    def test_are_not_found_where_nothing_names_them(self, tmp_path, modules):
+        save_modules(tmp_path / "x", 1.0, modules)
+        assert list(open_checkpoint(tmp_path / "x").tensors) == ["w"]
+
+    def test_are_not_looked_for_along_links_between_folders(self, tmp_path):
+        save_modules(tmp_path / "x", 1.0, self.MODULES)
+        (tmp_path / "x" / "2_Dense" / "loop").symlink_to(tmp_path / "x")
+        assert sorted(open_checkpoint(tmp_path / "x").tensors) == ["2_Dense/w", "w"]
+
+    def test_named_by_a_damaged_file_are_an_error(self, tmp_path):
+        save_modules(tmp_path / "x", 1.0, self.MODULES)
+        (tmp_path / "x" / "modules.json").write_text("[")
+        with pytest.raises(FormatError, match=r"modules\.json: is no valid JSON"):
+            open_checkpoint(tmp_path / "x")
+
+    def test_of_accelerate_s_fsdp_are_found_by_their_number(self, tmp_path):
+        for step in range(2):
+            folder = tmp_path / "run" / f"checkpoint_{step}"
+            for number in range(2):
+                state = {"w": torch.full((2 + number,), 1.0 * step)}
+                save_dcp({"model": state}, folder / f"pytorch_model_fsdp_{number}")
+            (folder / "random_states_0.pkl").touch()
+        ckptavg.average(tmp_path / "run", tmp_path / "out")
+        assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [0.5] * 2
+        assert load_file(tmp_path / "out" / "model_1.safetensors")["w"].tolist() == [0.5] * 3
+
+    def test_of_a_series_without_accelerate_are_not_found(self, tmp_path):
+        folder = save_model(tmp_path / "x", {"w": torch.ones(2)}, {})
+        save_file({"w": torch.ones(2)}, folder / "model_1.safetensors")
+        assert list(open_checkpoint(folder).tensors) == ["w"]
+
+
+class TestVariants:
+    def test_without_a_configuration_are_files_of_a_run(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        for name in ("model.ema.safetensors", "model.epoch1.safetensors"):
+            save_file({"w": torch.ones(2)}, tmp_path / "run" / name)
+        with pytest.raises(FormatError, match="without weights in a known layout"):
+            open_checkpoint(tmp_path / "run")
 
 
 class TestCompanions:

@@ -46,15 +46,15 @@ class Adapter:
             FormatError: it is no plain LoRA adapter.
             SelectionError: it has no factor.
         """
+        configs = configs_of(checkpoint)
+        for config in configs:
+            config.check_kind()
         modules = {
             module: _by_factor(checkpoint, module, tensors)
             for module, tensors in lora_modules(checkpoint.tensors).items()
         }
         if not modules:
             raise SelectionError("has no LoRA factors", path=checkpoint.path)
-        configs = configs_of(checkpoint)
-        for config in configs:
-            config.check_kind()
         return Adapter(checkpoint, modules, configs, _alphas(checkpoint))
 
     def tensor(self, module: str, factor: Factor) -> Tensor:
@@ -92,8 +92,8 @@ class Adapter:
                 f"no alpha is recorded, and a file of {scheme.kind} tells no scale without it",
                 path=path,
                 tensor=module,
-                remedy=f"name directories with PEFT's {CONFIG}, or merge each adapter into its "
-                "model, and average the models",
+                remedy="merge each adapter into its model, and average the models "
+                f"(PEFT records alpha in {CONFIG})",
             )
         recorded = self.checkpoint.metadata.get(NETWORK_ALPHA)
         if recorded not in (None, *map(str, (rank, float(rank)))):
@@ -119,8 +119,8 @@ def _by_factor(
     for tensor in tensors:
         if tensor.factor == "other":
             raise FormatError(
-                f"belongs to a {tensor.scheme.kind} adapter, which is no plain product B @ A, and "
-                "its average none either",
+                f"is a factor of {tensor.scheme.kind}, not of a plain product B @ A: there is no "
+                "exact average",
                 path=path,
                 tensor=tensor.name,
                 remedy="merge each adapter into its model, and average the models",

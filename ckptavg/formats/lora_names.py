@@ -36,9 +36,12 @@ class Scheme:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """What a name matches behind a dot: the last group is the factor."""
+        """What a name matches behind a dot: the last group is the factor.
+
+        A dot stands for a line break too: where `.+` can fail, long names take quadratic time.
+        """
         factors = "|".join(f"(?P<{factor}>{text})" for factor, text in self.factors.items())
-        return re.compile(f"(?P<module>{self.module})(?:{factors})")
+        return re.compile(f"(?P<module>{self.module})(?:{factors})", re.DOTALL)
 
 
 # In a model, PEFT puts the name of the adapter behind that of the factor: `lora_A.default.weight`.
@@ -87,6 +90,8 @@ _SCHEMES = (
         module=r"\.(?:lora|lycoris)_[^.]+",
     ),
     Scheme("VeRA", {"other": r"\.vera_lambda_.+"}),
+    Scheme("RandLoRA", {"other": r"\.randlora_.+"}),
+    Scheme("VB-LoRA", {"other": r"\.vblora_.+"}),
     Scheme("OFT", {"other": r"\.b?oft_.+"}),
     # A module of kohya-ss, `lora_unet_mid_block`, is at the beginning of the name.
     Scheme("LoRA-like", {"other": r"\.lora_[A-Za-z_]+(?:\..+)?"}, module=r"\..+"),

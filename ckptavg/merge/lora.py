@@ -161,7 +161,7 @@ def check_scales(members: Sequence[Checkpoint]) -> None:
     Raises:
         MismatchError: the adapters differ in rank or alpha.
     """
-    reason = _reason_against_joining(members)
+    reason = reason_against_joining(members)
     differences = _differing_scales(members)
     if differences:
         helps = "they have no exact average" if reason else "`lora=exact` averages their products"
@@ -193,7 +193,7 @@ def _differing_scales(members: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
-def _reason_against_joining(members: Sequence[Checkpoint]) -> str:
+def reason_against_joining(members: Sequence[Checkpoint]) -> str:
     """Why the products of adapters have no exact average; empty where they have one."""
     try:
         adapters = [Adapter.read(member) for member in members]

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import MismatchError, listed, printable
-from ckptavg.formats.lora_names import has_rank
+from ckptavg.formats.lora_names import has_rank, lora_modules
+from ckptavg.merge.lora import reason_against_joining
 from ckptavg.merge.patterns import matching, pattern_of
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
             groups[series, difference, option].append(name)
     unlike = sum(len(alike) for (series, *_), alike in groups.items() if series)
     is_of_few = 2 * unlike <= len(names)
+    of_lora = {tensor.name for tensors in lora_modules(names).values() for tensor in tensors}
     for number, ((_, difference, option), alike) in enumerate(groups.items()):
         what, them = printable(alike[0]), "it"
         if len(alike) > 1:
@@ -101,6 +103,9 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
         remedy = ""
         if option.startswith("dtype"):
             remedy = f"; `{option}` averages {them}"
+        elif alike[0] in of_lora:  # one factor without the other, or without its alpha, is no use
+            if option == "take_last" and not reason_against_joining(checkpoints):
+                remedy = "; `lora=exact` averages products of unlike ranks"
         elif is_of_few and number < _MOST_REMEDIES:
             pattern = pattern_of(alike, set(names).difference(alike))
             does = "leaves %s out" if option == "skip" else "takes %s from the last checkpoint"

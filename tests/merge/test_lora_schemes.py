@@ -234,6 +234,8 @@ OTHER_KINDS = {
     "T-LoRA": ["lycoris_q.p_layer.weight", "lycoris_q.q_layer.weight", "lycoris_q.lambda_layer"],
     "AdaLoRA": ["q.lora_A", "q.lora_B", "q.lora_E"],
     "VeRA": ["q.vera_lambda_b", "q.vera_lambda_d"],
+    "RandLoRA": ["q.randlora_lambda", "q.randlora_gamma"],
+    "VB-LoRA": ["q.vblora_logits_A", "q.vblora_logits_B"],
     "OFT": ["q.oft_blocks"],
 }
 
@@ -246,12 +248,12 @@ def of_kind(kind: str, seed: int) -> Arrays:
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_what_is_no_plain_product_is_named_and_not_recommended(tmp_path, caplog, kind):
     run = save(tmp_path / "run", *(of_kind(kind, seed) for seed in range(2)))
-    with pytest.raises(FormatError, match=f"belongs to a {kind} adapter") as caught:
+    with pytest.raises(FormatError, match=f"is a factor of {kind}, not") as caught:
         ckptavg.average(run, tmp_path / "out.safetensors", lora="exact")
     assert "merge each adapter into its model" in str(caught.value)
     ckptavg.average(run, tmp_path / "out.safetensors")
     assert f"no exact average: {run}/mine-000002.safetensors" in caplog.text
-    assert f"belongs to a {kind} adapter" in caplog.text
+    assert f"is a factor of {kind}, not" in caplog.text
     assert "lora=exact" not in caplog.text
 
 
@@ -369,3 +371,36 @@ def test_metadata_that_are_no_configuration_are_one_line(tmp_path):
         for lora in ("exact", "separate"):
             with pytest.raises(FormatError, match="its lora_adapter_metadata is no"):
                 ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", lora=lora)
+
+
+def test_unlike_ranks_are_averaged_as_products_alone(tmp_path):
+    run = save(tmp_path / "run", factors(KOHYA, 0, 4, 1.0), factors(KOHYA, 1, 2, 1.0))
+    with pytest.raises(MismatchError) as caught:
+        ckptavg.average(run, tmp_path / "out.safetensors")
+    for difference in caught.value.differences:
+        assert difference.endswith("; `lora=exact` averages products of unlike ranks")
+    ckptavg.average(run, tmp_path / "out.safetensors", lora="exact")
+
+
+def test_unlike_ranks_of_what_has_no_exact_average(tmp_path):
+    dora = {f"{KOHYA[0]}.dora_scale": np.ones((5, 1)), "other": np.ones(1), "more": np.ones(1)}
+    states = [{**factors(KOHYA, rank, rank, 1.0), **dora} for rank in (4, 2)]
+    run = save(tmp_path / "run", *states)
+    with pytest.raises(MismatchError, match=r"shape \(4, 6\)") as caught:
+        ckptavg.average(run, tmp_path / "out.safetensors")
+    assert "`" not in str(caught.value)
+
+
+def test_an_alpha_is_not_skipped_for_lack_of_it_elsewhere(tmp_path):
+    """Without it, the factors of the others would have another scale."""
+    run = save(tmp_path / "run", factors(KOHYA, 0, alpha=1.0), factors(KOHYA, 1))
+    with pytest.raises(MismatchError, match=r"alpha: missing in .*000004") as caught:
+        ckptavg.average(run, tmp_path / "out.safetensors")
+    assert "`" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["q.lora_E." * 20_000 + ".\n", "lora_aaaa" * 20_000 + "/"])
+def test_long_names_take_no_quadratic_time(tmp_path, name):
+    """A minute, where every part of the name is searched to its end."""
+    run = save(tmp_path / "run", *({name: np.full(1, float(step))} for step in range(2)))
+    ckptavg.average(run, tmp_path / "out.safetensors")

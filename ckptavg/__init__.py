@@ -60,7 +60,14 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415
 
-    return getattr(import_module(_MODULES[name]), name)
+    try:
+        return getattr(import_module(_MODULES[name]), name)
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        # An AttributeError, so that `hasattr` and `help` work.
+        message = f"ckptavg.{name} runs a model, and torch is not installed: pip install torch"
+        raise AttributeError(message) from error
 
 
 class _Package(ModuleType):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from importlib import metadata, resources
 from pathlib import Path
@@ -28,6 +30,29 @@ def test_the_public_names_are_there():
     assert issubclass(ckptavg.CkptAvgError, Exception)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = ckptavg.nonsense
+
+
+def test_without_torch_what_needs_it_says_so(tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import ckptavg, pydoc\n"
+        "print([name for name in ckptavg.__all__ if not hasattr(ckptavg, name)])\n"
+        "assert 'Average the checkpoints' in pydoc.render_doc(ckptavg)\n"
+        "try: ckptavg.refresh_norm\n"
+        "except AttributeError as error: print(error)\n"
+        "from ckptavg.cli import main\n"
+        "sys.argv[1:] = ['bn-refresh', 'x.pt', '-o', 'y.pt', '--model', 'a:b', '--loader', 'a:b']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == (
+        "ckptavg: error: this runs a model, and torch is not installed; pip install torch\n"
+    )
+    lacking, message = done.stdout.splitlines()
+    assert lacking == "['evaluate', 'refresh_checkpoint', 'refresh_norm', 'soup']"
+    assert message == (
+        "ckptavg.refresh_norm runs a model, and torch is not installed: pip install torch"
+    )
 
 
 def test_constraints_pin_every_dependency():

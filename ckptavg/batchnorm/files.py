@@ -9,16 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-try:
-    import torch  # noqa: TC002 - it may not be there
-except ModuleNotFoundError as error:
-    from ckptavg.errors import CkptAvgError
-
-    raise CkptAvgError(
-        "refreshing norm statistics runs the model, and torch is not installed",
-        remedy="pip install torch",
-    ) from error
-
 from ckptavg.batchnorm.layers import (
     CHANGED,
     NOT_IN_CHECKPOINT,
@@ -47,6 +37,8 @@ from ckptavg.write.replacement import put_back
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
+
+    import torch
 
     from ckptavg.batchnorm.layers import NormLayer
     from ckptavg.batchnorm.report import RefreshReport

@@ -100,15 +100,23 @@ def _explain(error: BaseException) -> int:
             # The reader of our output has left: stdout must not be flushed again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
-        case OSError():
-            where = f"{error.filename}: " if error.filename else ""
-            text = f"error: {where}{error.strerror or error}"
-        case MemoryError():
-            text = "error: out of memory; fewer --threads take less"
+        case OSError() | MemoryError() | ModuleNotFoundError(name="torch"):
+            text = f"error: {_of_surroundings(error)}"
         case _:
             raise error
     say_on_stderr(text)
     return code
+
+
+def _of_surroundings(error: OSError | MemoryError | ModuleNotFoundError) -> str:
+    """What the system has refused, or lacks."""
+    match error:
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or error}"
+        case MemoryError():
+            return "out of memory; fewer --threads take less"
+    return "this runs a model, and torch is not installed; pip install torch"
 
 
 def _show(error: click.ClickException) -> int:

@@ -8,14 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-try:
-    import torch
-except ModuleNotFoundError as error:
-    from ckptavg.errors import CkptAvgError
-
-    raise CkptAvgError(
-        "evaluating runs the model, and torch is not installed", remedy="pip install torch"
-    ) from error
+import torch
 from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.files import layers_to_keep

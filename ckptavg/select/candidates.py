@@ -91,8 +91,13 @@ def _below(entry: Path, levels: int) -> Iterator[Path]:
     is_folder = entry.is_dir()
     if is_checkpoint_directory(entry) if is_folder else entry.suffix in SUFFIXES:
         yield entry
-    elif is_folder and levels and parse_name(entry.name).numbers:
+    elif is_folder and levels and parse_name(entry.name).numbers and not _leads_upwards(entry):
         yield from _entries_of(entry, levels - 1)
+
+
+def _leads_upwards(entry: Path) -> bool:
+    """Whether a folder is a link to one that it is in itself."""
+    return not is_remote(entry) and entry.parent.resolve().is_relative_to(entry.resolve())
 
 
 def _is_numbered(name: str, folder: Path) -> bool:
@@ -116,7 +121,8 @@ def _hint(folder: Path) -> str:
 
     Where several folders have a file of one name, it is the pattern of these files.
     """
-    folders = list(islice(_folders_with_candidates(folder, _DEPTH_OF_HINT), _FOLDERS_OF_HINT))
+    inside = _folders_with_candidates(folder, _DEPTH_OF_HINT, set())
+    folders = list(islice(inside, _FOLDERS_OF_HINT))
     if folders:
         first, *others = _candidates_in(folders[0])
         pattern = "/".join(["*" for _ in folders[0].relative_to(folder).parts] + [first.name])
@@ -126,11 +132,13 @@ def _hint(folder: Path) -> str:
     return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
 
 
-def _folders_with_candidates(folder: Path, depth: int) -> Iterator[Path]:
-    if is_remote(folder) or not folder.is_dir():
+def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:
+    """The folders below one that have candidates, each once, whatever links lead to it."""
+    if is_remote(folder) or not folder.is_dir() or folder.resolve() in known:
         return
+    known.add(folder.resolve())
     if _candidates_in(folder):
         yield folder
     elif depth:
         for entry in sorted(folder.iterdir()):
-            yield from _folders_with_candidates(entry, depth - 1)
+            yield from _folders_with_candidates(entry, depth - 1, known)

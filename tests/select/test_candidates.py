@@ -80,6 +80,16 @@ class TestDirectory:
         folders = [f"{tmp_path}/version_{version}/checkpoints" for version in range(2)]
         assert str(caught.value).endswith(f"there are checkpoints in {', '.join(folders)}")
 
+    def test_with_links_to_itself_is_looked_through_once(self, tmp_path):
+        for number in range(40):
+            (tmp_path / f"link_{number}").symlink_to(tmp_path)
+            (tmp_path / f"again_{number}").symlink_to(tmp_path / f"link_{number}")
+        with pytest.raises(SelectionError, match="no checkpoint found"):
+            find_candidates([tmp_path])
+        save(tmp_path / "a" / "b" / "step_1.safetensors")
+        with pytest.raises(SelectionError, match=f"there are checkpoints in {tmp_path}/a/b$"):
+            find_candidates([tmp_path])
+
     def test_with_one_file_in_each_of_its_folders_is_an_error_that_names_them(self, tmp_path):
         for value, name in enumerate("ab"):
             save(tmp_path / "run" / name / "model.pt", float(value))

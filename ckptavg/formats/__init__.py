@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
-from ckptavg.formats import dcp, deepspeed, huggingface
+from ckptavg.formats import dcp, deepspeed, huggingface, shards
 from ckptavg.formats.files import SUFFIXES, open_file
 from ckptavg.formats.parts import remote_errors
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["DIRECTORIES", "SUFFIXES", "is_checkpoint_directory", "open_checkpoint"]
 
 
-DIRECTORIES: tuple[ModuleType, ...] = (dcp, huggingface, deepspeed)
+DIRECTORIES: tuple[ModuleType, ...] = (dcp, huggingface, deepspeed, shards)
 """Each has `matches(path)` and `open_checkpoint(path, key)`. The first that matches a directory
 reads it. The formats of single files are in `files`."""
 

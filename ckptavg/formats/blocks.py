@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ckptavg.formats.parts import Part
 from ckptavg.formats.tensors import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.formats.tensors import DType
@@ -146,17 +146,48 @@ class Blocks(Part):
             offset, out, number = offset + len(part), out[len(part) :], number + 1
 
 
-def misfit(shape: tuple[int, ...], regions: Sequence[Region]) -> str | None:
+def join(
+    path: Path, pieces: Mapping[str, Pieces], files: Iterable[Part]
+) -> tuple[tuple[Part, ...], dict[str, Tensor]]:
+    """Describe tensors by name, and the parts that they are in: all put together, and the files.
+
+    The first part has them by width of the element type, as outputs have them, and then by name:
+    their order in the files changes with the ranks. So neighbours are the same in all checkpoints
+    of a run, and averaged together.
+    """
+    names = sorted(pieces, key=lambda name: (-pieces[name].dtype.bits, name))
+    blocks = Blocks(path, [pieces[name] for name in names])
+    parts: tuple[Part, ...] = (blocks, *files)
+    tensors = {}
+    for name, offset in zip(names, blocks.offsets, strict=True):
+        tensor = pieces[name]
+        tensors[name] = Tensor(tensor.dtype, tensor.shape, 0, offset)
+        if len(tensor.boxes) == 1 and tensor.boxes[0].tensor.strides is not None:
+            # Strided tensors are read whole; in chunks, each would read nearly all of it again.
+            [box] = tensor.boxes
+            tensors[name] = replace(box.tensor, part=parts.index(box.source))
+    return parts, tensors
+
+
+class Misfit(NamedTuple):
+    """What keeps pieces from making up a tensor, and the number of the piece that is wrong."""
+
+    message: str
+    number: int | None = None
+
+
+def misfit(shape: tuple[int, ...], regions: Sequence[Region]) -> Misfit | None:
     """What keeps pieces, none of them empty, from making up a tensor; None where they do."""
-    for corner, sizes in regions:
+    for number, (corner, sizes) in enumerate(regions):
         if not (len(corner) == len(sizes) == len(shape)) or any(
             first + size > whole for first, size, whole in zip(corner, sizes, shape, strict=True)
         ):
-            return f"has a piece {list(sizes)} at {list(corner)}, outside its {list(shape)}"
+            message = f"has a piece {list(sizes)} at {list(corner)}, outside its {list(shape)}"
+            return Misfit(message, number)
     # Cut the tensor wherever a piece begins, and mark the cells that each piece covers.
     cuts = [sorted({corner[axis] for corner, _ in regions}) for axis in range(len(shape))]
     if math.prod(map(len, cuts)) > _MOST_CELLS:
-        return f"is in {len(regions)} pieces, too entangled to compare"
+        return Misfit(f"is in {len(regions)} pieces, too entangled to compare")
     covered_by = np.zeros([len(cut) for cut in cuts], np.int32)
     for number, (corner, sizes) in enumerate(regions, 1):
         covered = (
@@ -166,7 +197,8 @@ def misfit(shape: tuple[int, ...], regions: Sequence[Region]) -> str | None:
         index: Any = (..., *covered)  # with the dots, a view even of no dimensions
         cells = covered_by[index]
         if other := cells.max():
-            return f"has overlapping pieces at {list(regions[other - 1][0])} and {list(corner)}"
+            message = f"has overlapping pieces at {list(regions[other - 1][0])} and {list(corner)}"
+            return Misfit(message, number - 1)
         cells[...] = number
     missing = math.prod(shape) - sum(math.prod(sizes) for _, sizes in regions)
-    return f"lacks {missing} elements: some pieces are missing" if missing else None
+    return Misfit(f"lacks {missing} elements: some pieces are missing") if missing else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import Memory, Part
-from ckptavg.formats.tensors import AnyArray, Tensor, bytes_of
+from ckptavg.formats.tensors import AnyArray, Place, Tensor, bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,7 +68,7 @@ class Checkpoint:
 
     Attributes:
         path: the file or directory.
-        container: `safetensors`, `torch`, `huggingface` or `dcp`.
+        container: `safetensors`, `torch`, `huggingface`, `dcp` or `shards`.
         parts: the files that hold its tensors.
         tensors: the tensors by name; in the order of their bytes where it is one file.
         metadata: strings by name. An average of ours has its provenance here.
@@ -85,6 +85,7 @@ class Checkpoint:
         inner_tensors: the pickled tensors in such entries, and their places.
         places: keys under which a DCP directory had each entry in the nested state dict, by name.
         module_versions: the `_metadata` that torch gives to a state dict; None where there is none.
+        shard_places: of pieces, which are all that the file has of some tensors, by name.
         name_in_run: its path below the folder that all candidates of its run have in common.
         models: where a directory has the weights of each model, without the ending, by what the
             names of its tensors begin with: `{"": "model", "2_Dense/": "2_Dense/model"}`.
@@ -106,6 +107,7 @@ class Checkpoint:
     inner_tensors: Mapping[object, Tensor] = field(default_factory=dict)
     places: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     module_versions: Mapping[str, Any] | None = None
+    shard_places: Mapping[str, Place] = field(default_factory=dict)
     name_in_run: str = ""
     models: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
 
@@ -122,7 +124,7 @@ class Checkpoint:
     @property
     def is_of_directories(self) -> bool:
         """Whether its layout is a directory; its average is then one by default."""
-        return self.container in ("huggingface", "dcp")
+        return self.container in ("huggingface", "dcp", "shards")
 
     @property
     def has_several_models(self) -> bool:

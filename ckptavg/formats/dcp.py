@@ -11,18 +11,16 @@ import contextlib
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError
-from ckptavg.formats.blocks import Blocks, Pieces
+from ckptavg.formats.blocks import Pieces, join
 from ckptavg.formats.checkpoint import PROVENANCE, STEP_NAMES, Checkpoint
 from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import is_tensor
 from ckptavg.formats.recorded import training_record
 from ckptavg.formats.statedict import choose, find_state_dicts
-from ckptavg.formats.tensors import Tensor
 from ckptavg.formats.torchpickle import readable, scalars
 from ckptavg.formats.torchzip import Archive
 
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import TrainingRecord
-    from ckptavg.formats.parts import Part
     from ckptavg.formats.pickled import PickledTensor
     from ckptavg.formats.statedict import StateDicts
 
@@ -60,7 +57,12 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     chosen = choose(path, state_dicts, key)
     entries = state_dicts[chosen]
     values = {name: readable(v, path, name) for name, v in entries.items() if is_tensor(v)}
-    parts, tensors = _describe(path, shards, values)
+    boxes = shards.boxes({value.storage.key: value for value in values.values()})
+    pieces = {
+        name: Pieces(value.dtype, value.shape, boxes[value.storage.key])
+        for name, value in values.items()
+    }
+    parts, tensors = join(path, pieces, shards.files.values())
     return Checkpoint(
         path=path,
         container="dcp",
@@ -134,31 +136,6 @@ def _is_state_of_training(name: object) -> bool:
     """Whether a name at the top, or its first word where names are flat, is the optimizer's."""
     first, _, _ = _CHAINED.sub("", str(name)).partition(".")
     return _STATE_OF_TRAINING.fullmatch(first.lower()) is not None
-
-
-def _describe(
-    path: Path, shards: Shards, values: Mapping[str, PickledTensor]
-) -> tuple[tuple[Part, ...], dict[str, Tensor]]:
-    """Describe tensors, and the parts that they are in: all pieces put together, and the files.
-
-    The first part has them by width of the element type, as outputs have them, and then by name:
-    torch's order changes with the ranks. So neighbours are the same in all checkpoints of a run,
-    and averaged together.
-    """
-    names = sorted(values, key=lambda name: (-values[name].dtype.bits, name))
-    boxes = shards.boxes({value.storage.key: value for value in values.values()})
-    leaves = (values[name] for name in names)
-    pieces = [Pieces(leaf.dtype, leaf.shape, boxes[leaf.storage.key]) for leaf in leaves]
-    blocks = Blocks(path, pieces)
-    parts: tuple[Part, ...] = (blocks, *shards.files.values())
-    tensors = {}
-    for name, tensor, offset in zip(names, pieces, blocks.offsets, strict=True):
-        tensors[name] = Tensor(tensor.dtype, tensor.shape, 0, offset)
-        if len(tensor.boxes) == 1 and tensor.boxes[0].tensor.strides is not None:
-            # Strided tensors are read whole; in chunks, each would read nearly all of it again.
-            [box] = tensor.boxes
-            tensors[name] = replace(box.tensor, part=parts.index(box.source))
-    return parts, tensors
 
 
 def _training(path: Path, metadata: Metadata, shards: Shards) -> TrainingRecord:

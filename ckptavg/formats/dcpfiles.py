@@ -111,7 +111,7 @@ class Metadata:
         for name, tensor in tensors.items():
             regions = self._regions(name)
             if fault := misfit(tensor.shape, regions):
-                raise self._fault(fault, name)
+                raise self._fault(fault.message, name)
             for region in regions:
                 corner, _ = region
                 # Older versions record no corner if it is the tensor's own.

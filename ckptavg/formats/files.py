@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import FormatError
 from ckptavg.formats import safetensors, torchlegacy, torchzip
 from ckptavg.formats.parts import open_source
+from ckptavg.formats.words import parse_shard_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,9 +32,26 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
     """Describe the checkpoint in a file.
 
     Raises:
-        FormatError: the file is damaged, or no format matches it.
+        FormatError: the file is damaged, has pieces of tensors, or no format matches it.
         SelectionError: it is unclear which of its state dicts is wanted.
     """
+    checkpoint = open_shard(path, key)
+    if not checkpoint.shard_places:
+        return checkpoint
+    name, place = next(iter(checkpoint.shard_places.items()))
+    ranks = "several" if place.ranks is None else place.ranks
+    raise FormatError(
+        f"holds the part of one rank of {ranks}, not whole tensors",
+        path=path,
+        tensor=name,
+        remedy="name the directory, with the files of all ranks"
+        if parse_shard_name(path.name)
+        else "save whole tensors: those of torch's get_model_state_dict with full_state_dict=True",
+    )
+
+
+def open_shard(path: Path, key: str | None) -> Checkpoint:
+    """Describe what a file has, pieces of tensors among it; errors as for `open_file`."""
     file = open_source(path)
     head = file.read(0, min(_HEAD_BYTES, file.size))
     for module in FILES:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from ckptavg.formats.tensors import DType
+    from ckptavg.formats.tensors import DType, Place
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
@@ -51,15 +51,28 @@ class PickledTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class PickledShard:
+    """What a rank holds of a DTensor or a ShardedTensor, if it is not the whole.
+
+    Attributes:
+        local: the rank's piece; None where the rank has none.
+        place: where the piece is in the tensor.
+    """
+
+    local: PickledTensor | None
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class UnreadableTensor:
     """A tensor without plain strided bytes (sparse, quantised, ...), and what it is instead."""
 
     reason: str
 
 
-def is_tensor(value: object) -> TypeGuard[PickledTensor | UnreadableTensor]:
+def is_tensor(value: object) -> TypeGuard[PickledTensor | PickledShard | UnreadableTensor]:
     """Whether a pickled value is a tensor, readable or not."""
-    return isinstance(value, PickledTensor | UnreadableTensor)
+    return isinstance(value, PickledTensor | PickledShard | UnreadableTensor)
 
 
 class StateOrderedDict(dict[Any, Any]):

@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord
+from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import is_remote
 from ckptavg.formats.statedict import without_names
-from ckptavg.formats.tensors import BY_CODE, Tensor, is_possible
+from ckptavg.formats.tensors import BY_CODE, Place, Tensor, is_possible
+from ckptavg.formats.words import parse_shard_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +33,8 @@ _LONGEST_HEADER = 100_000_000  # the library's limit
 # The headers of 100,000 tensors have fewer. The library takes up to 80 bytes of memory for each.
 _MARKS, _MOST_MARKS = (b'"', b",", b"[", b"{"), 2_000_000
 _CONTEXT = 100
+_SHARDING = "DCP_SHARDING_INFO"
+_LARGEST_INDEX = 1 << 60
 _END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,20})\s*\]')
 _STEP = re.compile(r"[0-9]{1,18}")
 
@@ -69,6 +73,39 @@ def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
         metadata=metadata,
         digest=hashlib.sha256(header).hexdigest(),
         training=TrainingRecord(_steps(metadata)),
+        shard_places=_shard_places(path, tensors, metadata),
+    )
+
+
+def _shard_places(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Place]:
+    """Where the pieces of tensors in a rank's file are, as `torch.distributed.checkpoint` says.
+
+    It says so of whole tensors too, in files of other names.
+    """
+    if _SHARDING not in metadata:
+        return {}
+    try:
+        sharding = from_text(metadata[_SHARDING])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"has damaged {_SHARDING}: {printable(error)}", path=path) from error
+    places = {}
+    for name, tensor in tensors.items():
+        entry = sharding.get(name) if isinstance(sharding, dict) else None
+        match entry:
+            case {"saved_offsets": list(corner)} if _is_index(corner, tensor.shape):
+                places[name] = Place(tuple(corner))
+            case _:
+                raise FormatError(f"has no valid place in {_SHARDING}", path=path, tensor=name)
+    is_shard = parse_shard_name(path.name) or any(any(place.corner) for place in places.values())
+    return places if is_shard else {}
+
+
+def _is_index(values: list[Any], shape: tuple[int, ...]) -> bool:
+    """Whether values may be the index of the first element of a piece of that shape."""
+    return len(values) == len(shape) and all(
+        type(value) is int and 0 <= value < _LARGEST_INDEX for value in values
     )
 
 

@@ -125,6 +125,21 @@ class Tensor:
         return Tensor(self.dtype, shape, self.part, offset, strides)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a piece of a tensor, which is what one rank saved of it, is in the tensor.
+
+    Attributes:
+        corner: index in the tensor of the piece's first element.
+        shape: the tensor's; None where that is not recorded.
+        ranks: number of ranks that have pieces of it; None where that is not recorded.
+    """
+
+    corner: tuple[int, ...]
+    shape: tuple[int, ...] | None = None
+    ranks: int | None = None
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor in C order, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

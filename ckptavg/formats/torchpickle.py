@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
-from ckptavg.formats.pickled import PickledTensor, UnreadableTensor, is_tensor
+from ckptavg.formats.pickled import PickledShard, PickledTensor, UnreadableTensor, is_tensor
 from ckptavg.formats.recorded import training_record
 from ckptavg.formats.statedict import check_kind, choose, find_state_dicts, is_trainers_average
 from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
@@ -52,8 +52,11 @@ def describe(
     check_kind(file.path, root, state_dicts)
     chosen = choose(file.path, state_dicts, key)
     entries = state_dicts[chosen]
-    tensors = locate(container, {name: v for name, v in entries.items() if is_tensor(v)})
-    others = {name: value for name, value in entries.items() if name not in tensors}
+    values = {name: value for name, value in entries.items() if is_tensor(value)}
+    shards = {name: value for name, value in values.items() if isinstance(value, PickledShard)}
+    local = {name: shards[name].local if name in shards else values[name] for name in values}
+    tensors = locate(container, {name: v for name, v in local.items() if v is not None})
+    others = {name: value for name, value in entries.items() if name not in values}
     inner = {
         f"{name[:_LONGEST_LABEL]}: {number}": tensor
         for number, (name, tensor) in enumerate(_inner_tensors(others))
@@ -76,6 +79,7 @@ def describe(
         other_entries=others,
         inner_tensors={inner[label]: t for label, t in locate(container, inner).items()},
         module_versions=_module_versions(entries),
+        shard_places={name: shard.place for name, shard in shards.items()},
     )
 
 
@@ -131,7 +135,7 @@ def readable(value: object, path: Path, name: str) -> PickledTensor:
     """Return a pickled tensor, unless it is one without plain strided bytes (FormatError)."""
     if isinstance(value, PickledTensor):
         return value
-    reason = value.reason if isinstance(value, UnreadableTensor) else "no tensor"
+    reason = value.reason if isinstance(value, UnreadableTensor) else "no whole tensor"
     raise FormatError(f"cannot be averaged: {reason}", path=path, tensor=name)
 
 

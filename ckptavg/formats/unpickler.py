@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
+from ckptavg.formats import dtensors
 from ckptavg.formats.pickled import (
     STORAGES,
     PickledTensor,
@@ -268,8 +269,11 @@ def _parameter(_unpickler: object, data: object = None, *_: object) -> object:
 
 
 def _tensor_of_subclass(
-    unpickler: InertUnpickler, function: object, _type: object, arguments: object, _state: object
+    unpickler: InertUnpickler, function: object, kind: object, arguments: object, state: object
 ) -> object:
+    name = kind.origin.rpartition(".")[2] if isinstance(kind, Placeholder) else ""
+    if name in dtensors.READERS:
+        return dtensors.READERS[name](arguments, state)
     return unpickler.call(function, arguments)
 
 

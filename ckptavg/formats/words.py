@@ -93,6 +93,37 @@ _NO_WEIGHTS = re.compile(
     rf"({_WHOLE})([_-][A-Za-z_-]*\d+)?(\.(pt|pth|bin|pkl))?|.*_optim_states\.pt"
 )
 
+_SHARD = re.compile(
+    r"shard-(?P<shard>\d{1,9})-model-(?P<model>\d{1,9})-of-(?P<models>\d{1,9})\.safetensors"
+    r"|model_world_size_(?P<ranks>\d{1,9})_rank_(?P<rank>\d{1,9})\.pt"
+)
+
+
+class ShardName(NamedTuple):
+    """The numbers in the name of a file that one rank wrote.
+
+    Attributes:
+        rank: number of the rank.
+        ranks: how many there are; None where the name does not tell.
+        model: number of the output file that its tensors are meant for.
+        models: how many of these there are.
+    """
+
+    rank: int
+    ranks: int | None
+    model: int = 1
+    models: int = 1
+
+
+def parse_shard_name(name: str) -> ShardName | None:
+    """The numbers in the name of a rank's file, as torch's or verl's writers give it."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return None
+    if match["ranks"]:
+        return ShardName(int(match["rank"]), int(match["ranks"]))
+    return ShardName(int(match["shard"]), None, int(match["model"]), int(match["models"]))
+
 
 def words_in(name: str) -> Iterator[str]:
     """The words of a name, in lower case."""

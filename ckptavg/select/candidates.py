@@ -8,14 +8,14 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory
+from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, shards
 from ckptavg.formats.modelfolders import has_trainer_state
 from ckptavg.formats.parts import is_remote, remote_errors
-from ckptavg.formats.words import is_no_checkpoint
+from ckptavg.formats.words import is_no_checkpoint, parse_shard_name
 from ckptavg.select.names import natural_key, parse_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 log = logging.getLogger("ckptavg")
@@ -39,7 +39,7 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
         SelectionError: an input does not exist, or is a directory without candidates.
     """
     candidates: dict[Path, Path | None] = {}
-    for path in inputs:
+    for path in _joined(list(inputs)):
         with remote_errors(path):
             entries = []
             if path.is_dir():
@@ -54,6 +54,18 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
             if not entries:
                 candidates[path] = None
     return candidates
+
+
+def _joined(inputs: Sequence[Path]) -> Iterator[Path]:
+    """The inputs, with their directory for files of ranks where all of these are named."""
+    named = set(inputs)
+    for path in inputs:
+        folder = path.parent
+        is_shard = parse_shard_name(path.name) is not None
+        if is_shard and folder.is_dir() and named.issuperset(shards.shard_files(folder)):
+            yield folder
+        else:
+            yield path
 
 
 def _candidates_in(folder: Path) -> list[Path]:

@@ -15,31 +15,27 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.select.series import Candidate
 
-_SHARDING_INFO = "DCP_SHARDING_INFO"
 _TOOLS = (
     (r"consolidated", "transformers' convert_llama_weights_to_hf.py joins them"),
     (r"mp_rank|model_optim_rng", "Megatron-LM's tools/checkpoint/convert.py joins them"),
-    (r"world_size_\d+_rank", "`python -m verl.model_merger merge` joins them"),
     (r"rank-\d+-part", "vLLM split them from a checkpoint: average that"),
     (r"-of-\d", "name their directory with its index"),
 )
 _OTHER_TOOL = "join them with the tool of the trainer that wrote them"
 _FLAT = "save with FSDP's FULL_STATE_DICT, or join them with the trainer's tool"
-_DCP = "torch's consolidate_safetensors_files joins them"
 
 
 def mark_pieces(candidates: Sequence[Candidate]) -> FormatError | None:
     """Mark the pieces of models among candidates, and return the error about them.
 
     Files are pieces if their names differ in a number of ranks or shards, or if they hold the flat
-    parameters of FSDP or record that they are shards.
+    parameters of FSDP.
     """
     groups: defaultdict[str, list[Candidate]] = defaultdict(list)
     pieces: dict[Candidate, str] = {}
     for each in candidates:
-        remedy = _remedy_by_content(each.checkpoint) if each.checkpoint else ""
-        if remedy:
-            pieces[each] = remedy
+        if each.checkpoint and _is_flat(each.checkpoint):
+            pieces[each] = _FLAT
         if any(number.role == "piece" for number in parse_name(each.name).numbers):
             groups[_without_rank(each.name)].append(each)
     for group in groups.values():
@@ -67,9 +63,6 @@ def _remedy_by_name(name: str) -> str:
     return next((tool for pattern, tool in _TOOLS if re.search(pattern, name)), _OTHER_TOOL)
 
 
-def _remedy_by_content(checkpoint: Checkpoint) -> str:
-    """How to join the pieces that a checkpoint is one of; empty if it is none."""
-    if _SHARDING_INFO in checkpoint.metadata:
-        return _DCP
-    is_flat = any(name.rpartition(".")[2].startswith("_flat_param") for name in checkpoint.tensors)
-    return _FLAT if is_flat else ""
+def _is_flat(checkpoint: Checkpoint) -> bool:
+    """Whether it has flat parameters of FSDP, which many parameters share."""
+    return any(name.rpartition(".")[2].startswith("_flat_param") for name in checkpoint.tensors)

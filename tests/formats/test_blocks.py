@@ -117,10 +117,11 @@ def test_a_piece_too_many_or_too_few_does_not_fit(data):
     number = data.draw(st.integers(0, len(found) - 1))
     missing = misfit(shape, found[:number] + found[number + 1 :])
     assert missing is not None
-    assert "lacks" in missing
+    assert "lacks" in missing.message
     twice = misfit(shape, [*found, found[number]])
     assert twice is not None
-    assert "overlapping" in twice
+    assert "overlapping" in twice.message
+    assert twice.number == len(found)
 
 
 def test_pieces_outside_the_tensor_or_of_other_dimensions_do_not_fit():

@@ -288,7 +288,6 @@ class TestPieces:
             ("model-rank-0-part-0.safetensors model-rank-1-part-0.safetensors", "vLLM"),
             ("iter_1/mp_rank_00/model_optim_rng.pt iter_1/mp_rank_01/model_optim_rng.pt",
              "Megatron-LM's"),
-            ("model_world_size_2_rank_0.pt model_world_size_2_rank_1.pt", "verl.model_merger"),
             ("epoch_1_tp0_pp0.pt epoch_1_tp1_pp0.pt epoch_2_tp0_pp0.pt", "tool of the trainer"),
             ("weights-1-of-2.pt weights-2-of-2.pt", "index"),
             ("model.shard_0.pt model.shard_1.pt", "tool of the trainer"),
@@ -303,14 +302,10 @@ class TestPieces:
         with pytest.raises(FormatError, match="pieces of one model"):
             ckptavg.average(paths, tmp_path / "out.safetensors")
 
-    def test_flat_parameters_and_shards_that_record_it(self, tmp_path):
+    def test_flat_parameters(self, tmp_path):
         for number in range(2):
             put(tmp_path / "flat" / f"x{number}.pt", {"_flat_param": torch.rand(10)})
-            path = tmp_path / "dcp" / f"x{number}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            save_file({"w": torch.rand(2)}, path, {"DCP_SHARDING_INFO": "{}"})
         assert "FULL_STATE_DICT" in refusal(tmp_path / "flat")
-        assert "consolidate_safetensors_files" in refusal(tmp_path / "dcp")
 
     def test_files_of_rank_0_alone_are_checkpoints(self, tmp_path):
         weights(tmp_path / "run", "ep0-ba100-rank0.pt ep0-ba200-rank0.pt ep1-ba300-rank0.pt")

@@ -1,0 +1,190 @@
+"""Read directories with a file of each rank, which has that rank's pieces of the tensors.
+
+They are `shard-00001-model-00001-of-00001.safetensors`, which torch's HuggingFaceStorageWriter
+writes with `save_distributed=True`, in torchtitan's checkpoints into a folder `sharded`, and
+`model_world_size_2_rank_0.pt`, in which verl saves the DTensors or ShardedTensors of FSDP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ckptavg.errors import FormatError
+from ckptavg.formats.blocks import Box, Pieces, join, misfit
+from ckptavg.formats.files import open_shard
+from ckptavg.formats.tensors import Place, is_possible
+from ckptavg.formats.words import parse_shard_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from ckptavg.formats.blocks import Region
+    from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.tensors import Tensor
+    from ckptavg.formats.words import ShardName
+
+_FOLDER = "sharded"
+
+
+def matches(path: Path) -> bool:
+    """Whether the directory has files with names of ranks."""
+    return bool(shard_files(path))
+
+
+def shard_files(path: Path) -> dict[Path, ShardName]:
+    """The files of all ranks, and the numbers in their names, in the order of these."""
+    found: dict[Path, ShardName] = {}
+    for folder in (path, path / _FOLDER):
+        if not found and folder.is_dir():
+            names = {entry: parse_shard_name(entry.name) for entry in folder.iterdir()}
+            found = {entry: name for entry, name in names.items() if name is not None}
+    order = sorted(found, key=lambda entry: (found[entry].rank, found[entry].model, entry.name))
+    return {entry: found[entry] for entry in order}
+
+
+def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
+    """Describe the tensors that the pieces in all files make up.
+
+    Raises:
+        FormatError: a file is damaged or missing, or pieces contradict each other.
+        SelectionError: it is unclear which state dict in the files is wanted.
+    """
+    files = shard_files(path)
+    is_of_fsdp = _check_names(files)
+    shards = [open_shard(file, key) for file in files]
+    first = shards[0]
+    if is_of_fsdp and len(shards) > 1 and not any(shard.shard_places for shard in shards):
+        raise FormatError(
+            "does not say how its tensors were spread over the ranks",
+            path=first.path,
+            remedy="join the files with `python -m verl.model_merger merge`",
+        )
+    joined: dict[str, _Joined] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            # Each rank saves its copy of what is replicated; torch's writer saves one of them.
+            joined.setdefault(name, _Joined(name)).add(shard, may_repeat=is_of_fsdp)
+    pieces = {name: each.pieces(path, files) for name, each in joined.items()}
+    parts, tensors = join(path, pieces, (shard.parts[0] for shard in shards))
+    return replace(
+        first,
+        path=path,
+        container="shards",
+        parts=parts,
+        tensors=tensors,
+        metadata={},
+        digest=hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest(),
+        names=first.names if tensors.keys() <= set(first.names) else (),
+        inner_tensors={},
+        shard_places={},
+    )
+
+
+def _check_names(files: Mapping[Path, ShardName]) -> bool:
+    """Raise a FormatError if names tell that a file is missing, or is of another save.
+
+    Returns:
+        Whether they are files of FSDP's ranks.
+    """
+    (file, name), *others = files.items()
+    is_of_fsdp = name.ranks is not None
+    for (before, earlier), (later, other) in itertools.pairwise(files.items()):
+        if (other.ranks, other.models) != (earlier.ranks, earlier.models) or other == earlier:
+            raise FormatError(
+                f"is of another save than {before.name}",
+                path=later,
+                remedy="move the files of one of them elsewhere",
+            )
+    if name.ranks is not None:
+        missing = _first_missing(0, (each.rank for each in files.values()))
+        if missing < name.ranks:
+            path = file.with_name(f"model_world_size_{name.ranks}_rank_{missing}.pt")
+            raise FormatError("is missing", path=path)
+        if len(others) >= name.ranks:
+            last, _ = others[-1]
+            raise FormatError(f"is of none of {name.ranks} ranks", path=last)
+    elif (missing := _first_missing(1, (each.model for each in files.values()))) <= name.models:
+        pattern = f"shard-*-model-{missing:05}-of-{name.models:05}.safetensors"
+        raise FormatError("is missing", path=file.with_name(pattern))
+    return is_of_fsdp
+
+
+def _first_missing(start: int, numbers: Iterable[int]) -> int:
+    """The first number, counted from `start`, that is not among others."""
+    present = set(numbers)
+    return next(number for number in itertools.count(start) if number not in present)
+
+
+class _Joined:
+    """A tensor, to which each file adds its piece."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._first: tuple[Checkpoint, Place] | None = None
+        self._extents: list[int] = []
+        self._boxes: dict[Region, Box] = {}
+
+    def add(self, shard: Checkpoint, *, may_repeat: bool) -> None:
+        """Add the piece in a file; FormatError if it does not go with those before.
+
+        Args:
+            shard: the file.
+            may_repeat: whether a piece may be in several files, which are then taken to be equal.
+        """
+        tensor = shard.tensors[self._name]
+        place = shard.shard_places.get(self._name, Place((0,) * len(tensor.shape), tensor.shape))
+        first, first_place = self._first = self._first or (shard, place)
+        other = first.tensors[self._name]
+        if (tensor.dtype, len(tensor.shape), place.shape) != (
+            other.dtype,
+            len(other.shape),
+            first_place.shape,
+        ):
+            raise FormatError(
+                f"has a piece of {_described(tensor, place)}, and {first.path.name} one of "
+                f"{_described(other, first_place)}",
+                path=shard.path,
+                tensor=self._name,
+            )
+        ends = [start + size for start, size in zip(place.corner, tensor.shape, strict=True)]
+        self._extents = [max(pair) for pair in zip(self._extents or ends, ends, strict=True)]
+        region = (place.corner, tensor.shape)
+        if region in self._boxes and not may_repeat:
+            twin = self._boxes[region].source.path.name
+            what = f"has the piece at {list(place.corner)} that {twin} has too"
+            raise FormatError(what, path=shard.path, tensor=self._name)
+        if 0 not in tensor.shape:
+            self._boxes.setdefault(region, Box(shard.parts[0], place.corner, tensor))
+
+    def pieces(self, path: Path, files: Mapping[Path, ShardName]) -> Pieces:
+        """The tensor; FormatError if the pieces do not make it up.
+
+        Args:
+            path: the checkpoint.
+            files: its files.
+        """
+        assert self._first is not None  # noqa: S101
+        first, place = self._first
+        dtype, shape = first.tensors[self._name].dtype, place.shape or tuple(self._extents)
+        boxes = list(self._boxes.values())
+        if not is_possible(shape, dtype.itemsize):
+            raise FormatError("has no valid shape", path=first.path, tensor=self._name)
+        if fault := misfit(shape, list(self._boxes)):
+            gap = _first_missing(1, (name.rank for name in files.values()))
+            is_gap = place.shape is None and gap < max(name.rank for name in files.values())
+            raise FormatError(
+                fault.message,
+                path=path if fault.number is None else boxes[fault.number].source.path,
+                tensor=self._name,
+                remedy=f"shard-{gap:05}-... is not there" if is_gap else None,
+            )
+        return Pieces(dtype, shape, boxes)
+
+
+def _described(tensor: Tensor, place: Place) -> str:
+    shape = tensor.shape if place.shape is None else place.shape
+    return f"a tensor of {tensor.dtype.name} {list(shape)}"

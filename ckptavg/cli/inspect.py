@@ -217,6 +217,7 @@ def _content(checkpoint: Checkpoint) -> dict[str, Any]:
         "file_bytes": checkpoint.size,
         "state_dict": checkpoint.key,
         "other_state_dicts": checkpoint.other_keys,
+        "models": [*checkpoint.models.values()] if checkpoint.has_several_models else [],
         "tensors": len(tensors),
         "elements": sum(tensor.count for tensor in tensors),
         "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
@@ -234,6 +235,7 @@ def _say_one(console: Console, content: dict[str, Any]) -> None:
         "container": f"{content['container']}, {size(content['file_bytes'])}",
         "state dict": printable(content["state_dict"]) or "the whole file",
         "others": f"{others} (take one with --key)" if others else "",
+        "models": ", ".join(map(printable, content["models"])),
         "tensors": f"{content['tensors']:,}, with {content['elements']:,} elements, "
         f"{size(content['tensor_bytes'])}",
         "dtypes": ", ".join(f"{name} ({count:,})" for name, count in content["dtypes"].items()),

@@ -81,8 +81,7 @@ def destination(
         raise OutputError(
             f"only a Hugging Face directory holds the models in {printable(last.name)}: {places}",
             path=path,
-            remedy="let the output be a directory: end its name with a slash; or name the files "
-            "of one model",
+            remedy="end its name with a slash for such a directory, or name the files of one model",
         )
     return Destination(path, kind)
 

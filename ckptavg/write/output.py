@@ -158,8 +158,8 @@ class Output:
 
     def _rename(self) -> None:
         if self._fsync and self._layout.is_directory:
-            for folder in {(self.temporary / name).parent for name in self._names}:
-                _sync_folder(folder)
+            for folder in {folder for name in self._names for folder in Path(name).parents}:
+                _sync_folder(self.temporary / folder)
         if not self._force and self._layout.is_directory:
             self.temporary.rename(self.path)  # fails unless an empty directory or nothing is there
         elif not self._force:

@@ -107,6 +107,26 @@ def test_named_checkpoints_here_and_there(tmp_path, store):
     assert same_bits(found["embed.weight"], mean_of(states)["embed.weight"])
 
 
+def test_a_directory_of_several_models_comes_along(tmp_path, store):
+    for step in range(2):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        (folder / "1_Pooling").mkdir(parents=True)
+        (folder / "2_Dense").mkdir()
+        for name in ("model.safetensors", "2_Dense/model.safetensors"):
+            save_file({"w": torch.full((2,), 1.0 * step)}, folder / name)
+        (folder / "modules.json").write_text('[{"path": "1_Pooling"}, {"path": "2_Dense"}]')
+        (folder / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text("{}")  # modules.json says what the model is
+    ckptavg.average(store.upload(tmp_path / "run"), f"{tmp_path}/remote/")
+    ckptavg.average(tmp_path / "run", f"{tmp_path}/local/")
+    names = {"modules.json", "1_Pooling/config.json"}
+    names |= {"model.safetensors", "2_Dense/model.safetensors"}
+    for folder in (tmp_path / "remote", tmp_path / "local"):
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
+        assert files == names
+        assert load_file(folder / "2_Dense" / "model.safetensors")["w"].tolist() == [0.5, 0.5]
+
+
 def test_a_hugging_face_directory_comes_along(tmp_path, store):
     for step, state in enumerate(random_state_dicts(2)):
         folder = tmp_path / "run" / f"checkpoint-{step}"

@@ -80,6 +80,7 @@ class TestSentenceTransformers:
         assert_mean(model.state_dict(), states)
         assert files(tmp_path / "out") == files(tmp_path / "run" / "checkpoint-10")
         run("verify", tmp_path / "out", tmp_path / "run")
+        assert "  models       model, 2_Dense/model\n" in run("inspect", tmp_path / "out").output
 
     def test_an_average_may_be_replaced(self, library, tmp_path):
         states = self.train(tmp_path, library, out_features=4)

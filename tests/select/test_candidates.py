@@ -43,6 +43,14 @@ class TestDirectory:
         result = run("average", tmp_path, "-o", tmp_path / "out.safetensors")
         assert "left out: model.safetensors\n" in result.stderr
 
+    def test_of_a_finished_pipeline_stands_for_the_checkpoints_in_it(self, tmp_path):
+        (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DModel"]}')
+        save(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+        assert find_candidates([tmp_path]) == {tmp_path: None}
+        for step in (5, 10):
+            save(tmp_path / f"checkpoint-{step}" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert found(tmp_path) == ["checkpoint-5/unet", "checkpoint-10/unet"]
+
     def test_with_other_weights_beside_its_own_stays_itself(self, tmp_path):
         folder = save(tmp_path / "x" / "model.safetensors").parent
         for name in (

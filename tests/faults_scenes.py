@@ -33,7 +33,7 @@ def every_or_one_of(some: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("every", [slow, pytest.param(some, id="some")])
 
 
-EVERY_OR_SOME = every_or_one_of(17)
+EVERY_OR_SOME = every_or_one_of(29)
 
 TRAIN = """
 import torch
@@ -215,6 +215,7 @@ SCENES = _BASE | {
 ALIKE = (
     "a new file with digests",
     "a training checkpoint, no link",
+    "a directory refreshed in place",
     "a directory refreshed in place, no exchange",
 )
 """Scenes that write and publish as others do together."""

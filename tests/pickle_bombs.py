@@ -246,8 +246,13 @@ TELLING = (
 """One for each bound. Whatever is within a file, the unpickler's own tests set off all of them."""
 LONG = ("deep dicts", "laughing parameters", "wrapped without end")
 """Those of them that take longest."""
-ALIKE = ("laughing set()", "deep tuple as member", "deep tuple in a frozenset")
-"""Those that meet the same bounds as `laughing dict()` and `deep tuple as key`."""
+ALIKE = (
+    *("laughing set()", "deep tuple as member", "deep tuple in a frozenset", "deep tuples"),
+    *("deep lists", "tuples of one hash"),
+)
+"""Those that meet the same bounds as others: `laughing dict()`, `deep tuple as key`, `deep dicts`,
+`integers of one hash`.
+"""
 
 
 class Asked:

@@ -183,10 +183,12 @@ class TestResult:
     @pytest.mark.parametrize(
         ("size", "arguments"),
         [
-            (2, ("--loader", "train.py:generator")),
+            pytest.param(2, ("--loader", "train.py:generator"), marks=pytest.mark.slow),
             (2, ("--loader", "train.py:loader", "--loader-arg", "workers=2")),
             (2, ("--loader", "train.py:with_nan")),
-            (3, ("--loader", "train.py:loader", "--max-samples", "50")),
+            pytest.param(
+                3, ("--loader", "train.py:loader", "--max-samples", "50"), marks=pytest.mark.slow
+            ),
             (3, ("--loader", "train.py:loader", "--loader-arg", "size=150")),  # one has no batch
             (2, ("--loader", "train.py:generator", "--max-samples", "1")),
             (2, ("--loader", "train.py:loader", "--train-mode", "full")),

@@ -35,7 +35,7 @@ def test_every_input_is_read_or_refused_in_one_line(tmp_path, path):
 # Containers that are put together wrong
 
 many = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

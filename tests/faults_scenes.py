@@ -150,6 +150,7 @@ def _average(*arguments: str) -> tuple[str, ...]:
 
 
 _SHARDS = ("-o", "out/", "--max-shard-size", "70")
+_DCP = (*_SHARDS, "--format", "dcp")
 _BASE = {
     "a new file": Scene(
         prepare=files, arguments=_average("-o", "out.safetensors"), output="out.safetensors"
@@ -176,6 +177,11 @@ _BASE = {
     "a directory over an old one": Scene(
         prepare=with_output(folders, *_SHARDS, "--last", "2"),
         arguments=_average(*_SHARDS, "--force"),
+        output="out",
+    ),
+    "a sharded checkpoint over an old one": Scene(
+        prepare=with_output(folders, *_DCP, "--last", "2"),
+        arguments=_average(*_DCP, "--force"),
         output="out",
     ),
     "a file refreshed in place": Scene(
@@ -216,6 +222,7 @@ ALIKE = (
     "a new file with digests",
     "a training checkpoint, no link",
     "a directory refreshed in place",
+    "a sharded checkpoint over an old one",
     "a directory refreshed in place, no exchange",
 )
 """Scenes that write and publish as others do together."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckptavg.errors import FormatError
 from ckptavg.formats.blocks import Pieces, join
 from ckptavg.formats.checkpoint import PROVENANCE, STEP_NAMES, Checkpoint
-from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards
+from ckptavg.formats.dcpfiles import METADATA, Metadata, Shards, stored_name
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.pickled import is_tensor
 from ckptavg.formats.recorded import training_record
@@ -57,6 +57,7 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     chosen = choose(path, state_dicts, key)
     entries = state_dicts[chosen]
     values = {name: readable(v, path, name) for name, v in entries.items() if is_tensor(v)}
+    others = shards.objects({name: v for name, v in entries.items() if name not in values})
     boxes = shards.boxes({value.storage.key: value for value in values.values()})
     pieces = {
         name: Pieces(value.dtype, value.shape, boxes[value.storage.key])
@@ -74,10 +75,11 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         key=chosen,
         other_keys=tuple(name for name in state_dicts if name != chosen),
         other_content=len(entries) < len(metadata.names),
-        other_entries={name: value for name, value in entries.items() if name not in values},
+        other_entries=others,
         places={
-            name: _place(metadata, value.storage.key, chosen, name)
-            for name, value in values.items()
+            name: _place(metadata, stored, chosen, name)
+            for name, value in entries.items()
+            if (stored := stored_name(value)) is not None
         },
     )
 

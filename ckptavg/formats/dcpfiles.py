@@ -7,6 +7,7 @@ small torch zip: a piece of a tensor, or some other object.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from ckptavg.formats.blocks import Box, misfit
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory, Part, is_inside, open_source
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
-from ckptavg.formats.tensors import DType, is_possible
+from ckptavg.formats.tensors import DType, is_extra_state, is_possible
 from ckptavg.formats.torchpickle import locate
 from ckptavg.formats.torchzip import Archive
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.blocks import Region
 
 METADATA = ".metadata"
+_OBJECT = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
 # A small pickle can name one long list again and again: so many pieces are looked at in all.
 _MOST_PIECES = 5_000_000
 _LONGEST_PLACE = 100
@@ -37,7 +39,7 @@ _MOST_DIMENSIONS = 64
 _LARGEST_NUMBER = 1 << 60  # a number's hash is its remainder after division by 2**61 - 1
 _ENDS = 1 << 10  # bytes: an item's zip has its pickle in the first, its directory in the last
 _BATCH = 1_000  # items whose ends are in memory at once
-_LARGEST_OBJECT = 1 << 16
+_LARGEST_OBJECT = 1 << 20
 
 
 class Item(NamedTuple):
@@ -93,9 +95,12 @@ class Metadata:
         return place
 
     def leaf(self, name: str) -> PickledTensor | UnreadableTensor | Placeholder:
-        """What stands for an entry in the state dict; a tensor's storage has its name as key."""
+        """What stands for an entry in the state dict.
+
+        A tensor's storage has its name as key, and the placeholder of an object as argument.
+        """
         if self._kind(self._entries[name]) != "TensorStorageMetadata":
-            return Placeholder("torch.distributed.checkpoint.metadata.BytesStorageMetadata")
+            return Placeholder(_OBJECT, (name,))
         fields = self._fields(self._entries[name], "TensorStorageMetadata", name)
         shape = self._numbers(fields.get("size"), name)
         match getattr(fields.get("properties"), "state", None):
@@ -225,9 +230,22 @@ class Shards:
         items = self._metadata.items({name})[name, None] if isinstance(leaf, Placeholder) else []
         if len(items) != 1 or items[0].length > _LARGEST_OBJECT:
             return None
-        [(_, offset, length)] = items
-        file = self._open(items[0], name)
-        return Archive(Memory(file.path, bytearray(file.read(offset, length)))).load()
+        return _load(self._open(items[0], name), items[0])
+
+    def objects(self, entries: Mapping[str, object]) -> Objects:
+        """What is no tensor in a state dict, given by what the metadata say of it."""
+        names = {
+            name: stored
+            for name, value in entries.items()
+            if is_extra_state(name) and (stored := stored_name(value)) is not None
+        }
+        found = self._metadata.items(set(names.values())) if names else {}
+        items = {}
+        for name, stored in names.items():
+            match found.get((stored, None)):
+                case [Item(length=length) as item] if length <= _LARGEST_OBJECT:
+                    items[name] = self._open(item, name), item
+        return Objects(entries, items)
 
     def _open(self, item: Item, tensor: str) -> Part:
         """Open the file of an item, and check that the item is in it."""
@@ -274,6 +292,48 @@ class Shards:
             )
             raise FormatError(message, path=file.path, tensor=name)
         return Box(file, corner, replace(tensor, offset=item.offset + tensor.offset))
+
+
+class Objects(Mapping[str, object]):
+    """What is no tensor in a state dict, by name: the state of a module is read when asked for.
+
+    Args:
+        entries: placeholders and other values by name. They stay where they cannot be read.
+        items: files and items of the states of modules, by name.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, object], items: Mapping[str, tuple[Part, Item]]
+    ) -> None:
+        self._entries, self._items = entries, items
+
+    def __getitem__(self, name: str) -> object:
+        if name in self._items:
+            with contextlib.suppress(FormatError):
+                return _load(*self._items[name])
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def stored_name(value: object) -> str | None:
+    """The name that an entry has in the files: a leaf of the metadata; None for other values."""
+    match value:
+        case PickledTensor(storage=Storage(key=str(name))):
+            return name
+        case Placeholder(origin=origin, arguments=(str(name),)) if origin == _OBJECT:
+            return name
+    return None
+
+
+def _load(file: Part, item: Item) -> object:
+    """Read an object as inert data."""
+    content = file.read(item.offset, item.length)
+    return Archive(Memory(file.path, bytearray(content))).load()
 
 
 class _Zip(Part):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import printable
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.dcpfiles import METADATA, Item
-from ckptavg.merge.jobs import Checksum, FileLayout, Layout
+from ckptavg.formats.parts import open_source
+from ckptavg.merge.jobs import Checksum, FileLayout, Layout, StoredTensor
 from ckptavg.write.directory import in_shards
 from ckptavg.write.pickling import (
     StoredEntry,
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
+# What Lightning and Megatron have beside the shards, and do not load a directory without.
+_FILES_ALONG = ("meta.pt", "common.pt", "metadata.json")
+
 
 def lay_out_dcp(
     path: Path,
@@ -48,8 +52,8 @@ def lay_out_dcp(
         path: the output.
         tensors: in the order of their items. Tied tensors are one item with several names.
         metadata: strings; the directory has no place for any but the provenance.
-        last: the checkpoint that has the places of the entries in the nested state dict, and
-            entries that are no tensors.
+        last: the checkpoint that has the places of the entries in the nested state dict, entries
+            that are no tensors, and files that come along.
         max_shard_size: bytes of tensors in a file; None for one file.
     """
     pickles = pickle_entries(last.other_entries, {})
@@ -78,7 +82,15 @@ def lay_out_dcp(
         size += file.size
     described = pickle_dcp(entries, metadata.get(PROVENANCE))
     files[METADATA] = FileLayout(len(described), ((0, described),))
-    return Layout(path, files, tuple(targets))
+    size += len(described)
+    copies = []
+    for name in _FILES_ALONG if last.container == "dcp" else ():
+        if (last.path / name).is_file():
+            source = open_source(last.path / name)
+            files[name] = FileLayout(source.size)
+            copies.append((StoredTensor.of_bytes(source, 0, source.size), size))
+            size += source.size
+    return Layout(path, files, tuple(targets), tuple(copies))
 
 
 def _entry(name: str, last: Checkpoint, tensor: OutputTensor | None, item: Item) -> StoredEntry:

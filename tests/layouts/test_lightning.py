@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,15 @@ class TestShardedDirectories:
         result = load_file(tmp_path / "out.safetensors")
         assert_mean(result, whole)
         Net().load_state_dict(result, strict=True)
+
+    def test_are_written_for_lightning_s_own_tool(self, sharded, whole, tmp_path, monkeypatch):
+        ckptavg.average(epochs(sharded), f"{tmp_path}/out.ckpt/", format="dcp")
+        tool = "lightning.fabric.utilities.consolidate_checkpoint"
+        monkeypatch.setattr("sys.argv", [tool, str(tmp_path / "out.ckpt")])
+        runpy.run_module(tool, run_name="__main__")
+        consolidated = load(tmp_path / "out.ckpt.consolidated")
+        assert_mean(consolidated["state_dict"], whole)
+        assert consolidated["global_step"] == 6
 
     def test_of_a_run_are_found_in_order(self, sharded, tmp_path):
         summary = ckptavg.average(sharded, tmp_path / "out.safetensors", dry_run=True)

@@ -40,7 +40,7 @@ from tests.oracle import (
     same_bits,
     save_run,
 )
-from tests.ranks import Job
+from tests.ranks import Job, command
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -109,6 +109,25 @@ class TestWhatTorchWrites:
         found = load_into(dict.fromkeys(state) | {"w": torch.zeros(2)}, tmp_path / "ours")
         assert found["w._extra_state"].getvalue() == b"abc"
         assert (found["steps"], found["w"].tolist()) == (3, [1, 1])
+
+    def test_has_the_state_of_modules(self, tmp_path):
+        kept = {"a._extra_state": (1.5, "x"), "b._extra_state": io.BytesIO(b"abc")}
+        lost = {"c._extra_state": torch.nn.Identity()}
+        save_dcp({"model": {"w": torch.ones(2), **kept, **lost}}, tmp_path / "in")
+        code, _, said = outcome("convert", tmp_path / "in", "-o", tmp_path / "o", "--format", "dcp")
+        assert code == 0
+        assert "what is no tensor is as in in: a._extra_state, b._extra_state" in said
+        assert "left out what is no tensor: c._extra_state" in said
+        ours, its = metadata_of(tmp_path / "o"), metadata_of(tmp_path / "in")
+        del its.state_dict_metadata["model.c._extra_state"]
+        assert ours.state_dict_metadata == its.state_dict_metadata
+        wanted = {"model": {"w": torch.zeros(2), **dict.fromkeys(kept)}}
+        found = load_into(wanted, tmp_path / "o")["model"]
+        assert found["a._extra_state"] == (1.5, "x")
+        assert found["b._extra_state"].getvalue() == b"abc"
+        ckptavg.convert(tmp_path / "in", tmp_path / "a.pt")
+        saved = torch.load(tmp_path / "a.pt", weights_only=False)
+        assert saved["a._extra_state"] == (1.5, "x")
 
     def test_items_are_where_the_metadata_say(self, tmp_path):
         state = {"w": torch.arange(7), "v": torch.randn(3).bfloat16()}
@@ -367,6 +386,13 @@ class TestPublication:
         files = (tmp_path / "out").iterdir()
         assert dry.bytes_written == wet.bytes_written == sum(file.stat().st_size for file in files)
 
+    def test_processes_share_the_work(self, tmp_path):
+        states = random_state_dicts(3)
+        save_run(tmp_path / "run", states)
+        words = ("average", "run", "-o", "out/", "--format", "dcp", "--max-shard-size", "100kB")
+        Job([command(*words)] * 2, tmp_path).finish(0, 0)
+        assert_mean(unpacked(tmp_path / "out"), states)
+
     def test_several_averages(self, tmp_path):
         states = random_state_dicts(3)
         save_run(tmp_path / "run", states)
@@ -410,8 +436,8 @@ class TestPublication:
     def test_options_without_effect_are_errors_of_use(self, tmp_path, arguments, monkeypatch):
         monkeypatch.chdir(tmp_path)
         torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
-        for command in ("average", "convert"):
-            code, _, err = outcome(command, "a.pt", *arguments, "--format", "dcp")
+        for name in ("average", "convert"):
+            code, _, err = outcome(name, "a.pt", *arguments, "--format", "dcp")
             assert code == 2
             assert "has no effect with" in err
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint: the tensors of one layout, written in another."""
+"""Convert a checkpoint: read one layout, and write another."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class ConvertOptions:
 
     Attributes:
         key: name of the state dict to convert, where the file holds several.
-        dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
-        skip: regular expressions of the names of tensors that are not in the output.
-        format: of an output that is a directory: `huggingface` or `dcp`.
-        max_shard_size: bytes of tensors in a file of a directory; None for the input's shards, or
-            for one file of `dcp`.
+        dtype: dtype of floating tensors in the output, by torch's name; None to keep each dtype.
+        skip: regular expressions; tensors whose names match are left out.
+        format: format of an output that is a directory: `huggingface` or `dcp`.
+        max_shard_size: most bytes of tensors in a file of a directory; None for the input's shards,
+            or for one file with `dcp`.
         drop_aliases: write tied tensors once, and record the other names in the metadata.
         force: replace an existing output.
         fsync: wait until the output is on the disk.
         dry_run: write nothing, and return what would be written.
-        threads: the number of threads; None as in `average`.
+        threads: the number of threads; None for the number that `average` takes.
         progress: called as bytes are written.
     """
 
@@ -59,23 +59,23 @@ class ConvertOptions:
 
 @takes_fields_of(ConvertOptions)
 def convert(checkpoint: PathLike, output: PathLike, options: ConvertOptions) -> Summary:
-    """Write a checkpoint in another layout, in memory that does not grow with it.
+    """Write a checkpoint in another layout, in memory that does not grow with its size.
 
-    Names stay as they are, and so do the bytes of tensors unless `dtype` is given; NaN and Inf are
-    values like others. Of a training checkpoint the output has the state dict alone.
+    Names stay as they are, and so do the bytes of tensors unless `dtype` is given. NaN and Inf are
+    accepted. From a training checkpoint only the state dict is written.
 
     Args:
         checkpoint: a file, a directory or a URL in any layout that `average` reads.
-        output: as in `average`.
+        output: the path of the output; its name tells the layout, as in `average`.
         options: the fields of `ConvertOptions`, as keywords.
 
     Raises:
-        SelectionError: it holds several checkpoints or state dicts, and it is unclear which one is
-            wanted.
+        SelectionError: the input holds several checkpoints, or several state dicts and no plain
+            one.
         CkptAvgError: it cannot be read, or the output cannot be written. Nothing is left behind.
     """
     opened = _open(as_path(checkpoint), options.key)
-    # As in an average: where the output has other names than the input, the provenance says it.
+    # Written as an average of one member. Prefixes stay, and so do NaN and Inf.
     averaging = AverageOptions(keep_prefix=True, allow_nonfinite=True, **vars(options))
     recipe = Recipe(COPY, (opened,), uniform(1))
     [summary] = write_averages(Run((opened,)), [recipe], [output], averaging)
@@ -83,10 +83,10 @@ def convert(checkpoint: PathLike, output: PathLike, options: ConvertOptions) -> 
 
 
 def _open(path: Path, key: str | None) -> Checkpoint:
-    """The checkpoint; a directory of several is an error that names them."""
+    """Open the checkpoint; for a directory of several the error names them."""
     with remote_errors(path):
         if path.is_dir() and not is_checkpoint_directory(path):
             inside = [printable(each) for each in find_candidates([path])]
             what = f"is a directory of checkpoints: {listed(inside)}"
-            raise SelectionError(what, path=path, remedy="name one of them")
+            raise SelectionError(what, path=path, remedy="convert one of them")
     return open_checkpoint(path, key=key)

@@ -1,7 +1,7 @@
-"""Which tensors an average has: those whose name, shape and dtype are the same in all members.
+"""The tensors of an average: their names, shapes and dtypes must be the same in all members.
 
-Two lists of regular expressions say otherwise of names: `skip` leaves tensors out, and `take_last`
-takes them from the last member, whatever the others have.
+Exceptions are tensors whose names match `skip`, which are left out, or `take_last`, which come from
+the last member whatever the others have.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ _MOST_REMEDIES = 16  # more are not shown
 def choose_tensors(
     members: Sequence[Checkpoint], last: Collection[Checkpoint], options: AverageOptions
 ) -> tuple[tuple[Checkpoint, ...], int]:
-    """The members with the tensors that they contribute to an average.
+    """Reduce each member to the tensors that it contributes to an average.
 
     Args:
         members: the checkpoints that are averaged, in order.
-        last: those that are the last member of an average. They alone have what is taken from it.
-        options: `skip`, `take_last`, `dtype`, with which floating dtypes may differ, and `lora`,
-            with which the ranks of LoRA factors may.
+        last: the last member of each average. Only these keep the tensors of `take_last`.
+        options: `skip` and `take_last`; with `dtype` floating dtypes may differ, and with
+            `lora="exact"` the ranks of LoRA factors may differ.
 
     Returns:
-        The members, and the number of names that are skipped.
+        The members, and the number of names that `skip` matches.
 
     Raises:
         MismatchError: names, shapes or dtypes differ otherwise.
-        SelectionError: a pattern is no regular expression, or matches no name.
+        SelectionError: a pattern is not a regular expression, or matches no name.
     """
     mappings = {id(each): each for m in members for each in (m.tensors, m.other_entries)}
     names = {name for mapping in mappings.values() for name in mapping}
     skipped = matching("skip", options.skip, names)
-    taken = matching("take_last", options.take_last, names - skipped)
+    from_last = matching("take_last", options.take_last, names - skipped)
     kept = _without(members, skipped)
-    averaged = _without(kept, taken)
-    lasts = [new for new, member in zip(kept, members, strict=True) if member in last]
-    problems = [*_mismatches(averaged, options), *_mismatches(lasts, options)]
+    averaged = _without(kept, from_last)
+    of_last = [new for new, member in zip(kept, members, strict=True) if member in last]
+    problems = [*_mismatches(averaged, options), *_mismatches(of_last, options)]
     if problems:
-        raise MismatchError("the checkpoints are not of one model:", [*dict.fromkeys(problems)])
+        raise MismatchError(
+            "the checkpoints do not have the same tensors:", [*dict.fromkeys(problems)]
+        )
     contributing = tuple(
         new if member in last else other
         for member, new, other in zip(members, kept, averaged, strict=True)
@@ -62,7 +64,7 @@ def choose_tensors(
 
 
 def _without(checkpoints: Sequence[Checkpoint], names: Collection[str]) -> list[Checkpoint]:
-    """The checkpoints without tensors of these names. Equal mappings of tensors stay the same."""
+    """The checkpoints without these tensors. Checkpoints that share a mapping still share one."""
     if not names:
         return list(checkpoints)
     left: dict[int, Mapping[str, Tensor]] = {}
@@ -84,7 +86,7 @@ def _without(checkpoints: Sequence[Checkpoint], names: Collection[str]) -> list[
 
 
 def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> Iterator[str]:
-    """A line for each group of tensors that differ in the same way, and what helps."""
+    """A line for each group of tensors that differ in the same way, with the option that helps."""
     if len({id(checkpoint.tensors) for checkpoint in checkpoints}) < 2:  # noqa: PLR2004
         return
     groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
@@ -103,7 +105,7 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
         remedy = ""
         if option.startswith("dtype"):
             remedy = f"; `{option}` averages {them}"
-        elif alike[0] in of_lora:  # one factor without the other, or without its alpha, is no use
+        elif alike[0] in of_lora:  # a factor is useless without the other and the alpha
             if option == "take_last" and not reason_against_joining(checkpoints):
                 remedy = "; `lora=exact` averages products of unlike ranks"
         elif is_of_few and number < _MOST_REMEDIES:
@@ -116,20 +118,20 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
 def _differences(
     name: str, checkpoints: Sequence[Checkpoint], options: AverageOptions
 ) -> Iterator[tuple[str, str]]:
-    """How the tensors of one name differ, and the option that leads out of that."""
+    """How the tensors of one name differ, and the option that helps."""
     shapes: defaultdict[str, list[Checkpoint]] = defaultdict(list)
     dtypes: defaultdict[DType, list[Checkpoint]] = defaultdict(list)
-    missing, held = [], []
+    missing, present = [], []
     for checkpoint in checkpoints:
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             missing.append(checkpoint)
         else:
-            held.append(checkpoint)
+            present.append(checkpoint)
             shapes[f"shape {tensor.shape}"].append(checkpoint)
             dtypes[tensor.dtype].append(checkpoint)
     if missing:
-        yield f"missing in {_where(missing)}, in {_where(held)}", "skip"
+        yield f"missing in {_where(missing)}, present in {_where(present)}", "skip"
     if len(shapes) > 1 and not (options.lora == "exact" and has_rank(name)):
         yield _by_value(shapes), "take_last"
     are_floats = options.lora == "separate" and all(dtype.kind == "float" for dtype in dtypes)

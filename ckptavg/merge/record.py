@@ -1,4 +1,4 @@
-"""The provenance of an average, read back: what it is made of, and with which options."""
+"""The provenance of an average, read back: its members, their weights and the options."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Record:
 
     Attributes:
         path: the average.
-        scheme: of its weights; `none` for a copy with refreshed norm statistics.
-        members: what is recorded of each member.
-        weights: of the members.
+        scheme: the scheme of its weights; `none` for a copy with refreshed norm statistics.
+        members: the entry of each member.
+        weights: the weights of the members.
         options: the options that its values depend on.
-        version: of the ckptavg that made it.
+        version: the version of ckptavg that made it.
         is_refreshed: whether its norm statistics come from data.
     """
 
@@ -77,18 +77,18 @@ class Record:
 
     @property
     def key(self) -> str:
-        """The state dict of the last member that was averaged; empty for the whole file."""
+        """The key of the last member's state dict; empty for the whole file."""
         key: str = self.members[-1].get("key") or ""
         return key
 
     @property
     def is_copy(self) -> bool:
-        """Whether it is a checkpoint with refreshed norm statistics, and no average."""
+        """Whether it is a copy of one checkpoint with refreshed norm statistics."""
         return self.scheme == COPY
 
     @property
     def remedy(self) -> str | None:
-        """What to say where a value differs."""
+        """A possible reason why values differ: another version of ckptavg."""
         if self.version == __version__:
             return None
         return f"it was made by ckptavg {printable(self.version)}, and this is {__version__}"
@@ -110,7 +110,7 @@ def _is_member(entry: object) -> bool:
 
 
 def _is_step(value: object) -> bool:
-    """Whether it is what is recorded of a step: its unit and its number, or None."""
+    """Whether it is the entry of a step: its unit and its number, or None."""
     match value:
         case [str(), int() | float() as number]:
             return _is_number(number)

@@ -1,4 +1,4 @@
-"""Update an earlier average: fold more checkpoints into it, so that all have the same share."""
+"""Update an earlier average: add more checkpoints to it, so that all have the same weight."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ _UNIFORM = ("uniform", "greedy soup")
 
 
 def find_base(averages: Sequence[Checkpoint]) -> Checkpoint:
-    """The only one of these earlier averages, if it can be updated.
+    """The only earlier average, if it can be updated.
+
+    Args:
+        averages: the earlier averages among the inputs.
 
     Raises:
-        SelectionError: there is none or several; it is not uniform; or it has floats of fewer than
+        SelectionError: there is not exactly one; it is not uniform; or it has floats of fewer than
             32 bits, which each update would round again.
     """
     if len(averages) != 1:
         raise SelectionError(
-            f"an update needs one earlier average among its inputs, and there are {len(averages)}",
-            remedy="name it, and the checkpoints to fold into it",
+            f"`update` needs one earlier average among the inputs, and there are {len(averages)}",
+            remedy="name the average and the checkpoints to add to it",
         )
     [base] = averages
     _check_mean(base)
     for name, tensor in base.tensors.items():
         if tensor.dtype.averaged and tensor.dtype.bits < _FEWEST_BITS and not is_extra_state(name):
             raise SelectionError(
-                f"has {tensor.dtype.name} in it ({printable(name)}), which each update would "
+                f"has tensors of {tensor.dtype.name} ({printable(name)}), which each update would "
                 "round again",
                 path=base.path,
                 remedy="average all checkpoints at once",
@@ -47,36 +50,36 @@ def find_base(averages: Sequence[Checkpoint]) -> Checkpoint:
 
 
 def _check_mean(base: Checkpoint) -> None:
-    """Refuse an average that is no mean of its members.
+    """Refuse an average that is not the mean of its members.
 
     Raises:
-        SelectionError: it is none.
+        SelectionError: it is not.
     """
     record = Record.of(base)
     if record.scheme not in _UNIFORM:
         raise SelectionError(
-            f"is no uniform average ({printable(record.scheme)}): only such an average can be "
+            f"is not a uniform average but {printable(record.scheme)}: only a uniform one can be "
             "updated",
             path=base.path,
         )
     if record.weights.divisor != len(record.members):
-        raise SelectionError("is no mean: its provenance has another divisor", path=base.path)
+        raise SelectionError("is not a mean: its provenance has another divisor", path=base.path)
     if any(weight != 1 for weight in record.weights.values):
-        raise SelectionError("is no mean: its provenance has other weights", path=base.path)
+        raise SelectionError("is not a mean: its provenance has other weights", path=base.path)
 
 
 def fold(base: Checkpoint, new: Recipe) -> Recipe:
-    """The recipe of the updated average, in which each checkpoint has the same share.
+    """The recipe of the updated average, in which each checkpoint has the same weight.
 
     The result is `(n * average + x_1 + ... + x_m) / (n + m)`, where n is the number of members in
     the provenance of the earlier average.
 
-    The earlier average takes the place of its newest member in the order of training. So it counts
-    as the last checkpoint if that member is the newest of all.
+    In the order of training, the earlier average stands where its newest member was. So it counts
+    as the last checkpoint if that member is newer than all that are added.
 
     Args:
         base: the earlier average.
-        new: the recipe of the checkpoints to fold in.
+        new: the recipe of the checkpoints to add.
 
     Raises:
         SelectionError: a checkpoint is a member of the average already.
@@ -86,7 +89,7 @@ def fold(base: Checkpoint, new: Recipe) -> Recipe:
     for checkpoint in new.members:
         if member := contents.get(fingerprint(checkpoint)):
             raise SelectionError(
-                f"has {printable(checkpoint.path)} in it already, as "
+                f"contains {printable(checkpoint.path)} already, as "
                 f"{printable(member.get('name'))}",
                 path=base.path,
                 remedy="leave it out",
@@ -100,7 +103,7 @@ def fold(base: Checkpoint, new: Recipe) -> Recipe:
 
 
 def _is_newer(recorded: Sequence[dict[str, Any]], checkpoint: Checkpoint) -> bool:
-    """Whether a recorded member has a later step than a checkpoint; False if not recorded."""
+    """Whether a recorded member has a later step than a checkpoint; False if steps are unknown."""
     step = checkpoint.step
     steps = [member.get("step") for member in recorded]
     return step is not None and any(

@@ -1,4 +1,4 @@
-"""The arguments of the user's model: his own, and the hyper-parameters that checkpoints record."""
+"""The arguments of a model: the user's, and the hyper-parameters that checkpoints record."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class _Attributes(dict[str, Any]):
-    """Values by name, which are attributes as well, as in `argparse.Namespace`."""
+    """A dict whose values are attributes as well, as those of an `argparse.Namespace` are."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
         self.__dict__ = self
 
 
-def completed(
+def complete_arguments(
     function: Callable[..., object], given: Mapping[str, Any], checkpoints: Iterable[Checkpoint]
 ) -> dict[str, Any]:
-    """The arguments with those that a checkpoint records as the model's hyper-parameters.
+    """Add the hyper-parameters that a checkpoint records to the user's arguments.
 
     They are read as data: nothing that the checkpoint names is imported or called.
 
     Args:
-        function: makes the model; a class that takes any keyword is given all of them.
-        given: the user's arguments, which count for more.
-        checkpoints: the first of them that has hyper-parameters counts.
+        function: returns the model. It is given the hyper-parameters that are parameters of it; a
+            class with `**kwargs` is given all of them.
+        given: the user's arguments, which take precedence.
+        checkpoints: the first one that records hyper-parameters is used.
 
     Raises:
-        RefreshError: the function needs an argument that there is not.
+        RefreshError: an argument without a default is missing.
     """
     try:
         parameters = inspect.signature(function).parameters
@@ -59,78 +60,79 @@ def completed(
     objects = {
         name: kind for name, value in recorded.items() if (kind := next(_objects(value), None))
     }
-    taken = {name: _usable(value) for name, value in recorded.items() if name not in objects}
+    plain = {name: _usable(value) for name, value in recorded.items() if name not in objects}
     if source is not None and recorded:
-        _say(name_of(function), source.name, taken, objects)
-    needed = [
+        _log_arguments(name_of(function), source.name, plain, objects)
+    missing = [
         name
         for name, parameter in parameters.items()
         if parameter.default is inspect.Parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         and name not in given
-        and name not in taken
+        and name not in plain
     ]
-    if needed:
-        raise _incomplete(function, needed, objects, source)
-    return {**taken, **given}
+    if missing:
+        raise _missing_arguments(function, missing, objects, source)
+    return {**plain, **given}
 
 
 def _usable(value: object) -> object:
-    """A value as a model may take it."""
+    """A recorded value as a model expects it: dicts have attributes."""
     value = _contents(value)
     return _Attributes(value) if isinstance(value, dict) else value
 
 
 def _contents(value: object) -> object:
-    """A value, or the values by name of an `argparse.Namespace`."""
+    """A value; of an `argparse.Namespace` the dict of its attributes."""
     if isinstance(value, Placeholder) and value.origin == "argparse.Namespace":
         return value.state if isinstance(value.state, dict) else value
     return value
 
 
 def _objects(value: object) -> Iterator[str]:
-    """The kinds of the objects in a value that are no plain data."""
-    waiting, seen = [_contents(value)], set()
+    """The class of each object in a value that is not plain data."""
+    waiting, visited = [_contents(value)], set()
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict | list | tuple | set | frozenset):
-            if id(each) not in seen:
-                seen.add(id(each))
+            if id(each) not in visited:
+                visited.add(id(each))
                 waiting += [*each, *each.values()] if isinstance(each, dict) else each
         elif not isinstance(each, _PLAIN):
             yield each.origin if isinstance(each, Placeholder) else "torch.Tensor"
 
 
-def _say(
-    function: str, source: str, taken: Mapping[str, object], objects: Mapping[str, str]
+def _log_arguments(
+    function: str, source: str, plain: Mapping[str, object], objects: Mapping[str, str]
 ) -> None:
-    values = listed((f"{name}={reprlib.repr(value)}" for name, value in taken.items()), most=12)
+    """Log which hyper-parameters the model is given, and which it is not."""
+    values = listed((f"{name}={reprlib.repr(value)}" for name, value in plain.items()), most=12)
     notice = f"{function} is given what {source} records: {values or 'nothing'}"
     if objects:
         kinds = (f"{name} ({kind})" for name, kind in objects.items())
-        notice += f"; not given, since they are no plain data: {listed(kinds)}"
+        notice += f"; it is not given objects, which are not read: {listed(kinds)}"
     log.info("%s", notice)
 
 
-def _incomplete(
+def _missing_arguments(
     function: Callable[..., object],
-    needed: list[str],
+    missing: list[str],
     objects: Mapping[str, str],
     source: Checkpoint | None,
 ) -> RefreshError:
-    """The error for arguments that are not there."""
-    unread = [f"{name} (a {objects[name]})" for name in needed if name in objects]
+    """The error about arguments that neither the user nor a checkpoint gives."""
+    unread = [f"{name} (a {objects[name]})" for name in missing if name in objects]
     if unread and source is not None:
-        why = f"{printable(source.name)} records {listed(unread)}, which is no plain data"
+        why = f"{printable(source.name)} records {listed(unread)}, an object, which is not read"
     elif source is not None:
-        why = f"{printable(source.name)} does not record {'it' if len(needed) == 1 else 'them'}"
+        why = f"{printable(source.name)} does not record {'it' if len(missing) == 1 else 'them'}"
     else:
         why = "the checkpoint records no hyper-parameters"
-    arguments = " ".join(f"--model-arg {name}=VALUE" for name in needed)
-    remedy = f"say it with {arguments}, or name a function that needs no argument"
+    arguments = " ".join(f"`model_arg` {name}=VALUE" for name in missing)
+    remedy = f"give {arguments}, or name a function that needs no arguments"
     if callable(getattr(function, "from_pretrained", None)):
         remedy = (
             f"name {name_of(function)}.from_pretrained, with "
-            "--model-arg pretrained_model_name_or_path=DIRECTORY"
+            "`model_arg` pretrained_model_name_or_path=DIRECTORY"
         )
-    return RefreshError(f"{name_of(function)} needs {listed(needed)}, and {why}", remedy=remedy)
+    return RefreshError(f"{name_of(function)} needs {listed(missing)}, and {why}", remedy=remedy)

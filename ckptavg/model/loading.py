@@ -1,4 +1,4 @@
-"""Put a checkpoint's weights into a model, and find out which tensor came from which."""
+"""Load a checkpoint into a model, and follow which tensor of it goes to which of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ckptavg.errors import FormatError, MismatchError, RefreshError, listed, printable
 from ckptavg.formats.lora_names import has_lora, lora_modules
 from ckptavg.formats.tensors import is_norm_statistic
-from ckptavg.merge.patterns import is_found, matching, pattern_of
+from ckptavg.merge.patterns import any_matches, matching, pattern_of
 from ckptavg.model.factories import user_code
 from ckptavg.model.names import match_names
 
@@ -29,64 +29,65 @@ log = logging.getLogger("ckptavg")
 
 @dataclass(frozen=True)
 class Loaded:
-    """Which tensors of a model came from which of a checkpoint.
+    """Which tensors of a model come from which tensors of a checkpoint.
 
     Attributes:
-        names: the checkpoint's names of the model's parameters and buffers, by the names that
-            `named_parameters` and `named_buffers` give them. Tied tensors have several.
-        lost: norm statistics of the checkpoint that the model has taken, and that are nowhere in
-            it as they were.
+        names: for each parameter and buffer, by its name in `named_parameters` and `named_buffers`,
+            the names of its tensor in the checkpoint. Tied tensors have several.
+        lost: names of norm statistics in the checkpoint that the model changed as it loaded them.
     """
 
     names: Mapping[str, tuple[str, ...]]
     lost: tuple[str, ...]
 
     def of(self, layer: str, buffer: str) -> tuple[str, ...]:
-        """The checkpoint's names of a layer's buffer; empty if it is not from there."""
+        """The checkpoint's names of a layer's buffer; empty if the checkpoint does not have it."""
         return self.names.get(f"{layer}.{buffer}" if layer else buffer, ())
 
 
 def load_weights(
     model: torch.nn.Module, checkpoint: Checkpoint, ignore: Sequence[str] = ()
 ) -> Loaded:
-    """Load every tensor that the model wants.
+    """Load a checkpoint into a model.
 
-    A model with a `load_state_dict` of its own decides itself what fits, and so do modules that
-    change names or shapes as they load. What is copied to where is followed.
+    A class with its own `load_state_dict` decides which tensors fit, and so do modules that change
+    names or shapes as they load.
 
     Args:
-        model: gets the weights.
-        checkpoint: has them, perhaps with a prefix on all names that the model lacks, or without
-            one that it has. Parts of names that wrappers add may differ, too.
-        ignore: regular expressions; tensors with one of them in their names are left alone, in the
-            checkpoint and in the model.
+        model: the model.
+        checkpoint: its names may differ from the model's by a prefix on all of them, and by the
+            parts that wrappers add.
+        ignore: regular expressions; tensors whose names match one of them are not loaded.
 
     Raises:
         MismatchError: names or shapes differ.
     """
-    wanted = _state_dict(model, ignore)
-    given = {name: None for name in checkpoint.tensors if not is_found(ignore, name)}
-    names = match_names(wanted.keys(), given.keys())
-    unlike = {} if _may_adapt(model) else _unlike_shapes(wanted, names, checkpoint)
-    state = {own: as_torch(checkpoint, name) for own, name in names.items() if own not in unlike}
-    copies = _Copies({names[own]: value for own, value in state.items()})
+    before = _state_dict(model, ignore)
+    loadable = {name: None for name in checkpoint.tensors if not any_matches(ignore, name)}
+    names = match_names(before.keys(), loadable.keys())
+    unlike = {} if _may_adapt(model) else _unlike_shapes(before, names, checkpoint)
+    state = {
+        inner: as_torch(checkpoint, name) for inner, name in names.items() if inner not in unlike
+    }
+    copies = _Copies({names[inner]: value for inner, value in state.items()})
     with copies, user_code("load_state_dict"):
         answer = model.load_state_dict(dict(state), strict=False)
     arrived = copies.arrived(unwrapped(model))
     known = {name for each in arrived.values() for name in each}
-    # A model that does not answer is judged by what has arrived.
-    lacking = getattr(answer, "unexpected_keys", [own for own in state if names[own] not in known])
-    held = _state_dict(model, ignore)
-    absent = getattr(answer, "missing_keys", held)
-    missing = [name for name in absent if name in held and name not in names]
-    missing = _needed(missing, held, copies, names.values())
-    if missing or lacking or unlike:
+    # A load_state_dict that returns nothing is judged by the tensors that it copied.
+    not_copied = [inner for inner in state if names[inner] not in known]
+    unexpected = getattr(answer, "unexpected_keys", not_copied)
+    after = _state_dict(model, ignore)
+    absent = getattr(answer, "missing_keys", after)
+    missing = [name for name in absent if name in after and name not in names]
+    missing = _needed(missing, after, copies, names.values())
+    if missing or unexpected or unlike:
         if not _accepts(model, state):
-            raise _mismatch(checkpoint, names, missing, lacking, unlike)
-        differing = listed([*missing, *lacking])
-        log.info("the model's load_state_dict takes a checkpoint that differs in %s", differing)
+            raise _mismatch(checkpoint, names, missing, unexpected, unlike)
+        differing = listed([*missing, *unexpected])
+        log.info("the model's load_state_dict() accepts a checkpoint that differs in %s", differing)
     if state and not arrived:
-        raise RefreshError("the model's load_state_dict has loaded none of the weights")
+        raise RefreshError("the model's load_state_dict() copied none of the weights")
     lost = (name for name in names.values() if is_norm_statistic(name) and name not in known)
     return Loaded(arrived, tuple(lost))
 
@@ -95,36 +96,36 @@ def _mismatch(
     checkpoint: Checkpoint,
     names: Mapping[str, str],
     missing: Sequence[str],
-    lacking: Sequence[str],
+    unexpected: Sequence[str],
     unlike: Mapping[str, str],
 ) -> MismatchError:
-    """The error for a checkpoint that does not fit.
+    """The error about a checkpoint that does not fit the model.
 
     Args:
         checkpoint: the checkpoint.
-        names: the names under which the model was given its tensors, and their own.
-        missing: names of what the model has not got.
-        lacking: names of what it was given and has no place for.
+        names: the checkpoint's names by the model's, as `match_names` returns them.
+        missing: the model's names of tensors that the checkpoint does not have.
+        unexpected: names by which the model was given tensors that it does not have.
         unlike: a line for each tensor of another shape, by its name in the model.
     """
     where = printable(checkpoint.path)
     lines = [f"{printable(name)}: in the model, missing in {where}" for name in missing]
-    unexpected = [names.get(own, own) for own in lacking]
-    lines += [f"{printable(name)}: in {where}, missing in the model" for name in unexpected]
+    unused = [names.get(inner, inner) for inner in unexpected]
+    lines += [f"{printable(name)}: in {where}, missing in the model" for name in unused]
     lines += unlike.values()
-    fitting = {own: name for own, name in names.items() if own not in lacking}
+    fitting = {inner: name for inner, name in names.items() if inner not in unexpected}
     hint = ""
     if fitting and not unlike:
         others = [*fitting, *fitting.values()]
-        pattern = pattern_of([*missing, *unexpected], others) or "REGEX"
+        pattern = pattern_of([*missing, *unused], others) or "REGEX"
         hint = f" (`ignore` {pattern} leaves these tensors alone)"
-    return MismatchError(f"{where} does not fit the model, {len(lines)} differences{hint}:", lines)
+    return MismatchError(f"{where} does not fit the model: {len(lines)} differences{hint}:", lines)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model without `DataParallel` and `DistributedDataParallel`.
 
-    Those copy modules to other devices, and send buffers to other processes in each forward pass.
+    These wrappers copy modules to other devices, or send buffers to other processes.
     """
     wrappers = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     return model.module if isinstance(model, wrappers) else model
@@ -133,7 +134,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def check_ignore(
     ignore: Iterable[str], model: torch.nn.Module, checkpoints: Iterable[Checkpoint]
 ) -> None:
-    """Refuse expressions of `ignore` that are found in no name of the model and the checkpoints.
+    """Refuse expressions of `ignore` that match no name in the model or in the checkpoints.
 
     Raises:
         SelectionError: there is one, or it is no regular expression.
@@ -144,13 +145,13 @@ def check_ignore(
 
 
 def _state_dict(model: torch.nn.Module, ignore: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors of the model's state dict, the very ones that it has."""
+    """The tensors of the model's state dict: the parameters and buffers themselves, no copies."""
     with user_code("the model's state_dict"):
         state = model.state_dict(keep_vars=True)
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, torch.Tensor) and not is_found(ignore, name)
+        if isinstance(value, torch.Tensor) and not any_matches(ignore, name)
     }
 
 
@@ -161,10 +162,10 @@ class _Copies(TorchFunctionMode):
         tensors: the tensors by their names in the checkpoint.
 
     Attributes:
-        names: the names of the tensors whose values are at a place in memory.
+        names: for each place in memory, the names of the tensors that were copied to it.
     """
 
-    # They change values by rounding alone.
+    # These functions change values by rounding alone.
     _KEEPING = frozenset(
         getattr(torch.Tensor, name)
         for name in ("clone", "contiguous", "cpu", "double", "float", "to", "type")
@@ -173,7 +174,7 @@ class _Copies(TorchFunctionMode):
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.names = {_place(value): [name] for name, value in tensors.items()}
-        self._alive: list[object] = [tensors]  # so that no other tensor gets its place
+        self._alive: list[object] = [tensors]  # so that no other tensor gets the same place
 
     def __torch_function__(
         self,
@@ -182,7 +183,7 @@ class _Copies(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Call the function, and note a copy."""
+        """Call the function, and record if it copies one of the tensors."""
         result = func(*args, **(kwargs or {}))
         source = (
             args[1] if func is torch.Tensor.copy_ else args[0] if func in self._KEEPING else None
@@ -194,20 +195,20 @@ class _Copies(TorchFunctionMode):
         return result
 
     def arrived(self, model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
-        """The names of what has come to a model's parameters and buffers, by their own names."""
-        held = [
+        """The checkpoint's names by the model's, for all parameters and buffers that have some."""
+        tensors = [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
         return {
-            own: tuple(self.names[_place(tensor)])
-            for own, tensor in held
+            inner: tuple(self.names[_place(tensor)])
+            for inner, tensor in tensors
             if _place(tensor) in self.names
         }
 
 
 def _place(value: torch.Tensor) -> object:
-    """What tied tensors have in common; unlike for each that has no elements."""
+    """A key that tied tensors share. Each tensor without elements has another one."""
     if is_lazy(value) or not value.numel():
         return id(value)
     return value.data_ptr(), value.dtype, value.shape, value.stride()
@@ -215,23 +216,23 @@ def _place(value: torch.Tensor) -> object:
 
 def _needed(
     missing: Sequence[str],
-    held: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     copies: _Copies,
-    given: Collection[str],
+    checkpoint_names: Collection[str],
 ) -> list[str]:
-    """Of the names of what a model has not got, those that it cannot do without.
+    """The missing names without which the model is not complete.
 
-    A tied tensor comes under its other name; counters of batches are younger than BatchNorm. An
-    adapter may come alone: the rest is what the model was made with.
+    A tied tensor may be in the checkpoint under its other name. Old checkpoints lack
+    `num_batches_tracked`. The checkpoint of an adapter may lack all of the base model.
     """
     missing = [
         name
         for name in missing
-        if not name.endswith("num_batches_tracked") and _place(held[name]) not in copies.names
+        if not name.endswith("num_batches_tracked") and _place(tensors[name]) not in copies.names
     ]
-    if missing and _are_of_adapter_alone(given) and not has_lora(missing):
+    if missing and _are_of_adapter_alone(checkpoint_names) and not has_lora(missing):
         log.info(
-            "the checkpoint holds an adapter: %d other tensors are what the model was made with",
+            "the checkpoint holds an adapter alone: %d other tensors of the model stay as they are",
             len(missing),
         )
         return []
@@ -246,7 +247,7 @@ def _are_of_adapter_alone(names: Collection[str]) -> bool:
 
 
 def _accepts(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a `load_state_dict` of the model's own takes what it is given, however strict."""
+    """Whether the model's own `load_state_dict` accepts the tensors, strict by default."""
     if "load_state_dict" not in vars(model) and (
         type(model).load_state_dict is torch.nn.Module.load_state_dict
     ):
@@ -259,9 +260,9 @@ def _accepts(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _may_adapt(model: torch.nn.Module) -> bool:
-    """Whether a part of the model loads tensors in a way of its own, and so may change shapes.
+    """Whether a module of the model overrides how it loads tensors, and so may change shapes.
 
-    Observers of quantisation-aware training resize their buffers. If a module does not,
+    Observers of quantisation-aware training resize their buffers. If a module does not resize them,
     `load_state_dict` raises.
     """
     plain = torch.nn.Module
@@ -275,27 +276,27 @@ def _may_adapt(model: torch.nn.Module) -> bool:
 
 
 def _unlike_shapes(
-    wanted: Mapping[str, torch.Tensor], names: Mapping[str, str], checkpoint: Checkpoint
+    tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], checkpoint: Checkpoint
 ) -> dict[str, str]:
     """A line for each tensor of another shape, by its name in the model."""
     unlike = {}
-    for own, value in wanted.items():
-        if own not in names or is_lazy(value):
+    for inner, value in tensors.items():
+        if inner not in names or is_lazy(value):
             continue
-        shape = checkpoint.tensors[names[own]].shape
+        shape = checkpoint.tensors[names[inner]].shape
         if tuple(value.shape) != shape:
-            unlike[own] = (
-                f"{printable(own)}: shape {tuple(value.shape)} in the model, "
+            unlike[inner] = (
+                f"{printable(inner)}: shape {tuple(value.shape)} in the model, "
                 f"{shape} in {printable(checkpoint.path)}"
             )
     return unlike
 
 
 def as_torch(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor of the checkpoint as torch has it.
+    """A tensor of the checkpoint as a `torch.Tensor`.
 
     Raises:
-        FormatError: its dtype is not one that torch computes with.
+        FormatError: torch does not have its dtype.
     """
     tensor = checkpoint.tensors[name]
     dtype = getattr(torch, tensor.dtype.name, None)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError
-from ckptavg.model.arguments import completed
+from ckptavg.model.arguments import complete_arguments
 from ckptavg.model.batches import attribute_of
 from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.modes import is_trainer
@@ -108,7 +108,7 @@ def make_model(
     if isinstance(made, torch.nn.Module):
         _refuse_arguments(spec, arguments)
     elif callable(made):
-        arguments = completed(made, arguments, checkpoints)
+        arguments = complete_arguments(made, arguments, checkpoints)
         with user_code(name_of(spec)):
             made = made(**arguments)
     made = _network_of(made, name_of(spec))

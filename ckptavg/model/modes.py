@@ -1,4 +1,4 @@
-"""Training mode, and methods of the name `train` that are something else."""
+"""Training mode; methods that are called `train` but run a training."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ckptavg.model.factories import user_code
 
 
 def start_training(model: torch.nn.Module) -> None:
-    """Put a model into training mode, in which it undoes what its `eval()` may have done.
+    """Put a model into training mode before a checkpoint is loaded.
 
-    Weights that it has merged would be taken for those of a checkpoint that is loaded.
+    A model may merge weights in `eval()` (LoRA, re-parameterised convolutions), and `train()`
+    separates them again. Else a checkpoint would be loaded over merged weights.
     """
     if has_own_train(model):
         with user_code("the model's train()"):
@@ -22,12 +23,12 @@ def start_training(model: torch.nn.Module) -> None:
 
 
 def has_own_train(module: torch.nn.Module) -> bool:
-    """Whether it has a `train(mode)` of its own. Other methods of this name may run a training."""
+    """Whether the class overrides `train(mode)`; a `train` without a mode may run a training."""
     return _overrides_train(module) and _takes_mode(module)
 
 
 def is_trainer(module: torch.nn.Module) -> bool:
-    """Whether its `train` is something else than a change of mode, as in ultralytics' `YOLO`."""
+    """Whether its `train` does not take a mode but runs a training, as in ultralytics' `YOLO`."""
     return _overrides_train(module) and not _takes_mode(module)
 
 

@@ -1,4 +1,4 @@
-"""Match a model's names of tensors with a checkpoint's."""
+"""Match the names of a model's tensors with those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 # Parts of names that wrappers of submodules add: torch.compile, DistributedDataParallel, FSDP,
-# activation checkpoints; PEFT in a model, but not in its files.
+# activation checkpointing, and PEFT, which adds them to models and not to its files.
 _WRAPPERS = frozenset(
     {
         *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
@@ -24,94 +24,106 @@ _WRAPPERS = frozenset(
 )
 
 
-def match_names(wanted: AbstractSet[str], given: AbstractSet[str]) -> dict[str, str]:
-    """The names under which a model is given a checkpoint's tensors, and their own.
+def match_names(
+    model_names: AbstractSet[str], checkpoint_names: AbstractSet[str]
+) -> dict[str, str]:
+    """Match names that may differ by a prefix on all of them, or by parts that wrappers add.
 
-    Args:
-        wanted: names in the model.
-        given: names in the checkpoint, which may differ by the prefix on all of them, or by the
-            parts that wrappers add.
+    If the checkpoint's names of the model have a prefix, only names with this prefix are matched:
+    the checkpoint of a Lightning module may hold other tensors beside those of the model.
 
     Returns:
-        Of tensors that the model wants by its names, of others by those without the prefix. Behind
-        a prefix only what bears it is the model's; a Lightning module may hold more beside it.
+        The checkpoint's names by the names that a model is to be given. Tensors that the model does
+        not have are there too, by their names without the checkpoint's prefix.
 
     Raises:
-        MismatchError: the checkpoint holds the model several times, under unlike prefixes.
+        MismatchError: the checkpoint holds the model several times, with different prefixes.
     """
-    own, prefix = _prefixes(wanted, given)
-    offered = _offered(given, own, prefix)
-    ours, theirs = _plain(wanted), _plain(given)
-    if len(ours) == len(wanted) and len(theirs) == len(given) and not wanted <= offered.keys():
-        plain = _prefixes(ours.keys(), theirs.keys())
-        others = _offered(theirs.keys(), *plain)
-        if len(ours.keys() & others.keys()) > len(wanted & offered.keys()):
-            own, prefix = plain
-            offered = {ours.get(name, name): theirs[other] for name, other in others.items()}
-    if own or prefix:
+    model_prefix, prefix = _prefixes(model_names, checkpoint_names)
+    matched = _with_prefix(checkpoint_names, model_prefix, prefix)
+    plain_model, plain_checkpoint = (
+        _without_wrappers(model_names),
+        _without_wrappers(checkpoint_names),
+    )
+    are_unique = len(plain_model) == len(model_names) and (
+        len(plain_checkpoint) == len(checkpoint_names)
+    )
+    if are_unique and not model_names <= matched.keys():
+        plain_prefixes = _prefixes(plain_model.keys(), plain_checkpoint.keys())
+        plain = _with_prefix(plain_checkpoint.keys(), *plain_prefixes)
+        if len(plain_model.keys() & plain.keys()) > len(model_names & matched.keys()):
+            model_prefix, prefix = plain_prefixes
+            matched = {
+                plain_model.get(name, name): plain_checkpoint[other]
+                for name, other in plain.items()
+            }
+    if model_prefix or prefix:
         log.info(
             "matched the model's names, %s, to the checkpoint's, %s",
-            f"with the prefix {printable(own)!r}" if own else "without a prefix",
+            f"with the prefix {printable(model_prefix)!r}" if model_prefix else "without a prefix",
             f"with the prefix {printable(prefix)!r}" if prefix else "without a prefix",
         )
-    if len(offered) < len(given):
-        beside = len(given) - len(offered)
-        log.info("left alone %d tensors without the prefix %r", beside, printable(prefix))
-    return offered
+    if len(matched) < len(checkpoint_names):
+        count = len(checkpoint_names) - len(matched)
+        log.info("ignored %d tensors without the prefix %r", count, printable(prefix))
+    return matched
 
 
-def _offered(given: Iterable[str], own: str, prefix: str) -> dict[str, str]:
-    """Names with the checkpoint's prefix replaced by the model's, and as they are."""
-    return {own + name.removeprefix(prefix): name for name in given if name.startswith(prefix)}
+def _with_prefix(names: Iterable[str], model_prefix: str, prefix: str) -> dict[str, str]:
+    """The checkpoint's names with this prefix, by the same names with the model's prefix."""
+    return {
+        model_prefix + name.removeprefix(prefix): name for name in names if name.startswith(prefix)
+    }
 
 
-def _plain(names: Iterable[str]) -> dict[str, str]:
-    """Names without the parts that wrappers add, and as they are."""
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Names, by the same names without the parts that wrappers add."""
     return {
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in names
     }
 
 
-def _prefixes(wanted: AbstractSet[str], given: AbstractSet[str]) -> tuple[str, str]:
-    """The prefix that the matched names have in the model alone, and that in the checkpoint alone.
+def _prefixes(model_names: AbstractSet[str], checkpoint_names: AbstractSet[str]) -> tuple[str, str]:
+    """The prefix that only the model's names have, and the one that only the checkpoint's have.
 
     Raises:
-        MismatchError: the checkpoint holds the model several times, under unlike prefixes.
+        MismatchError: the checkpoint holds the model several times, with different prefixes.
     """
     most, chosen = 0, ("", "")
     rivals: list[str] = []
-    for own in _own_prefixes(wanted, given):
-        short = {name.removeprefix(own) for name in wanted if name.startswith(own)}
-        prefixes = ["", *_fullest_prefixes(short, given)]
+    for model_prefix in _model_prefixes(model_names, checkpoint_names):
+        ends = {
+            name.removeprefix(model_prefix) for name in model_names if name.startswith(model_prefix)
+        }
+        prefixes = ["", *_commonest_prefixes(ends, checkpoint_names)]
         for prefix in prefixes:
-            count = sum(prefix + end in given for end in short)
+            count = sum(prefix + end in checkpoint_names for end in ends)
             if count > most:
-                most, chosen = count, (own, prefix)
-                rivals = prefixes[1:] if prefix and count == len(short) else []
+                most, chosen = count, (model_prefix, prefix)
+                rivals = prefixes[1:] if prefix and count == len(ends) else []
     if len(rivals) > 1:
         raise MismatchError(
-            "the checkpoint holds the model more than once, and which is meant is unclear; "
-            "let `model` be what holds them all, or name the others in `ignore`. It is there "
-            "under the prefixes:",
+            f"the checkpoint holds the model {len(rivals)} times; let `model` be the model that "
+            "contains all of them, or leave the others out with `ignore`. The prefixes are:",
             [printable(prefix) for prefix in rivals],
         )
     return chosen
 
 
-def _own_prefixes(wanted: AbstractSet[str], given: AbstractSet[str]) -> list[str]:
+def _model_prefixes(model_names: AbstractSet[str], checkpoint_names: AbstractSet[str]) -> list[str]:
     """Prefixes of the model's names that the checkpoint may lack, the shortest first."""
-    first, last = min(wanted, default=""), max(wanted, default="")
+    first, last = min(model_names, default=""), max(model_names, default="")
     ends = (position + 1 for position, character in enumerate(first) if character == ".")
     shared = [first[:end] for end in ends if last.startswith(first[:end])]
-    return ["", *shared, *_fullest_prefixes(given, wanted)[:1]]
+    return ["", *shared, *_commonest_prefixes(checkpoint_names, model_names)[:1]]
 
 
-def _fullest_prefixes(short: AbstractSet[str], long: Iterable[str]) -> list[str]:
-    """The prefixes that, put before the short names, give the most of the long ones."""
-    found: Counter[str] = Counter()
+def _commonest_prefixes(short: AbstractSet[str], long: Iterable[str]) -> list[str]:
+    """The prefixes that turn most of the short names into long ones."""
+    counts: Counter[str] = Counter()
     for name in long:
         for position, character in enumerate(name):
             if character == "." and name[position + 1 :] in short:
-                found[name[: position + 1]] += 1
-    most = max(found.values(), default=0)
-    return sorted((prefix for prefix in found if found[prefix] == most), key=len)
+                counts[name[: position + 1]] += 1
+    most = max(counts.values(), default=0)
+    return sorted((prefix for prefix in counts if counts[prefix] == most), key=len)

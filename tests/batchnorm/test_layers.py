@@ -91,7 +91,7 @@ class TestChosen:
                 r"`layers` 'foot' matches no norm layer's name; the names are body\.0",
             ),
             ({"skip_layers": ["foot"]}, r"`skip_layers` 'foot' matches no norm layer's name"),
-            ({"layers": ["("]}, r"'\(' is no regular expression: .*"),
+            ({"layers": ["("]}, r"'\(' is not a regular expression: .*"),
             ({"skip_layers": ["."]}, r"no norm layer was refreshed: 'stem', .* \(as asked\)"),
         ],
         ids=str,

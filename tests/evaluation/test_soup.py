@@ -382,7 +382,7 @@ class TestRefusals:
 
     def test_of_checkpoints_of_two_models_come_before_anything_is_evaluated(self, train, states):
         torch.save({**states[0], "more": torch.zeros(3)}, "run/step_9.pt")
-        with pytest.raises(CkptAvgError, match="not of one model"):
+        with pytest.raises(CkptAvgError, match="do not have the same tensors"):
             made()
         assert train.MADE == []
 

@@ -177,11 +177,11 @@ def test_take_last_needs_to_know_which_is_last(states, tmp_path):
 class TestMessages:
     def test_group_what_differs_alike_and_name_the_way_out(self, folder):
         lines = refusal(folder).splitlines()
-        assert lines[0] == "the checkpoints are not of one model:"
+        assert lines[0] == "the checkpoints do not have the same tensors:"
         assert sorted(lines[1:]) == [
             (
                 f"  3 tensors such as layers.0.rotary.inv_freq: missing in {folder}/step_0.pt, "
-                f"in {folder}/step_1.pt and 1 more; `skip` 'inv_freq$' leaves them out"
+                f"present in {folder}/step_1.pt and 1 more; `skip` 'inv_freq$' leaves them out"
             ),
             (
                 f"  embed.weight: shape (10, 4) in {folder}/step_0.pt, shape (11, 4) in "
@@ -225,7 +225,7 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("pattern", "message"),
         [
-            ("em(", "'em(' is no regular expression"),
+            ("em(", "'em(' is not a regular expression"),
             ("embde", "'embde' matches no tensor's name; the names are"),
         ],
     )

@@ -149,14 +149,14 @@ class TestHyperParameters:
             "OfObject needs act, and e1.ckpt records act (a torch.nn.modules.activation.ReLU)"
             in (str(error))
         )
-        assert "--model-arg act=VALUE" in str(error)
+        assert "`model_arg` act=VALUE" in str(error)
         run("bn-refresh", folder / "e1.ckpt", *model, *SPECS, "--model-arg", "act=relu")
 
     def test_that_are_not_needed_are_left_out_with_a_notice(self, lit):
         values = {"width": 7, "depth": 2, "lr": Path("x")}
         folder = save_run(lit, hyper_parameters=values, hparams_name="kwargs")
         said = run("bn-refresh", folder / "e1.ckpt", "--model", "lit.py:Net", *SPECS).stderr
-        assert "no plain data: lr (pathlib.PosixPath)" in said
+        assert "objects, which are not read: lr (pathlib.PosixPath)" in said
 
     @pytest.mark.usefixtures("checkpoints")
     def test_are_not_in_an_average_and_the_error_says_so(self):
@@ -164,7 +164,7 @@ class TestHyperParameters:
         arguments = ("swa.safetensors", "--model", "lit.py:Net", "--loader", "lit.py:Data")
         error = str(run("bn-refresh", *arguments, code=1).exception)
         assert "Net needs width, and the checkpoint records no hyper-parameters" in error
-        assert "--model-arg width=VALUE" in error
+        assert "`model_arg` width=VALUE" in error
         run("bn-refresh", *arguments, "--model-arg", "width=7", "--model-arg", "depth=2")
 
     @pytest.mark.usefixtures("checkpoints")

@@ -331,7 +331,7 @@ class TestAdapters:
                 model(batch)
         for name in STATISTICS:
             torch.testing.assert_close(refreshed[f"norm.{name}"], getattr(seen, name))
-        assert "holds an adapter: 12 other tensors" in notices.text
+        assert "holds an adapter alone: 12 other tensors" in notices.text
         assert "left 2 norm layers alone (not in the checkpoint): " in notices.text
         assert "'base.1', 'norm.original_module'" in notices.text
 

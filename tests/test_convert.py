@@ -146,7 +146,7 @@ def test_json_and_a_dry_run(tmp_path):
 class TestRefusals:
     def test_of_several_checkpoints_name_them(self, tmp_path):
         save_run(tmp_path / "run", [{"w": torch.ones(1)}, {"w": torch.zeros(1)}])
-        with pytest.raises(SelectionError, match=r"directory of checkpoints: .*step_.*; convert one"):
+        with pytest.raises(SelectionError, match=r"of checkpoints: .*step_.*; convert one"):
             ckptavg.convert(tmp_path / "run", tmp_path / "o.pt")
 
     def test_of_several_state_dicts_name_the_key(self, tmp_path):

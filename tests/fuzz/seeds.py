@@ -20,7 +20,10 @@ import numpy as np
 import safetensors.numpy
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.fuzz.containers import (
     Record,
@@ -71,6 +74,13 @@ def _safetensors() -> dict[str, bytes]:
         "ours": safetensors_of(
             {
                 "__metadata__": {"ckptavg": json.dumps({"scheme": "uniform"}), "epoch": "1"},
+                "a": entry,
+            },
+            bytes(8),
+        ),
+        "shard": safetensors_of(
+            {
+                "__metadata__": {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0]}})},
                 "a": entry,
             },
             bytes(8),
@@ -192,7 +202,19 @@ def _pickles() -> dict[str, bytes]:
     }
     for protocol in range(1, 6):
         seeds[f"values-{protocol}"] = pickle.dumps(values, protocol)
-    return seeds
+    return seeds | {"dtensors": _pickle_of(_saved(_dtensors()))}
+
+
+def _dtensors() -> dict[str, Any]:
+    """What the second of two ranks saves."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    value = torch.ones(3, 2)
+    return {
+        "rows": distribute_tensor(value, mesh, [Shard(0)]),
+        "columns": distribute_tensor(value, mesh, [Shard(1)]),
+        "whole": distribute_tensor(value, mesh, [Replicate()]),
+    }
 
 
 def _legacy() -> dict[str, bytes]:

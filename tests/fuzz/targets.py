@@ -73,8 +73,10 @@ def _check(error: CkptAvgError) -> None:
 
 
 def safetensors(data: bytes, folder: Path) -> None:
-    """A `.safetensors` file."""
-    _open(_written(folder / "x.safetensors", data))
+    """A `.safetensors` file, alone and as that of the only rank."""
+    with _refusals():
+        _open(_written(folder / "x.safetensors", data))
+    _open(_written(folder / "shards" / "shard-00001-model-00001-of-00001.safetensors", data).parent)
 
 
 def torch_zip(data: bytes, folder: Path) -> None:
@@ -88,13 +90,21 @@ def legacy(data: bytes, folder: Path) -> None:
 
 
 def pickled(data: bytes, folder: Path) -> None:
-    """A pickle, alone and as that of a torch file which has the storages `0` to `8`."""
+    """A pickle, alone and as that of a torch file which has the storages `0` to `8`.
+
+    The file is one by itself, and that of each of two ranks.
+    """
     with contextlib.suppress(unpickler.PickleError), _refusals():
         root = unpickler.load(data)
         training_record(root, "x.ckpt", lambda wanted: dict.fromkeys(wanted, 0.5), whole=False)
         trainer_record({}, root)
         find_state_dicts(root)
-    _open(_written(folder / "x.pt", torch_zip_of(data, _STORAGES)))
+    content = torch_zip_of(data, _STORAGES)
+    with _refusals():
+        _open(_written(folder / "x.pt", content))
+    for rank in range(2):
+        _written(folder / "ranks" / f"model_world_size_2_rank_{rank}.pt", content)
+    _open(folder / "ranks")
 
 
 def dcp(data: bytes, folder: Path) -> None:

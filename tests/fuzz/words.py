@@ -22,6 +22,9 @@ _GLOBALS = (
     ("torch._utils", "_rebuild_tensor"), ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_tensor_v3"), ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_sparse_tensor"), ("torch._tensor", "_rebuild_from_type_v2"),
+    ("torch._utils", "_rebuild_wrapper_subclass"), ("torch.distributed.tensor", "DTensor"),
+    ("torch.distributed.tensor.placement_types", "Shard"),
+    ("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"),
     ("builtins", "set"), ("builtins", "frozenset"), ("builtins", "dict"), ("builtins", "getattr"),
     ("numpy._core.multiarray", "scalar"), ("numpy", "dtype"), ("_codecs", "encode"),
 )  # fmt: skip
@@ -37,6 +40,8 @@ _KEYS = (
     "zero_optimization", "stage", "frozen_param_shapes", "lr_scheduler", "_last_lr", "last_epoch",
     "_schedulers", "callbacks", "best_k_models", "monitor", "metrics", "val_metrics", "metric",
     "_metadata", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "version",
+    "DTensor", "ShardedTensor", "_local_tensor", "_spec", "mesh", "placements", "_layout", "axes",
+    "_coordinate_on_dim", "shape", "dim", "split_factor", "shards_metadata", "shard_offsets",
     "_extra_state", "current_model_state", "f8", "f4", "i8", "a/x.ckpt", "conj", "neg",
 )  # fmt: skip
 PICKLE_WORDS = (
@@ -63,6 +68,7 @@ _JSON_WORDS = (
     '"dtype":', '"shape":', '"data_offsets":', '"__metadata__":', "null", "true", "NaN",
     "1e999", "18446744073709551616", "9223372036854775807", "-1", '"', "\\ud800", "\\u0000",
     "{}", "[]", "{", "}", "[", "]", ",", ":", '"":', '"step":', '"global_step":', '"epoch":',
+    '"DCP_SHARDING_INFO":', '\\"saved_offsets\\":',
 )  # fmt: skip
 _INDEX_WORDS = (
     '"weight_map":', '"metadata":', '"total_size":', '"log_history":', '"learning_rate":', "..",

@@ -180,20 +180,19 @@ def save_dcp(state: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-def save_engine(folder: Path, weights, *, stage: int = 2, ranks: int = 1, step: int = 1) -> Path:
+def save_engine(folder: Path, weights, *, ranks: int = 1, step: int = 1) -> Path:
     """A DeepSpeed directory; the content of its optimizer is made up."""
     folder.mkdir(parents=True)
     states = {
         "module": weights,
         "ds_version": "0.17.0",
-        "ds_config": {"zero_optimization": {"stage": stage}},
+        "ds_config": {"zero_optimization": {"stage": 2}},
         "param_shapes": [{name: value.shape for name, value in weights.items()}],
         "global_steps": step,
         "optimizer": None,
     }
     for rank in range(ranks):
-        name = f"mp_rank_{rank:02}_model_states.pt"
-        torch.save(states, folder / (f"zero_pp_rank_{rank}_{name}" if stage == 3 else name))
+        torch.save(states, folder / f"mp_rank_{rank:02}_model_states.pt")
         optimizer = folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": {"exp_avg": torch.ones(50)}}, optimizer)
     return folder

@@ -1,5 +1,7 @@
 """Read directories that DeepSpeed's engine writes: the weights are in `mp_rank_00_model_states.pt`.
 
+With ZeRO stage 3 they are in files of all ranks, which `zero` reads.
+
 https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html.
 """
 
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
 from ckptavg.formats.files import open_file
+from ckptavg.formats.zero import is_partitioned, open_partitions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +40,8 @@ def _files(path: Path) -> list[Path]:
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     """Describe the weights; FormatError if they are spread over several files."""
     files = _files(path)
+    if is_partitioned(files):
+        return open_partitions(path, files[0].parent, key)
     checkpoint = open_file(files[0], key)
     if len(files) > 1:
         raise FormatError(

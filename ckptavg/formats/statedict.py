@@ -159,8 +159,8 @@ def check_kind(path: Path, root: object, found: StateDicts) -> None:
         raise FormatError(
             "holds no whole weights: DeepSpeed's ZeRO stage 3 spread them over other files",
             path=path,
-            remedy="join them with the zero_to_fp32.py that DeepSpeed leaves beside the "
-            "checkpoint, and average what that writes",
+            remedy="name the directory with the files of all ranks, or join them with the "
+            "zero_to_fp32.py that DeepSpeed leaves beside the checkpoint",
         )
     if found:
         return

@@ -46,12 +46,6 @@ def test_beside_a_model_of_the_trainers_it_is_not_a_further_checkpoint(tmp_path)
     assert find_candidates([folder]) == {folder: None}
 
 
-def test_partitioned_weights_are_refused_with_the_way_out(tmp_path):
-    folder = save_engine(tmp_path / "x", {"w": torch.ones(0)}, stage=3, ranks=2)
-    with pytest.raises(FormatError, match=r"stage 3.*zero_to_fp32\.py"):
-        open_checkpoint(folder)
-
-
 def test_slices_of_a_parallel_model_are_refused(tmp_path):
     folder = save_engine(tmp_path / "x", {"w": torch.ones(2)}, ranks=2)
     with pytest.raises(FormatError, match="weights in 2 pieces"):

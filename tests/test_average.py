@@ -388,7 +388,9 @@ class TestTiedWeights:
     @pytest.mark.parametrize("container", ["weights", "last"])
     def test_aliases_are_not_dropped_in_a_torch_file(self, tmp_path, container):
         save_run(tmp_path / "run", random_state_dicts(2), "pt")
-        with pytest.raises(OutputError, match=r"out\.pt: a torch file keeps tied tensors tied: .*"):
+        with pytest.raises(
+            OutputError, match=r"out\.pt: torch's own layouts have tied tensors once: "
+        ):
             ckptavg.average(
                 tmp_path / "run", tmp_path / "out.pt", drop_aliases=True, container=container
             )

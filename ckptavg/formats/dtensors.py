@@ -29,12 +29,31 @@ def _dtensor(arguments: object, state: object) -> Described:
             {
                 "_local_tensor": PickledTensor() as local,
                 "_spec": Placeholder(
-                    state={"mesh": Placeholder(state=dict(mesh)), "placements": tuple(placements)}
+                    state={
+                        "mesh": Placeholder(state=dict(mesh)),
+                        "placements": tuple(placements),
+                        **others,
+                    }
                 ),
             },
-        ) if shape is not None:
+        ) if shape is not None and _is_usual_order(others.get("shard_order")):
             return _placed(local, shape, mesh, placements)
     return UnreadableTensor("a DTensor of an unknown kind")
+
+
+def _is_usual_order(order: object) -> bool:
+    """Whether the dimensions of the mesh split the tensor from the first to the last.
+
+    Older versions of torch record no order: there is no other.
+    """
+    for entry in order if isinstance(order, tuple) else ():
+        match entry:
+            case Placeholder(arguments=(_, numbers)) if (dims := _numbers(numbers)) is not None:
+                if sorted(dims) != list(dims):
+                    return False
+            case _:
+                return False
+    return True
 
 
 def _placed(
@@ -108,7 +127,7 @@ def _splits_axis(placement: object, axis: int) -> bool:
 def _mesh_sizes(mesh: Mapping[str, object]) -> tuple[int, ...] | None:
     """Ranks along each dimension of a mesh; None where that is unknown."""
     match mesh:
-        case {"mesh": PickledTensor(shape=shape)}:  # until torch 2.8
+        case {"mesh": PickledTensor(shape=shape)}:  # in older versions of torch
             return _numbers(shape)
         case {"_layout": Placeholder(state={"axes": tuple(axes)})}:
             sizes = [getattr(axis, "state", None) for axis in axes[:_MOST_DIMENSIONS]]

@@ -40,8 +40,9 @@ def shard_files(path: Path) -> dict[Path, ShardName]:
     found: dict[Path, ShardName] = {}
     for folder in (path, path / _FOLDER):
         if not found and folder.is_dir():
-            names = {entry: parse_shard_name(entry.name) for entry in folder.iterdir()}
-            found = {entry: name for entry, name in names.items() if name is not None}
+            for entry in folder.iterdir():
+                if name := parse_shard_name(entry.name):
+                    found[entry] = name
     order = sorted(found, key=lambda entry: (found[entry].rank, found[entry].model, entry.name))
     return {entry: found[entry] for entry in order}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_a_directory_of_several_models_comes_along(tmp_path, store):
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
         assert files == names
         assert load_file(folder / "2_Dense" / "model.safetensors")["w"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["shards", "zero3"])
+def test_files_of_ranks_are_joined(tmp_path, store, kind):
+    run = tmp_path / "run"
+    for step in (2, 3):
+        folder = run / f"global_step{step}"
+        if kind == "zero3":
+            shutil.copytree(Path(__file__).parent / "zero3" / folder.name, folder)
+            continue
+        folder.mkdir(parents=True)
+        for rank in range(step):
+            width = 12 // step
+            places = json.dumps({"w": {"saved_offsets": [0, width * rank]}})
+            file = folder / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+            save_file({"w": torch.rand(3, width)}, file, {"DCP_SHARDING_INFO": places})
+    ckptavg.average(store.upload(run), tmp_path / "remote.safetensors")
+    ckptavg.average(run, tmp_path / "local.safetensors")
+    found = (tmp_path / "remote.safetensors").read_bytes()
+    assert found == (tmp_path / "local.safetensors").read_bytes()
 
 
 def test_a_hugging_face_directory_comes_along(tmp_path, store):

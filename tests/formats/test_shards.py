@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed._mesh_layout import _MeshLayout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import ckptavg
@@ -78,7 +78,12 @@ class TestAverages:
     def test_of_a_run_of_verl_s(self, saved, tmp_path):
         run = tmp_path / "run"
         for step, layout in ((9, "rows2"), (10, "rows3")):
-            shutil.copytree(saved / "fsdp2" / layout, run / f"global_step_{step}" / "actor")
+            folder = run / f"global_step_{step}"
+            shutil.copytree(saved / "fsdp2" / layout, folder / "actor")
+            (folder / "actor" / "huggingface").mkdir()
+            (folder / "actor" / "huggingface" / "config.json").write_text("{}")
+            torch.save({"_snapshot": {"_snapshot_step": step}}, folder / "data.pt")
+        (run / "latest_checkpointed_iteration.txt").write_text("10")
         summary = ckptavg.average(run, tmp_path / "out.pt")
         names = [source.name for source in summary.sources]
         assert names == ["global_step_9/actor", "global_step_10/actor"]
@@ -200,6 +205,17 @@ class TestDamage:
         save_file(load_file(hf / SECOND), hf / SECOND, metadata)
         assert refusal(hf).startswith(f"/{SECOND}: has damaged DCP_SHARDING_INFO")
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model_world_size_999999999_rank_999999998.pt",
+            "shard-999999999-model-00001-of-999999999.safetensors",
+        ],
+    )
+    def test_names_of_millions_of_ranks(self, tmp_path, name):
+        (tmp_path / name).touch()
+        assert refusal(tmp_path).endswith("is missing")
+
     def test_tensors_without_placements(self, tmp_path):
         for rank in range(2):
             save_torch({"w": torch.ones(2)}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
@@ -216,12 +232,13 @@ class Spread:
     def __init__(self, local: object, mesh: dict[str, Any], *placements: object) -> None:
         self.local, self.mesh, self.placements = local, mesh, placements
         self.shape: object = (4, 3)
+        self.order: object = None
 
     def __reduce__(self) -> Any:
         mesh = object.__new__(DeviceMesh)
         vars(mesh).update(self.mesh)
         spec = object.__new__(DTensorSpec)
-        vars(spec).update(mesh=mesh, placements=self.placements)
+        vars(spec).update(mesh=mesh, placements=self.placements, shard_order=self.order)
         arguments = (DTensor, torch.float32, self.shape, (3, 1), 0)
         state = (None, {"_local_tensor": self.local, "_spec": spec})
         function = torch._utils._rebuild_wrapper_subclass
@@ -229,7 +246,7 @@ class Spread:
 
 
 def mesh_of_old(sizes: tuple[int, ...], place: object) -> dict[str, Any]:
-    """What torch 2.8 and older pickle of a mesh."""
+    """What older versions of torch pickle of a mesh."""
     mesh = torch.arange(torch.Size(sizes).numel(), dtype=torch.int32).reshape(sizes)
     return {"device_type": "cpu", "mesh": mesh, "_coordinate_on_dim": place}
 
@@ -280,6 +297,15 @@ class TestDTensorsInOneFile:
         text = refusal(save_torch({"w": spread}, tmp_path / "x.pt"))
         assert reason in text
         assert "w: cannot be averaged" in text
+
+    def test_that_were_split_in_another_order_are_refused(self, tmp_path):
+        """Which placements alone do not tell."""
+        mesh = mesh_of_old((2, 2), [0, 1])
+        for order, is_known in (((0, 1), True), ((1, 0), False)):
+            spread = Spread(torch.rand(1, 3), mesh, Shard(0), Shard(0))
+            spread.order = (ShardOrderEntry(0, order),)
+            text = refusal(save_torch({"w": spread}, tmp_path / "x.pt"))
+            assert ("the part of one rank of 4" if is_known else "of an unknown kind") in text
 
     @pytest.mark.parametrize("member", ["shape", "layout"])
     def test_of_sizes_without_end_are_refused_at_once(self, tmp_path, member):

@@ -23,7 +23,7 @@ from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.update import find_base, fold
 from ckptavg.options import takes_fields_of
 from ckptavg.select.candidates import find_candidates
-from ckptavg.select.order import unordered
+from ckptavg.select.order import remedy_without_order
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.layouts import destination, lay_out
@@ -300,7 +300,7 @@ def _check_order(
         names = listed(member.name for member in plan.members)
         raise SelectionError(
             f"only some of the checkpoints have a step, and {what}: {names}",
-            remedy=unordered(plan.members),
+            remedy=remedy_without_order(plan.members),
         )
 
 

@@ -627,7 +627,7 @@ class TestNames:
         assert average.keys() == states[0].keys()
         for name, value in average.items():
             assert same_bits(value, naive_mean([state[name] for state in states]))
-        assert "took the wrapper's '_orig_mod.' off names in 2 checkpoints" in caplog.text
+        assert "removed the wrapper's '_orig_mod.' from names in 2 checkpoints" in caplog.text
         save_run(tmp_path / "kept", compiled, "pt")
         ckptavg.average(tmp_path / "kept", tmp_path / "kept.pt", keep_prefix=True)
         assert torch.load(tmp_path / "kept.pt").keys() == compiled[0].keys()

@@ -118,14 +118,14 @@ def _series(series: Series, others: Sequence[Series], run: Run) -> dict[str, Any
     what, reason = _PLURALS.get(series.kind, series.kind), series.reasons
     if series.is_unclear:
         reason = with_options(series.arguments(each for each in others if each.is_unclear))
-    elif series.is_taken:
+    elif series.is_of_members:
         what, reason = "members", "" if run.error is None else _BESIDE_ERROR
     return {
         "name": series.name,
         "count": len(series.candidates),
         "steps": series.steps,
         "what": what,
-        "taken": series.is_taken and run.error is None,
+        "taken": series.is_of_members and run.error is None,
         "reason": reason,
     }
 

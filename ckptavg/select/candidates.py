@@ -1,4 +1,4 @@
-"""What in a directory may be a checkpoint of its run, by names alone."""
+"""The files and folders of a directory that may be checkpoints, by their names alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
 
 
 def _joined(inputs: Sequence[Path]) -> Iterator[Path]:
-    """The inputs, with their directory for files of ranks where all of these are named."""
+    """The inputs; where all files of ranks in a directory are named, the directory instead."""
     named = set(inputs)
     for path in inputs:
         folder = path.parent
@@ -87,7 +87,7 @@ def _candidates_in(folder: Path) -> list[Path]:
 
 
 def _entries_of(folder: Path, levels: int) -> Iterator[Path]:
-    """The candidates in a directory, and so many levels down in folders with a number."""
+    """The candidates in a directory, and in its numbered folders down to so many levels."""
     # A folder of samples may have a million files: they are not even sorted.
     entries = [each for each in folder.iterdir() if each.suffix in SUFFIXES or each.is_dir()]
     for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
@@ -95,7 +95,7 @@ def _entries_of(folder: Path, levels: int) -> Iterator[Path]:
             if not entry.name.startswith("."):
                 yield from _below(entry, levels)
         except PermissionError:
-            log.info("%s cannot be looked into: left out", printable(entry.name))
+            log.info("left out %s: no permission to read it", printable(entry.name))
 
 
 def _below(entry: Path, levels: int) -> Iterator[Path]:
@@ -108,12 +108,12 @@ def _below(entry: Path, levels: int) -> Iterator[Path]:
 
 
 def _leads_upwards(entry: Path) -> bool:
-    """Whether a folder is a link to one that it is in itself."""
+    """Whether a folder is a link to a folder that contains it."""
     return not is_remote(entry) and entry.parent.resolve().is_relative_to(entry.resolve())
 
 
 def _is_numbered(name: str, folder: Path) -> bool:
-    """Whether an entry of a directory with weights is a numbered checkpoint, or has it.
+    """Whether an entry of a directory with weights is a numbered checkpoint, or contains one.
 
     DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that checkpoint.
     """
@@ -122,7 +122,7 @@ def _is_numbered(name: str, folder: Path) -> bool:
 
 
 def _weight_files(folder: Path) -> set[str]:
-    """The names of the files and folders with a directory's own weights."""
+    """The names of the files and folders that hold the weights of a directory itself."""
     if huggingface.matches(folder):
         return {name.partition("/")[0] for name in huggingface.weight_files(folder)}
     return {entry.name for entry in folder.iterdir()}
@@ -131,7 +131,7 @@ def _weight_files(folder: Path) -> set[str]:
 def _hint(folder: Path) -> str:
     """A remedy for a directory without checkpoints: the folders in it that have some.
 
-    Where several folders have a file of one name, it is the pattern of these files.
+    If several folders have a file of the same name, the remedy is a pattern of these files.
     """
     inside = _folders_with_candidates(folder, _DEPTH_OF_HINT, set())
     folders = list(islice(inside, _FOLDERS_OF_HINT))
@@ -140,8 +140,8 @@ def _hint(folder: Path) -> str:
         pattern = "/".join(["*" for _ in folders[0].relative_to(folder).parts] + [first.name])
         if not others and len(list(folder.glob(pattern))) > 1:
             return f"name them: {printable(folder / pattern)}"
-        return f"there are checkpoints in {listed(folders)}"
-    return f"files ending with {' '.join(SUFFIXES)} and directories with weights are looked for"
+        return f"name a directory that has some: {listed(folders)}"
+    return f"checkpoints are files ending with {' '.join(SUFFIXES)}, and directories with weights"
 
 
 def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:

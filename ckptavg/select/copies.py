@@ -26,12 +26,11 @@ _THREADS = 4
 def find_copies(checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, Checkpoint]:
     """The checkpoints that are copies, each with its original, whatever step they record.
 
-    Hard links and symlinks are copies, for which no tensor is read. Of the others a sample of one
-    tensor is read. Those with equal samples are compared by their fingerprints, and in full only
-    if these are equal too.
+    Hard links and symlinks are known as copies without reading a tensor. Others are compared by a
+    sample of one tensor, those that are equal by their fingerprints, and only then in full.
 
     Args:
-        checkpoints: of two equal ones, the first is the original.
+        checkpoints: the first of several equal ones is the original.
     """
     copies: dict[Checkpoint, Checkpoint] = {}
     by_files: dict[Hashable, Checkpoint] = {}
@@ -49,7 +48,7 @@ def find_copies(checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, Checkpoin
 
 
 def _sample(checkpoint: Checkpoint) -> Hashable:
-    """What copies have in common, for one small read: the first bytes of one of the tensors."""
+    """A key that copies share, for one small read: the first bytes of one of the tensors."""
     names = sorted(name for name, tensor in checkpoint.tensors.items() if 0 not in tensor.shape)
     name = names[len(names) // 2] if names else ""
     data = b"".join(checkpoint.pieces(name, SAMPLE_BYTES)) if names else b""

@@ -5,7 +5,7 @@
 3. The scheduler's count tells which: after its step it equals the updates (or epochs) done.
 4. If the next rate is recorded, the used one is looked up: in the log, in the checkpoint one step
    earlier, or by torch's formula.
-5. If nothing tells, the recorded rate counts as used; it is an error if the choice depends on it.
+5. If it is unknown which one is recorded, it counts as used: an error if the choice depends on it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def steps_taken(scheduler: State | None) -> int | None:
 
 
 def follows_formula(scheduler: State | None, position: int, rate: float) -> bool:
-    """Whether the scheduler's formula gives this rate after so many steps, and an earlier one."""
+    """Whether the scheduler's formula gives this rate at a position, and has one before it."""
     here, before = rate_at(scheduler, position), rate_at(scheduler, position - 1)
     return here is not None and before is not None and nearly_equal(here, rate, max(here, before))
 
@@ -142,8 +142,8 @@ log = logging.getLogger("ckptavg")
 Reading = Literal["used", "next"]
 """The rate that a trainer records: the one used in the last update, or the next one."""
 
-_ALTERNATIVES = "choose by cycle, steps or every instead"
-_UNSURE = "it cannot be told whether the learning rate in %s is the one used or the next one"
+_ALTERNATIVES = "choose by `cycle`, `steps` or `every` instead"
+_UNSURE = "it is unknown whether the learning rate in %s is the one used or the next one"
 _NEXT = "the learning rate in %s is the next one, and the one used is not recorded"
 _UNKNOWN = "the learning rate of the last update of %s is recorded nowhere"
 
@@ -192,18 +192,18 @@ def rates_and_minima(
         _report_doubts(names, rates)
     elif any(len(set(group)) > 1 for group in other_groups):
         raise SelectionError(
-            "the learning rate of the first parameter group is constant, that of another is not",
+            "the learning rate of the first parameter group is constant, but not that of another",
             remedy=_ALTERNATIVES,
         )
     chosen = _chosen(rates)
     _check_first(names, rates)
-    is_told = any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
-    if recorded is None and not is_told and len(set(values)) > 1:
+    is_known = any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
+    if recorded is None and not is_known and len(set(values)) > 1:
         log.info("the recorded learning rates count as the ones used: see `lr_recorded`")
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
     lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:
-        log.info("the learning rate was still falling at the last checkpoint: taken as a minimum")
+        log.info("the rate was still falling at the last checkpoint, which counts as a minimum")
     return values, chosen
 
 

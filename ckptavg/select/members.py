@@ -19,7 +19,7 @@ from ckptavg.select.names import (
 )
 from ckptavg.select.order import saved_before_training, timeline
 from ckptavg.select.pieces import mark_pieces
-from ckptavg.select.series import UNCLEAR, group, is_last_save, several
+from ckptavg.select.series import UNCLEAR, group, is_last_save, several_series
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -139,7 +139,7 @@ def _choose_series(candidates: Sequence[Candidate]) -> SelectionError | None:
     plain = [each for each in series if each.kind == "checkpoint" and each.is_numbered]
     if plain:
         _leave_out_beside(series, plain)
-        series = [each for each in series if each.is_taken]
+        series = [each for each in series if each.is_of_members]
     is_soup = len({each.kind for each in series}) == 1 and not any(
         each.is_numbered or each.is_of_run for each in series
     )
@@ -147,7 +147,7 @@ def _choose_series(candidates: Sequence[Candidate]) -> SelectionError | None:
         return None
     for candidate in itertools.chain.from_iterable(each.candidates for each in series):
         candidate.leave_out(candidate.kind, UNCLEAR)
-    return several(series)
+    return several_series(series)
 
 
 def _leave_out_beside(series: Sequence[Series], plain: Sequence[Series]) -> None:

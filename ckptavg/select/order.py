@@ -1,4 +1,4 @@
-"""The order of checkpoints, and how much of the training was done at each of them."""
+"""The order of checkpoints, and how much of the training was done when each was saved."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Timeline:
     Attributes:
         unit: the unit of the steps: `global_step`, `step`, `epoch`, or `number` (in the names).
         steps: the step of each checkpoint; empty if some of them have none.
-        places: what sorts the checkpoints: the step, or the epoch and the step where steps begin
-            anew in each epoch; empty if some of them have neither.
-        from_zero: whether steps count from 0, so that `step + 1` units were done. Epochs of
-            Lightning, of timm, and of loops whose first epoch is 0 do.
-        other_units: further units that all checkpoints record.
+        places: the sort key of each checkpoint: the step, or the epoch and the step where steps
+            begin anew in each epoch; empty if some of them have neither.
+        from_zero: whether steps are counted from 0, so that `step + 1` units were done. Lightning,
+            timm, and loops whose first epoch is 0 count epochs so.
+        other_units: the other units that all checkpoints record.
     """
 
     unit: str
@@ -46,7 +46,7 @@ class Timeline:
 
     @property
     def done(self) -> tuple[int, ...]:
-        """The number of units that were done at each checkpoint; empty if unknown."""
+        """The number of units that were done when each was saved; empty if unknown."""
         return tuple(step + self.from_zero for step in self.steps)
 
 
@@ -115,23 +115,25 @@ def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint
     return ordered, known or is_one_series(names)
 
 
-def unordered(checkpoints: Sequence[Checkpoint]) -> str:
-    """What keeps checkpoints from having an order, and what to do: the remedy of an error."""
+def remedy_without_order(checkpoints: Sequence[Checkpoint]) -> str:
+    """Why checkpoints have no order and what to do: the remedy of an error."""
     names = [each.name for each in checkpoints]
     without = [
         each.name for each in checkpoints if not each.step and not parse_name(each.name).numbers
     ]
     if without:
-        return f"{listed(without)}: no step in the name, and none is recorded; leave that out"
+        return f"leave out {listed(without)}: no step is recorded, and none is in the name"
     if is_one_series(names):
-        return "their steps begin anew in each epoch, or are the same: choose by `unit` epoch"
-    return f"the names are not of one series, as {listed(names, 2)}: choose with `include`"
+        return (
+            "their steps begin anew in each epoch, or are equal: count in epochs with `unit` epoch"
+        )
+    return f"the names are not of one series, such as {listed(names, 2)}: choose with `include`"
 
 
 def saved_before_training(
     checkpoints: Sequence[Checkpoint], steps: Sequence[Step]
 ) -> frozenset[Checkpoint]:
-    """The checkpoints of step 0 whose optimizer has no state, where that of another has."""
+    """The checkpoints of step 0 whose optimizer has no state, if that of another one has."""
     if not any(each.training.has_optimizer_state for each in checkpoints):
         return frozenset()
     pairs = zip(checkpoints, steps, strict=False)

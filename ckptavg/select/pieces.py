@@ -1,4 +1,4 @@
-"""Pieces of one model in several files, which are no checkpoints each."""
+"""Files that each hold a piece of one model, and are not checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLAT = "save with FSDP's FULL_STATE_DICT, or join them with the trainer's tool"
 
 
 def mark_pieces(candidates: Sequence[Candidate]) -> FormatError | None:
-    """Mark the pieces of models among candidates, and return the error about them.
+    """Leave out the pieces of models among candidates, and return the error about them.
 
     Files are pieces if their names differ in a number of ranks or shards, or if they hold the flat
     parameters of FSDP.
@@ -64,5 +64,5 @@ def _remedy_by_name(name: str) -> str:
 
 
 def _is_flat(checkpoint: Checkpoint) -> bool:
-    """Whether it has flat parameters of FSDP, which many parameters share."""
+    """Whether it has flat parameters of FSDP, each of which holds many parameters."""
     return any(name.rpartition(".")[2].startswith("_flat_param") for name in checkpoint.tensors)

@@ -1,7 +1,7 @@
 """Rules that choose among the checkpoints of a run.
 
-They are applied in this order: include and exclude (before a file is opened), start, steps or cycle
-or lr_minima, best, last, every.
+They are applied in this order: include and exclude (before a file is opened); start; steps, cycle
+or lr_minima; best; last; every.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckptavg.formats.parts import absolute
 from ckptavg.options import Options
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, certain_mode, indices_of_best, metric_in_name, read_metrics
-from ckptavg.select.order import saved_before_training, timeline, unordered
+from ckptavg.select.order import remedy_without_order, saved_before_training, timeline
 from ckptavg.select.series import matches
 
 if TYPE_CHECKING:
@@ -84,19 +84,20 @@ class Selection(Options):
         super().__post_init__()
         exclusive = [name for name in ("steps", "cycle", "lr_minima") if getattr(self, name)]
         if len(exclusive) > 1:
-            names = " and ".join(exclusive)
-            raise SelectionError(f"{names} are different ways of choosing: give one of them")
+            names = " and ".join(f"`{name}`" for name in exclusive)
+            raise SelectionError(f"{names} exclude each other", remedy="give one of them")
         if self.best is not None and self.metric is None:
-            raise SelectionError("best needs a metric", remedy="name it with `metric`")
+            raise SelectionError("`best` needs a metric", remedy="name it with `metric`")
         if self.metric is None and (self.metrics is not None or self.mode is not None):
-            raise SelectionError("metrics and mode need a metric")
+            what = "`metrics` and `mode` need a metric"
+            raise SelectionError(what, remedy="name it with `metric`")
         numbers = [("cycle", self.cycle), ("best", self.best), ("every", self.every)]
         numbers += [("last", count) for count in self.counts]
         for name, number in numbers:
             if number is not None and number < 1:
                 raise SelectionError(f"`{name}` is at least 1, not {number}")
         if self.mode not in (None, "min", "max"):
-            raise SelectionError(f"mode is 'min' or 'max', not {self.mode!r}")
+            raise SelectionError(f"`mode` is 'min' or 'max', not {self.mode!r}")
 
     @property
     def counts(self) -> tuple[int | None, ...]:
@@ -104,7 +105,7 @@ class Selection(Options):
         return (self.last,) if isinstance(self.last, int) else tuple(self.last or (None,))
 
     def exclusion_reason(self, name: str) -> str | None:
-        """The reason to leave out a checkpoint of this name; None if there is none."""
+        """Why a checkpoint of this name is left out; None if it is not."""
         if self.include and not any(matches(name, pattern) for pattern in self.include):
             return "its name does not match include"
         pattern = next((each for each in self.exclude if matches(name, each)), None)
@@ -128,10 +129,10 @@ class Verdict:
         checkpoint: the checkpoint.
         unit: the unit of its step: `global_step`, `step`, `epoch`, or the `number` in its name.
         step: its step; None if unknown.
-        done: the number of units that were done; None if unknown.
+        done: the number of units that were done when it was saved; None if unknown.
         rate: the learning rate of its last update; None if no rule needs it.
-        metric: its metric; None if it has none, or no rule needs it.
-        fault: why it cannot be averaged, which is an error if it is chosen.
+        metric: the value of its metric; None if it has none, or no rule needs it.
+        fault: the error to raise if it is chosen.
         reason: why it is not chosen; empty if it is chosen.
     """
 
@@ -194,8 +195,8 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
     if not left:
         last = verdicts[-1]
         raise SelectionError(
-            f"none of {len(verdicts)} checkpoints is left; of the last one, "
-            f"{printable(last.checkpoint.name)}: {last.reason}",
+            f"the rules leave out all {len(verdicts)} checkpoints, such as "
+            f"{printable(last.checkpoint.name)} ({last.reason})",
             remedy="`ckptavg inspect` with the same rules says why for each",
         )
     for verdict in left:
@@ -211,13 +212,14 @@ def _remaining(verdicts: Sequence[Verdict]) -> list[Verdict]:
 def _require_order(run: Run, rule: str) -> None:
     if not run.order_is_known:
         what = f"`{rule}` needs to know the order of the checkpoints"
-        raise SelectionError(what, remedy=unordered(run.checkpoints))
+        raise SelectionError(what, remedy=remedy_without_order(run.checkpoints))
 
 
 def _require_steps(verdicts: Sequence[Verdict], times: Timeline, rule: str) -> None:
     if not times.steps:
         what = f"`{rule}` needs to know the step of each checkpoint"
-        raise SelectionError(what, remedy=unordered([each.checkpoint for each in verdicts]))
+        checkpoints = [each.checkpoint for each in verdicts]
+        raise SelectionError(what, remedy=remedy_without_order(checkpoints))
 
 
 def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> int:
@@ -231,7 +233,7 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
                 verdict.reject(f"before {start}")
         return next((done for done in times.done if done >= threshold), 0)
     if not _NUMBER.fullmatch(start):
-        raise SelectionError(f"start is a step or a share such as 75%, not {start!r}")
+        raise SelectionError(f"`start` is a step or a share such as 75%, not {start!r}")
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step < int(start):
             verdict.reject(f"before {times.unit} {int(start)}")
@@ -245,15 +247,20 @@ def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> No
     if ends := _RANGE.fullmatch(steps):
         stride = int(ends[3] or 1)
         if stride < 1:
-            raise SelectionError(f"steps {steps}: the stride is at least 1")
+            raise SelectionError(f"`steps` {steps}: the stride is at least 1")
         wanted = range(int(ends[1]), int(ends[2]) + 1, stride)
     elif all(map(_NUMBER.fullmatch, steps.split(","))):
         wanted = {int(number) for number in steps.split(",")}
         if missing := sorted(wanted - set(times.steps)):
             absent = ", ".join(map(str, missing))
-            raise SelectionError(f"there is no checkpoint of {times.unit} {absent}")
+            raise SelectionError(
+                f"there is no checkpoint of {times.unit} {absent}",
+                remedy=f"there are those of {times.unit} {listed(sorted(set(times.steps)), 20)}",
+            )
     else:
-        raise SelectionError(f"steps is 100,200,300 or 100:1000:100, not {steps!r}")
+        raise SelectionError(
+            f"`steps` is a list such as 100,200 or a range such as 100:1000:100, not {steps!r}"
+        )
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step not in wanted:
             verdict.reject("not among steps")
@@ -266,7 +273,7 @@ def _apply_cycle(
     _require_steps(verdicts, times, "cycle")
     if not is_unit_given and "epoch" in times.other_units:
         raise SelectionError(
-            f"cycle may be counted in {times.unit} or in epochs: the checkpoints record both",
+            f"`cycle` may count {times.unit} or epochs: the checkpoints record both",
             remedy=f"set `unit` to {times.unit} or to epoch",
         )
     if times.unit == "epoch" and times.from_zero and not start:
@@ -312,11 +319,11 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
         raise SelectionError(
             f"none of the checkpoints has the metric {printable(metric)}",
             remedy=(f"recorded are: {known}; " if known else "")
-            + "name a file of it with `metrics`",
+            + "name a file that has it with `metrics`",
         )
     winners = indices_of_best(values, rules.best, mode)
     if len(winners) < rules.best:
-        log.info("of the best %d by %s there are only %d", rules.best, metric, len(winners))
+        log.info("only %d of the best %d by %s are there", len(winners), rules.best, metric)
     for place, verdict in enumerate(left):
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"
@@ -324,7 +331,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
 
 
 def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:
-    """Set each checkpoint's metric, found by its path, its name, or a unique file name."""
+    """Look up each checkpoint's metric by its path, its name, or a unique file name."""
     paths = [verdict.checkpoint.path for verdict in verdicts]
     names = Counter(path.name for path in paths)
     stems = Counter(path.stem for path in paths)
@@ -341,7 +348,7 @@ def _apply_last(verdicts: Sequence[Verdict], run: Run, counts: Iterable[int | No
     last = max(count for count in counts if count is not None)
     left = _remaining(verdicts)
     if len(left) < last:
-        log.info("of the last %d there are only %d", last, len(left))
+        log.info("only %d of the last %d are there", len(left), last)
     for verdict in left[:-last]:
         verdict.reject(f"not among the last {last}")
 

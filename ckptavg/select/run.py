@@ -1,4 +1,4 @@
-"""Find a training run: the files that look like checkpoints, opened, each once, in order."""
+"""Find the checkpoints of a training run: open the candidates, choose the members, sort them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Run:
 
     Attributes:
         members: the checkpoints in the order of training.
-        order_is_known: whether steps tell the order; otherwise it is that of the names.
-        candidates: all that may be checkpoints, and for each that is none the reason.
-        error: what keeps the run from being averaged; then there are no members.
+        order_is_known: whether the steps give the order; if not, it is the order of the names.
+        candidates: all that may be checkpoints, each with the reason if it is not a member.
+        error: why the run cannot be averaged; then there are no members.
     """
 
     members: tuple[Checkpoint, ...]
@@ -90,13 +90,13 @@ def find_run(
     keep_prefix: bool = False,
     exclusion_reason: Callable[[str], str | None] = lambda _: None,
 ) -> Run:
-    """Find and open the checkpoints among the inputs, leave out what is none, and sort the rest.
+    """Find, open and sort the checkpoints among the inputs.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
-        key: which state dict to take if a file holds several.
-        keep_prefix: leave a wrapper's prefix on the names of tensors.
-        exclusion_reason: gives the reason to leave out a candidate of this name; None to open it.
+        key: name of the state dict, where a file holds several.
+        keep_prefix: do not remove a wrapper's prefix from the names of tensors.
+        exclusion_reason: returns why a candidate of this name is left out; None to open it.
 
     Raises:
         SelectionError: an input does not exist, or has no candidates. Errors about candidates are
@@ -126,7 +126,7 @@ def find_run(
 
 
 def _open(candidate: Candidate, key: str | None) -> None:
-    """Open a candidate, or say why it is none."""
+    """Open a candidate, or set why it is left out."""
     is_named = candidate.folder is None
     try:
         checkpoint = _open_or_defer(candidate, key)
@@ -142,13 +142,13 @@ def _open(candidate: Candidate, key: str | None) -> None:
         candidate.leave_out("average", MADE_EARLIER)
     elif checkpoint.is_average:
         name = printable(candidate.name)
-        log.info("%s is an average made earlier: taken, since it was named", name)
+        log.info("%s is an average made earlier, and is averaged because it was named", name)
 
 
 def _open_or_defer(candidate: Candidate, key: str | None) -> Checkpoint:
-    """Open a candidate; where it lacks the state dict, open another, and keep the error for later.
+    """Open a candidate; if it lacks the state dict of `key`, open another one instead.
 
-    It is an error only if the rules choose the candidate.
+    The error is kept in `fault`, and raised only if the rules choose the candidate.
     """
     try:
         checkpoint = open_checkpoint(candidate.path, key=key)
@@ -165,7 +165,7 @@ def _open_or_defer(candidate: Candidate, key: str | None) -> Checkpoint:
 
 
 def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
-    """Take wrappers' prefixes off the names of tensors, and share equal mappings of tensors."""
+    """Remove wrappers' prefixes from names of tensors, and share equal mappings of tensors."""
     prefixes: Counter[str] = Counter()
     first: Checkpoint | None = None
     for each in candidates:
@@ -184,11 +184,11 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
         each.checkpoint = checkpoint
     for prefix, count in prefixes.items():
         if prefix:
-            log.info("took the wrapper's %r off names in %d checkpoints", prefix, count)
+            log.info("removed the wrapper's %r from names in %d checkpoints", prefix, count)
 
 
 def _log_averages(candidates: Sequence[Candidate]) -> None:
-    """Say that members are averages already, by what they record or by the state dict's name."""
+    """Log which members are averages already, by what they record or by their names."""
     averages = [
         each.name
         for each in candidates
@@ -219,4 +219,4 @@ def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
     keys = {each.key for each in checkpoints if not each.is_average}
     if len(keys) > 1:
         names = ", ".join(sorted(printable(key) or "the whole file" for key in keys))
-        log.warning("the checkpoints' state dicts are not of one name: %s", names)
+        log.warning("the checkpoints' state dicts have different names: %s", names)

@@ -31,16 +31,16 @@ _MOST_SERIES = 8
 
 @dataclass(eq=False)
 class Candidate:
-    """What may be a checkpoint of the run.
+    """A file or folder that may be a checkpoint of the run.
 
     Attributes:
         path: the file or directory.
         name: its path below the folder that all candidates have in common.
-        folder: the directory among the inputs that it is in; None if the user named it.
+        folder: the directory among the inputs that contains it; None if the user named it.
         checkpoint: None if it is not opened.
-        kind: what it is, by its name and by what it records.
-        reason: why it is no member; empty for members.
-        fault: why it cannot be a member, if it is chosen.
+        kind: its kind, by its name and by what it records.
+        reason: why it is not a member; empty for members.
+        fault: the error to raise if it is chosen.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Candidate:
     fault: CkptAvgError | None = None
 
     def leave_out(self, kind: CandidateKind, reason: str) -> None:
-        """Say that it is no member."""
+        """Set why it is not a member."""
         self.kind, self.reason = kind, reason
 
     @property
@@ -78,12 +78,12 @@ class Series:
 
     @property
     def kind(self) -> CandidateKind:
-        """What its candidates are."""
+        """The kind of its candidates."""
         return self.candidates[0].kind
 
     @property
-    def is_taken(self) -> bool:
-        """Whether its candidates are members, unless something keeps the run from having any."""
+    def is_of_members(self) -> bool:
+        """Whether its candidates are members, unless an error keeps the run from having any."""
         return not self.candidates[0].reason
 
     @property
@@ -93,19 +93,19 @@ class Series:
 
     @property
     def reasons(self) -> str:
-        """Why they are no members."""
+        """Why its candidates are not members."""
         return listed(dict.fromkeys(each.reason for each in self.candidates if each.reason), 2)
 
     @property
     def is_numbered(self) -> bool:
-        """Whether numbers tell its checkpoints apart, or stand behind a word such as `epoch`."""
+        """Whether its names differ in numbers, or have one behind a word such as `epoch`."""
         numbers = parse_name(self.candidates[0].name).numbers
         counts = [each for each in numbers if each.role in ("", "date")]
         return bool(counts) and (len(self.candidates) > 1 or any(each.label for each in counts))
 
     @property
     def is_of_run(self) -> bool:
-        """Whether its names have the number of a run, a seed or a fold."""
+        """Whether its names have a number of a run, a seed or a fold."""
         return any(each.role == "run" for each in parse_name(self.candidates[0].name).numbers)
 
     @property
@@ -125,7 +125,7 @@ class Series:
         return "*".join(map(glob.escape, self.name.split("#")))
 
     def arguments(self, others: Iterable[Series]) -> str:
-        """The arguments that select it from among other series."""
+        """The arguments that choose it among other series."""
         wrong = [each for each in others if each is not self and each.is_matched_by(self.glob)]
         excludes = [each.glob for each in wrong if not self.is_matched_by(each.glob)]
         return " ".join(
@@ -171,7 +171,7 @@ def group(candidates: Iterable[Candidate]) -> list[Series]:
 
 
 def _by_run(members: list[Candidate]) -> list[list[Candidate]]:
-    """Members by folder, and by date, where several of them have one and not all have the same."""
+    """Members by folder and by date, unless these are the same for all or different for each."""
     for origin in (_folder, _dates):
         values = Counter(map(origin, members))
         if 1 < len(values) < len(members):
@@ -189,9 +189,9 @@ def _dates(candidate: Candidate) -> str:
 
 
 def is_last_save(series: Series, numbered: Series) -> bool:
-    """Whether it is the last save of a numbered series, named like the others but for the number.
+    """Whether it is the last save of a numbered series: named like it, without a number.
 
-    Such are `lora.safetensors` beside `lora-000004.safetensors`, and `model.pt` of `model_5.pt`.
+    Examples: `lora.safetensors` beside `lora-000004.safetensors`, `model.pt` beside `model_5.pt`.
     """
     has_number = bool(parse_name(series.candidates[0].name).numbers)
     return not has_number and _letters(series) == _letters(numbered)
@@ -202,7 +202,7 @@ def _letters(series: Series) -> str:
     return re.sub(r"[\W\d_]+", "", "".join(texts))
 
 
-def several(series: Sequence[Series]) -> SelectionError:
+def several_series(series: Sequence[Series]) -> SelectionError:
     """The error that lists several series, each with the arguments that select it."""
     series = sorted(series, key=lambda each: each.kind != "checkpoint")
     lines = [each.described(series) for each in series[:_MOST_SERIES]]
@@ -210,5 +210,5 @@ def several(series: Sequence[Series]) -> SelectionError:
         lines.append(f"and {len(series) - _MOST_SERIES} more")
     same = len({each.steps for each in series}) == 1 and series[0].steps is not None
     text = f"{len(series)} series of checkpoints{', of the same steps' if same else ''}"
-    lines = [f"{text}:", *lines, "take one of them, or name the files to average"]
+    lines = [f"{text}:", *lines, "choose one of them, or name the files to average"]
     return SelectionError("\n  ".join(lines), path=series[0].candidates[0].folder)

@@ -325,7 +325,7 @@ class TestRefusals:
             metrics(forward="own.py:forward")
 
     def test_of_a_choice_without_any(self):
-        with pytest.raises(SelectionError, match="none of 5 checkpoints is left"):
+        with pytest.raises(SelectionError, match="the rules leave out all 5 checkpoints"):
             evaluate([Path("run")], **options(), select=Selection(start=99))
 
     @pytest.mark.parametrize("where", ["metric", "forward", "loader"])

@@ -336,7 +336,7 @@ def test_wrappers_are_taken_off_all_names(tmp_path, prefix):
         wrapped = {prefix + name: value for name, value in state.items()}
         save_model(tmp_path / "run" / f"checkpoint-{step}", wrapped)
     result = run("average", tmp_path / "run", "-o", tmp_path / "out")
-    assert f"took the wrapper's {prefix!r} off names" in result.stderr
+    assert f"removed the wrapper's {prefix!r} from names" in result.stderr
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == states[0].keys()
     for name, value in found.items():

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def series(folder: Path) -> dict[str, str]:
     """What each series of a directory is, by its name."""
     return {
-        each.name: "member" if each.is_taken else each.kind for each in find_run([folder]).series
+        each.name: "member" if each.is_of_members else each.kind
+        for each in find_run([folder]).series
     }
 
 

@@ -74,7 +74,7 @@ class TestDirectory:
         save(tmp_path / "a" / "b" / "c" / "step_1.safetensors")
         with pytest.raises(SelectionError, match="no checkpoint found") as caught:
             find_candidates([tmp_path])
-        assert str(caught.value).endswith(f"; there are checkpoints in {tmp_path}/a/b/c")
+        assert str(caught.value).endswith(f"; name a directory that has some: {tmp_path}/a/b/c")
 
     def test_without_any_names_several_folders_that_have_some(self, tmp_path):
         """As Lightning leaves them: a run has begun twice."""
@@ -86,7 +86,7 @@ class TestDirectory:
         with pytest.raises(SelectionError) as caught:
             find_candidates([tmp_path])
         folders = [f"{tmp_path}/version_{version}/checkpoints" for version in range(2)]
-        assert str(caught.value).endswith(f"there are checkpoints in {', '.join(folders)}")
+        assert str(caught.value).endswith(f"name a directory that has some: {', '.join(folders)}")
 
     def test_with_links_to_itself_is_looked_through_once(self, tmp_path):
         for number in range(40):
@@ -95,7 +95,9 @@ class TestDirectory:
         with pytest.raises(SelectionError, match="no checkpoint found"):
             find_candidates([tmp_path])
         save(tmp_path / "a" / "b" / "step_1.safetensors")
-        with pytest.raises(SelectionError, match=f"there are checkpoints in {tmp_path}/a/b$"):
+        with pytest.raises(
+            SelectionError, match=f"name a directory that has some: {tmp_path}/a/b$"
+        ):
             find_candidates([tmp_path])
 
     def test_with_one_file_in_each_of_its_folders_is_an_error_that_names_them(self, tmp_path):
@@ -110,7 +112,9 @@ class TestDirectory:
 
     def test_with_checkpoints_further_down_is_told_what_is_looked_for(self, tmp_path):
         save(tmp_path / "a" / "b" / "c" / "d" / "step_1.safetensors")
-        with pytest.raises(SelectionError, match=r"; files ending with .*\.safetensors"):
+        with pytest.raises(
+            SelectionError, match=r"; checkpoints are files ending with .*\.safetensors"
+        ):
             find_candidates([tmp_path])
 
     def test_that_is_not_there_is_an_error(self, tmp_path):
@@ -156,7 +160,7 @@ class TestEntries:
 
         monkeypatch.setattr(Path, "iterdir", refusing)
         result = run("average", tmp_path / "run", "-o", tmp_path / "out.safetensors")
-        assert "step_2 cannot be looked into: left out" in result.stderr
+        assert "left out step_2: no permission to read it" in result.stderr
 
     @pytest.mark.parametrize(
         "name",

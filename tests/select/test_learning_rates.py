@@ -223,7 +223,7 @@ def test_where_nothing_tells_it_the_recorded_rate_is_taken_with_a_warning(
     assert used_rates(run) == recorded
     assert (recorded == pytest.approx(run.used)) == (not after)
     [message] = caplog.messages
-    assert "cannot be told" in message
+    assert "is unknown whether" in message
     assert run.checkpoints[0].name in message
     assert "and 3 more" in message
 

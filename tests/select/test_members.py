@@ -65,7 +65,7 @@ def members(folder: Path, **options: Any) -> list[str]:
 def what(folder: Path) -> dict[str, str]:
     """What each series is, by its name."""
     return {
-        series.name: "member" if series.is_taken else series.kind
+        series.name: "member" if series.is_of_members else series.kind
         for series in find_run([folder]).series
     }
 
@@ -467,4 +467,4 @@ class TestInspect:
             content = {"epoch": epoch, "model": {"w": w(epoch)}, "loss": 1.0 - epoch / 10}
             put(tmp_path / "run" / f"{epoch}.pt", content)
         result = run("inspect", tmp_path / "run", "--best", "5", "--metric", "loss")
-        assert "of the best 5 by loss there are only 4" in result.stderr
+        assert "only 4 of the best 5 by loss are there" in result.stderr

@@ -152,7 +152,9 @@ def test_numbers_that_are_no_steps(tmp_path):
     with pytest.raises(SelectionError, match=r"a_100\.pt does not"):
         select(named, Selection(unit="epoch"))
     for rule in ({"cycle": 100}, {"start": 100}, {"steps": "100"}):
-        with pytest.raises(SelectionError, match=r"not of one series, as a_100\.pt, a_200\.pt"):
+        with pytest.raises(
+            SelectionError, match=r"not of one series, such as a_100\.pt, a_200\.pt"
+        ):
             select(named, Selection(**rule))
 
 
@@ -189,10 +191,10 @@ def test_endless_and_odd_numbers_are_one_line(run, text):
     ("rules", "message"),
     [
         ({"steps": "100,250"}, "no checkpoint of global_step 250"),
-        ({"steps": "1-5"}, "100,200,300 or 100:1000:100"),
+        ({"steps": "1-5"}, "100,200 or a range such as 100:1000:100"),
         ({"steps": "1:5:0"}, "stride"),
         ({"start": "soon"}, "a share such as 75%"),
-        ({"start": "5000"}, "none of 10 checkpoints is left"),
+        ({"start": "5000"}, "the rules leave out all 10 checkpoints"),
         ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
         ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),
         ({"lr_minima": True}, "none of the checkpoints records a learning rate"),
@@ -209,8 +211,8 @@ def test_what_cannot_be_chosen_is_said(run, rules, message):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"steps": "1", "cycle": 3}, "steps and cycle"),
-        ({"cycle": 3, "lr_minima": True}, "cycle and lr_minima"),
+        ({"steps": "1", "cycle": 3}, "`steps` and `cycle`"),
+        ({"cycle": 3, "lr_minima": True}, "`cycle` and `lr_minima`"),
         ({"best": 3}, "metric"),
         ({"mode": "max"}, "need a metric"),
         ({"last": 0}, "`last` is at least 1"),
@@ -322,7 +324,7 @@ def test_links_and_earlier_averages_do_not_count(run, tmp_path):
 def test_the_choice_needs_an_order(tmp_path):
     paths = [save(tmp_path / "a.pt", 1, global_step=5), save(tmp_path / "b.pt", 2)]
     for rules in ({"last": 1}, {"every": 2}, {"lr_minima": True}):
-        with pytest.raises(SelectionError, match=r"order.*; b\.pt: no step in the name"):
+        with pytest.raises(SelectionError, match=r"order.*; leave out b\.pt: no step is recorded"):
             select(find_run(paths), Selection(**rules))
 
 

@@ -82,7 +82,9 @@ class TestOrder:
         ckptavg.average(plain, tmp_path / "a.safetensors")
         for options in ({"norm_stats": "average"}, {"weights": [1, 2]}):
             folder = counted if "norm_stats" in options else plain
-            with pytest.raises(SelectionError, match=r"first\.pt, other\.pt; first\.pt: no step"):
+            with pytest.raises(
+                SelectionError, match=r"first\.pt, other\.pt; leave out first\.pt: no step"
+            ):
                 ckptavg.average(folder, tmp_path / "b.safetensors", **options)
 
     def test_numbers_in_folders_order_files_of_one_name(self, tmp_path):
@@ -261,7 +263,7 @@ class TestDiscovery:
         torch.save({"state_dict": state(1), "state_dict_ema": state(2)}, tmp_path / "1.pt")
         torch.save({"state_dict_ema": state(3)}, tmp_path / "2.pt")
         collect([tmp_path])
-        assert "not of one name: state_dict, state_dict_ema" in caplog.text
+        assert "have different names: state_dict, state_dict_ema" in caplog.text
 
     def test_a_damaged_file_is_never_passed_over(self, tmp_path):
         save_named(tmp_path, "1.pt", "2.pt", "3.pt")

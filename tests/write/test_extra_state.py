@@ -340,7 +340,8 @@ def test_where_the_last_one_is_not_known_it_is_an_error(tmp_path):
     for path, value in zip(inputs, (0.0, 1.0), strict=True):
         torch.save({"weight": torch.full((2,), value), "_extra_state": {"of": path.name}}, path)
     with pytest.raises(
-        SelectionError, match=r"other entries of the last one: a\.pt, step_1\.pt; a\.pt: no step"
+        SelectionError,
+        match=r"other entries of the last one: a\.pt, step_1\.pt; leave out a\.pt: no step",
     ):
         ckptavg.average(inputs, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()

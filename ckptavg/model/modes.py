@@ -43,4 +43,12 @@ def _takes_mode(module: torch.nn.Module) -> bool:
         parameters = list(inspect.signature(module.train).parameters.values())
     except (TypeError, ValueError):
         return False
-    return bool(parameters) and (parameters[0].name == "mode" or parameters[0].default is True)
+    if not parameters:
+        return False
+    first = parameters[0]
+    # A function that has taken the place of the method is given the mode as its `self`.
+    return (
+        first.name in ("mode", "self")
+        or first.default is True
+        or first.kind is inspect.Parameter.VAR_POSITIONAL
+    )

@@ -715,9 +715,17 @@ class TestModes:
         torch.testing.assert_close(model.head.running_mean, given.mean(0), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("train_mode", ["norm", "full"])
-    @pytest.mark.parametrize("where", ["class", "object"])
+    @pytest.mark.parametrize(
+        "replacement",
+        [
+            None,
+            lambda mode=True: mode,
+            lambda self, mode=True: (self, mode),  # `disabled_train` of latent diffusion
+            lambda *_: None,
+        ],
+    )
     def test_layers_that_the_models_train_keeps_in_eval_mode_are_left(
-        self, where, train_mode, notices
+        self, replacement, train_mode, notices
     ):
         """Mmdetection's `norm_eval`, or the `model.train = disabled_train` of diffusion models."""
 
@@ -727,9 +735,9 @@ class TestModes:
                 self.backbone = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))
                 self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
 
-            def train(self, mode=True):  # noqa: FBT002 - as in torch
-                super().train(mode)
-                if where == "class":
+            def train(self, *args, **keywords):
+                super().train(*args, **keywords)
+                if replacement is None:
                     self.backbone.eval()
                 return self
 
@@ -738,9 +746,9 @@ class TestModes:
 
         model: Any = Partly()
         disturb(model)
-        if where == "object":
+        if replacement is not None:
             model.backbone.eval()
-            model.backbone.train = lambda mode=True: model.backbone  # noqa: ARG005
+            model.backbone.train = replacement
         expected = copy.deepcopy(model)
         before, batches = Snapshot(model), draw((16, 16, 16), 5)
         report = refresh_norm(model, batches, train_mode=train_mode)

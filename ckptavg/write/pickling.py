@@ -44,7 +44,7 @@ def pickle_state_dict(
 
 def pickle_one(value: bytes) -> bytes:
     """The whole pickle of a value, from the opcodes that make it."""
-    return pickle.PROTO + b"\2" + value + pickle.STOP
+    return b"".join((pickle.PROTO, b"\2", value, pickle.STOP))
 
 
 def _plain_facts(facts: Mapping[Any, object]) -> Iterator[bytes]:
@@ -134,12 +134,13 @@ def pickle_dcp(entries: Sequence[StoredEntry], provenance: str | None) -> bytes:
     memo = _Memo()
     # In the order of the pickle, as the memo demands.
     fields = {
-        "state_dict_metadata": pickle.EMPTY_DICT
-        + _items(_text(each.name) + _description(each.tensor, memo) for each in entries),
-        "planner_data": pickle.EMPTY_DICT
-        + _items(_text(each.name) + _place(each.place) for each in entries),
-        "storage_data": pickle.EMPTY_DICT
-        + _items(_index(each, memo) + _storage_info(each.item, memo) for each in entries),
+        "state_dict_metadata": _dict(
+            _text(each.name) + _description(each.tensor, memo) for each in entries
+        ),
+        "planner_data": _dict(_text(each.name) + _place(each.place) for each in entries),
+        "storage_data": _dict(
+            _index(each, memo) + _storage_info(each.item, memo) for each in entries
+        ),
         "storage_meta": _object(
             _global(_DCP, "StorageMeta"),
             checkpoint_id=pickle.NONE,
@@ -220,10 +221,16 @@ def _place(place: Iterable[str | int]) -> bytes:
     return pickle.MARK + b"".join(keys) + pickle.TUPLE
 
 
+def _dict(pairs: Iterable[bytes]) -> bytes:
+    """A dict of pickled pairs of key and value."""
+    return b"".join((pickle.EMPTY_DICT, pickle.MARK, *pairs, pickle.SETITEMS))
+
+
 def _object(kind: bytes, **attributes: bytes) -> bytes:
     """An object of a class that has no state but its attributes."""
-    state = pickle.EMPTY_DICT + _items(_text(name) + each for name, each in attributes.items())
-    return kind + pickle.EMPTY_TUPLE + pickle.NEWOBJ + state + pickle.BUILD
+    state = (opcodes for name, each in attributes.items() for opcodes in (_text(name), each))
+    start = pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, pickle.MARK
+    return b"".join((kind, *start, *state, pickle.SETITEMS, pickle.BUILD))
 
 
 class _NotPlainError(Exception):

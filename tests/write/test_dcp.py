@@ -72,10 +72,13 @@ def assert_holds(found: StateDict, wanted: StateDict) -> None:
         assert same_bits(found[name], value), name
 
 
-def save_states(folder: Path, states: list[StateDict], key: str = "model") -> list[Path]:
+def save_states(folder: Path, states: list[StateDict]) -> list[Path]:
+    """Save a run as a training loop does, with the optimizer's state."""
     folder.mkdir(exist_ok=True)
     return [
-        save_dcp({key: state, "step": step, "optimizer": {"m": torch.ones(3)}}, folder / f"{step}")
+        save_dcp(
+            {"model": state, "step": step, "optimizer": {"m": torch.ones(3)}}, folder / f"{step}"
+        )
         for step, state in enumerate(states)
     ]
 
@@ -332,6 +335,16 @@ class TestProvenance:
         save_dcp({"w": torch.ones(2)}, tmp_path / "out")
         assert not open_checkpoint(tmp_path / "out").is_average
 
+    @pytest.mark.parametrize("damaged", [3, "{", "\ud800", b"{}"])
+    def test_that_is_damaged_is_none(self, tmp_path, damaged):
+        path = save_dcp({"w": torch.ones(2)}, tmp_path / "in")
+        metadata: Any = metadata_of(path)
+        metadata.ckptavg = damaged
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        assert open_checkpoint(path).provenance is None
+        ckptavg.convert(path, tmp_path / "out", format="dcp")
+        assert unpacked(tmp_path / "out")["w"].tolist() == [1, 1]
+
     def test_the_same_inputs_give_the_same_bytes(self, tmp_path):
         save_run(tmp_path / "run", random_state_dicts(2))
         for name in ("a", "b"):
@@ -360,6 +373,16 @@ class TestRefresh:
         assert {name.rpartition(".")[2] for name in changed} >= {"running_mean", "running_var"}
         assert not changed & {name for name in before if name.endswith(("weight", "bias"))}
         assert ckptavg.verify(out, members).refreshed
+
+    def test_together_with_the_average(self, tmp_path, members, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("dcp_batches.py").write_text("import torch\nbatches = [torch.ones(16, 5)] * 2\n")
+        run("average", "run", "-o", "out/", "--format", "dcp", "--model", "tests.helpers_norm:Mlp",
+            "--loader", "dcp_batches.py:batches")  # fmt: skip
+        states = [unpacked(path)["model"] for path in members]
+        found = unpacked(tmp_path / "out")["model"]
+        assert same_bits(found["0.weight"], naive_mean([each["0.weight"] for each in states]))
+        assert "norm statistics refreshed" in run("inspect", tmp_path / "out").stdout
 
     def test_into_another(self, tmp_path, members, refresh):
         ckptavg.refresh_checkpoint(members[0], tmp_path / "out", format="dcp", **refresh)

@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     content = read_any_json(path)
     if not isinstance(content, dict):
-        raise FormatError("is no JSON object", path=path)
+        raise FormatError("is not a JSON object", path=path)
     return content
 
 
@@ -74,7 +74,7 @@ def read_any_json(path: Path) -> Any:  # noqa: ANN401
     """What a file of JSON holds.
 
     Raises:
-        FormatError: the file is no JSON.
+        FormatError: the file is not valid JSON.
     """
     file = open_source(path)
     if file.size > _LARGEST_FILE:
@@ -82,4 +82,4 @@ def read_any_json(path: Path) -> Any:  # noqa: ANN401
     try:
         return from_text(file.read(0, file.size).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"is no valid JSON: {printable(error)}", path=path) from error
+        raise FormatError(f"is not valid JSON: {printable(error)}", path=path) from error

@@ -27,10 +27,10 @@ class Adapter:
     """A plain LoRA adapter, whose modules add a multiple of B @ A to weights.
 
     Attributes:
-        checkpoint: its tensors.
-        modules: the factors of each module, by name and by kind.
+        checkpoint: the checkpoint that holds its tensors.
+        modules: the factors of each module, by the module's name and the kind of factor.
         configs: its configurations.
-        alphas: those that are tensors, by name.
+        alphas: values of the alphas that are tensors, by name.
     """
 
     checkpoint: Checkpoint
@@ -43,8 +43,8 @@ class Adapter:
         """The adapter of a checkpoint.
 
         Raises:
-            FormatError: it is no plain LoRA adapter.
-            SelectionError: it has no factor.
+            FormatError: it is not a plain LoRA adapter.
+            SelectionError: it has no factors.
         """
         configs = configs_of(checkpoint)
         for config in configs:
@@ -69,10 +69,10 @@ class Adapter:
         return next((each for each in self.configs if module.startswith(each.component)), None)
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of a module's product B @ A, whose factors have this rank.
+        """The number by which a module's product B @ A is multiplied.
 
         Raises:
-            FormatError: the alpha makes no sense, or is recorded nowhere.
+            FormatError: the alpha is not valid, or is not recorded.
         """
         factors, path = self.modules[module], self.checkpoint.path
         config = self._config(module)
@@ -80,16 +80,14 @@ class Adapter:
             name = factors["alpha"].name
             alpha = self.alphas.get(name, math.nan)
             if not alpha or not math.isfinite(alpha):
-                raise FormatError(
-                    "is no alpha, a finite number other than 0", path=path, tensor=name
-                )
+                raise FormatError("is not a valid alpha: not finite, or 0", path=path, tensor=name)
             return alpha / rank
         if config is not None:
             return config.scale(module, rank)
         scheme = factors["A"].scheme
         if not scheme.implies_rank:
             raise FormatError(
-                f"no alpha is recorded, and a file of {scheme.kind} tells no scale without it",
+                f"has no alpha, without which the scale in a file of {scheme.kind} is unknown",
                 path=path,
                 tensor=module,
                 remedy="merge each adapter into its model, and average the models "
@@ -98,8 +96,8 @@ class Adapter:
         recorded = self.checkpoint.metadata.get(NETWORK_ALPHA)
         if recorded not in (None, *map(str, (rank, float(rank)))):
             raise FormatError(
-                f"the metadata record an alpha of {printable(recorded)} and a tensor does not: "
-                f"loaders would take the rank, {rank}",
+                f"has no alpha; the metadata record {printable(recorded)} as alpha, but loaders would use "
+                f"the rank, {rank}",
                 path=path,
                 tensor=module,
             )
@@ -112,7 +110,7 @@ def _by_factor(
     """The tensors of a module in a plain LoRA adapter.
 
     Raises:
-        FormatError: it is no plain LoRA adapter.
+        FormatError: it is not a plain LoRA adapter.
     """
     path = checkpoint.path
     factors: dict[Factor, LoraTensor] = {}
@@ -137,7 +135,7 @@ def _by_factor(
 
 
 def recorded_scales(adapter: Checkpoint) -> dict[str, str]:
-    """All that an adapter records of its scales, by the name of the tensor or the setting."""
+    """What an adapter records about its scales, by the name of the tensor or the setting."""
     alphas = {name: repr(value) for name, value in _alphas(adapter).items()}
     return {**recorded_settings(adapter), **alphas}
 

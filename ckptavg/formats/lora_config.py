@@ -1,4 +1,4 @@
-"""The configuration of LoRA adapters: what it says of the scales of their products B @ A."""
+"""The configuration of LoRA adapters, which gives the scales of their products B @ A."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Config:
         """The configuration in a file.
 
         Raises:
-            FormatError: it is no valid JSON.
+            FormatError: it is not valid JSON.
         """
         return Config(path, read_json(path))
 
@@ -79,20 +79,20 @@ class Config:
         if kind != "LORA" or setting is not None:
             what = f"has {setting}" if kind == "LORA" else f"is of type {printable(kind)}"
             raise FormatError(
-                f"{what}: such an adapter is no plain product B @ A, and its average none either",
+                f"{what}: such an adapter is not a plain product B @ A, and has no exact average",
                 path=self.path,
                 remedy="merge each adapter into its model, and average the models",
             )
         if isinstance(start, str) and start.lower().startswith(_RANK_DEPENDENT):
             raise FormatError(
-                f"was begun with {printable(start)}, which changes the base weights by the rank",
+                f"was initialised with {printable(start)}, which changes the base weights",
                 path=self.path,
                 remedy="convert the adapters to plain LoRA when they are saved "
                 "(path_initial_model_for_weight_conversion)",
             )
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of a module's product B @ A.
+        """The number by which a module's product B @ A is multiplied.
 
         Args:
             module: name of the module.
@@ -105,7 +105,7 @@ class Config:
         alpha = self.content.get("lora_alpha")
         patterns = self.content.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
-            raise FormatError("its alpha_pattern is no mapping", path=self.path)
+            raise FormatError("its alpha_pattern is not a mapping", path=self.path)
         for pattern, value in patterns.items():
             if self._matches(pattern, name):
                 alpha = value
@@ -115,7 +115,7 @@ class Config:
         return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
     def _matches(self, pattern: str, name: str) -> bool:
-        """Whether PEFT applies a pattern to a module; those that could take forever are refused."""
+        """Whether PEFT applies a pattern to a module; slow patterns are refused."""
         if (
             len(name) > _LONGEST_NAME
             or len(pattern) > _LONGEST_PATTERN
@@ -124,22 +124,23 @@ class Config:
             or min(pattern.count("("), pattern.count("|")) > _MOST_CHOICES
         ):
             raise FormatError(
-                f"its alpha_pattern {printable(pattern)!r} is too intricate", path=self.path
+                f"its alpha_pattern {printable(pattern)!r} is too complex", path=self.path
             )
         try:
             with warnings.catch_warnings(action="ignore"):  # about syntax that may change
                 return re.match(rf"(.*\.)?({pattern})$", name) is not None
         except (re.error, OverflowError, RecursionError) as error:
             raise FormatError(
-                f"its alpha_pattern {printable(pattern)!r} is no pattern", path=self.path
+                f"its alpha_pattern {printable(pattern)!r} is not a regular expression",
+                path=self.path,
             ) from error
 
 
 def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:
-    """The configurations of an adapter: PEFT's beside it, or those that diffusers puts into it.
+    """The configurations of an adapter: PEFT's file beside it, or diffusers' metadata in it.
 
     Raises:
-        FormatError: one is no valid JSON.
+        FormatError: one is not valid JSON.
     """
     path = checkpoint.path
     file = (path if path.is_dir() else path.parent) / CONFIG
@@ -151,9 +152,9 @@ def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:
     try:
         settings = from_text(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"its {METADATA} is no valid JSON", path=path) from error
+        raise FormatError(f"its {METADATA} is not valid JSON", path=path) from error
     if not isinstance(settings, dict):
-        raise FormatError(f"its {METADATA} is no JSON object", path=path)
+        raise FormatError(f"its {METADATA} is not a JSON object", path=path)
     components: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         component, dot, setting = name.partition(".")
@@ -162,7 +163,7 @@ def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:
 
 
 def recorded_settings(checkpoint: Checkpoint) -> dict[str, str]:
-    """What an adapter records of its scales beside its tensors, by the name of the setting."""
+    """What an adapter records about its scales, apart from tensors, by the name of the setting."""
     settings = {
         config.component + name: repr(config.content.get(name))
         for config in configs_of(checkpoint)
@@ -176,7 +177,7 @@ def recorded_settings(checkpoint: Checkpoint) -> dict[str, str]:
 def joined_settings(
     last: Checkpoint, configs: Sequence[Config], ranks: Mapping[str, int]
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """What records the ranks of an average of adapters, in which alpha is the rank.
+    """The files and metadata of an average of adapters, in which each alpha is the rank.
 
     Args:
         last: the last adapter.

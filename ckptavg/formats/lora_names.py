@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
 Factor = Literal["A", "B", "bias", "alpha", "other"]
-"""The down-projection of a module, its up-projection and the bias of that, and the alpha of both;
-`other` is part of an adapter that is no plain product B @ A."""
+"""A tensor of an adapter: the down-projection A, the up-projection B and its bias, their alpha, or
+`other`, which belongs to an adapter that is not a plain product B @ A."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Scheme:
     """How the tensors of one kind of adapter are named.
 
     Attributes:
-        kind: its name in messages.
-        factors: for each factor, what follows the module's name: a regular expression.
-        module: what the module's name is like, behind a dot: a regular expression.
-        implies_rank: whether loaders take the rank for alpha where no alpha is recorded.
+        kind: the name of the kind, for messages.
+        factors: for each factor, a regular expression for what follows the module's name.
+        module: a regular expression for a dot and the module's name.
+        implies_rank: whether loaders use the rank as alpha if no alpha is recorded.
     """
 
     kind: str
@@ -36,17 +36,17 @@ class Scheme:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """What a name matches behind a dot: the last group is the factor.
+        """The regular expression that a dot and a name match. The last group is the factor.
 
-        A dot stands for a line break too: where `.+` can fail, long names take quadratic time.
+        A dot matches line breaks too: where `.+` can fail, long names take quadratic time.
         """
         factors = "|".join(f"(?P<{factor}>{text})" for factor, text in self.factors.items())
         return re.compile(f"(?P<module>{self.module})(?:{factors})", re.DOTALL)
 
 
-# In a model, PEFT puts the name of the adapter behind that of the factor: `lora_A.default.weight`.
+# In a model, PEFT adds the adapter's name after the factor's: `lora_A.default.weight`.
 _ADAPTER = r"(?:\.[^.]+)?"
-# The parts of a pipeline, which precede the names that PEFT gives.
+# Parts of a pipeline, which precede the names that PEFT gives.
 _COMPONENT = r"\.(?:unet|transformer|text_encoder|prior|diffusion_model)(?:_\d+)?\..+"
 _ALPHA = ".alpha"  # behind the module's name, in all schemes
 _SCHEMES = (
@@ -93,12 +93,11 @@ _SCHEMES = (
     Scheme("RandLoRA", {"other": r"\.randlora_.+"}),
     Scheme("VB-LoRA", {"other": r"\.vblora_.+"}),
     Scheme("OFT", {"other": r"\.b?oft_.+"}),
-    # A module of kohya-ss, `lora_unet_mid_block`, is at the beginning of the name.
+    # Not at the beginning of a name, where kohya-ss has modules such as `lora_unet_mid_block`.
     Scheme("LoRA-like", {"other": r"\.lora_[A-Za-z_]+(?:\..+)?"}, module=r"\..+"),
 )
-_MARKS = re.compile(
-    "lora|dora|lokr|hada|lycoris|vera|oft_|ranknum"
-)  # most names have none, and no scheme
+# Most names contain none of these, and so match no scheme.
+_MARKS = re.compile("lora|dora|lokr|hada|lycoris|vera|oft_|ranknum")
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class LoraTensor:
     Attributes:
         name: its name.
         module: the module whose weight the adapter changes.
-        factor: what it is in that module.
-        scheme: how it is named.
+        factor: its factor in that module.
+        scheme: the naming scheme.
     """
 
     name: str
@@ -119,7 +118,7 @@ class LoraTensor:
 
 
 def lora_tensor(name: str) -> LoraTensor | None:
-    """What a name tells of a tensor of a low-rank adapter; None for other names, and for alphas."""
+    """Parse the name of a tensor of a low-rank adapter; None for other names, and for alphas."""
     if _MARKS.search(name) is None:
         return None
     for scheme in _SCHEMES:

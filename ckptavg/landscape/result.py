@@ -20,12 +20,13 @@ class Landscape:
         kind: `rays`, `segment` or `plane`.
         checkpoints: the checkpoints' names.
         dimension: the number of parameters.
-        apart: the distance of the first two checkpoints' parameters; None where there is one.
+        apart: the distance between the parameters of the first two checkpoints; None if there is
+            only one checkpoint.
         refreshed: whether the norm statistics were refreshed at each point.
-        axes: the coordinates of the points: of rays `checkpoint`, `direction` and `distance`, of a
-            segment `position`, of a plane `y` and `x`.
-        values: the values of each metric, with a dimension for each of the axes.
-        corners: of a plane, the name, the coordinates and the metrics of its three checkpoints.
+        axes: the coordinates of the points, by the name of the axis. Rays have `checkpoint`,
+            `direction` and `distance`; a segment has `position`; a plane has `y` and `x`.
+        values: the values of each metric, with a dimension for each axis.
+        corners: name, coordinates and metrics of each of the three checkpoints of a plane.
     """
 
     kind: str

@@ -156,7 +156,7 @@ class Joined(Part):
 
 
 def check_scales(members: Sequence[Checkpoint]) -> None:
-    """Warn that LoRA factors are averaged apart, and refuse that if the scales differ.
+    """Warn that LoRA factors are averaged separately; refuse it if the scales differ.
 
     Raises:
         MismatchError: the adapters differ in rank or alpha.
@@ -166,17 +166,17 @@ def check_scales(members: Sequence[Checkpoint]) -> None:
     if differences:
         helps = "they have no exact average" if reason else "`lora=exact` averages their products"
         raise MismatchError(
-            f"LoRA adapters of unlike rank or alpha, whose factors do not average apart ({helps}):",
+            f"factors of LoRA adapters are not averaged if ranks or alphas differ ({helps}):",
             differences,
         )
     log.warning(
-        "averaging the factors of LoRA adapters apart is not averaging their products; %s",
-        f"these have no exact average: {reason}" if reason else "`lora=exact` does",
+        "the average of the LoRA factors A and B is not the average of their products; %s",
+        f"those have no exact average: {reason}" if reason else "`lora=exact` averages those",
     )
 
 
 def _differing_scales(members: Sequence[Checkpoint]) -> list[str]:
-    """A line for the ranks and alphas that two adapters do not record alike, by their values."""
+    """A line for each difference in the ranks and alphas that two adapters record."""
     first, *others = members
     recorded = recorded_scales(first)
     groups: defaultdict[tuple[str, str, Path], list[str]] = defaultdict(list)
@@ -214,11 +214,11 @@ def join_factors(
         allow_nonfinite: let NaN and Inf pass.
 
     Returns:
-        The members, of which the last one with a weight has the joined factors, and metadata that
-        say so; and the files that an output must have beside them, by name.
+        The members, of which the last one with a weight has the joined factors and metadata that
+        record them; and the files that an output needs beside the weights, by name.
 
     Raises:
-        FormatError: a member is no plain LoRA adapter, or a module has only one of A and B.
+        FormatError: a member is not a plain LoRA adapter, or a module has only one of A and B.
         MismatchError: factors differ in more than their ranks.
         SelectionError: an adapter records no alpha, or has no factor.
         ValueRangeError: a factor has NaN or Inf.
@@ -239,7 +239,7 @@ def join_factors(
     for factor in () if allow_nonfinite else factors:
         factor.check()
     if not all(map(adapters[-1].records_alpha, adapters[-1].modules)):
-        log.warning("no alpha is recorded: it is taken to be the rank, as loaders do")
+        log.warning("no alpha is recorded: the rank counts as alpha, as it does for loaders")
     files, metadata = joined_settings(last, adapters[-1].configs, ranks)
     part = len(last.parts)
     by_name = {factor.name: replace(factor.output, part=part) for factor in factors}
@@ -271,7 +271,7 @@ def _joined(
     lacking = [each for each in adapters if each.modules.get(module) != factors]
     if lacking:
         raise MismatchError(
-            "LoRA factors are joined if all adapters have them:",
+            "all adapters must have the same LoRA factors:",
             [f"{printable(module)}: not in {printable(each.checkpoint.path)}" for each in lacking],
         )
     groups = _groups(adapters, module)
@@ -325,7 +325,7 @@ def _groups(adapters: Sequence[Adapter], module: str) -> int:
 
 
 def _without_rank(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """The sizes of A and B without their ranks, and A's rank divided by B's; 0 if not whole."""
+    """The sizes of A and B without their ranks, and A's rank divided by B's; 0 if no integer."""
     if min(len(a), len(b)) < 2 or not b[1] or a[0] % b[1]:  # noqa: PLR2004 - matrices at least
         return (*a, *b), 0
     return (*a[1:], b[0], *b[2:]), a[0] // b[1]

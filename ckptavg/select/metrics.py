@@ -192,7 +192,7 @@ def _read_json(path: Path, text: str) -> list[tuple[str, object]]:
     try:
         root = from_text(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"is no valid JSON: {printable(error)}", path=path) from error
+        raise FormatError(f"is not valid JSON: {printable(error)}", path=path) from error
     if isinstance(root, dict) and isinstance(root.get("evaluations"), list):
         root = root["evaluations"]
     if isinstance(root, dict):

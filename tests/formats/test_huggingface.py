@@ -81,11 +81,11 @@ class TestIndex:
             ('{"weight_map": {}}', "without a weight_map"),
             ('{"weight_map": ["a"]}', "without a weight_map"),
             ('{"weight_map": null}', "without a weight_map"),
-            ('["weight_map"]', "is no JSON object"),
-            ('{"weight_map": ', "is no valid JSON"),
-            ("", "is no valid JSON"),
-            ("\udcff", "is no valid JSON"),
-            ("[" * 100_000, "is no valid JSON"),
+            ('["weight_map"]', "is not a JSON object"),
+            ('{"weight_map": ', "is not valid JSON"),
+            ("", "is not valid JSON"),
+            ("\udcff", "is not valid JSON"),
+            ("[" * 100_000, "is not valid JSON"),
             (f'{{"weight_map": {{"a": "{ONE}", "a": "{TWO}"}}}}', "the same key twice: a"),
             (
                 '{"weight_map": {"a": "x"}, "weight_map": {"b": "x"}}',
@@ -271,7 +271,7 @@ class TestSeveralModels:
     def test_named_by_a_damaged_file_are_an_error(self, tmp_path):
         save_modules(tmp_path / "x", 1.0, self.MODULES)
         (tmp_path / "x" / "modules.json").write_text("[")
-        with pytest.raises(FormatError, match=r"modules\.json: is no valid JSON"):
+        with pytest.raises(FormatError, match=r"modules\.json: is not valid JSON"):
             open_checkpoint(tmp_path / "x")
 
     def test_of_accelerate_s_fsdp_are_found_by_their_number(self, tmp_path):

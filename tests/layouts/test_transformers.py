@@ -407,12 +407,12 @@ def twice_in_the_index(folder: Path) -> tuple[Path, str]:
 
 def no_json(folder: Path) -> tuple[Path, str]:
     (folder / INDEX).write_bytes(b'{"weight_map": {"\xff')
-    return folder / INDEX, "no valid JSON"
+    return folder / INDEX, "not valid JSON"
 
 
 def deep_json(folder: Path) -> tuple[Path, str]:
     (folder / INDEX).write_text("[" * 100_000)
-    return folder / INDEX, "no valid JSON"
+    return folder / INDEX, "not valid JSON"
 
 
 def no_weight_map(folder: Path) -> tuple[Path, str]:

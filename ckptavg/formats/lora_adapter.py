@@ -96,8 +96,8 @@ class Adapter:
         recorded = self.checkpoint.metadata.get(NETWORK_ALPHA)
         if recorded not in (None, *map(str, (rank, float(rank)))):
             raise FormatError(
-                f"has no alpha; the metadata record {printable(recorded)} as alpha, but loaders would use "
-                f"the rank, {rank}",
+                f"has no alpha; the metadata record {printable(recorded)} as alpha, but loaders "
+                f"would use the rank, {rank}",
                 path=path,
                 tensor=module,
             )

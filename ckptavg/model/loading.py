@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,12 @@ def load_weights(
 
     Raises:
         MismatchError: names or shapes differ.
+        RefreshError: nothing is loaded.
     """
     before = _state_dict(model, ignore)
     loadable = {name: None for name in checkpoint.tensors if not any_matches(ignore, name)}
+    if not loadable:
+        raise RefreshError("`ignore` leaves no tensor to load", path=checkpoint.path)
     names = match_names(before.keys(), loadable.keys())
     unlike = {} if _may_adapt(model) else _unlike_shapes(before, names, checkpoint)
     state = {
@@ -71,7 +75,7 @@ def load_weights(
     }
     copies = _Copies({names[inner]: value for inner, value in state.items()})
     with copies, user_code("load_state_dict"):
-        answer = model.load_state_dict(dict(state), strict=False)
+        answer = _called(model.load_state_dict, dict(state), strict=False)
     arrived = copies.arrived(unwrapped(model))
     known = {name for each in arrived.values() for name in each}
     # A load_state_dict that returns nothing is judged by the tensors that it copied.
@@ -114,7 +118,7 @@ def _mismatch(
     lines += [f"{printable(name)}: in {where}, missing in the model" for name in unused]
     lines += unlike.values()
     fitting = {inner: name for inner, name in names.items() if inner not in unexpected}
-    hint = ""
+    hint = " (`model_arg` can give it other sizes)" if unlike else ""
     if fitting and not unlike:
         others = [*fitting, *fitting.values()]
         pattern = pattern_of([*missing, *unused], others) or "REGEX"
@@ -145,14 +149,28 @@ def check_ignore(
 
 
 def _state_dict(model: torch.nn.Module, ignore: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors of the model's state dict: the parameters and buffers themselves, no copies."""
+    """The tensors of the model's state dict, in the same memory as its parameters and buffers."""
     with user_code("the model's state_dict"):
-        state = model.state_dict(keep_vars=True)
+        state = _called(model.state_dict, keep_vars=True)
     return {
         name: value
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and not any_matches(ignore, name)
     }
+
+
+def _called(method: Callable[..., Any], *args: object, **keywords: object) -> Any:  # noqa: ANN401
+    """What a method returns, called with those of the keywords that it accepts.
+
+    A class may define `state_dict(self)` or `load_state_dict(self, state_dict)` without torch's
+    other arguments.
+    """
+    parameters = inspect.signature(method).parameters
+    accepts_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    accepted = {
+        name: value for name, value in keywords.items() if accepts_any or name in parameters
+    }
+    return method(*args, **accepted)
 
 
 class _Copies(TorchFunctionMode):

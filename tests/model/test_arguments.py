@@ -123,7 +123,7 @@ class TestHyperParameters:
             "evaluate", checkpoints, "--model", "lit.py:Net", *SPECS[:2],
             "--model-arg", "depth=1", code=1,
         )  # fmt: skip
-        assert "differences" in str(result.exception)
+        assert "differences (`model_arg` can give it other sizes)" in str(result.exception)
 
     def test_are_all_given_to_a_class_that_takes_any(self, lit):
         values = {"width": 7, "depth": 2, "momentum": 0.9}

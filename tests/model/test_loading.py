@@ -73,6 +73,16 @@ class RenamesByHook(Net):
         self.register_load_state_dict_pre_hook(rename)
 
 
+class RenamesWithoutKeywords(Net):
+    """Its methods have none of torch's other arguments, and `load_state_dict` returns nothing."""
+
+    def state_dict(self):  # type: ignore[override]
+        return super().state_dict()
+
+    def load_state_dict(self, state):  # type: ignore[override]
+        super().load_state_dict({k.replace("bn.", "norm."): v for k, v in state.items()})
+
+
 class Changes(RenamesAll):
     """The statistics are not those of the file."""
 
@@ -111,7 +121,9 @@ def assert_refreshed(refreshed: State, state: State, norm: str) -> None:
 
 class TestRenames:
     @pytest.mark.parametrize(
-        "kind", [RenamesAll, RenamesQuietly, RenamesInPart, RenamesByHook], ids=lambda k: k.__name__
+        "kind",
+        [RenamesAll, RenamesQuietly, RenamesInPart, RenamesByHook, RenamesWithoutKeywords],
+        ids=lambda k: k.__name__,
     )
     @pytest.mark.parametrize("prefix", ["", "model."])
     def test_are_followed_back_to_the_checkpoint(self, kind, prefix):
@@ -268,6 +280,12 @@ class TestIgnore:
     def test_that_fits_nothing_is_an_error(self, counted):
         with pytest.raises(SelectionError, match="`ignore` 'nowhere' matches no tensor's name"):
             refresh(counted, Net(), ignore=["total_", "nowhere"])
+
+    @pytest.mark.usefixtures("counted")
+    def test_of_everything_is_an_error(self):
+        specs = ("--model", "mine.py:Net", "--loader", "mine.py:held_out")
+        result = run("evaluate", "swa.pt", *specs, "--ignore", ".", code=1)
+        assert "`ignore` leaves no tensor to load" in str(result.exception)
 
     @pytest.mark.usefixtures("counted")
     def test_need_not_fit_each_checkpoint_of_an_evaluation(self):

@@ -14,6 +14,7 @@ from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_names import has_lora
 from ckptavg.formats.parts import as_paths
+from ckptavg.formats.statedict import as_key
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
 from ckptavg.merge.names import choose_tensors
@@ -144,7 +145,7 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
         CkptAvgError: there is no checkpoint, or one cannot be read.
     """
     return find_run(
-        as_paths(inputs), key=options.key, keep_prefix=options.keep_prefix,
+        as_paths(inputs), key=as_key(options.key), keep_prefix=options.keep_prefix,
         exclusion_reason=options.select.exclusion_reason,
     )  # fmt: skip
 
@@ -158,7 +159,7 @@ def _open_base(paths: Sequence[Path], options: AverageOptions) -> Checkpoint:
     averages = []
     for path in (path for path, folder in find_candidates(paths).items() if folder is None):
         with contextlib.suppress(SelectionError):  # it holds several state dicts, and no average
-            checkpoint = open_checkpoint(path, key=options.key)
+            checkpoint = open_checkpoint(path, key=as_key(options.key))
             if checkpoint.is_average:
                 averages.append(checkpoint)
     base, _ = without_wrappers(find_base(averages), keep_prefix=options.keep_prefix)
@@ -169,7 +170,8 @@ def _file_name(recipe: Recipe, options: AverageOptions) -> str:
     """The name of one of several outputs: a directory where the checkpoints are directories."""
     if recipe.last.is_of_directories or options.format == "dcp":
         return f"{recipe.label}/"
-    return recipe.label + (".pt" if options.container == "last" else ".safetensors")
+    is_torch = options.container == "last" or recipe.last.has_several_models
+    return recipe.label + (".pt" if is_torch else ".safetensors")
 
 
 def write_averages(
@@ -195,7 +197,7 @@ def write_averages(
     """
     members = _all_members(run, recipes)
     read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
-    if options.key is None:
+    if as_key(options.key) is None:
         log_other_state_dicts(members)
     is_copy = recipes[0].is_copy
     if len(members) == 1 and not is_copy:

@@ -9,6 +9,7 @@ from ckptavg.average import write_averages
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.parts import as_path, remote_errors
+from ckptavg.formats.statedict import as_key
 from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.options import takes_fields_of
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.statedict import Key
     from ckptavg.options import Progress
     from ckptavg.write.provenance import Summary
 
@@ -30,7 +32,8 @@ class ConvertOptions:
     """How a checkpoint is converted; the fields are those of `AverageOptions`.
 
     Attributes:
-        key: name of the state dict to convert, where the file holds several.
+        key: name of the state dict to convert, where the file holds several; a list of names, or
+            `*` for all, converts several of a torch file.
         dtype: dtype of floating tensors in the output, by torch's name; None to keep each dtype.
         skip: regular expressions; tensors whose names match are left out.
         format: format of an output that is a directory: `huggingface` or `dcp`.
@@ -44,7 +47,7 @@ class ConvertOptions:
         progress: called as bytes are written.
     """
 
-    key: str | None = None
+    key: str | Sequence[str] | None = None
     dtype: str | None = None
     skip: Sequence[str] = ()
     format: Literal["huggingface", "dcp"] = "huggingface"
@@ -74,7 +77,7 @@ def convert(checkpoint: PathLike, output: PathLike, options: ConvertOptions) -> 
             one.
         CkptAvgError: it cannot be read, or the output cannot be written. Nothing is left behind.
     """
-    opened = _open(as_path(checkpoint), options.key)
+    opened = _open(as_path(checkpoint), as_key(options.key))
     # Written as an average of one member. Prefixes stay, and so do NaN and Inf.
     averaging = AverageOptions(keep_prefix=True, allow_nonfinite=True, **vars(options))
     recipe = Recipe(COPY, (opened,), uniform(1))
@@ -82,7 +85,7 @@ def convert(checkpoint: PathLike, output: PathLike, options: ConvertOptions) -> 
     return summary
 
 
-def _open(path: Path, key: str | None) -> Checkpoint:
+def _open(path: Path, key: Key) -> Checkpoint:
     """Open the checkpoint; for a directory of several the error names them."""
     with remote_errors(path):
         if path.is_dir() and not is_checkpoint_directory(path):

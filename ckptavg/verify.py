@@ -17,6 +17,7 @@ from ckptavg.errors import (
     CkptAvgError,
     MismatchError,
     OutputError,
+    SelectionError,
     VerificationError,
     printable,
     without_notices,
@@ -25,11 +26,12 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG, METADATA
 from ckptavg.formats.parts import absolute, as_path, is_remote
+from ckptavg.formats.statedict import ALL
 from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
-from ckptavg.merge.record import Record
+from ckptavg.merge.record import Record, key_of
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.run import Run
 from ckptavg.write.digests import hash_checkpoints
@@ -124,16 +126,29 @@ def verify(
 
 def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
     """The average, with its tensors named as in the members, and its provenance."""
-    average = open_checkpoint(path, key=key)
+    try:
+        average = open_checkpoint(path, key=key)
+    except SelectionError as error:
+        if key is not None or not error.choices:
+            raise
+        average = open_checkpoint(path, key=error.choices[0])
     record = Record.of(average)
     # A container has the average in the place of the last member's weights, and a DCP directory
     # has the keys of the last member's.
-    if key is None and record.key != average.key and record.key in average.other_keys:
+    if isinstance(record.key, tuple):
+        average = _open_several(path, record)
+    elif key is None and record.key != average.key and record.key in average.other_keys:
         average = open_checkpoint(path, key=record.key)
     keeps_wrappers = record.options.container == "last" or average.container == "dcp"
     if keeps_wrappers and not record.is_copy:
         average, _ = without_wrappers(average, keep_prefix=record.options.keep_prefix)
     return average, record
+
+
+def _open_several(path: Path, record: Record) -> Checkpoint:
+    """The state dicts that were averaged; `skip` may have left out all of one."""
+    has_others = record.options.container == "last"
+    return open_checkpoint(path, key=record.key if has_others else (ALL, *record.key))
 
 
 def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, ...]:
@@ -186,7 +201,7 @@ def _open_member(path: Path, entry: dict[str, Any], record: Record) -> Checkpoin
         VerificationError: it differs.
         CkptAvgError: it cannot be opened.
     """
-    member = open_checkpoint(path, key=entry.get("key"))
+    member = open_checkpoint(path, key=key_of(entry))
     if not record.is_copy:
         member, _ = without_wrappers(member, keep_prefix=record.options.keep_prefix)
     if member.size != entry["bytes"]:
@@ -249,7 +264,8 @@ def _averaged_again(
         # Names and dtypes of a torch file may have no place in safetensors, which is faster.
         ending = ".pt" if is_torch else ".safetensors"
         is_joined = record.options.lora == "exact" and record.path.is_dir()
-        if is_joined or members[-1].has_several_models:
+        is_of_state_dicts = isinstance(record.key, tuple)
+        if is_joined or (members[-1].has_several_models and not is_of_state_dicts):
             ending = "/"
         output = f"{folder}/average{ending}"
         try:
@@ -262,7 +278,11 @@ def _averaged_again(
             path, wanted = record.path / CONFIG, Path(output, CONFIG).read_bytes()
             if not path.is_file() or path.read_bytes() != wanted:
                 raise VerificationError("is not what its members give", path=path)
-        yield open_checkpoint(Path(output))
+        yield (
+            _open_several(Path(output), record)
+            if is_of_state_dicts
+            else open_checkpoint(Path(output))
+        )
 
 
 @contextlib.contextmanager

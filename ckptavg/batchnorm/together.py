@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg.average import find_recipe, write_averages
 from ckptavg.batchnorm.files import refresh_checkpoint
-from ckptavg.errors import OutputError
+from ckptavg.errors import OutputError, SelectionError
+from ckptavg.formats.statedict import as_key
 from ckptavg.merge.recipe import AverageOptions
 from ckptavg.model.making import import_all
 from ckptavg.write.temporary import temporary_beside
@@ -50,6 +51,12 @@ def average_and_refresh(
         UserCodeError: the model, the loader or a function of the user's raised.
     """
     options = AverageOptions(**fields)
+    key = as_key(options.key)
+    if isinstance(key, tuple):
+        raise SelectionError(
+            "a refresh is of one state dict, and `key` names several",
+            remedy="average them without a model, and refresh each with `refresh_checkpoint`",
+        )
     target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
     with options.ranks.together(), contextlib.ExitStack() as stack:
         check_vacant(target, force=options.force)
@@ -65,7 +72,7 @@ def average_and_refresh(
             raise
         report = refresh_checkpoint(
             Path(summary.output), output, **vars(refresh),
-            key=options.key if options.container == "last" else None,
+            key=key if options.container == "last" else None,
             container=options.container, format=options.format,
             max_shard_size=options.max_shard_size, members=recipe.members, is_optional=True,
             force=options.force, fsync=options.fsync, ranks=options.ranks,

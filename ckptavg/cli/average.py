@@ -87,7 +87,7 @@ _NO_EFFECT = (
 @click.command(
     cls=Command,
     groups={
-        "Which checkpoints": (*options.SELECTION, options.KEY, _EXPECT),
+        "Which checkpoints": (*options.SELECTION, options.KEYS, _EXPECT),
         "How they are averaged": (*_HOW_WEIGHTED, options.SKIP, *_HOW_EACH_TENSOR),
         "What is written": (
             *(_OUTPUT, options.FORCE, options.CONTAINER, options.FORMAT, options.MAX_SHARD_SIZE),

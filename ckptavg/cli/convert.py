@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     cls=Command,
     groups={
         "What is written": (
-            *(_OUTPUT, options.FORCE, options.KEY, options.SKIP, options.DTYPE),
+            *(_OUTPUT, options.FORCE, options.KEYS, options.SKIP, options.DTYPE),
             *(options.FORMAT, options.MAX_SHARD_SIZE, options.DROP_ALIASES, options.NO_FSYNC),
         ),
         RUNNING: (options.DRY_RUN, options.THREADS, *options.COMMON),

@@ -139,6 +139,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "PATH": {"type": path_text},
     "GLOB": {"multiple": True},
     "REGEX": {"multiple": True},
+    "KEY": {"multiple": True},
     "SPEC": {"type": _spec},
     "loss|accuracy|SPEC": {"type": _metric},
     "KEY=VALUE": {"type": _key_value, "multiple": True, "callback": _as_dict},

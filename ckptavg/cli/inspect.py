@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.statedict import Key
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
     from ckptavg.select.series import Candidate, Series
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     groups={
-        "Which checkpoints": (*options.SELECTION, options.KEY),
+        "Which checkpoints": (*options.SELECTION, options.KEYS),
         RUNNING: options.COMMON,
     },
     no_effect=options.SELECTION_NO_EFFECT,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 def inspect(
     console: Console,
     paths: tuple[Path, ...],
-    key: str | None,
+    key: tuple[str, ...],
     **params: Any,  # noqa: ANN401 - the fields of `Selection`
 ) -> None:
     """Show what checkpoints hold, from their headers alone; nothing in them is run.
@@ -43,20 +44,21 @@ def inspect(
     PATH is a checkpoint, or a directory of them. Of a directory, show which files `average` would
     take, and why not the others; with rules such as --last or --lr-minima, those that they take.
     """
+    from ckptavg.formats.statedict import as_key
     from ckptavg.select.candidates import find_candidates
 
     with without_notices():
         [first, *others] = find_candidates(paths).items()
     if others or first[1] is not None or any(params.values()):
-        _show_run(console, paths, key, params)
+        _show_run(console, paths, as_key(key), params)
     else:
-        _show_content(console, first[0], key)
+        _show_content(console, first[0], as_key(key))
 
 
 def _show_run(
     console: Console,
     paths: Sequence[Path],
-    key: str | None,
+    key: Key,
     params: dict[str, Any],
 ) -> None:
     """Show the series of a run and its members, and which of them the rules take."""
@@ -176,7 +178,7 @@ def _say_members(console: Console, members: Sequence[dict[str, Any]], unit: str)
     console.say_table(rows)
 
 
-def _show_content(console: Console, path: Path, key: str | None) -> None:
+def _show_content(console: Console, path: Path, key: Key) -> None:
     """Show what a checkpoint holds."""
     contents = [*map(_content, _state_dicts(path, key))]
     for content in contents:
@@ -192,7 +194,7 @@ def _raise_damages(failures: Sequence[CkptAvgError]) -> None:
         raise failures[-1]
 
 
-def _state_dicts(path: Path, key: str | None) -> list[Checkpoint]:
+def _state_dicts(path: Path, key: Key) -> list[Checkpoint]:
     """The state dict that `average` would take, or all of a file where that is unclear."""
     from ckptavg.formats import open_checkpoint
 
@@ -209,13 +211,13 @@ def _content(checkpoint: Checkpoint) -> dict[str, Any]:
     from ckptavg.formats.parts import shown
     from ckptavg.formats.tensors import is_norm_statistic
 
-    names, tensors = checkpoint.tensors.keys(), checkpoint.tensors.values()
+    key, names, tensors = checkpoint.key, checkpoint.tensors.keys(), checkpoint.tensors.values()
     rate = checkpoint.training.learning_rate
     return {
         "path": shown(checkpoint.path),
         "container": checkpoint.container,
         "file_bytes": checkpoint.size,
-        "state_dict": checkpoint.key,
+        "state_dict": key if isinstance(key, str) else ", ".join(key),
         "other_state_dicts": checkpoint.other_keys,
         "models": [*checkpoint.models.values()] if checkpoint.has_several_models else [],
         "tensors": len(tensors),

@@ -50,6 +50,9 @@ _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _LAST, _EVERY, _UNIT, KEY = parse(
                  What steps are counted in.  [default: the first that all checkpoints record]
 --key NAME       State dict to take, where a file holds several.
 """)
+[KEYS] = parse("""
+--key KEY  State dict to take, where a torch file holds several; repeatable, and '*' is all of them.
+""")
 SELECTION = (*_BY_STEP, _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _EVERY, _UNIT)
 CANDIDATES = (*_BY_STEP, _LAST, _EVERY, _UNIT)  # for commands that compute metrics themselves
 SELECTION_NO_EFFECT = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import FormatError
+from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import dcp, deepspeed, huggingface, shards
 from ckptavg.formats.files import SUFFIXES, open_file
 from ckptavg.formats.parts import remote_errors
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.statedict import Key
 
 __all__ = ["DIRECTORIES", "SUFFIXES", "is_checkpoint_directory", "open_checkpoint"]
 
@@ -23,12 +24,13 @@ DIRECTORIES: tuple[ModuleType, ...] = (dcp, huggingface, deepspeed, shards)
 reads it. The formats of single files are in `files`."""
 
 
-def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, *, key: Key = None) -> Checkpoint:
     """Open a checkpoint and describe it. No tensor is read, and nothing in it is run.
 
     Args:
         path: the file or directory.
-        key: name of the state dict to take where there are several, such as `state_dict_ema`.
+        key: name of the state dict to take where there are several, such as `state_dict_ema`. Those
+            of several names in a torch file are one checkpoint.
 
     Raises:
         FormatError: it is damaged, or its layout is unknown.
@@ -37,6 +39,12 @@ def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
     with remote_errors(path):
         if not path.is_dir():
             return open_file(path, key)
+        if isinstance(key, tuple):
+            raise SelectionError(
+                "is a directory: only a torch file holds several state dicts",
+                path=path,
+                remedy="take one with `key`",
+            )
         for module in DIRECTORIES:
             if module.matches(path):
                 checkpoint: Checkpoint = module.open_checkpoint(path, key)

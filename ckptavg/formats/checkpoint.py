@@ -14,6 +14,7 @@ from ckptavg.formats.tensors import AnyArray, Place, Tensor, bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
 PROVENANCE = "ckptavg"
@@ -74,7 +75,8 @@ class Checkpoint:
         metadata: strings by name. An average of ours has its provenance here.
         digest: SHA-256 of the header or the pickle that describes the tensors, in hex.
         training: what it records of the training.
-        key: name of the state dict that has the tensors; empty where it is the whole file.
+        key: name of the state dict that has the tensors, or names of several; empty where it is the
+            whole file.
         other_keys: names of the other state dicts in the file.
         other_content: whether the file holds more than that state dict, such as an optimizer.
         is_trainers_average: whether the state dict is an average that the trainer made.
@@ -88,7 +90,8 @@ class Checkpoint:
         shard_places: of pieces, which are all that the file has of some tensors, by name.
         name_in_run: its path below the folder that all candidates of its run have in common.
         models: where a directory has the weights of each model, without the ending, by what the
-            names of its tensors begin with: `{"": "model", "2_Dense/": "2_Dense/model"}`.
+            names of its tensors begin with: `{"": "model", "2_Dense/": "2_Dense/model"}`. In a
+            torch file these are state dicts: `{"generator/": "generator"}`.
     """
 
     path: Path
@@ -98,7 +101,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     digest: str
     training: TrainingRecord = field(default_factory=TrainingRecord)
-    key: str = ""
+    key: str | tuple[str, ...] = ""
     other_keys: tuple[str, ...] = ()
     other_content: bool = False
     is_trainers_average: bool = False
@@ -128,8 +131,12 @@ class Checkpoint:
 
     @property
     def has_several_models(self) -> bool:
-        """Whether it is a directory in which the names of tensors begin with those of models."""
+        """Whether the names of its tensors begin with the places of models."""
         return list(self.models) != [""]
+
+    def model_of(self, name: str) -> str:
+        """The place of a model, with which a name begins."""
+        return max((place for place in self.models if name.startswith(place)), key=len)
 
     @property
     def step(self) -> tuple[str, int] | None:
@@ -231,33 +238,34 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
 
     That is a prefix on all of them, and `_orig_mod.` within them, where a submodule is compiled.
     The counters of torch's `AveragedModel` and of MMEngine's averages, `n_averaged` and `steps`
-    beside names in `module.`, are not part of the model and are removed in any case.
+    beside names in `module.`, are not part of the model and are removed in any case. Each of
+    several models has its own wrappers.
 
     Returns:
         The checkpoint and what was removed from names; empty where that was nothing.
     """
-    wrapper, names = "", list(checkpoint.tensors)
-    while True:
-        for prefix in _WRAPPERS:
-            counters = {wrapper + each for each in _COUNTERS} if prefix == "module." else ()
-            inside = [name for name in names if name not in counters]
-            if inside and all(name.startswith(wrapper + prefix) for name in inside):
-                wrapper, names = wrapper + prefix, inside
-                break
-        else:
-            break
+    wrapped: dict[str, str] = {}
+    names = list(checkpoint.tensors)
+    for model in checkpoint.models:
+        of_model = {name for name in names if checkpoint.model_of(name) == model}
+        wrapped[model], inside = _with_wrappers(model, of_model)
+        names = [name for name in names if name in inside or name not in of_model]
+    wrappers = dict.fromkeys(start.removeprefix(model) for model, start in wrapped.items())
     is_compiled = any(_COMPILED in name for name in names)
-    if not wrapper and not is_compiled:
+    if not any(wrappers) and not is_compiled:
         return checkpoint, ""
 
     def plain(name: str) -> str:
-        return name if keep_prefix else name.removeprefix(wrapper).replace(_COMPILED, ".")
+        if keep_prefix:
+            return name
+        model = checkpoint.model_of(name)
+        rest = name.removeprefix(wrapped[model])
+        return (name if rest == name else model + rest).replace(_COMPILED, ".")
 
-    prefix = "" if keep_prefix else wrapper
     versions = checkpoint.module_versions and {
         plain(f"{module}.").removesuffix("."): facts
         for module, facts in checkpoint.module_versions.items()
-        if f"{module}.".startswith(prefix)
+        if keep_prefix or f"{module}.".startswith(wrapped[checkpoint.model_of(module)])
     }
     # safetensors' save_model records the names of tied tensors that it leaves out as metadata.
     metadata = dict(
@@ -273,7 +281,21 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         places={plain(name): place for name, place in checkpoint.places.items()},
         other_entries={plain(name): value for name, value in checkpoint.other_entries.items()},
     )
-    return unwrapped, prefix or (_COMPILED[1:] if is_compiled and not keep_prefix else "")
+    removed = [*filter(None, wrappers)] or [_COMPILED[1:]]
+    return unwrapped, "" if keep_prefix else " and ".join(removed)
+
+
+def _with_wrappers(start: str, names: AbstractSet[str]) -> tuple[str, AbstractSet[str]]:
+    """What all of the names begin with, the wrappers included, and the names without counters."""
+    while True:
+        for prefix in _WRAPPERS:
+            counters = {start + each for each in _COUNTERS} if prefix == "module." else set[str]()
+            inside = names - counters
+            if inside and all(name.startswith(start + prefix) for name in inside):
+                start, names = start + prefix, inside
+                break
+        else:
+            return start, names
 
 
 def have_equal_headers(first: Checkpoint, other: Checkpoint) -> bool:

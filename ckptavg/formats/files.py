@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.statedict import Key
 
 _HEAD_BYTES = 512
 _LFS = b"version https://git-lfs"
@@ -28,7 +29,7 @@ SUFFIXES: tuple[str, ...] = tuple(
 )
 
 
-def open_file(path: Path, key: str | None) -> Checkpoint:
+def open_file(path: Path, key: Key) -> Checkpoint:
     """Describe the checkpoint in a file.
 
     Raises:
@@ -50,7 +51,7 @@ def open_file(path: Path, key: str | None) -> Checkpoint:
     )
 
 
-def open_shard(path: Path, key: str | None) -> Checkpoint:
+def open_shard(path: Path, key: Key) -> Checkpoint:
     """Describe what a file has, pieces of tensors among it; errors as for `open_file`."""
     file = open_source(path)
     head = file.read(0, min(_HEAD_BYTES, file.size))

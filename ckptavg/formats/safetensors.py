@@ -17,7 +17,7 @@ from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import is_remote
-from ckptavg.formats.statedict import without_names
+from ckptavg.formats.statedict import ALL, without_names
 from ckptavg.formats.tensors import BY_CODE, Place, Tensor, is_possible
 from ckptavg.formats.words import parse_shard_name
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import Part
+    from ckptavg.formats.statedict import Key
 
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
@@ -44,7 +45,7 @@ def matches(path: Path, head: bytes) -> bool:
     return bool(head) and (head[_LENGTH : _LENGTH + 1] == b"{" or path.suffix in SUFFIXES)
 
 
-def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
+def open_checkpoint(file: Part, key: Key) -> Checkpoint:
     """Describe the tensors of a safetensors file.
 
     Raises:
@@ -52,8 +53,8 @@ def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
         SelectionError: a key is given; the file is a single state dict.
     """
     path = file.path
-    if key is not None:
-        raise without_names(path, key)
+    if key is not None and key != (ALL,):
+        raise without_names(path, *((key,) if isinstance(key, str) else key))
     header = _read_header(file)
     try:
         library = _open_with_library(file, header)

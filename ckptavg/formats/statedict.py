@@ -1,4 +1,4 @@
-"""Find the state dicts in what a torch file holds, and choose the one that is meant."""
+"""Find the state dicts in what a torch file holds, and choose those that are meant."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from ckptavg.formats.pickled import ModuleReader, Placeholder, is_module, is_ten
 from ckptavg.formats.words import is_average, words_in
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 StateDicts = dict[str, Mapping[str, object]]
 """The state dicts of a file by their dotted paths in it; the empty path is the whole file."""
+Key = str | tuple[str, ...] | None
+"""The name of a state dict, those of several that are one checkpoint, or None for what is meant."""
+ALL = "*"
+"""Among names of state dicts, this one stands for all in the file."""
 
 # Names under which trainers store the weights themselves.
 _PLAIN = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
@@ -26,12 +31,26 @@ _MOST_STATE_DICTS = 1_000
 _LONGEST_NAME = 1_000  # of what holds a state dict; mappings without end can share a longer one
 
 
-def find_state_dicts(root: object, path: Path | None = None, key: str | None = None) -> StateDicts:
+def as_key(names: str | Sequence[str] | None) -> Key:
+    """What a user names as the state dicts to take; one name in a list is that name alone.
+
+    Raises:
+        SelectionError: there is something else.
+    """
+    several = (names,) if isinstance(names, str) else tuple(names or ())
+    if not all(isinstance(name, str) for name in several):
+        raise SelectionError(f"`key` is a text, or a list of texts, not {names!r}")
+    if len(several) == 1 and several[0] != ALL:
+        return several[0]
+    return several or None
+
+
+def find_state_dicts(root: object, path: Path | None = None, key: Key = None) -> StateDicts:
     """Find every state dict in a file, up to two levels down.
 
     A whole model counts as the state dict that it would give. Tensors at the top, with state dicts
-    beside them, are a state dict of their own. The state dict that `key` names is found whatever
-    its name says. FormatError for a whole model without end, or with what no model has.
+    beside them, are a state dict of their own. State dicts that `key` names are found whatever
+    their names say. FormatError for a whole model without end, or with what no model has.
     """
     finder = _Finder(path)
     if is_module(root):
@@ -45,8 +64,9 @@ def find_state_dicts(root: object, path: Path | None = None, key: str | None = N
         return {}  # an optimizer's state dict
     finder.search(root)
     found = finder.at_the_top(root) | finder.found
-    if key and key not in found:
-        found |= finder.at_path(root, key)
+    for name in (key,) if isinstance(key, str) else key or ():
+        if name and name not in found:
+            found |= finder.at_path(root, name)
     distinct = {id(value): value for value in found.values()}
     counters = {number for number, value in distinct.items() if _are_counters(value)}
     weights = {name: value for name, value in found.items() if id(value) not in counters}
@@ -218,13 +238,28 @@ def is_trainers_average(found: StateDicts, name: str) -> bool:
     return is_average(name) or "n_averaged" in found[name]
 
 
-def without_names(path: Path, key: str) -> SelectionError:
+def without_names(path: Path, *names: str) -> SelectionError:
     """The error for a file that is a state dict, where one of several is asked for."""
     return SelectionError(
-        f"no state dict {key!r} in it: the whole file is one, without a name",
+        f"no state dict {', '.join(map(repr, names))} in it: the whole file is one, without a name",
         path=path,
         remedy="use another command without `key` for it",
     )
+
+
+def choose_several(path: Path, found: StateDicts, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Choose the state dicts of these names, or all; SelectionError where one is not there."""
+    if ALL in names and found:
+        return tuple(found)
+    return tuple(choose(path, found, name) for name in dict.fromkeys(names))
+
+
+def place_of(root: object, name: str) -> str:
+    """Where a state dict is in a file, with a slash after each key: `models/generator/`."""
+    if not name:
+        return ""
+    is_key = isinstance(root, Mapping) and name in root
+    return f"{name}/" if is_key else f"{name.replace('.', '/')}/"
 
 
 def choose(path: Path, found: StateDicts, key: str | None) -> str:

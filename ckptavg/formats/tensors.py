@@ -184,14 +184,19 @@ def bytes_of(array: AnyArray) -> memoryview:
 _NORM_STATISTICS = ("running_mean", "running_var")
 
 
+def _entry(name: str) -> str:
+    """The last part of a name, which a module gives to a tensor of its own."""
+    return name.replace("/", ".").rpartition(".")[2]
+
+
 def is_norm_statistic(name: str) -> bool:
     """Whether a tensor is the running mean or the running variance of a norm layer."""
-    return name.rpartition(".")[2] in _NORM_STATISTICS
+    return _entry(name) in _NORM_STATISTICS
 
 
 def is_norm_state(name: str) -> bool:
     """Whether a tensor is a running statistic of a norm layer, or counts its batches."""
-    return name.rpartition(".")[2] in (*_NORM_STATISTICS, "num_batches_tracked")
+    return _entry(name) in (*_NORM_STATISTICS, "num_batches_tracked")
 
 
 def norm_layers(names: Iterable[str]) -> set[str]:
@@ -233,4 +238,4 @@ def power_iteration_vectors(tensors: Mapping[str, object]) -> frozenset[str]:
 
 def is_extra_state(name: str) -> bool:
     """Whether a tensor is the opaque state of a module, such as an fp8 recipe."""
-    return name.rpartition(".")[2] == "_extra_state"
+    return _entry(name) == "_extra_state"

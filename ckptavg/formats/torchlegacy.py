@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.parts import Part
+    from ckptavg.formats.statedict import Key
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -52,8 +53,8 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
     return _HEAD.match(head) is not None
 
 
-def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
-    """Describe one state dict of a torch file."""
+def open_checkpoint(file: Part, key: Key) -> Checkpoint:
+    """Describe one state dict of a torch file, or several."""
     legacy = LegacyFile(file)
     digest = hashlib.sha256(file.read(0, legacy.end)).hexdigest()
     return describe(legacy, legacy.root, key, digest, metadata={})

@@ -12,13 +12,21 @@ from ckptavg.errors import FormatError, printable
 from ckptavg.formats.checkpoint import Checkpoint, span_elements
 from ckptavg.formats.pickled import PickledShard, PickledTensor, UnreadableTensor, is_tensor
 from ckptavg.formats.recorded import training_record
-from ckptavg.formats.statedict import check_kind, choose, find_state_dicts, is_trainers_average
+from ckptavg.formats.statedict import (
+    check_kind,
+    choose,
+    choose_several,
+    find_state_dicts,
+    is_trainers_average,
+    place_of,
+)
 from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import Part
+    from ckptavg.formats.statedict import Key, StateDicts
 
 # Expanded tensors repeat their bytes, and have to be held in memory whole: bytes that any tensor
 # may have, and how many times those of its storage.
@@ -39,9 +47,12 @@ class Container(Protocol):
 
 
 def describe(
-    container: Container, root: object, key: str | None, digest: str, metadata: Mapping[str, str]
+    container: Container, root: object, key: Key, digest: str, metadata: Mapping[str, str]
 ) -> Checkpoint:
     """Describe one of the state dicts in a file, of which `root` is the pickle's content.
+
+    Several are one checkpoint, in which the names of the tensors begin with the place of their
+    state dict: `generator/conv.weight`.
 
     Raises:
         FormatError: a tensor has no plain strided bytes, or lies outside its storage.
@@ -50,8 +61,14 @@ def describe(
     file = container.file
     state_dicts = find_state_dicts(root, file.path, key)
     check_kind(file.path, root, state_dicts)
-    chosen = choose(file.path, state_dicts, key)
-    entries = state_dicts[chosen]
+    models = _models(file.path, root, state_dicts, key)
+    chosen = tuple(models.values())
+    is_one = list(models) == [""]
+    entries = {
+        place + name: value
+        for place, chosen_name in models.items()
+        for name, value in state_dicts[chosen_name].items()
+    }
     values = {name: value for name, value in entries.items() if is_tensor(value)}
     shards = {name: value for name, value in values.items() if isinstance(value, PickledShard)}
     local = {name: shards[name].local if name in shards else values[name] for name in values}
@@ -69,18 +86,26 @@ def describe(
         metadata=metadata,
         digest=digest,
         training=training_record(
-            root, file.path.name, lambda wanted: scalars(container, wanted), whole=not chosen
+            root, file.path.name, lambda wanted: scalars(container, wanted), whole=chosen == ("",)
         ),
-        key=chosen,
-        other_keys=tuple(name for name in state_dicts if name != chosen),
-        other_content=entries is not root,
-        is_trainers_average=is_trainers_average(state_dicts, chosen),
+        key=chosen[0] if is_one else chosen,
+        other_keys=tuple(name for name in state_dicts if name not in chosen),
+        other_content=all(state_dicts[name] is not root for name in chosen),
+        is_trainers_average=all(is_trainers_average(state_dicts, name) for name in chosen),
         names=tuple(entries),
         other_entries=others,
         inner_tensors={inner[label]: t for label, t in locate(container, inner).items()},
-        module_versions=_module_versions(entries),
+        module_versions=_module_versions(models, state_dicts),
         shard_places={name: shard.place for name, shard in shards.items()},
+        models={"": "model"} if is_one else models,
     )
+
+
+def _models(path: Path, root: object, state_dicts: StateDicts, key: Key) -> dict[str, str]:
+    """The names of the state dicts that are meant, by what the names of tensors begin with."""
+    if not isinstance(key, tuple):
+        return {"": choose(path, state_dicts, key)}
+    return {place_of(root, name): name for name in choose_several(path, state_dicts, key)}
 
 
 def _inner_tensors(entries: Mapping[str, object]) -> Iterator[tuple[str, PickledTensor]]:
@@ -98,13 +123,20 @@ def _inner_tensors(entries: Mapping[str, object]) -> Iterator[tuple[str, Pickled
                 waiting += value.values() if isinstance(value, dict) else value
 
 
-def _module_versions(entries: Mapping[str, object]) -> Mapping[str, Any] | None:
-    versions = getattr(entries, "module_versions", None)
-    if not isinstance(versions, Mapping):
+def _module_versions(
+    models: Mapping[str, str], state_dicts: StateDicts
+) -> Mapping[str, Any] | None:
+    """The `_metadata` of the state dicts; None where none of them has it."""
+    versions = {
+        place: getattr(state_dicts[name], "module_versions", None) for place, name in models.items()
+    }
+    if not any(isinstance(each, Mapping) for each in versions.values()):
         return None
     return {
-        module: facts
-        for module, facts in versions.items()
+        place + module: facts
+        for place, each in versions.items()
+        if isinstance(each, Mapping)
+        for module, facts in each.items()
         if isinstance(module, str) and isinstance(facts, Mapping)
     }
 

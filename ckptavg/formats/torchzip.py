@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.parts import Part
+    from ckptavg.formats.statedict import Key
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _MAGIC = b"PK\x03\x04"
@@ -33,8 +34,8 @@ def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' com
     return head.startswith(_MAGIC)
 
 
-def open_checkpoint(file: Part, key: str | None) -> Checkpoint:
-    """Describe one state dict of a torch file."""
+def open_checkpoint(file: Part, key: Key) -> Checkpoint:
+    """Describe one state dict of a torch file, or several."""
     archive = Archive(file)
     pickled = archive.content("data.pkl")
     root = unpickler.load(pickled, file.path)

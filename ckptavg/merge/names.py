@@ -93,7 +93,7 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
     names = list(dict.fromkeys(name for each in checkpoints for name in each.tensors))
     for name in names:
         for difference, option in _differences(name, checkpoints, options):
-            series = "" if option.startswith("dtype") else re.sub(r"\d+", "#", name)
+            series = "" if option.startswith("dtype") else _series(name, checkpoints)
             groups[series, difference, option].append(name)
     unlike = sum(len(alike) for (series, *_), alike in groups.items() if series)
     is_of_few = 2 * unlike <= len(names)
@@ -113,6 +113,14 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
             does = "leaves %s out" if option == "skip" else "takes %s from the last checkpoint"
             remedy = f"; `{option}` {pattern} {does % them}" if pattern else ""
         yield f"{what}: {difference}{remedy}"
+
+
+def _series(name: str, checkpoints: Sequence[Checkpoint]) -> str:
+    """What a name has in common with others: a model that some checkpoints lack, else its words."""
+    places = {place for each in checkpoints for place in each.models}
+    model = max((place for place in places if name.startswith(place)), key=len)
+    is_everywhere = all(model in each.models for each in checkpoints)
+    return re.sub(r"\d+", "#", name) if is_everywhere else model
 
 
 def _differences(

@@ -40,7 +40,8 @@ class AverageOptions(Options):
         normalize: divide by the sum of the weights.
         update: fold the other checkpoints into the earlier uniform average among the inputs.
         expect: the number of checkpoints that there must be; None for any.
-        key: name of the state dict to average, where a file holds several.
+        key: name of the state dict to average, where a torch file holds several; a list of names,
+            or `*` for all, averages several in one go.
         keep_prefix: leave the prefix of a wrapper (`module.`, `_orig_mod.`) on the names.
         dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
         skip: regular expressions of the names of tensors that are not in the output.
@@ -75,7 +76,7 @@ class AverageOptions(Options):
     normalize: bool = True
     update: bool = False
     expect: int | None = None
-    key: str | None = None
+    key: str | Sequence[str] | None = None
     keep_prefix: bool = False
     dtype: str | None = None
     skip: Sequence[str] = ()

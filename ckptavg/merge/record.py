@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.statedict import Key
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,9 @@ class Record:
         )  # fmt: skip
 
     @property
-    def key(self) -> str:
-        """The key of the last member's state dict; empty for the whole file."""
-        key: str = self.members[-1].get("key") or ""
-        return key
+    def key(self) -> str | tuple[str, ...]:
+        """The key of the last member's state dict, or of several; empty for the whole file."""
+        return key_of(self.members[-1]) or ""
 
     @property
     def is_copy(self) -> bool:
@@ -94,6 +94,12 @@ class Record:
         return f"it was made by ckptavg {printable(self.version)}, and this is {__version__}"
 
 
+def key_of(member: dict[str, Any]) -> Key:
+    """The state dict of a member, or those of several; None for the whole file."""
+    key = member.get("key")
+    return tuple(key) if isinstance(key, list) else key
+
+
 def _is_member(entry: object) -> bool:
     return (
         isinstance(entry, dict)
@@ -101,12 +107,18 @@ def _is_member(entry: object) -> bool:
         and isinstance(entry.get("bytes"), int)
         and isinstance(entry.get("header_sha256"), str)
         and isinstance(entry.get("content"), str | None)
-        and isinstance(entry.get("key"), str | None)
+        and _is_key(entry.get("key"))
         and isinstance(entry.get("sha256"), str | dict | None)
         and _is_step(entry.get("step"))
         and _is_number(entry.get("weight"))
         and entry["weight"] != 0
     )
+
+
+def _is_key(value: object) -> bool:
+    """Whether it is the name of a state dict, a list of several, or None."""
+    names = value if isinstance(value, list) else [value or ""]
+    return bool(names) and all(isinstance(name, str) for name in names)
 
 
 def _is_step(value: object) -> bool:

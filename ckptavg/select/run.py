@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.formats.statedict import Key
     from ckptavg.select.series import Series
 
 
@@ -86,7 +87,7 @@ class Run:
 def find_run(
     inputs: Sequence[Path],
     *,
-    key: str | None = None,
+    key: Key = None,
     keep_prefix: bool = False,
     exclusion_reason: Callable[[str], str | None] = lambda _: None,
 ) -> Run:
@@ -94,7 +95,7 @@ def find_run(
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
-        key: name of the state dict, where a file holds several.
+        key: name of the state dict, where a file holds several; or several names.
         keep_prefix: do not remove a wrapper's prefix from the names of tensors.
         exclusion_reason: returns why a candidate of this name is left out; None to open it.
 
@@ -125,7 +126,7 @@ def find_run(
     return Run(tuple(ordered), order_is_known, tuple(candidates))
 
 
-def _open(candidate: Candidate, key: str | None) -> None:
+def _open(candidate: Candidate, key: Key) -> None:
     """Open a candidate, or set why it is left out."""
     is_named = candidate.folder is None
     try:
@@ -145,7 +146,7 @@ def _open(candidate: Candidate, key: str | None) -> None:
         log.info("%s is an average made earlier, and is averaged because it was named", name)
 
 
-def _open_or_defer(candidate: Candidate, key: str | None) -> Checkpoint:
+def _open_or_defer(candidate: Candidate, key: Key) -> Checkpoint:
     """Open a candidate; if it lacks the state dict of `key`, open another one instead.
 
     The error is kept in `fault`, and raised only if the rules choose the candidate.

@@ -76,12 +76,17 @@ def destination(
             path=path,
             remedy="leave `drop_aliases` out",
         )
-    if last.has_several_models and kind != "directory":
+    is_file = last.container == "torch"
+    kinds = ("torch", "container") if is_file else ("directory",)
+    if last.has_several_models and kind not in kinds:
         places = ", ".join(printable(place) for place in last.models.values())
         raise OutputError(
-            f"only a Hugging Face directory holds the models in {printable(last.name)}: {places}",
+            f"only {'a torch file' if is_file else 'a Hugging Face directory'} holds the models in "
+            f"{printable(last.name)}: {places}",
             path=path,
-            remedy="end its name with a slash for such a directory, or name the files of one model",
+            remedy="end its name with .pt, or take one at a time with `key`"
+            if is_file
+            else "end its name with a slash for such a directory, or name the files of one model",
         )
     return Destination(path, kind)
 

@@ -25,7 +25,7 @@ _LONGEST = 64 << 20
 def pickle_state_dict(
     values: Mapping[str, bytes], module_versions: Mapping[str, Any] | None
 ) -> bytes:
-    """Pickle an `OrderedDict`.
+    """The opcodes that make an `OrderedDict`.
 
     Args:
         values: pickles of its values, by name.
@@ -39,7 +39,7 @@ def pickle_state_dict(
         )
         state = pickle.EMPTY_DICT + _items([_text("_metadata") + metadata]) + pickle.BUILD
     items = _items(_text(name) + value for name, value in values.items())
-    return pickle_one(_ORDERED_DICT + items + state)
+    return _ORDERED_DICT + items + state
 
 
 def pickle_one(value: bytes) -> bytes:

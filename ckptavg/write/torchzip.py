@@ -7,12 +7,17 @@ bytes, the state dict as a pickle among them. Tied tensors share a storage.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import listed, printable
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.merge.jobs import FileLayout, Layout, OutputTensor, StoredTensor
-from ckptavg.write.pickling import pickle_entries, pickle_state_dict, pickle_tensor
+from ckptavg.write.pickling import (
+    pickle_entries,
+    pickle_one,
+    pickle_state_dict,
+    pickle_tensor,
+)
 from ckptavg.write.zipfile import Zip
 
 if TYPE_CHECKING:
@@ -56,9 +61,7 @@ def lay_out_torch(
     places = {name: place for place, name in enumerate(last.names)}
     names = sorted(values, key=lambda name: places.get(name, len(places)))
     archive = Zip()
-    archive.add(
-        "data.pkl", pickle_state_dict({name: values[name] for name in names}, last.module_versions)
-    )
+    archive.add("data.pkl", _pickle_models({name: values[name] for name in names}, last))
     archive.add("byteorder", b"little")
     if PROVENANCE in metadata:
         archive.add(PROVENANCE, metadata[PROVENANCE].encode())
@@ -77,6 +80,35 @@ def lay_out_torch(
             for tensor, start in zip(inner, starts[len(tensors) :], strict=True)
         ),
     )
+
+
+def _pickle_models(values: Mapping[str, bytes], last: Checkpoint) -> bytes:
+    """Pickle a state dict; each of several under the keys that it has in the last checkpoint.
+
+    Args:
+        values: pickles of the values by name.
+        last: says which part of a name is the place of a model.
+    """
+    root: dict[str, Any] = {}
+    for name, value in values.items():
+        model = last.model_of(name)
+        inside = root
+        for key in model.split("/")[:-1]:
+            inside = inside.setdefault(key, {})
+        inside[name.removeprefix(model)] = value
+    versions: dict[str, dict[str, Any]] = {}
+    for module, facts in (last.module_versions or {}).items():
+        model = last.model_of(module)
+        versions.setdefault(model, {})[module.removeprefix(model)] = facts
+
+    def pickled(inside: Mapping[str, Any], place: str) -> bytes:
+        entries = {
+            key: value if isinstance(value, bytes) else pickled(value, f"{place}{key}/")
+            for key, value in inside.items()
+        }
+        return pickle_state_dict(entries, versions.get(place))
+
+    return pickle_one(pickled(root, ""))
 
 
 def mention_kept(last: Checkpoint, names: Iterable[str]) -> None:

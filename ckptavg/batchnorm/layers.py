@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.errors import RefreshError, listed, printable
 from ckptavg.merge.patterns import matching
+from ckptavg.model.loading import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -100,11 +101,13 @@ def layers_to_refresh(
     for name in wanted - unwanted:
         if name in reasons and reasons[name].reason in OVERRULED:
             del reasons[name]
-    for name in known:
+    selectable = {name: layer for name, layer in known.items() if name not in reasons}
+    for name in selectable:
         if name in unwanted or (layers and name not in wanted):
-            reasons.setdefault(name, KeptLayer(name, AS_ASKED, is_intended=False))
-    chosen = {name: layer for name, layer in known.items() if name not in reasons}
+            reasons[name] = KeptLayer(name, AS_ASKED, is_intended=False)
+    chosen = {name: layer for name, layer in selectable.items() if name not in reasons}
     _refuse_impossible(chosen)
+    _refuse_shared(chosen, selectable)
     return chosen, tuple(reasons[name] for name, _ in model.named_modules() if name in reasons)
 
 
@@ -136,7 +139,6 @@ def _names(layers: Sequence[KeptLayer]) -> str:
 
 
 def _refuse_impossible(layers: Mapping[str, NormLayer]) -> None:
-    owners: dict[int, str] = {}
     for name, layer in layers.items():
         where = f"layer {printable(repr(name))}"
         assert layer.running_mean is not None  # noqa: S101 - only such layers are refreshed
@@ -147,10 +149,18 @@ def _refuse_impossible(layers: Mapping[str, NormLayer]) -> None:
             )
         if layer.running_mean.is_inference():
             raise RefreshError(f"the buffers of {where} were made in torch.inference_mode()")
-        other = owners.setdefault(id(layer.running_mean), name)
-        if other != name:
+
+
+def _refuse_shared(chosen: Mapping[str, NormLayer], selectable: Mapping[str, NormLayer]) -> None:
+    """Refuse a layer whose running statistics are also those of another layer."""
+    owners: dict[object, str] = {}
+    for name, layer in selectable.items():
+        assert layer.running_mean is not None  # noqa: S101 - see `tracks`
+        other = owners.setdefault(place_of(layer.running_mean), name)
+        if other != name and not chosen.keys().isdisjoint((name, other)):
             raise RefreshError(
-                f"{where} has its running statistics in common with {printable(repr(other))}",
+                f"layer {printable(repr(name))} has its running statistics in common with "
+                f"{printable(repr(other))}",
                 remedy="use one layer twice, or leave out both with `skip_layers`",
             )
 

@@ -191,7 +191,7 @@ class _Copies(TorchFunctionMode):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.names = {_place(value): [name] for name, value in tensors.items()}
+        self.names = {place_of(value): [name] for name, value in tensors.items()}
         self._alive: list[object] = [tensors]  # so that no other tensor gets the same place
 
     def __torch_function__(
@@ -206,9 +206,9 @@ class _Copies(TorchFunctionMode):
         source = (
             args[1] if func is torch.Tensor.copy_ else args[0] if func in self._KEEPING else None
         )
-        if isinstance(source, torch.Tensor) and _place(source) in self.names:
-            known = self.names.setdefault(_place(result), [])
-            known += [name for name in self.names[_place(source)] if name not in known]
+        if isinstance(source, torch.Tensor) and place_of(source) in self.names:
+            known = self.names.setdefault(place_of(result), [])
+            known += [name for name in self.names[place_of(source)] if name not in known]
             self._alive.append(result)
         return result
 
@@ -219,15 +219,15 @@ class _Copies(TorchFunctionMode):
             *model.named_buffers(remove_duplicate=False),
         ]
         return {
-            inner: tuple(self.names[_place(tensor)])
+            inner: tuple(self.names[place_of(tensor)])
             for inner, tensor in tensors
-            if _place(tensor) in self.names
+            if place_of(tensor) in self.names
         }
 
 
-def _place(value: torch.Tensor) -> object:
-    """A key that tied tensors share. Each tensor without elements has another one."""
-    if is_lazy(value) or not value.numel():
+def place_of(value: torch.Tensor) -> object:
+    """A key that tied tensors share. Each tensor without data has another one."""
+    if is_lazy(value) or value.is_meta or not value.numel():
         return id(value)
     return value.data_ptr(), value.dtype, value.shape, value.stride()
 
@@ -246,7 +246,7 @@ def _needed(
     missing = [
         name
         for name in missing
-        if not name.endswith("num_batches_tracked") and _place(tensors[name]) not in copies.names
+        if not name.endswith("num_batches_tracked") and place_of(tensors[name]) not in copies.names
     ]
     if missing and _are_of_adapter_alone(checkpoint_names) and not has_lora(missing):
         log.info(

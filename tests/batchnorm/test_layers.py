@@ -546,14 +546,19 @@ def test_a_layer_that_is_first_called_in_a_later_batch_is_refreshed():
     assert float(model.rest.running_var.min()) > 90  # of ten times what has variance 1
 
 
-def test_layers_that_share_their_statistics_are_an_error():
+@pytest.mark.parametrize("are_views", [False, True])
+@pytest.mark.parametrize("skip_layers", [[], ["0"], ["1"]])
+def test_layers_that_share_their_statistics_are_an_error(are_views, skip_layers):
     model = nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5))
     for name in STATISTICS:
-        setattr(model[1], name, getattr(model[0], name))
+        shared = getattr(model[0], name)
+        setattr(model[1], name, shared[...] if are_views else shared)
+    before = Snapshot(model)
     with pytest.raises(
         RefreshError, match="layer '1' has its running statistics in common with '0'"
     ):
-        refresh_norm(model, data_for("mlp"))
+        refresh_norm(model, data_for("mlp"), skip_layers=skip_layers)
+    before.check()
 
 
 class Raising(nn.BatchNorm2d):

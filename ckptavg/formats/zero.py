@@ -114,6 +114,7 @@ class _Rank:
     Attributes:
         model: the file with the model's state.
         root: what its pickle holds.
+        buffer_names: the names of the model's buffers.
         optimizer: the file with the optimizer's state.
         pickles: digests of both pickles.
     """
@@ -125,7 +126,8 @@ class _Rank:
         content = [archive.content("data.pkl") for archive in (self.model, self.optimizer)]
         self.pickles = b"".join(hashlib.sha256(pickled).digest() for pickled in content)
         names = self.root.get("buffer_names")
-        self.buffer_names = names if isinstance(names, list) else []
+        names = names if isinstance(names, list) else []
+        self.buffer_names = frozenset(name for name in names if isinstance(name, str))
 
     def mapping(self, name: str) -> Mapping[Any, object]:
         """A mapping in the model's file; empty if it has none of that name."""
@@ -156,12 +158,14 @@ class _Rank:
                 raise self.fault("has no valid shape", name)
             yield name, shape
 
-    def fragment(self, name: str) -> _Flat:
-        """What the rank has of a frozen parameter."""
+    def frozen(self, names: Iterable[str]) -> dict[str, _Flat]:
+        """What the rank has of frozen parameters."""
         fragments = self.mapping("frozen_param_fragments")
-        if name not in fragments:
-            raise self.fault("is not among frozen_param_fragments", name)
-        return _Flat(self.model.file, list(locate(self.model, {name: fragments[name]}).values()))
+        for name in names:
+            if name not in fragments:
+                raise self.fault("is not among frozen_param_fragments", name)
+        located = locate(self.model, {name: fragments[name] for name in names})
+        return {name: _Flat(self.model.file, [tensor]) for name, tensor in located.items()}
 
     def trained(self, ranks: int) -> _Flat:
         """What the rank has of all trained parameters."""
@@ -228,27 +232,30 @@ def _trained(ranks: Sequence[_Rank], shapes: Mapping[str, tuple[int, ...]]) -> d
             size, first, count = _part(number, len(ranks), math.prod(shape))
             boxes[name] += flat.boxes(offset, count, first)
             offset += size
-    return {name: _pieces(name, shapes[name], found) for name, found in boxes.items()}
+    return _pieces(boxes, shapes)
 
 
 def _frozen(ranks: Sequence[_Rank], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Pieces]:
     """The elements of frozen parameters, flattened."""
-    pieces = {}
-    for name, shape in shapes.items():
-        boxes: list[Box] = []
-        for number, rank in enumerate(ranks):
-            size, first, count = _part(number, len(ranks), math.prod(shape))
-            flat = rank.fragment(name)
+    boxes: dict[str, list[Box]] = {name: [] for name in shapes}
+    for number, rank in enumerate(ranks):
+        for name, flat in rank.frozen(shapes).items():
+            size, first, count = _part(number, len(ranks), math.prod(shapes[name]))
             flat.check_count(size)
-            boxes += flat.boxes(0, count, first)
-        pieces[name] = _pieces(name, shape, boxes)
+            boxes[name] += flat.boxes(0, count, first)
+    return _pieces(boxes, shapes)
+
+
+def _pieces(
+    boxes: Mapping[str, Sequence[Box]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Pieces]:
+    pieces = {}
+    for name, found in boxes.items():
+        dtypes = {box.tensor.dtype: box.source.path for box in found}
+        if len(dtypes) > 1:
+            kinds = " and ".join(dtype.name for dtype in dtypes)
+            path = [*dtypes.values()][-1]
+            raise FormatError(f"has pieces of {kinds}", path=path, tensor=name)
+        [dtype] = dtypes or [BY_NAME["float32"]]
+        pieces[name] = Pieces(dtype, (math.prod(shapes[name]),), found)
     return pieces
-
-
-def _pieces(name: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> Pieces:
-    dtypes = {box.tensor.dtype: box.source.path for box in boxes}
-    if len(dtypes) > 1:
-        kinds = " and ".join(dtype.name for dtype in dtypes)
-        raise FormatError(f"has pieces of {kinds}", path=[*dtypes.values()][-1], tensor=name)
-    [dtype] = dtypes or [BY_NAME["float32"]]
-    return Pieces(dtype, (math.prod(shape),), boxes)

@@ -62,6 +62,8 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
         with user_code(name_of(metric)):
             returned = own(model, batches)
         named = dict(returned) if isinstance(returned, Mapping) else {own_name: returned}
+        if not named:
+            raise CkptAvgError(f"{name_of(metric)} returned a dict without metrics")
         return {_name(metric, name): _number(metric, value) for name, value in named.items()}
 
     return call

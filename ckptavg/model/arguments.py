@@ -55,7 +55,9 @@ def complete_arguments(
     recorded = {
         name: value
         for name, value in (source.training.hyper_parameters if source else {}).items()
-        if isinstance(name, str) and name not in given and (takes_all or name in parameters)
+        if isinstance(name, str)
+        and name not in given
+        and (name in parameters or (takes_all and name != "self"))
     }
     objects = {
         name: kind for name, value in recorded.items() if (kind := next(_objects(value), None))

@@ -43,8 +43,11 @@ def user_code(what: str) -> Iterator[None]:
 
 
 def _summary(error: BaseException) -> str:
-    """The message of an exception, without the traceback of a loader's worker that it may quote."""
-    text = str(error)
+    """The message of an exception, without the traceback of a loader's worker that it may quote.
+
+    Backquotes would make an option out of a name in it.
+    """
+    text = str(error).replace("`", "'")
     if "Original Traceback" not in text:
         return text
     lines = text.rstrip().splitlines()
@@ -79,6 +82,16 @@ _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
         RuntimeError,
         "does not require grad",
         "no gradients are computed here: use torch.enable_grad() in a function given as `forward`",
+    ),
+    (
+        RuntimeError,
+        r"must have the same dtype|Input type .* should be the same|expected scalar type",
+        "batch and model differ in dtype: convert the batch in a function given as `forward`",
+    ),
+    (
+        Exception,
+        r"not attached to a `Trainer`|'NoneType' .*'(world_size|global_rank|max_epochs)'",
+        "there is no Trainer here: name a function that makes the model or the loader without one",
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Mapping
@@ -112,6 +113,11 @@ def make_model(
         with user_code(name_of(spec)):
             made = made(**arguments)
     made = _network_of(made, name_of(spec))
+    if any(tensor.is_meta for tensor in itertools.chain(made.parameters(), made.buffers())):
+        raise RefreshError(
+            f"{name_of(spec)} has tensors on device 'meta', which hold no values",
+            remedy="make the model on the CPU",
+        )
     place = local_device(device)
     try:
         if torch.device(place).type == "meta":

@@ -1234,6 +1234,12 @@ class TestUsersObjects:
         with pytest.raises(RefreshError, match=f"cannot use device '{device}'"):
             refresh_checkpoint(path, tmp_path / "o.pt", **wrong)
 
+    def test_a_model_without_values_is_an_error(self, net, tmp_path):
+        path = save(net.state_dict(), tmp_path / "a.pt")
+        empty = options() | {"model": nn.BatchNorm1d(3, device="meta")}
+        with pytest.raises(RefreshError, match=r"has tensors on device 'meta'.*; make the model"):
+            refresh_checkpoint(path, tmp_path / "o.pt", **empty)
+
     @pytest.mark.parametrize(
         ("bad", "error"),
         [

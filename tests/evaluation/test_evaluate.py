@@ -298,6 +298,7 @@ class TestRefusals:
             ("return {'a': [1]}", "returned a list, not"),
             ("return {'path': 1.0}", "with the name 'path'"),
             ("return {3: 1.0}", "with the name 3"),
+            ("return {}", "returned a dict without metrics"),
         ],
     )
     def test_of_what_a_function_returns(self, body, message):

@@ -126,7 +126,7 @@ class TestHyperParameters:
         assert "differences (`model_arg` can give it other sizes)" in str(result.exception)
 
     def test_are_all_given_to_a_class_that_takes_any(self, lit):
-        values = {"width": 7, "depth": 2, "momentum": 0.9}
+        values = {"width": 7, "depth": 2, "momentum": 0.9, "self": 1}
         folder = save_run(lit, hyper_parameters=values, hparams_name="kwargs")
         run("bn-refresh", folder / "e1.ckpt", "--model", "lit.py:Keywords", *SPECS)
 

@@ -224,12 +224,30 @@ class TestUserCode:
                 AssertionError("targets should not be none when in training mode"),
                 "`train_mode` norm",
             ),
+            (
+                RuntimeError("mat1 and mat2 must have the same dtype, but got Float and Half"),
+                "in a function given as `forward`",
+            ),
+            (
+                RuntimeError("Input type (float) and bias type (c10::Half) should be the same"),
+                "in a function given as `forward`",
+            ),
+            (
+                AttributeError("'NoneType' object has no attribute 'world_size'"),
+                "there is no Trainer here",
+            ),
+            (RuntimeError("Net is not attached to a `Trainer`."), "there is no Trainer here"),
         ],
         ids=lambda value: type(value).__name__,
     )
     def test_says_what_to_do(self, error, remedy):
         with pytest.raises(UserCodeError, match=remedy), user_code("importing it"):
             raise error
+
+    def test_makes_no_options_of_what_the_user_quotes(self):
+        expected = pytest.raises(UserCodeError, match=r"raised ValueError: pass 'labels'$")
+        with expected, user_code("it"):
+            raise ValueError("pass `labels`")
 
     def test_quotes_the_last_line_of_a_worker(self):
         quoted = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent "

@@ -15,6 +15,7 @@ ckptavg evaluate ckpts/step_800.pt --key generator --metric spectral_gan.py:ener
     --model spectral_gan.py:make_generator --loader spectral_gan.py:held_out
 ckptavg evaluate swa.safetensors refreshed.safetensors --metric spectral_gan.py:energy_distance \
     --model spectral_gan.py:make_generator --loader spectral_gan.py:held_out
+ckptavg average ckpts -o gan.pt --key generator --key discriminator --last 8
 """
 
 

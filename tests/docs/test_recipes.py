@@ -97,6 +97,10 @@ def test_spectral_gan(recipe_here):
     before, after = (states[name] for name in AVERAGES)
     steps = [f"step_{step}.pt" for step in range(450, 801, 50)]
     assert_average(before, steps, "generator")
+    both = torch.load("gan.pt")
+    for key in ("generator", "discriminator"):
+        assert_average(both[key], steps, key)
+    module.make_discriminator().load_state_dict(both["discriminator"], strict=True)
     model = module.make_generator()
     passes = [lambda model, x=noise: model(x) for noise in module.noise_loader()]
     assert_statistics(after, before, model, {"1", "4"}, passes)
@@ -117,8 +121,27 @@ def test_spectral_gan(recipe_here):
     assert_metrics(printed, states, measure)
 
 
+def test_vocabulary(recipe_here):
+    module, printed = recipe_here("vocabulary")
+    epochs = [torch.load(f"ckpts/epoch_{epoch}.pt")["model"] for epoch in range(2, 8)]
+    assert ["inv_freq" in epoch for epoch in epochs] == [True] + [False] * 5
+    assert [len(epoch["embed.weight"]) for epoch in epochs] == [10] + [12] * 5
+    states = {"epoch_7.pt": epochs[-1], "swa.safetensors": load_file("swa.safetensors")}
+    average = states["swa.safetensors"]
+    assert average.keys() == epochs[-1].keys()
+    for name, value in average.items():
+        wanted = [epoch[name] for epoch in (epochs[-1:] if "embed" in name else epochs)]
+        assert torch.equal(value, naive_mean(wanted)), name
+    model, batches = module.Net(), list(module.held_out())
+
+    def measure(state: StateDict) -> dict[str, float]:
+        return {"accuracy": naive_metrics(model, state, batches)["accuracy"]}
+
+    assert_metrics(printed, states, measure)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["segmentation", "frozen_backbone", "spectral_gan"])
+@pytest.mark.parametrize("name", ["segmentation", "frozen_backbone", "spectral_gan", "vocabulary"])
 def test_in_processes_of_their_own(name, recipe, recipe_here):
     _, printed = recipe(name)
     for path in Path().iterdir():

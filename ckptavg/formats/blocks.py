@@ -153,14 +153,19 @@ def join(
 
     The first part has them by width of the element type, as outputs have them, and then by name:
     their order in the files changes with the ranks. So neighbours are the same in all checkpoints
-    of a run, and averaged together.
+    of a run, and averaged together. Tensors of the same pieces are one, under several names.
     """
     names = sorted(pieces, key=lambda name: (-pieces[name].dtype.bits, name))
     blocks = Blocks(path, [pieces[name] for name in names])
     parts: tuple[Part, ...] = (blocks, *files)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    first_names: dict[object, str] = {}
     for name, offset in zip(names, blocks.offsets, strict=True):
         tensor = pieces[name]
+        first = first_names.setdefault((tensor.dtype, tensor.shape, *tensor.boxes), name)
+        if first != name and tensor.boxes:
+            tensors[name] = tensors[first]
+            continue
         tensors[name] = Tensor(tensor.dtype, tensor.shape, 0, offset)
         if len(tensor.boxes) == 1 and tensor.boxes[0].tensor.strides is not None:
             # Strided tensors are read whole; in chunks, each would read nearly all of it again.

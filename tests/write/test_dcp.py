@@ -285,6 +285,10 @@ class TestTensors:
         summary = ckptavg.convert(tmp_path / "a.pt", tmp_path / "out", format="dcp")
         assert summary.bytes_written < 1.2 * shared.nbytes
         assert_holds(unpacked(tmp_path / "out"), {"embed": shared, "head": shared})
+        ckptavg.convert(tmp_path / "out", tmp_path / "b.pt")
+        again = torch.load(tmp_path / "b.pt")
+        assert again["embed"].data_ptr() == again["head"].data_ptr()
+        assert same_bits(again["head"], shared)
         with pytest.raises(OutputError, match="no aliases to drop"):
             ckptavg.convert(tmp_path / "a.pt", tmp_path / "o", format="dcp", drop_aliases=True)
 

@@ -806,7 +806,7 @@ class TestOutput:
     )
     def test_an_unknown_ending_is_an_error_that_names_a_better_one(self, tmp_path, name, better):
         save_run(tmp_path / "run", random_state_dicts(2))
-        with pytest.raises(OutputError, match=f"cannot tell a container.* name it {tmp_path}/"):
+        with pytest.raises(OutputError, match=f"stands for no format.* name it {tmp_path}/"):
             ckptavg.average(tmp_path / "run", tmp_path / name)
         with pytest.raises(OutputError, match=re.escape(f"/{better};")):
             ckptavg.average(tmp_path / "run", tmp_path / name)

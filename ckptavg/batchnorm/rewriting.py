@@ -159,16 +159,18 @@ def _name_in_checkpoint(layer: str, loaded: Loaded) -> str:
 
 def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> None:
     if checkpoint.provenance is None and not allowed:
-        what = "is the checkpoint itself" if named else "is not of our making"
+        what = "is the checkpoint itself" if named else "was not made by ckptavg"
         raise OutputError(
-            what, path=checkpoint.path, remedy="write another file with -o, or allow --in-place"
+            what,
+            path=checkpoint.path,
+            remedy="write another file with `output`, or replace it with `in_place`",
         )
     if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
         raise OutputError(
-            "is a directory that has more than weights, or has them in no safetensors files: it is "
-            "not written in place",
+            "is a directory that holds more than weights, or not in safetensors files: it cannot "
+            "be replaced",
             path=checkpoint.path,
-            remedy="write another output with -o",
+            remedy="write another directory with `output`",
         )
 
 
@@ -195,7 +197,7 @@ def _check_same_kind(checkpoint: Checkpoint, target: Destination) -> None:
     kind = {"huggingface": "directory"}.get(checkpoint.container, checkpoint.container)
     if target.kind not in ("container", kind):
         raise OutputError(
-            f"is a {checkpoint.container} file by its content, and would become another in place",
+            f"is a {checkpoint.container} file by its content, and its name is another format's",
             path=checkpoint.path,
-            remedy="write another file with -o",
+            remedy="write another file with `output`",
         )

@@ -143,49 +143,49 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
     rules, key = options.select, options.key
     with said_once():
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
-        taken = chosen(select(run, rules))
-        steps = [verdict.step for verdict in taken]
+        verdicts = chosen(select(run, rules))
+        steps = [verdict.step for verdict in verdicts]
         if None in steps:
-            taken, steps = _as_named(run, taken)
-        checkpoints = [verdict.checkpoint for verdict in taken]
+            verdicts, steps = _as_named(run, verdicts)
+        checkpoints = [verdict.checkpoint for verdict in verdicts]
         evaluator = Evaluator(options, checkpoints)
         evaluator.compare(checkpoints)
-        found = []
+        evaluations = []
         for checkpoint, step in zip(checkpoints, steps, strict=True):
             metrics = evaluator(open_checkpoint(checkpoint.path, key=key))
-            found.append(Evaluation(checkpoint.name, str(checkpoint.path), step, metrics))
+            evaluations.append(Evaluation(checkpoint.name, str(checkpoint.path), step, metrics))
             if options.progress is not None:
-                options.progress(1, len(taken))
-    return found
+                options.progress(1, len(verdicts))
+    return evaluations
 
 
-def _as_named(run: Run, taken: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:
+def _as_named(run: Run, verdicts: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:
     """Verdicts in the order of the inputs, and the steps of those that are no averages of ours.
 
     What is in one directory is in the order of training.
     """
     inputs = {each.path: each.folder or each.path for each in run.candidates}
     places = {path: number for number, path in enumerate(dict.fromkeys(inputs.values()))}
-    trained = [each.checkpoint for each in taken if not each.checkpoint.is_average]
+    trained = [each.checkpoint for each in verdicts if not each.checkpoint.is_average]
     steps = dict(zip(trained, timeline(trained).steps, strict=False))
 
     def place(verdict: Verdict) -> tuple[int, int]:
         checkpoint = verdict.checkpoint
         return places[inputs[checkpoint.path]], steps.get(checkpoint, 0)
 
-    ordered = sorted(taken, key=place)
+    ordered = sorted(verdicts, key=place)
     return ordered, [steps.get(verdict.checkpoint) for verdict in ordered]
 
 
 def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
     """The best for each metric of which it is certain whether it should be low or high."""
-    found = {}
-    for name in dict.fromkeys(name for one in evaluations for name in one.metrics):
+    best = {}
+    for name in dict.fromkeys(name for each in evaluations for name in each.metrics):
         mode = mode_of(name)
-        values = [one.metrics.get(name) for one in evaluations]
+        values = [each.metrics.get(name) for each in evaluations]
         if mode is not None and (indices := indices_of_best(values, 1, mode)):
-            found[name] = evaluations[indices[0]]
-    return found
+            best[name] = evaluations[indices[0]]
+    return best
 
 
 @contextlib.contextmanager
@@ -321,14 +321,14 @@ class Evaluator:
             CkptAvgError: it is what the last checkpoint has used up.
         """
         self._random.restore()
-        made = make_batches(spec, arguments, is_training=is_training)
-        if isinstance(made, Iterator) and any(made is used for used in self._used):
+        batches = make_batches(spec, arguments, is_training=is_training)
+        if isinstance(batches, Iterator) and any(batches is used for used in self._used):
             raise CkptAvgError(
                 f"{name_of(spec)} can be gone through only once, and is needed for each checkpoint",
                 remedy="name a callable that makes it anew",
             )
-        self._used.append(made)
-        return made
+        self._used.append(batches)
+        return batches
 
 
 def _passing_buffers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:

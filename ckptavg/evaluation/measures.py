@@ -45,22 +45,22 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
     if metric in BUILT_IN:
 
         def measure(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-            found, misfit = classification(model, batches, forward)
+            metrics, misfit = classification(model, batches, forward)
             if misfit is not None and metric == "accuracy":
                 raise misfit
             if misfit is not None and metric is None:
                 log.info("there is no accuracy: %s", misfit.message)
-            return {name: value for name, value in found.items() if metric in (None, name)}
+            return {name: value for name, value in metrics.items() if metric in (None, name)}
 
         return measure
-    own = load_object(metric)
-    if not callable(own):
-        raise CkptAvgError(f"{name_of(metric)} is a {type(own).__name__}, not a function")
+    function = load_object(metric)
+    if not callable(function):
+        raise CkptAvgError(f"{name_of(metric)} is a {type(function).__name__}, not a function")
     own_name = metric_name(metric)
 
     def call(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         with user_code(name_of(metric)):
-            returned = own(model, batches)
+            returned = function(model, batches)
         named = dict(returned) if isinstance(returned, Mapping) else {own_name: returned}
         if not named:
             raise CkptAvgError(f"{name_of(metric)} returned a dict without metrics")

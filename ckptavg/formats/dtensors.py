@@ -136,9 +136,9 @@ def _mesh_sizes(mesh: Mapping[str, object]) -> tuple[int, ...] | None:
             shapes = list(shape[:_MOST_DIMENSIONS]) if isinstance(shape, tuple) else [shape]
         case _:
             return None
-    found = [_numbers(each if isinstance(each, tuple) else (each,)) for each in shapes]
-    known = [math.prod(each) for each in found if each is not None]
-    return tuple(known) if len(known) == len(found) else None
+    numbers = [_numbers(each if isinstance(each, tuple) else (each,)) for each in shapes]
+    known = [math.prod(each) for each in numbers if each is not None]
+    return tuple(known) if len(known) == len(numbers) else None
 
 
 def _sharded_tensor(arguments: object, state: object) -> Described:

@@ -195,12 +195,14 @@ def joined_settings(
     files: dict[str, bytes] = {}
     settings: dict[str, Any] = {}
     for config in configs:
-        own = {
+        in_component = {
             module.removeprefix(config.component).removeprefix(_WRAPPER): rank
             for module, rank in ranks.items()
             if module.startswith(config.component)
         }
-        content = {**config.content, **_joined_ranks(own)} if own else config.content
+        content = (
+            {**config.content, **_joined_ranks(in_component)} if in_component else config.content
+        )
         if config.component:
             settings |= {config.component + name: value for name, value in content.items()}
         else:

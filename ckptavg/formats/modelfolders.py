@@ -177,8 +177,8 @@ def check_weights(file: Path) -> None:
 
 
 def _variant(name: str) -> str:
-    found = re.search(rf"\.{_VARIANT}\.", name)
-    return found[1] if found else ""
+    match = re.search(rf"\.{_VARIANT}\.", name)
+    return match[1] if match else ""
 
 
 def output_stem(name: str, prefix: str = "") -> str:

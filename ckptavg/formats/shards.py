@@ -37,14 +37,14 @@ def matches(path: Path) -> bool:
 
 def shard_files(path: Path) -> dict[Path, ShardName]:
     """The files of all ranks, and the numbers in their names, in the order of these."""
-    found: dict[Path, ShardName] = {}
+    files: dict[Path, ShardName] = {}
     for folder in (path, path / _FOLDER):
-        if not found and folder.is_dir():
+        if not files and folder.is_dir():
             for entry in folder.iterdir():
                 if name := parse_shard_name(entry.name):
-                    found[entry] = name
-    order = sorted(found, key=lambda entry: (found[entry].rank, found[entry].model, entry.name))
-    return {entry: found[entry] for entry in order}
+                    files[entry] = name
+    order = sorted(files, key=lambda entry: (files[entry].rank, files[entry].model, entry.name))
+    return {entry: files[entry] for entry in order}
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:

@@ -131,7 +131,7 @@ class Explorer:
         left = [name for number, name in own.items() if number not in first_names]
         if left:
             log.warning(
-                "not moved, since no floating tensor of the checkpoint is it: %s",
+                "not moved, since the checkpoint has no floating tensor of that name: %s",
                 listed(left),
             )
         return list(first_names.values()), aliases

@@ -92,8 +92,8 @@ class Space:
 
     def place(self, checkpoint: int, direction: int | None = None, distance: float = 0.0) -> Place:
         """The place of a checkpoint, or the one at a distance from it."""
-        own = (float(checkpoint == other) for other in range(len(self._checkpoints)))
-        return Place(tuple(own), direction if distance else None, distance)
+        factors = (float(checkpoint == other) for other in range(len(self._checkpoints)))
+        return Place(tuple(factors), direction if distance else None, distance)
 
     def at(self, place: Place) -> Checkpoint:
         """The weights at a place, as something like a checkpoint: read one by one, never kept.
@@ -115,7 +115,7 @@ class Space:
             largest = int(np.argmax(place.coefficients))
             return self._checkpoints[largest].read(name)
         pairs = zip(place.coefficients, self._checkpoints, strict=True)
-        terms = [(factor, one.read(name).reshape(-1)) for factor, one in pairs if factor]
+        terms = [(factor, each.read(name).reshape(-1)) for factor, each in pairs if factor]
         steps = self._steps(place, name)
         dtype, done = self._out_dtype(name), 0
         out = np.empty(tensor.count, dtype.numpy)
@@ -137,7 +137,7 @@ class Space:
 
     def _out_dtype(self, name: str) -> DType:
         """The widest of the checkpoints' dtypes, of floats float32 at least."""
-        dtypes = [one.tensors[name].dtype for one in self._checkpoints]
+        dtypes = [each.tensors[name].dtype for each in self._checkpoints]
         widest = max(dtypes, key=lambda dtype: (dtype.kind == "complex", dtype.bits))
         narrow = widest.kind == "float" and widest.bits < _BITS
         return BY_NAME["float32"] if narrow else widest
@@ -145,13 +145,13 @@ class Space:
     def _drawn(self, direction: int, name: str) -> Iterator[AnyArray]:
         """A direction's normally distributed numbers in one parameter, the same every time."""
         seed = np.random.SeedSequence([self._seed, direction, self._numbers[name]])
-        made, tensor = np.random.default_rng(seed), self._checkpoints[0].tensors[name]
+        generator, tensor = np.random.default_rng(seed), self._checkpoints[0].tensors[name]
         for start in range(0, tensor.count, _CHUNK):
             count = min(_CHUNK, tensor.count - start)
             if tensor.dtype.kind == "complex":
-                yield made.standard_normal(2 * count).view(np.complex128)
+                yield generator.standard_normal(2 * count).view(np.complex128)
             else:
-                yield made.standard_normal(count)
+                yield generator.standard_normal(count)
 
     def _norm(self, direction: int) -> float:
         if direction not in self._norms:
@@ -186,9 +186,9 @@ class Space:
     def _real(self, checkpoints: Sequence[Checkpoint]) -> Iterator[list[Floats]]:
         """The checkpoints' parameters as real numbers, some at a time, `[numbers]` each."""
         for name in self._parameters:
-            read = [one.read(name).reshape(-1) for one in checkpoints]
+            read = [each.read(name).reshape(-1) for each in checkpoints]
             for start in range(0, read[0].size, _CHUNK):
-                yield [_wide(one[start : start + _CHUNK]).view(np.float64) for one in read]
+                yield [_wide(each[start : start + _CHUNK]).view(np.float64) for each in read]
 
 
 def _square(values: AnyArray) -> float:

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     raise CkptAvgError(
         f"plots need matplotlib, which cannot be imported: {error}",
-        remedy="pip install 'ckptavg[plots]', or --no-plots",
+        remedy="pip install 'ckptavg[plots]', or do without them with `plots=False`",
     ) from error
 
 if TYPE_CHECKING:

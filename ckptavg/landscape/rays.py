@@ -109,14 +109,16 @@ def _distances(space: Space, count: int) -> list[float]:
     farthest = 2 * space.apart if space.apart else _BY_ITSELF * space.norm()
     if not 0 < farthest < math.inf:
         raise SelectionError(
-            f"how far to go is not known: the parameters are {farthest:g} apart, or long",
-            remedy="say it with `distances`",
+            f"the distances are unknown: twice that of the parameters is {farthest:g}",
+            remedy="set them with `distances`",
         )
     return [*map(float, np.linspace(0.0, farthest, count))]
 
 
 def _check(distances: Sequence[float]) -> None:
-    if distances[0] != 0 or not all(0 <= one < math.inf for one in distances):
-        raise SelectionError("distances begin with 0, the weights themselves, and are positive")
+    if distances[0] != 0 or not all(0 <= each < math.inf for each in distances):
+        raise SelectionError(
+            "`distances` must begin with 0, the weights themselves, and be positive"
+        )
     if len(set(distances)) < len(distances) or list(distances) != sorted(distances):
-        raise SelectionError("distances increase")
+        raise SelectionError("`distances` must increase")

@@ -105,15 +105,15 @@ def make_model(
         RefreshError: it is no model, or does not go there.
         UserCodeError: the callable raised.
     """
-    made = load_object(spec)
-    if isinstance(made, torch.nn.Module):
+    model = load_object(spec)
+    if isinstance(model, torch.nn.Module):
         _refuse_arguments(spec, arguments)
-    elif callable(made):
-        arguments = complete_arguments(made, arguments, checkpoints)
+    elif callable(model):
+        arguments = complete_arguments(model, arguments, checkpoints)
         with user_code(name_of(spec)):
-            made = made(**arguments)
-    made = _network_of(made, name_of(spec))
-    if any(tensor.is_meta for tensor in itertools.chain(made.parameters(), made.buffers())):
+            model = model(**arguments)
+    model = _network_of(model, name_of(spec))
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise RefreshError(
             f"{name_of(spec)} has tensors on device 'meta', which hold no values",
             remedy="make the model on the CPU",
@@ -122,28 +122,28 @@ def make_model(
     try:
         if torch.device(place).type == "meta":
             raise RefreshError("on device 'meta' nothing is computed")
-        return made.to(place)
+        return model.to(place)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
 
 
-def _network_of(made: object, name: str) -> torch.nn.Module:
+def _network_of(value: object, name: str) -> torch.nn.Module:
     """A network; what trains one, as a `Trainer`, a `Learner` or a `YOLO`, has it as `model`.
 
     Raises:
         RefreshError: there is none.
     """
-    if isinstance(made, torch.nn.Module) and not is_trainer(made):
-        return made
+    if isinstance(value, torch.nn.Module) and not is_trainer(value):
+        return value
     for attribute in ("model", "module_"):  # of most; of skorch
-        inner = attribute_of(made, attribute)
+        inner = attribute_of(value, attribute)
         if isinstance(inner, torch.nn.Module):
-            log.info("%s is a %s: took its attribute '%s'", name, type(made).__name__, attribute)
+            log.info("%s is a %s: took its attribute '%s'", name, type(value).__name__, attribute)
             return inner
-    if isinstance(made, torch.nn.Module):
-        return made
+    if isinstance(value, torch.nn.Module):
+        return value
     raise RefreshError(
-        f"{name} is a {type(made).__name__}, not a torch.nn.Module",
+        f"{name} is a {type(value).__name__}, not a torch.nn.Module",
         remedy="name the network, or a function that returns it",
     )
 
@@ -160,38 +160,38 @@ def make_batches(spec: Loader, arguments: Mapping[str, Any], *, is_training: boo
         RefreshError: it is no iterable.
         UserCodeError: the callable raised.
     """
-    made: Any = load_object(spec)
-    if hasattr(made, "__iter__") and not isinstance(made, type):
+    value: Any = load_object(spec)
+    if hasattr(value, "__iter__") and not isinstance(value, type):
         _refuse_arguments(spec, arguments)
-    elif callable(made):
+    elif callable(value):
         with user_code(name_of(spec)):
-            made = made(**arguments)
+            value = value(**arguments)
     stage, method = ("fit", "train_dataloader") if is_training else ("validate", "val_dataloader")
-    if callable(getattr(made, method, None)):
+    if callable(getattr(value, method, None)):
         with user_code(f"{name_of(spec)}.{method}()"):
-            made.prepare_data()
-            made.setup(stage)
-            made = _only_loader(getattr(made, method)(), f"{name_of(spec)}.{method}()")
-    if not hasattr(made, "__iter__") or isinstance(made, type):
+            value.prepare_data()
+            value.setup(stage)
+            value = _only_loader(getattr(value, method)(), f"{name_of(spec)}.{method}()")
+    if not hasattr(value, "__iter__") or isinstance(value, type):
         raise RefreshError(
-            f"{name_of(spec)} is a {type(made).__name__}, which gives no batches",
+            f"{name_of(spec)} is a {type(value).__name__}, which gives no batches",
             remedy="let it be an iterable of batches, such as a DataLoader, or return one",
         )
-    batches: Iterable[Any] = made
+    batches: Iterable[Any] = value
     return batches
 
 
-def _only_loader(made: Any, what: str) -> Any:  # noqa: ANN401 - the user's own
+def _only_loader(returned: Any, what: str) -> Any:  # noqa: ANN401 - the user's own
     """What a data module returns; of a collection its only loader.
 
     Raises:
         RefreshError: there are several.
     """
-    loaders = list(made.values()) if isinstance(made, Mapping) else made
+    loaders = list(returned.values()) if isinstance(returned, Mapping) else returned
     if not isinstance(loaders, list | tuple) or not any(
         isinstance(each, DataLoader) for each in loaders
     ):
-        return made
+        return returned
     if len(loaders) > 1:
         raise RefreshError(
             f"{what} returns {len(loaders)} loaders",

@@ -121,6 +121,8 @@ def remedy_without_order(checkpoints: Sequence[Checkpoint]) -> str:
     without = [
         each.name for each in checkpoints if not each.step and not parse_name(each.name).numbers
     ]
+    if len(without) == len(checkpoints):
+        return "no step is recorded, and none is in the names: choose with `include`"
     if without:
         return f"leave out {listed(without)}: no step is recorded, and none is in the name"
     if is_one_series(names):

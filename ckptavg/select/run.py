@@ -212,7 +212,7 @@ def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
-            "took %s; there is also %s, which `key` chooses",
+            "read %s; there is also %s, which `key` chooses",
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
             ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
         )

@@ -51,18 +51,17 @@ def lay_out_dcp(
     Args:
         path: the output.
         tensors: in the order of their items. Tied tensors are one item with several names.
-        metadata: strings; the directory has no place for any but the provenance.
-        last: the checkpoint that has the places of the entries in the nested state dict, entries
-            that are no tensors, and files that come along.
-        max_shard_size: bytes of tensors in a file; None for one file.
+        metadata: strings, of which only the provenance is written: there is no place for others.
+        last: the last checkpoint. It has the places of entries in the nested state dict, the
+            entries that are not tensors, and files that come along.
+        max_shard_size: most bytes of tensors in a file; None for one file.
     """
     pickles = pickle_entries(last.other_entries, {})
     mention_left_out(name for name in last.other_entries if name not in pickles)
     mention_kept(last, pickles)
     if last.container == "dcp" and last.other_content:
         log.info(
-            "the output has weights alone: what else %s holds, such as an optimizer's state, is "
-            "not in it",
+            "only the weights are written, not what else %s holds, such as an optimizer's state",
             printable(last.name),
         )
     files: dict[str, FileLayout] = {}
@@ -98,10 +97,10 @@ def _entry(name: str, last: Checkpoint, tensor: OutputTensor | None, item: Item)
 
 
 class _Items:
-    """A `.distcp` file: zips, one behind the other.
+    """A `.distcp` file: zips, one after the other.
 
     Args:
-        name: of the file.
+        name: the name of the file.
 
     Attributes:
         size: bytes of the file so far.
@@ -126,7 +125,7 @@ class _Items:
             start, nbytes = archive.reserve("data/0", tensor.nbytes), tensor.nbytes
         archive.add("version", b"3\n")
         archive.finish()
-        # What lies before the tensor, and what lies behind it, are each written at once.
+        # The bytes before the tensor are written at once, and so are those behind it.
         before = b"".join(blob for offset, blob in archive.blobs if offset < start)
         behind = b"".join(blob for offset, blob in archive.blobs if offset >= start)
         begin = self.size
@@ -139,5 +138,5 @@ class _Items:
         return Item(self.name, begin, archive.end), begin + start
 
     def layout(self) -> FileLayout:
-        """What the file has beside its tensors."""
+        """The layout of the file."""
         return FileLayout(self.size, tuple(self._blobs), tuple(self._checksums))

@@ -113,7 +113,7 @@ def _kind(
         alike = difflib.get_close_matches(path.suffix.lower(), SUFFIXES, 1) or [_SAFETENSORS]
         better = path.with_suffix(alike[0]) if path.suffix else Path(f"{path}{_SAFETENSORS}")
         raise OutputError(
-            f"cannot tell a container from the ending {path.suffix!r}",
+            f"the ending {path.suffix!r} stands for no format",
             path=path,
             remedy=f"name it {printable(better)}; {' '.join(_TORCH)} stand for a torch file, and a "
             "slash at the end for a directory",

@@ -114,10 +114,10 @@ def _pickle_models(values: Mapping[str, bytes], last: Checkpoint) -> bytes:
 def mention_kept(last: Checkpoint, names: Iterable[str]) -> None:
     """Report the entries that an output has as the last checkpoint has them."""
     if shown := listed(names):
-        log.info("what is no tensor is as in %s: %s", printable(last.name), shown)
+        log.info("entries that are not tensors are those of %s: %s", printable(last.name), shown)
 
 
 def mention_left_out(names: Iterable[str]) -> None:
     """Report the entries of a state dict that an output has no place for."""
     if shown := ", ".join(map(printable, names)):
-        log.info("left out what is no tensor: %s", shown)
+        log.info("left out entries that are not tensors: %s", shown)

@@ -671,9 +671,9 @@ class TestWhereItGoes:
     def test_anybody_elses_is_not_unless_he_says_so(self, name, net, tmp_path):
         path = save(net.state_dict(), tmp_path / name)
         before = path.read_bytes()
-        with pytest.raises(OutputError, match=r"is not of our making; .*-o.*--in-place"):
+        with pytest.raises(OutputError, match=r"was not made by ckptavg; .*`output`.*`in_place`"):
             refresh_checkpoint(path, None, **options())
-        with pytest.raises(OutputError, match=r"is the checkpoint itself; .*--in-place"):
+        with pytest.raises(OutputError, match=r"is the checkpoint itself; .*`in_place`"):
             refresh_checkpoint(path, path, **options(), force=True)
         os.link(path, tmp_path / f"link_{name}")
         with pytest.raises(OutputError, match="is the checkpoint itself"):
@@ -681,7 +681,7 @@ class TestWhereItGoes:
         assert path.read_bytes() == before
         refresh_checkpoint(path, None, **options(), in_place=True)
         assert provenance(path)["norm_stats"]["state"] == "refreshed"
-        # Now it is of our making.
+        # Now ckptavg made it.
         refresh_checkpoint(path, None, **options())
 
     def test_what_a_link_leads_to_is_refreshed_in_place(self, net, tmp_path):
@@ -703,7 +703,7 @@ class TestWhereItGoes:
     def test_a_training_container_stays_one_in_place(self, net, tmp_path):
         path = self.container(net, tmp_path)
         before = torch.load(path, weights_only=False)
-        with pytest.raises(OutputError, match=r"run\.ckpt: .*-o"):
+        with pytest.raises(OutputError, match=r"run\.ckpt: .*`output`"):
             refresh_checkpoint(path, None, **options())
         refresh_checkpoint(path, None, **options(), in_place=True)
         after = torch.load(path, weights_only=False)
@@ -809,7 +809,7 @@ class TestWhereItGoes:
         before = contents(folder)
         for output in (None, folder):
             with pytest.raises(
-                OutputError, match="has more than weights, or has them in no safetensors files"
+                OutputError, match="holds more than weights, or not in safetensors files"
             ):
                 refresh_checkpoint(folder, output, **options("train.py:raising"), in_place=True)
         assert contents(folder) == before
@@ -1043,7 +1043,7 @@ class TestLinks:
 
     def test_are_written_through_in_place(self, checkpoint):
         path, link = checkpoint
-        with pytest.raises(OutputError, match="is not of our making"):
+        with pytest.raises(OutputError, match="was not made by ckptavg"):
             refresh_checkpoint(link, None, **options())
         with pytest.raises(OutputError, match="is the checkpoint itself"):
             refresh_checkpoint(link, path, **options(), force=True)
@@ -1337,7 +1337,7 @@ class TestAverageAndRefresh:
             ("ckpts/", {}, "is the directory of the checkpoints"),
             ("ours.safetensors", {"force": False}, "exists already"),
             ("absent/o.pt", {}, "there is no directory"),
-            ("o.npz", {}, "cannot tell a container"),
+            ("o.npz", {}, "stands for no format"),
             ("o.pt", {"max_shard_size": 500}, "shards need a directory"),
             ("full/", {}, r"holds what the output would not bring \(mine\)"),
             ("o.pt", {"expect": 3}, "expected 3 checkpoints"),

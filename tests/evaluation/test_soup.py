@@ -313,7 +313,7 @@ class TestOutput:
     @pytest.mark.parametrize(
         ("output", "message"),
         [
-            ("soup.txt", "cannot tell a container"),
+            ("soup.txt", "stands for no format"),
             ("no/soup.pt", "there is no directory"),
             ("run/step_2.pt", "is itself one of the checkpoints"),
         ],

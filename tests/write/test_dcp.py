@@ -119,8 +119,10 @@ class TestWhatTorchWrites:
         save_dcp({"model": {"w": torch.ones(2), **kept, **lost}}, tmp_path / "in")
         code, _, said = outcome("convert", tmp_path / "in", "-o", tmp_path / "o", "--format", "dcp")
         assert code == 0
-        assert "what is no tensor is as in in: a._extra_state, b._extra_state" in said
-        assert "left out what is no tensor: c._extra_state" in said
+        assert (
+            "entries that are not tensors are those of in: a._extra_state, b._extra_state" in said
+        )
+        assert "left out entries that are not tensors: c._extra_state" in said
         ours, its = metadata_of(tmp_path / "o"), metadata_of(tmp_path / "in")
         del its.state_dict_metadata["model.c._extra_state"]
         assert ours.state_dict_metadata == its.state_dict_metadata
@@ -403,7 +405,7 @@ class TestPublication:
     def test_says_what_is_not_written(self, tmp_path, notices):
         save_states(tmp_path / "run", random_state_dicts(2))
         ckptavg.average(tmp_path / "run", tmp_path / "out", format="dcp")
-        assert "the output has weights alone: what else 1 holds" in notices.text
+        assert "only the weights are written, not what else 1 holds" in notices.text
 
     def test_a_dry_run_writes_nothing(self, tmp_path):
         save_run(tmp_path / "run", random_state_dicts(2))

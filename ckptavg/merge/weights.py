@@ -211,7 +211,8 @@ def explicit(values: Sequence[float], count: int, *, normalize: bool = True) -> 
     except (TypeError, ValueError, OverflowError) as error:
         raise SelectionError(f"weights must be numbers: {error}") from error
     if len(numbers) != count:
-        raise SelectionError(f"{len(numbers)} weights for {count} checkpoints")
+        what = f"{len(numbers)} weights for {count} checkpoints"
+        raise SelectionError(what, remedy="give a weight for each checkpoint, in their order")
     return _checked(numbers, normalize=normalize)
 
 

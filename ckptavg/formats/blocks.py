@@ -99,7 +99,7 @@ class Pieces:
             first, out = first + len(part), out[len(part) :]
 
     def _fill_rows(self, index: Index, boxes: Sequence[Box], first: int, out: memoryview) -> None:
-        """Fill `out` with whole rows from `first` below an index, each box with its own."""
+        """Fill `out` with complete rows from `first` below an index; each box fills its part."""
         axis, row = len(index), self._nbytes_below(len(index) + 1)
         last, rest = first + len(out) // row, self.shape[axis + 1 :]
         for box in boxes:
@@ -175,14 +175,14 @@ def join(
 
 
 class Misfit(NamedTuple):
-    """What keeps pieces from making up a tensor, and the number of the piece that is wrong."""
+    """Why pieces do not make up a tensor, and the number of the piece that is wrong."""
 
     message: str
     number: int | None = None
 
 
 def misfit(shape: tuple[int, ...], regions: Sequence[Region]) -> Misfit | None:
-    """What keeps pieces, none of them empty, from making up a tensor; None where they do."""
+    """Why pieces, none of them empty, do not make up a tensor; None if they do."""
     for number, (corner, sizes) in enumerate(regions):
         if not (len(corner) == len(sizes) == len(shape)) or any(
             first + size > whole for first, size, whole in zip(corner, sizes, shape, strict=True)

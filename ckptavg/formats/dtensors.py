@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor that `torch.distributed` spread over ranks, by its pickle.
+"""Find the piece of a tensor that a rank holds, from the pickle that the rank saved.
 
 A DTensor has a mesh of ranks, and a placement for each dimension of the mesh. The ShardedTensor of
 FSDP's first version has the places of its pieces. Both are placeholders here, with their states.
@@ -62,7 +62,7 @@ def _placed(
     mesh: Mapping[str, object],
     placements: Sequence[object],
 ) -> Described:
-    """Find a rank's piece, as its coordinate in the mesh and the placements tell."""
+    """Find a rank's piece from its coordinate in the mesh and the placements."""
     sizes = _mesh_sizes(mesh)
     coordinate = mesh.get("_coordinate_on_dim")
     if sizes is None or len(sizes) != len(placements):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ADAPTERS = ("adapter_model", "pytorch_lora_weights")
-"""What the names of adapters begin with that PEFT and diffusers write; neither reads shards."""
+"""Prefixes of the files of adapters that PEFT and diffusers write; neither reads shards."""
 
 _INDEX = ".index.json"
 
@@ -130,7 +130,7 @@ def model_folders(path: Path) -> list[str]:
 
 
 def _folder_and_below(path: Path, name: str) -> Iterator[str]:
-    """A folder and all folders in it, by their names below a path; nothing if it is none."""
+    """A folder and all folders in it, by their names below a path; empty if it is not a folder."""
     if (path / name).is_dir():
         yield name
         for inner in sorted((path / name).iterdir(), key=lambda inner: inner.name):

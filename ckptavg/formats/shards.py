@@ -115,7 +115,7 @@ def _check_names(files: Mapping[Path, ShardName]) -> bool:
 
 
 def _first_missing(start: int, numbers: Iterable[int]) -> int:
-    """The first number, counted from `start`, that is not among others."""
+    """The first number from `start` on that is not among others."""
     present = set(numbers)
     return next(number for number in itertools.count(start) if number not in present)
 

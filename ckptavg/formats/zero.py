@@ -1,4 +1,4 @@
-"""Read what DeepSpeed's ZeRO stage 3 spread over the files of all ranks.
+"""Read the weights that DeepSpeed's ZeRO stage 3 spread over the files of all ranks.
 
 Each rank has an equal part of every tensor's elements. Those of trained parameters are float32 and
 lie one after the other in `*_optim_states.pt`. Fragments of frozen ones, the shapes, and buffers
@@ -159,7 +159,7 @@ class _Rank:
             yield name, shape
 
     def frozen(self, names: Iterable[str]) -> dict[str, _Flat]:
-        """What the rank has of frozen parameters."""
+        """The rank's elements of frozen parameters."""
         fragments = self.mapping("frozen_param_fragments")
         for name in names:
             if name not in fragments:
@@ -168,7 +168,7 @@ class _Rank:
         return {name: _Flat(self.model.file, [tensor]) for name, tensor in located.items()}
 
     def trained(self, ranks: int) -> _Flat:
-        """What the rank has of all trained parameters."""
+        """The rank's elements of all trained parameters."""
         root: Any = self.optimizer.load()
         state = root.get("optimizer_state_dict") if isinstance(root, Mapping) else None
         match state:

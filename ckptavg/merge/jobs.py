@@ -54,7 +54,7 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """What a file has beside its tensors.
+    """The layout of a file: its size, and the bytes that stand beside its tensors.
 
     Attributes:
         size: bytes of the file, tensors included.

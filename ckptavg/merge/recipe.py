@@ -1,4 +1,4 @@
-"""What is asked of an average, its options; and its recipe, the members and their weights."""
+"""The options of an average, and its recipe: the members and their weights."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def mark_by_name(candidates: Iterable[Candidate]) -> None:
 
 
 def find_members(candidates: Sequence[Candidate]) -> CkptAvgError | None:
-    """Leave out the candidates that are no members, and return what keeps the rest from being some.
+    """Leave out the candidates that are not members, and return the error if the rest are unclear.
 
     Candidates that the user named are only left out if they are copies.
     """
@@ -82,7 +82,7 @@ def find_members(candidates: Sequence[Candidate]) -> CkptAvgError | None:
 
 
 def _set_kinds(candidates: Sequence[Candidate]) -> None:
-    """Set what words in the names say, apart from those that all names have."""
+    """Set each kind by the words in the name, apart from words that all names have."""
     words = {each: frozenset(words_in(each.name)) for each in candidates}
     common = frozenset.intersection(*words.values()) if len(words) > 1 else frozenset()
     for each in candidates:
@@ -177,12 +177,13 @@ def _without_weights(candidates: Sequence[Candidate]) -> FormatError | None:
     for each in candidates:
         if each.kind == "no weights" and parse_name(each.name).pattern in patterns:
             remedy = "leave it out with `exclude`"
-            return FormatError("holds no state dict, as others do", path=each.path, remedy=remedy)
+            what = "holds no state dict, unlike others of such a name"
+            return FormatError(what, path=each.path, remedy=remedy)
     return None
 
 
 def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
-    """The error about two members of one step."""
+    """The error about two members with the same step."""
     members = [each for each in candidates if each.is_open]
     checkpoints = [each.checkpoint for each in members if each.checkpoint is not None]
     names = [each.name for each in members]
@@ -203,7 +204,7 @@ def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
 
 
 def _log_left_out(candidates: Sequence[Candidate]) -> None:
-    """One notice for each kind of what is left out."""
+    """Log a notice for each kind of candidates that are left out."""
     copies = [f"{each.name} is {each.reason}" for each in candidates if each.kind == "copy"]
     if copies:
         log.info("%s: %s", _COUNTED_ONCE, listed(copies, _MOST_NAMES))

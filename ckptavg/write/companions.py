@@ -40,7 +40,7 @@ _CONFIGURATION = re.compile(
 
 
 def files_along(last: Checkpoint) -> dict[str, Path]:
-    """What comes along from the last checkpoint, by its name below the directory.
+    """The files that come along from the last checkpoint, by their names below the directory.
 
     Raises:
         FormatError: it is no file.
@@ -63,7 +63,7 @@ def files_along(last: Checkpoint) -> dict[str, Path]:
 
 
 def _files_in(path: Path, folder: str) -> dict[str, Path]:
-    """What comes along from a folder of a checkpoint, by its name below the checkpoint."""
+    """The files that come along from a folder of a checkpoint, by their names below that."""
     prefix = f"{folder}/" if folder else ""
     along: dict[str, Path] = {}
     for entry in _entries(path / folder if folder else path):

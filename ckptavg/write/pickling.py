@@ -168,7 +168,7 @@ class _Memo:
 
 
 def _description(tensor: OutputTensor | None, memo: _Memo) -> bytes:
-    """What torch describes an entry by: a tensor's dtype, shape and only piece."""
+    """Torch's description of an entry: a tensor's dtype, shape and only piece."""
     if tensor is None:
         return _object(memo(_global(_DCP, "BytesStorageMetadata")))
     properties = (

@@ -29,6 +29,7 @@ from ckptavg.formats.parts import absolute, as_path, is_remote
 from ckptavg.formats.statedict import ALL
 from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
+from ckptavg.merge.names import with_new_weight_norm
 from ckptavg.merge.plan import tied_names
 from ckptavg.merge.recipe import Recipe
 from ckptavg.merge.record import Record, key_of
@@ -108,9 +109,10 @@ def verify(
             "(its members are those that it records)",
             path=record.path,
         )
-    groups = tied_names(members)
+    average, *alike = with_new_weight_norm([average, *members])
+    groups = tied_names(alike)
     if record.is_copy and not (record.options.dtype or record.options.skip):
-        compared, skipped = _compare(average, members[0], groups, record)
+        compared, skipped = _compare(average, alike[0], groups, record)
     else:
         with _averaged_again(
             members, record, threads, progress, is_torch=average.container in ("torch", "dcp")

@@ -13,7 +13,7 @@ from ckptavg.formats.parts import Memory, Part
 from ckptavg.formats.tensors import AnyArray, Place, Tensor, bytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
     from pathlib import Path
 
@@ -160,6 +160,22 @@ class Checkpoint:
             return None
         return entry if isinstance(entry, dict) else None
 
+    def renamed(self, new_name: Callable[[str], str]) -> Checkpoint:
+        """The same checkpoint with other names of tensors and entries."""
+        # safetensors' save_model records the names of tied tensors that it leaves out as metadata.
+        metadata = dict(
+            (new_name(alias), new_name(name)) if name in self.tensors else (alias, name)
+            for alias, name in self.metadata.items()
+        )
+        return replace(
+            self,
+            tensors={new_name(name): tensor for name, tensor in self.tensors.items()},
+            metadata=metadata,
+            names=tuple(map(new_name, self.names)),
+            places={new_name(name): place for name, place in self.places.items()},
+            other_entries={new_name(name): value for name, value in self.other_entries.items()},
+        )
+
     def read(self, name: str) -> AnyArray:
         """A tensor as an array in C order."""
         tensor = self.tensors[name]
@@ -267,20 +283,8 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
         for module, facts in checkpoint.module_versions.items()
         if keep_prefix or f"{module}.".startswith(wrapped[checkpoint.model_of(module)])
     }
-    # safetensors' save_model records the names of tied tensors that it leaves out as metadata.
-    metadata = dict(
-        (plain(alias), plain(name)) if name in checkpoint.tensors else (alias, name)
-        for alias, name in checkpoint.metadata.items()
-    )
-    unwrapped = replace(
-        checkpoint,
-        tensors={plain(name): checkpoint.tensors[name] for name in names},
-        module_versions=versions,
-        metadata=metadata,
-        names=tuple(map(plain, checkpoint.names)),
-        places={plain(name): place for name, place in checkpoint.places.items()},
-        other_entries={plain(name): value for name, value in checkpoint.other_entries.items()},
-    )
+    tensors = {name: checkpoint.tensors[name] for name in names}
+    unwrapped = replace(checkpoint, tensors=tensors, module_versions=versions).renamed(plain)
     removed = [*filter(None, wrappers)] or [_COMPILED[1:]]
     return unwrapped, "" if keep_prefix else " and ".join(removed)
 

@@ -6,6 +6,7 @@ the last member whatever the others have.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from ckptavg.formats.tensors import DType, Tensor
     from ckptavg.merge.recipe import AverageOptions
 
+log = logging.getLogger("ckptavg")
+
+_WEIGHT_NORM = re.compile(
+    r"(?P<module>.*)\bparametrizations\.(?P<weight>[^.]+)\.original(?P<number>[01])"
+)
 _MOST_REMEDIES = 16  # more are not shown
 
 
@@ -44,11 +50,16 @@ def choose_tensors(
         MismatchError: names, shapes or dtypes differ otherwise.
         SelectionError: a pattern is not a regular expression, or matches no name.
     """
-    mappings = {id(each): each for m in members for each in (m.tensors, m.other_entries)}
+    alike = with_new_weight_norm(members)
+    if count := sum(new is not old for new, old in zip(alike, members, strict=True)):
+        log.info(
+            "weight_g and weight_v of weight norm have their new names in %d checkpoints", count
+        )
+    mappings = {id(each): each for m in alike for each in (m.tensors, m.other_entries)}
     names = {name for mapping in mappings.values() for name in mapping}
     skipped = matching("skip", options.skip, names)
     from_last = matching("take_last", options.take_last, names - skipped)
-    kept = _without(members, skipped)
+    kept = _without(alike, skipped)
     averaged = _without(kept, from_last)
     of_last = [new for new, member in zip(kept, members, strict=True) if member in last]
     problems = [*_mismatches(averaged, options), *_mismatches(of_last, options)]
@@ -61,6 +72,26 @@ def choose_tensors(
         for member, new, other in zip(members, kept, averaged, strict=True)
     )
     return contributing, len(skipped)
+
+
+def with_new_weight_norm(members: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Rename the tensors of torch's older weight norm in members that differ from others by that.
+
+    `weight_g` and `weight_v` become `parametrizations.weight.original0` and `original1`, if some
+    members have these. torch renames them in the same way when a model loads them.
+    """
+    mappings = {id(member.tensors): member.tensors for member in members}.values()
+    new_names: dict[str, str] = {}
+    for name in {name for mapping in mappings for name in mapping} if len(mappings) > 1 else ():
+        if match := _WEIGHT_NORM.fullmatch(name):
+            old = match["module"] + match["weight"] + ("_g", "_v")[int(match["number"])]
+            new_names[old] = name
+    return [
+        member.renamed(lambda name: new_names.get(name, name))
+        if new_names.keys() & member.tensors.keys()
+        else member
+        for member in members
+    ]
 
 
 def _without(checkpoints: Sequence[Checkpoint], names: Collection[str]) -> list[Checkpoint]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.parametrizations import weight_norm
 
 import ckptavg
 from ckptavg import Selection
@@ -250,3 +252,67 @@ def test_one_text_stands_for_a_list_of_it(states, folder):
     assert [source.name for source in summary.sources] == ["step_1.pt"]
     with pytest.raises(SelectionError, match=r"`skip` is a text, or a list of texts, not \[3\]"):
         ckptavg.average(folder, output, skip=[3])  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+class TestWeightNorm:
+    """torch has two sets of names for it, and its newer API loads both."""
+
+    @staticmethod
+    def save(folder: Path, kinds: str, **more: Any) -> list[State]:
+        """A checkpoint for each kind, `old` or `new`; what the newer API loads of each."""
+        folder.mkdir()
+        loaded = []
+        for step, kind in enumerate(kinds.split()):
+            torch.manual_seed(step)
+            make: Any = torch.nn.utils.weight_norm if kind == "old" else weight_norm
+            state = make_with_norms(make).state_dict()
+            torch.save({"model": state, "step": step, **more}, folder / f"step_{step}.pt")
+            model = make_with_norms(weight_norm)
+            model.load_state_dict(state, strict=True)
+            loaded.append(model.state_dict())
+        return loaded
+
+    @pytest.mark.parametrize("kinds", ["old old new", "new new old", "old new old"])
+    @pytest.mark.parametrize("ending", ["pt", "safetensors"])
+    def test_old_names_become_new_ones(self, tmp_path, kinds, ending):
+        loaded = self.save(tmp_path / "run", kinds)
+        out = tmp_path / f"out.{ending}"
+        code, _, messages = outcome("average", tmp_path / "run", "-o", out)
+        assert code == 0, messages
+        count = kinds.count("old")
+        assert f"weight norm have their new names in {count} checkpoints" in messages
+        average = torch.load(out) if ending == "pt" else load_file(out)
+        make_with_norms(weight_norm).load_state_dict(average, strict=True)
+        for name, value in average.items():
+            assert same_bits(value, naive_mean([state[name] for state in loaded])), name
+        assert ckptavg.verify(out, [tmp_path / "run"]).compared == len(average)
+
+    def test_a_container_keeps_the_names_of_the_last(self, tmp_path):
+        loaded = self.save(tmp_path / "run", "new old")
+        out = tmp_path / "out.pt"
+        ckptavg.average(tmp_path / "run", out, container="last")
+        average = torch.load(out)["model"]
+        assert "0.weight_g" in average
+        model = make_with_norms(weight_norm)
+        model.load_state_dict(average, strict=True)
+        for name, value in model.state_dict().items():
+            assert same_bits(value, naive_mean([state[name] for state in loaded])), name
+        assert ckptavg.verify(out, [tmp_path / "run"]).sources == 2
+
+    def test_where_all_have_the_old_names_these_stay(self, tmp_path):
+        self.save(tmp_path / "run", "old old")
+        ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
+        assert "0.weight_g" in torch.load(tmp_path / "out.pt")
+
+    def test_in_several_state_dicts_too(self, tmp_path):
+        state = {"w": torch.ones(2)}
+        loaded = self.save(tmp_path / "run", "old new", discriminator=state)
+        ckptavg.average(tmp_path / "run", tmp_path / "out.pt", key=["model", "discriminator"])
+        average = torch.load(tmp_path / "out.pt")
+        for name, value in average["model"].items():
+            assert same_bits(value, naive_mean([state[name] for state in loaded])), name
+
+
+def make_with_norms(norm: Callable[[torch.nn.Module], torch.nn.Module]) -> torch.nn.Module:
+    return torch.nn.Sequential(norm(torch.nn.Linear(3, 4)), norm(torch.nn.Conv1d(4, 2, 3)))

@@ -31,7 +31,7 @@ from ckptavg.batchnorm.layers import (
 )
 from ckptavg.batchnorm.moments import CallStatistics, instance_statistics, merged
 from ckptavg.errors import RefreshError
-from ckptavg.model.batches import cloned
+from ckptavg.model.batches import cloned, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -170,33 +170,42 @@ class Capture(TorchFunctionMode):
 
     def after(
         self, layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
-    ) -> None:
-        """Keep the statistics of a call; of one that raised, without a result, nothing."""
+    ) -> object:
+        """Keep the statistics of a call; of one that raised, without a result, nothing.
+
+        Returns:
+            Another result of the call, of a layer that is found to keep its old statistics.
+        """
         active, known = vars(self._thread).get("active", []), self._layers.get(layer)
         if not active or active[-1] is not known:  # a hook before ours has raised
-            return
+            return None
         active.pop()
         if not active:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._by_address.pop(known.start.data_ptr(), None)
         if result is None:
-            return
+            return None
         known.was_called = True
         if known.pieces:
             known.calls.append(merged(known.pieces, is_instance=known.is_instance))
-            return
+            return None
         mean, variance = layer.running_mean, layer.running_var
         values = _input(args, kwargs)
         assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
         if values is None or (
             torch.equal(mean, known.mean) and torch.equal(variance, known.variance)
         ):
-            return  # the layer works with what it holds
+            return None  # the layer works with what it holds
         if known.obeys is None:
             known.obeys = _obeys_momentum(layer, args, kwargs)
         if known.obeys:
             count = values.numel() // max(1, mean.numel())
             known.calls.append(CallStatistics(mean, variance, count, len(values)))
+            return None
+        old_mean, old_variance = known.old_statistics()
+        layer._buffers.update(running_mean=old_mean, running_var=old_variance)  # noqa: SLF001
+        layer.training = False  # for the rest of the pass: the layers behind it are to see this
+        return layer.forward(*args, **kwargs)
 
     def __torch_function__(
         self,
@@ -224,24 +233,29 @@ class Capture(TorchFunctionMode):
 
 
 def _obeys_momentum(layer: NormLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the buffers of a layer do not depend on what they held, if its momentum is 1.
+    """Whether neither output nor buffers depend on what the buffers held, if the momentum is 1.
 
-    A layer may have a momentum that cannot be set. It is called twice more with the same input.
+    A layer may have a momentum that cannot be set, or normalise with its old statistics too, as
+    batch renormalisation does. It is called twice more with the same input.
     """
     held = dict(layer._buffers)  # noqa: SLF001
     mean, variance = held["running_mean"], held["running_var"]
     assert mean is not None and variance is not None  # noqa: S101, PT018 - see `tracks`
-    left: list[torch.Tensor] = []
-    with torch.random.fork_rng(devices=[]):
-        for mean_start, variance_start in ((0.0, 1.0), (1.0, 2.0)):
-            layer._buffers.update(  # noqa: SLF001
-                running_mean=torch.full_like(mean, mean_start),
-                running_var=torch.full_like(variance, variance_start),
-            )
-            layer.forward(*cloned(args), **cloned(dict(kwargs)))  # it may work in place
-            left.append(torch.cat([layer.running_mean, layer.running_var]))  # type: ignore[list-item]
+    results: list[list[torch.Tensor]] = []
+    for mean_start, variance_start in ((0.0, 1.0), (1.0, 2.0)):
+        layer._buffers.update(  # noqa: SLF001
+            running_mean=torch.full_like(mean, mean_start),
+            running_var=torch.full_like(variance, variance_start),
+        )
+        with torch.random.fork_rng(devices=[]):
+            output = layer.forward(*cloned(args), **cloned(dict(kwargs)))  # it may work in place
+        buffers = (layer.running_mean, layer.running_var)
+        results.append([each for each in leaves([output, *buffers]) if torch.is_tensor(each)])
     layer._buffers.update(held)  # noqa: SLF001
-    return torch.allclose(left[0], left[1], rtol=1e-3, atol=1e-6, equal_nan=True)
+    return all(
+        torch.allclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True)
+        for first, second in zip(*results, strict=True)
+    )
 
 
 def _piece(

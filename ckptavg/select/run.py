@@ -143,7 +143,7 @@ def _open(candidate: Candidate, key: Key) -> None:
         candidate.leave_out("average", MADE_EARLIER)
     elif checkpoint.is_average:
         name = printable(candidate.name)
-        log.info("%s is an average made earlier, and is averaged because it was named", name)
+        log.info("%s is an average made earlier, and is used because it was named", name)
 
 
 def _open_or_defer(candidate: Candidate, key: Key) -> Checkpoint:

@@ -429,8 +429,19 @@ class Own(Masked):
     momentum = property(lambda _: 0.1, lambda *_: None)
 
 
-def test_a_layer_with_a_momentum_of_its_own_is_left_alone(notices):
-    model = Own(3)
+class Renormalising(Masked):
+    """Normalises with its old statistics in training too, as batch renormalisation does."""
+
+    def forward(self, values, mask):
+        spread = self.running_var.sqrt().clone()[:, None]
+        place = self.running_mean.clone()[:, None]
+        super().forward(values, mask)
+        return (values - place) / spread
+
+
+@pytest.mark.parametrize("kind", [Own, Renormalising])
+def test_a_layer_that_mixes_old_statistics_with_new_ones_is_left_alone(kind):
+    model = kind(3)
     disturb(model)
     before = Snapshot(model)
     batches = [(draw((8,), 3, 20)[0], torch.ones(8, 20, dtype=torch.bool)) for _ in range(3)]
@@ -439,6 +450,33 @@ def test_a_layer_with_a_momentum_of_its_own_is_left_alone(notices):
     ):
         refresh_norm(model, batches, forward=lambda model, batch: model(*batch))
     before.check()
+
+
+@pytest.mark.parametrize("kind", [Own, Renormalising])
+def test_the_layers_behind_one_that_is_left_alone_see_it_in_eval_mode(kind):
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.plain = kind(3), nn.BatchNorm1d(3, momentum=None)
+
+        def forward(self, values):
+            mask = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool)
+            return self.plain(self.odd(values, mask))
+
+    model = Chain()
+    disturb(model)
+    expected = copy.deepcopy(model)
+    batches = draw((8, 8, 8), 3, 20)
+    report = refresh_norm(model, batches)
+    assert [each.name for each in report.stale] == ["odd"]
+    expected.plain.reset_running_stats()
+    expected.odd.eval()
+    with torch.no_grad():
+        for batch in batches:
+            expected(batch)
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(model.plain, name), getattr(expected.plain, name))
+    assert model.odd.training
 
 
 class Sometimes(Masked):

@@ -25,6 +25,7 @@ from ckptavg.batchnorm.rewriting import Rewriting, provenance
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.parts import as_path, is_remote
+from ckptavg.formats.statedict import place_of
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object, user_code
 from ckptavg.model.feeding import limited
@@ -86,7 +87,10 @@ def refresh_checkpoint(
         if keeps_old and rewriting.replaces:
             report = replace(report, written=False)
         elif ranks.rank == 0:
-            entry = provenance(checkpoint, None if keeps_old else report, loaded, options.seed)
+            entry = provenance(
+                checkpoint, None if keeps_old else report, loaded, options.seed,
+                is_container=rewriting.is_container,
+            )  # fmt: skip
             rewriting.write(checkpoint if keeps_old else refreshed, entry)
         ranks.gather(None)  # no process returns before the output is there
     return report
@@ -171,9 +175,11 @@ def _was_frozen(layer: str, checkpoint: Checkpoint, known: Collection[str]) -> b
     recorded = entry.get("frozen")
     if not isinstance(recorded, list):
         recorded = []
-    # A container keeps the wrapper's prefix, which the average's names do not have.
+    # A container keeps the wrapper's prefix, which the average's names do not have. Names in an
+    # average of several state dicts begin with the place of one.
+    place = place_of(None, checkpoint.key) if isinstance(checkpoint.key, str) else ""
     return entry.get("state") == "frozen" or any(
-        layer == each or layer.endswith(f".{each}") for each in (*known, *recorded)
+        each in (layer, place + layer) or layer.endswith(f".{each}") for each in (*known, *recorded)
     )
 
 

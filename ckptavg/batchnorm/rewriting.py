@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ckptavg import __version__
 from ckptavg.batchnorm.layers import SAME_IN_ALL_MEMBERS
 from ckptavg.errors import OutputError, without_notices
-from ckptavg.formats import huggingface
+from ckptavg.formats import huggingface, open_checkpoint
 from ckptavg.formats.parts import is_remote
-from ckptavg.formats.tensors import is_norm_statistic
+from ckptavg.formats.statedict import place_of
+from ckptavg.formats.tensors import is_norm_statistic, norm_layers
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
@@ -49,6 +50,7 @@ class Rewriting:
 
     Attributes:
         replaces: the destination is the checkpoint itself.
+        is_container: the output has the rest of the checkpoint's file too.
 
     Raises:
         OutputError: it cannot go there.
@@ -71,6 +73,7 @@ class Rewriting:
             force=options.force or self.replaces, fsync=options.fsync,
         )  # fmt: skip
         self._target = destination(output or checkpoint.path, checkpoint, self._options)
+        self.is_container = self._target.kind == "container"
         if self.replaces:
             _check_same_kind(checkpoint, self._target)
         try:
@@ -104,7 +107,12 @@ class Rewriting:
 
 
 def provenance(
-    checkpoint: Checkpoint, report: RefreshReport | None, loaded: Loaded, seed: int
+    checkpoint: Checkpoint,
+    report: RefreshReport | None,
+    loaded: Loaded,
+    seed: int,
+    *,
+    is_container: bool,
 ) -> dict[str, Any]:
     """The checkpoint's provenance, brought up to date.
 
@@ -113,6 +121,7 @@ def provenance(
         report: what the refresh did; None if the old statistics stay.
         loaded: where the model's tensors are in the checkpoint.
         seed: of the random numbers.
+        is_container: whether the other state dicts of the file are in the output.
     """
     entry = checkpoint.provenance or {
         "scheme": COPY,
@@ -123,8 +132,28 @@ def provenance(
     if any(map(is_norm_statistic, checkpoint.tensors)):
         state = entry.get("norm_stats", {"state": "unknown"})
     if report is not None and report.layers:
+        elsewhere = _stale_elsewhere(checkpoint, state) if is_container else []
         state = _refreshed_state(report, loaded, seed, before=state)
+        if elsewhere:
+            stale = [*state.get("stale", ()), *elsewhere]
+            state |= {"state": "partly refreshed", "stale": stale}
     return {**entry, "version": __version__, "norm_stats": state}
+
+
+def _stale_elsewhere(checkpoint: Checkpoint, before: Mapping[str, Any]) -> list[str]:
+    """The stale layers in the file's other state dicts, where several were averaged in one go."""
+    match (checkpoint.provenance or {}).get("sources"):
+        case [*_, {"key": [*keys]}] if before.get("state") in ("stale", "partly refreshed"):
+            pass
+        case _:
+            return []
+    layers = {
+        place_of(None, key) + layer
+        for key in checkpoint.other_keys
+        if key in keys
+        for layer in norm_layers(open_checkpoint(checkpoint.path, key=key).tensors)
+    }
+    return sorted((layers - {*before.get("frozen", ())}) & {*before.get("stale", layers)})
 
 
 def _refreshed_state(

@@ -306,3 +306,38 @@ class TestWhatComesAfter:
         assert not torch.equal(before, after)
         assert_mean(refreshed["discriminator"], [result["discriminator"]])
         assert ckptavg.verify("gan.pt", ["run"]).refreshed == 3
+
+    def test_after_a_refresh_of_one_the_others_are_stale_still(self):
+        roots = [{"a": gan(step)["generator"], "b": gan(step + 5)["generator"]} for step in (1, 2)]
+        save(roots)
+        average(key="*")
+
+        def refresh(key: str) -> Any:
+            batches = [torch.randn(4, 3) for _ in range(3)]
+            ckptavg.refresh_checkpoint(
+                "gan.pt", None, model=make_generator, loader=batches, key=key
+            )
+            made = open_checkpoint(Path("gan.pt"), key=key).provenance
+            assert made is not None
+            return made["norm_stats"]
+
+        first = refresh("a")
+        assert (first["state"], first["stale"]) == ("partly refreshed", ["b/1"])
+        again = refresh("a")
+        assert (again["state"], again["stale"]) == ("partly refreshed", ["b/1"])
+        assert refresh("b")["state"] == "refreshed"
+
+    def test_a_layer_that_was_frozen_in_all_of_them_is_left_alone(self):
+        frozen = gan(0)["generator"]
+        roots = [gan(step) for step in (1, 2)]
+        for root in roots:
+            for name, value in frozen.items():
+                if name.startswith("1."):
+                    root["generator"][name] = value
+            root["discriminator"] = gan(root["epoch"] + 5)["generator"]
+        save(roots)
+        average()
+        with pytest.raises(CkptAvgError, match="nothing to refresh"):
+            ckptavg.refresh_checkpoint(
+                "gan.pt", None, model=make_generator, loader=[torch.randn(4, 3)], key="generator"
+            )

@@ -445,7 +445,7 @@ def test_an_interruption_that_an_import_made_another_error_of_is_one(monkeypatch
 def test_an_interruption_before_the_command_line_is_there_is_one_line(tmp_path):
     code = (
         "import builtins, os, signal, sys; plain = builtins.__import__\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored\n"
         "def slow(name, *rest):\n"
         "    if name == 'ckptavg.cli': os.kill(os.getpid(), signal.SIGINT)\n"
         "    return plain(name, *rest)\n"

@@ -46,9 +46,9 @@ _HOW_EACH_TENSOR = parse("""
 --allow-nonfinite          Accept NaN and Inf in the inputs.
 """)
 _OUTPUT, _KEEP_PREFIX, _HASH = parse("""
--o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for
-                           a torch file; or a directory (DIR/), whose --format says for whom.
-                           [required]
+-o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt, .tar, .th
+                           or .pyth for a torch file; or a directory (DIR/), whose --format says
+                           for whom. [required]
 --keep-prefix              Keep the prefixes module. and _orig_mod. of names.
 --hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
                            once more.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 [_OUTPUT] = parse("""
--o --output PATH  Where it goes: .safetensors; .pt, .pth, .bin, .ckpt or .tar for a torch file; or a
-                  directory (DIR/), whose --format says for whom. [required]
+-o --output PATH  Where it goes: .safetensors; .pt, .pth, .bin, .ckpt, .tar, .th or .pyth for a
+                  torch file; or a directory (DIR/), whose --format says for whom. [required]
 """)
 
 

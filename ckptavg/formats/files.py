@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import string
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import FormatError
+from ckptavg.errors import FormatError, NoStateDictError
 from ckptavg.formats import safetensors, torchlegacy, torchzip
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.words import parse_shard_name
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _HEAD_BYTES = 512
 _LFS = b"version https://git-lfs"
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
+_ZIP_MAGIC = b"PK\3\4"
+_TEXT = string.printable.encode()
 
 
 FILES: tuple[ModuleType, ...] = (safetensors, torchzip, torchlegacy)
@@ -64,6 +67,8 @@ def open_shard(path: Path, key: Key) -> Checkpoint:
         problem = "is empty: was the disk full when it was written?"
     elif head.startswith(_LFS):
         problem = "is a pointer of Git LFS without the file itself: `git lfs pull` downloads that"
+    elif not head.translate(None, _TEXT) and not _ZIP_MAGIC.startswith(head):
+        raise NoStateDictError("is a text file, no checkpoint", path=path)
     elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         problem = "is a tar archive, not a torch file"
     else:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.parts import Part
     from ckptavg.formats.statedict import Key
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".pyth")
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 # The pickle of the magic number: decimal in protocol 1, binary in the others, framed since 4.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.parts import Part
     from ckptavg.formats.statedict import Key
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".pyth")
 _MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30  # bytes
 _LARGEST_DIRECTORY = 64 << 20  # half a million records; they take ten times that in memory

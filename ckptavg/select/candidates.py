@@ -131,17 +131,21 @@ def _weight_files(folder: Path) -> set[str]:
 def _hint(folder: Path) -> str:
     """A remedy for a directory without checkpoints: the folders in it that have some.
 
-    If several folders have a file of the same name, the remedy is a pattern of these files.
+    If several folders have one file each in the same place, the remedy is a pattern of these files.
     """
     inside = _folders_with_candidates(folder, _DEPTH_OF_HINT, set())
     folders = list(islice(inside, _FOLDERS_OF_HINT))
     if folders:
         first, *others = _candidates_in(folders[0])
-        pattern = "/".join(["*" for _ in folders[0].relative_to(folder).parts] + [first.name])
+        parts = folders[0].relative_to(folder).parts
+        numbered = [part for part in parts if parse_name(part).numbers] or parts
+        stars = ["*" if part in numbered else part for part in parts]
+        pattern = "/".join([*stars, first.relative_to(folders[0]).as_posix()])
         if not others and len(list(folder.glob(pattern))) > 1:
             return f"name them: {printable(folder / pattern)}"
         return f"name a directory that has some: {listed(folders)}"
-    return f"checkpoints are files ending with {' '.join(SUFFIXES)}, and directories with weights"
+    endings = " ".join(SUFFIXES)
+    return f"checkpoints are files ending with {endings}, and directories with weights; name others"
 
 
 def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:

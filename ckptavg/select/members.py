@@ -162,13 +162,13 @@ def _leave_out_beside(series: Sequence[Series], plain: Sequence[Series]) -> None
 
 
 def _mark_starts(candidates: Sequence[Candidate]) -> None:
-    """Leave out what was saved before the training: step 0, an optimizer without state."""
+    """Leave out what was saved before the training."""
     opened = [each for each in candidates if each.is_open]
     checkpoints = [each.checkpoint for each in opened if each.checkpoint is not None]
     starts = saved_before_training(checkpoints, timeline(checkpoints).steps) if opened else ()
     for each in opened:
         if each.checkpoint in starts:
-            each.leave_out("start", "saved before the training: its optimizer has no state")
+            each.leave_out("start", "saved before the training")
 
 
 def _without_weights(candidates: Sequence[Candidate]) -> FormatError | None:
@@ -209,6 +209,7 @@ def _log_left_out(candidates: Sequence[Candidate]) -> None:
     if copies:
         log.info("%s: %s", _COUNTED_ONCE, listed(copies, _MOST_NAMES))
     for kind, text in _LEFT_OUT.items():
-        names = [each.name for each in candidates if each.reason and each.kind == kind]
+        left_out = [each for each in candidates if each.reason not in ("", UNCLEAR)]
+        names = [each.name for each in left_out if each.kind == kind]
         if names:
             log.info("%s: %s", text, listed(names, _MOST_NAMES))

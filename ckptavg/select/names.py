@@ -26,10 +26,10 @@ _DATE = (
     r"(?:[-_T +]{0,2}(?:[01]\d|2[0-3])(?P<colon>[-_:.h]?)[0-5]\d(?:(?P=colon)[0-5]\d)?"
     r"(?:\+\d\d)?)?(?!\d)"
 )
-# `0.5`, `5e3`, `1e-05`, `10k`, and behind `=` `-0.5` and `nan`. In `checkpoint.3.500` and `1.2.3`
-# dots part whole numbers.
+# `0.5`, `5e3`, `1e-05`, `10k`; `-0.5` behind `=` and `_`; `nan` behind `=`. In `checkpoint.3.500`
+# and `1.2.3` dots part whole numbers.
 _NUMBER = (
-    r"(?<==)[-+]?(?:nan|inf|NaN|Inf)(?![A-Za-z])|(?:(?<==)[-+])?(?P<digits>"
+    r"(?<==)[-+]?(?:nan|inf|NaN|Inf)(?![A-Za-z])|(?:(?<==)[-+]|(?<=_)-)?(?P<digits>"
     r"(?:(?<![.\d])\d+\.\d+(?!\.?\d)|\d+)(?:[eE][-+]?\d{1,2}(?![A-Za-z\d]))?)"
     r"(?P<unit>[kKMBT](?![A-Za-z]))?"
 )
@@ -46,6 +46,7 @@ _LABEL_ENDS = {
     label: re.compile(rf"(?<![a-z]){pattern}[=_.-]?\Z", re.IGNORECASE)
     for label, pattern in _LABELS.items()
 }
+_LABELLED = re.compile(rf"(?<![a-z])({'|'.join(_LABELS.values())})[=_.-]?\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def parse_name(name: str) -> Name:
 
 def _number(match: re.Match[str], before: str, stem: str) -> Number:
     label = next((name for name, end in _LABEL_ENDS.items() if end.search(before)), "")
+    is_of_run = _is_of_run(match, stem)
     if match["date"] and not (label in ("step", "epoch") and match[0].isdecimal()):
-        return Number(match[0], None, "date")
+        return Number(match[0], None, "run" if is_of_run else "date")
     word = [*words_in(before)][-1:] if before[-1:].isalpha() or before[-1:] in "-_=." else []
     kind = KINDS.get(word[0]) if word else None
     behind = stem[match.end() :]
@@ -115,8 +117,24 @@ def _number(match: re.Match[str], before: str, stem: str) -> Number:
         kind = None  # only at the end
     if word != ["of"] and re.match(r"-of-\d", behind):
         kind = "piece"
-    role = kind if kind in ("run", "piece") else ""
+    role = kind if kind in ("run", "piece") else "run" if is_of_run else ""
     return Number(match[0], _value(match), role or "", label)
+
+
+def _is_of_run(match: re.Match[str], stem: str) -> bool:
+    """Whether a number in the name of a folder counts trainings: `exp2/epoch_3`, `model_1/best`.
+
+    No step is in the folder's name, but one or a word such as `last` is in what the folder has.
+    """
+    before, (behind, is_folder, below) = stem[: match.start()], stem[match.start() :].partition("/")
+    return (
+        bool(is_folder)
+        and not _LABELLED.search(before.rpartition("/")[2] + behind)
+        and (
+            _LABELLED.search(below) is not None
+            or any(KINDS.get(word) == "pointer" for word in words_in(below))
+        )
+    )
 
 
 def _value(match: re.Match[str]) -> Step | None:
@@ -156,9 +174,9 @@ def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step
     """The step in each name; None if not all names have one.
 
     It is the number behind `step` in all names, else behind `checkpoint`, else behind `epoch`. If
-    the names differ in numbers only, it is else the first number that differs. Where such a number
-    is the same in some names and a later one is not, it is the later one:
-    `checkpoint_1_500`, `checkpoint_1_1000`.
+    the names differ in numbers only, it is else the first whole number that differs, since a metric
+    may stand before it: `net_0.91_3`. Where such a number is the same in some names and a later one
+    is not, it is the later one: `checkpoint_1_500`, `checkpoint_1_1000`.
 
     Args:
         names: the checkpoints' names.
@@ -177,11 +195,14 @@ def steps_in_names(names: Sequence[str], label: str | None = None) -> tuple[Step
         return None
     if constant:
         return _finer(parsed, constant) or constant
-    for numbers in zip(*(each.numbers for each in parsed), strict=True):
-        column = _as_steps(numbers)
-        if len(set(column)) > 1 or (column and len(names) == 1):
-            return _finer(parsed, column) or column
-    return None
+    numbers = zip(*(each.numbers for each in parsed), strict=True)
+    differing = [
+        steps
+        for steps in map(_as_steps, numbers)
+        if len(set(steps)) > 1 or (steps and len(names) == 1)
+    ]
+    chosen = next(filter(whole_steps, differing), next(iter(differing), None))
+    return chosen and (_finer(parsed, chosen) or chosen)
 
 
 def order_in_names(names: Sequence[str]) -> tuple[tuple[Step, ...], ...]:

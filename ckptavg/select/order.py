@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
 
+_STEPS_PER_CHECKPOINT = 10  # fewer may count epochs or stages
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -135,13 +137,20 @@ def remedy_without_order(checkpoints: Sequence[Checkpoint]) -> str:
 def saved_before_training(
     checkpoints: Sequence[Checkpoint], steps: Sequence[Step]
 ) -> frozenset[Checkpoint]:
-    """The checkpoints of step 0 whose optimizer has no state, if that of another one has."""
-    if not any(each.training.has_optimizer_state for each in checkpoints):
-        return frozenset()
-    pairs = zip(checkpoints, steps, strict=False)
-    return frozenset(
-        each for each, step in pairs if step == 0 and each.training.has_optimizer_state is False
-    )
+    """The checkpoints of step 0 that no update has changed.
+
+    Their optimizer has no state, where that of another has; or they have none, where all of several
+    others have; or one is `step0` by its name, where there are many more steps than checkpoints.
+    """
+    pairs = [*zip(checkpoints, steps, strict=False)]
+    later = [each.training.has_optimizer_state for each, step in pairs if step != 0]
+    is_start = {True: False, False: any(later), None: len(later) > 1 and all(later)}
+    starts = {c for c, step in pairs if step == 0 and is_start[c.training.has_optimizer_state]}
+    updates = steps_in_names([each.name for each in checkpoints], "step") or ()
+    # Where several are 0, steps begin anew in each epoch.
+    if updates.count(0) == 1 and max(updates) >= _STEPS_PER_CHECKPOINT * len(updates):
+        starts.add(checkpoints[updates.index(0)])
+    return frozenset(starts)
 
 
 def _steps_restart(checkpoints: Sequence[Checkpoint]) -> bool:

@@ -133,7 +133,7 @@ def _open(candidate: Candidate, key: Key) -> None:
         checkpoint = _open_or_defer(candidate, key)
     except CkptAvgError as error:
         if isinstance(error, NoStateDictError) and not is_named:
-            candidate.leave_out("no weights", "no state dict in it")
+            candidate.leave_out("no weights", error.message)
         else:
             candidate.leave_out("damaged", error.message)
             candidate.fault = error

@@ -25,7 +25,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptavg.errors import CkptAvgError, SelectionError
+from ckptavg.errors import CkptAvgError, NoStateDictError, SelectionError
 from ckptavg.formats import open_checkpoint
 from tests.helpers import (
     DTYPES,
@@ -271,12 +271,18 @@ def test_an_empty_file_is_called_empty(tmp_path, ending):
 
 @pytest.mark.parametrize(
     "content",
-    [b"x", b"\x80", b"\x80\2", b"PK", b"PK\3\4", b"PK\5\6" + bytes(18), b"hello " * 99, bytes(999)],
+    [b"\x80", b"\x80\2", b"PK", b"PK\3\4", b"PK\5\6" + bytes(18), bytes(999)],
     ids=lambda content: repr(content[:8]),
 )
 def test_anything_else_is_nothing_known(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content", ["x", "hello \n" * 99])
+def test_text_holds_no_state_dict(tmp_path, content):
+    (tmp_path / "x.pt").write_text(content)
+    assert "is a text file" in refusal(tmp_path / "x.pt", NoStateDictError)
 
 
 def test_what_is_no_file_is_an_error_too(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import FormatError, SelectionError
@@ -109,6 +109,20 @@ class TestDirectory:
         assert pattern == f"{tmp_path}/run/*/model.pt"
         paths = sorted((tmp_path / "run").glob("*/model.pt"))
         assert len(ckptavg.average(paths, tmp_path / "out.pt").sources) == 2
+
+    def test_with_files_deep_in_numbered_folders_is_an_error_that_names_them(self, tmp_path):
+        """As fairseq2 leaves them."""
+        for step in (1000, 2000):
+            folder = tmp_path / "run" / f"step_{step}"
+            save(folder / "model" / "pp_00" / "tp_00" / "sdp_00.pt", float(step))
+            save(folder / "optimizer" / "pp_00" / "tp_00" / "sdp_00.pt")
+        with pytest.raises(SelectionError, match=r"; name them: (.*)") as caught:
+            find_candidates([tmp_path / "run"])
+        pattern = str(caught.value).partition(f"name them: {tmp_path}/")[2]
+        assert pattern == "run/*/model/pp_00/tp_00/sdp_00.pt"
+        out = tmp_path / "out.safetensors"
+        ckptavg.average(sorted(tmp_path.glob(pattern)), out)
+        assert load_file(out)["w"].tolist() == [1500, 1500]
 
     def test_with_checkpoints_further_down_is_told_what_is_looked_for(self, tmp_path):
         save(tmp_path / "a" / "b" / "c" / "d" / "step_1.safetensors")

@@ -246,6 +246,35 @@ class TestPointersAndStarts:
         names = [f"checkpoint-{epoch}.pt" for epoch in (1, 2, 3)]
         assert members(tmp_path / "run") == names
 
+    def test_a_downloaded_model_of_step_0_is_none(self, tmp_path):
+        """As so-vits-svc, RVC and Bert-VITS2 begin with one, which has no optimizer."""
+        for step in (0, 800, 1600):
+            content = {"model": {"w": w(step)}, "optimizer": STEPPED if step else None}
+            put(tmp_path / "run" / f"G_{step}.pth", content)
+        assert members(tmp_path / "run") == ["G_800.pth", "G_1600.pth"]
+
+    def test_an_epoch_0_without_an_optimizer_is_one_as_another_is(self, tmp_path):
+        for epoch in range(3):
+            content = {"model": {"w": w(epoch)}, "optimizer": STEPPED if epoch == 2 else None}
+            put(tmp_path / "run" / f"epoch_{epoch}.pth", content)
+        assert len(members(tmp_path / "run")) == 3
+
+    @pytest.mark.parametrize(
+        ("names", "start"),
+        [
+            ("step0-unsharded/model.pt step500-unsharded/model.pt step900-unsharded/model.pt",
+             "step0-unsharded/model.pt"),  # OLMo
+            ("step0.pt step1.pt step2.pt step512.pt", "step0.pt"),  # Pythia
+            ("step_0.pt step_2.pt step_3.pt", ""),
+            ("epoch_0.pt epoch_10.pt epoch_20.pt", ""),
+            ("model_0.pt model_50.pt model_100.pt", ""),  # after the first of rsl_rl's iterations
+            ("ep0-step0.pt ep0-step50.pt ep1-step0.pt ep1-step50.pt", ""),
+        ],
+    )  # fmt: skip
+    def test_step_0_of_many_updates_is_none(self, tmp_path, names, start):
+        weights(tmp_path / "run", names)
+        assert members(tmp_path / "run") == [name for name in names.split() if name != start]
+
 
 class TestNoCheckpoints:
     def test_unfinished_saves(self, tmp_path):
@@ -264,6 +293,24 @@ class TestNoCheckpoints:
         with caplog.at_level("INFO", "ckptavg"):
             assert members(tmp_path / "run") == ["params_1.pt", "params_2.pt"]
         assert "left out, since they hold no weights: criterion.pt, fsdp.pt, opt" in caplog.text
+
+    def test_text_in_files_of_a_checkpoint_s_ending(self, tmp_path):
+        """As SpeechBrain leaves them."""
+        for place, clock in enumerate(("10-30-00", "11-30-00")):
+            folder = tmp_path / "run" / f"CKPT+2024-05-17+{clock}+00"
+            put(folder / "model.ckpt", {"w": w(place)})
+            put(folder / "optimizer.ckpt", OPTIMIZER)
+            (folder / "counter.ckpt").write_text("5")
+            (folder / "brain.ckpt").write_text("avg_train_loss: 0.5\noptimizer_step: 100\n")
+        assert members(tmp_path / "run") == [
+            "CKPT+2024-05-17+10-30-00+00/model.ckpt",
+            "CKPT+2024-05-17+11-30-00+00/model.ckpt",
+        ]
+        (folder / "model.ckpt").write_text("<html>")
+        (tmp_path / "out.safetensors").unlink()
+        assert "model.ckpt: holds no state dict, " in refusal(tmp_path / "run")
+        with pytest.raises(SelectionError, match=r"counter\.ckpt: is a text file"):
+            ckptavg.average(folder / "counter.ckpt", tmp_path / "out.pt")
 
     def test_one_that_is_named_like_the_members_is_an_error(self, tmp_path):
         weights(tmp_path / "run", "epoch_1.pt epoch_2.pt")
@@ -291,6 +338,8 @@ class TestPieces:
             ("epoch_1_tp0_pp0.pt epoch_1_tp1_pp0.pt epoch_2_tp0_pp0.pt", "tool of the trainer"),
             ("weights-1-of-2.pt weights-2-of-2.pt", "index"),
             ("model.shard_0.pt model.shard_1.pt", "tool of the trainer"),
+            ("tp0/epoch_1.pt tp1/epoch_1.pt", "tool of the trainer"),
+            ("pp_00/tp_00/sdp_00.pt pp_00/tp_00/sdp_01.pt", "tool of the trainer"),  # fairseq2
         ],
     )  # fmt: skip
     def test_of_one_model_are_refused_with_the_tool_that_joins_them(self, tmp_path, names, tool):
@@ -313,6 +362,32 @@ class TestPieces:
         verdicts = ckptavg.Selection(start=200)
         summary = ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors", select=verdicts)
         assert len(summary.sources) == 2
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        "names",
+        [
+            "a_ep_50_rew_-310.2.pth a_ep_100_rew_-12.25.pth a_ep_150_rew_490.5.pth",  # rl_games
+            "net_0.9123_1.pth net_0.85_2.pth net_0.8_10.pth",  # a metric, then the epoch
+            "ckpt_8.pt ckpt_9.pt ckpt_010.pt",  # a training that was begun again
+            "2024-05-17_10-30-00-save-9-5-0.pt 2024-05-18_09-00-00-save-10-5-1.pt",  # OneTrainer
+            "model-1a2b:v8/model.ckpt model-1a2b:v9/model.ckpt model-1a2b:v10/model.ckpt",
+            "checkpoint_epoch_00009.pyth checkpoint_epoch_00010.pyth",  # SlowFast
+            "010000/pretrained_model.pt 020000/pretrained_model.pt",  # LeRobot
+        ],
+    )
+    def test_order_the_members(self, tmp_path, names):
+        weights(tmp_path / "run", names)
+        assert members(tmp_path / "run") == names.split()
+
+    def test_of_allennlp_s_epochs(self, tmp_path):
+        weights(tmp_path / "run", "model_state_epoch_0.th model_state_epoch_1.th best.th")
+        for epoch in range(2):
+            content = {"epoch": epoch, "optimizer": STEPPED}
+            put(tmp_path / "run" / f"training_state_epoch_{epoch}.th", content)
+        names = ["model_state_epoch_0.th", "model_state_epoch_1.th"]
+        assert members(tmp_path / "run") == names
 
 
 class TestSeveralSeries:
@@ -344,6 +419,12 @@ class TestSeveralSeries:
             "run1_epoch_1.pt run1_epoch_2.pt run2_epoch_1.pt run2_epoch_2.pt",
             "trial_1/epoch_1.pt trial_1/epoch_2.pt trial_2/epoch_3.pt",
             "fold_0/best.pt fold_1/best.pt",
+            "model_0/best.pt model_1/best.pt",  # an ensemble of Chemprop
+            "experiment_0/checkpoint.pth.tar experiment_1/checkpoint.pth.tar",
+            "exp1/epoch_3.pt exp2/epoch_5.pt",
+            "lr=0.1/epoch_3.pt lr=0.01/epoch_5.pt",
+            "2024-05-17_10-30-00/epoch_1.pt 2024-05-18_10-30-00/epoch_2.pt",
+            "train_0_2024-05-17/checkpoint_09/a.pt train_1_2024-05-17/checkpoint_04/a.pt",  # Ray
             "seed_0.pt seed_1.pt",
             "a_20240517_step1.pt a_20240517_step2.pt a_20240518_step3.pt a_20240518_step4.pt",
             "checkpoint1.pt checkpoint2.pt checkpoint_1_500.pt checkpoint_1_900.pt",
@@ -353,6 +434,13 @@ class TestSeveralSeries:
     def test_are_never_averaged_in_silence(self, tmp_path, names):
         weights(tmp_path / "run", names)
         assert " series of checkpoints" in refusal(tmp_path / "run")
+
+    def test_that_are_for_the_user_to_choose_are_not_said_to_be_left_out(self, tmp_path, caplog):
+        weights(tmp_path / "run", "epoch_1.pt epoch_2.pt epoch_1_ema.pt epoch_2_ema.pt last.pt")
+        with caplog.at_level("INFO", "ckptavg"):
+            find_run([tmp_path / "run"])
+        assert "left out beside the numbered checkpoints: last.pt" in caplog.text
+        assert "left out as averages" not in caplog.text
 
     def test_files_that_are_named_are_averaged(self, tmp_path):
         weights(tmp_path, "seed_0.pt seed_1.pt best.pt")

@@ -432,8 +432,10 @@ class Own(Masked):
 class Renormalising(Masked):
     """Normalises with its old statistics in training too, as batch renormalisation does."""
 
-    def forward(self, values, mask):
-        spread = self.running_var.sqrt().clone()[:, None]
+    def forward(self, values, mask):  # type: ignore[override]
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        spread = self.running_var.sqrt()[:, None]
         place = self.running_mean.clone()[:, None]
         super().forward(values, mask)
         return (values - place) / spread

@@ -28,7 +28,7 @@ from ckptavg.formats.parts import as_path, is_remote
 from ckptavg.formats.statedict import place_of
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object, user_code
-from ckptavg.model.feeding import limited
+from ckptavg.model.feeding import Feed, limited
 from ckptavg.model.loading import check_ignore, load_weights, unwrapped
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
 from ckptavg.model.modes import start_training
@@ -123,6 +123,8 @@ def _refreshed(
             import_all(options.seed, options.model, options.loader, options.forward)
         batches = make_batches(options.loader, options.loader_args, is_training=True)
         if options.dry_run:
+            ends_early = options.tol is not None  # the loader is checked whole, not its first batch
+            Feed(batches, options.ranks, max_samples=options.max_samples, ends_early=ends_early)
             batches = list(islice(limited(batches), 1))
         forward = load_object(options.forward) if options.forward else None
     report = refresh_norm(

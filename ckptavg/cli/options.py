@@ -132,7 +132,8 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --model-arg KEY=VALUE   Keyword argument for the model; repeatable.
 --loader-arg KEY=VALUE  Keyword argument for the loader; repeatable.
 --forward SPEC          Function that is called with the model and a batch.
-                        [default: model(batch), or model(batch[0]) of a list or tuple]
+                        [default: model(batch); model(batch[0]) of a list or tuple;
+                        model(**batch) of a dict]
 --metric loss|accuracy|SPEC
                         Mean cross-entropy (or the loss that the model returns), share of
                         correct predictions, or a function of the model and the batches that returns

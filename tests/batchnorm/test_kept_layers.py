@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ckptavg
 from ckptavg.errors import RefreshError
@@ -241,6 +244,22 @@ class TestDryRun:
         assert "backbone.1  would be left alone (frozen: the same in all members" in lines[2]
         assert lines[3] == "tried one batch, and wrote nothing"
         assert Path("swa.pt").read_bytes() == before
+
+    def test_says_of_the_loader_what_the_refresh_would(self, notices):
+        ckptavg.average(members(Net()), "swa.pt")
+        dry = functools.partial(
+            ckptavg.refresh_checkpoint, "swa.pt", None, model=Net(), dry_run=True
+        )
+        examples = BATCHES.flatten(0, 1)
+        dry(loader=DataLoader(TensorDataset(examples), batch_size=16))
+        assert "the loader does not shuffle: if the data are sorted" in notices.text
+
+        class Endless(IterableDataset[torch.Tensor]):
+            def __iter__(self):
+                return itertools.cycle(examples)
+
+        with pytest.raises(RefreshError, match="may be endless; say where to stop"):
+            dry(loader=DataLoader(Endless(), batch_size=16))
 
 
 @pytest.mark.parametrize("hides_backbone", [False, True], ids=["frozen", "not in the checkpoint"])

@@ -174,7 +174,7 @@ class Feed:
             yield from self._dealt_out()
         elif self._shares:
             numbers: deque[int] = deque()
-            sampler = _Sampler(self._indices(numbers))
+            sampler = self._indices(numbers)
             for batch in limited(_with_batches(self._batches, sampler)):  # type: ignore[arg-type]
                 yield numbers.popleft(), batch
         else:
@@ -218,16 +218,6 @@ class Feed:
             drawn += size(batch)
             if self._samples is not None and drawn >= self._samples:
                 return
-
-
-class _Sampler:
-    """A batch sampler out of an iterator."""
-
-    def __init__(self, indices: Iterator[Any]) -> None:
-        self._indices = indices
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._indices
 
 
 def _beginning(batch: Any) -> bytes:  # noqa: ANN401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -252,6 +253,28 @@ def choose_several(path: Path, found: StateDicts, names: tuple[str, ...]) -> tup
     if ALL in names and found:
         return tuple(found)
     return tuple(choose(path, found, name) for name in dict.fromkeys(names))
+
+
+def without_state_dict(path: Path, root: object) -> NoStateDictError:
+    """The error for a file without a state dict, which says what it holds as far as that helps."""
+    if isinstance(root, Mapping) and root.keys() >= {"state", "param_groups"}:
+        return NoStateDictError("no state dict found in it: it is an optimizer's state", path=path)
+    waiting, known = [("", "", root)], set[int]()
+    while waiting and len(known) < _MOST_STATE_DICTS:
+        holder, name, value = waiting.pop(0)
+        if is_tensor(value):
+            what = f"no state dict found in it: {printable(name)} is more than two levels deep"
+            remedy = f"`key` {printable(holder)} takes the mapping that holds it"
+            return NoStateDictError(what, path=path, remedy=remedy)
+        if isinstance(value, Placeholder) and value.origin.startswith("numpy."):
+            what = f"no state dict found in it: {printable(name)} is a numpy array, not a tensor"
+            remedy = "save the arrays as tensors: torch.from_numpy"
+            return NoStateDictError(what, path=path, remedy=remedy)
+        if isinstance(value, Mapping) and id(value) not in known:
+            known.add(id(value))
+            few = itertools.islice(value.items(), _MOST_STATE_DICTS)
+            waiting += [(name, f"{name}.{k}" if name else str(k), inner) for k, inner in few]
+    return NoStateDictError("no state dict found in it", path=path)
 
 
 def place_of(root: object, name: str) -> str:

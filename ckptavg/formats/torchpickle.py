@@ -19,6 +19,7 @@ from ckptavg.formats.statedict import (
     find_state_dicts,
     is_trainers_average,
     place_of,
+    without_state_dict,
 )
 from ckptavg.formats.tensors import Tensor, is_contiguous, is_possible
 
@@ -61,6 +62,8 @@ def describe(
     file = container.file
     state_dicts = find_state_dicts(root, file.path, key)
     check_kind(file.path, root, state_dicts)
+    if not state_dicts:
+        raise without_state_dict(file.path, root)
     models = _models(file.path, root, state_dicts, key)
     chosen = tuple(models.values())
     is_one = list(models) == [""]

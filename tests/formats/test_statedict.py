@@ -6,9 +6,12 @@ import collections
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from ckptavg.errors import SelectionError
+from ckptavg.errors import NoStateDictError, SelectionError
+from ckptavg.formats import open_checkpoint
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
 from ckptavg.formats.statedict import choose, find_state_dicts
 from ckptavg.formats.tensors import BY_NAME
@@ -233,3 +236,27 @@ def test_these_are_names_of_averages(name):
 )
 def test_these_are_not(name):
     assert not is_average(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"w": np.ones(3)}, "w is a numpy array, not a tensor; save the arrays as tensors"),
+        ({"model": {"w": np.ones(3)}}, "model.w is a numpy array, not a tensor"),
+        (
+            {"model": {"language_model": {"encoder": {"layers.0.w": torch.ones(2)}}}},
+            "levels deep; `key` model.language_model.encoder takes the mapping that holds it",
+        ),
+        (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).state_dict(), "an optimizer's state"),
+        ({"epoch": 3}, "no state dict found in it"),
+    ],
+    ids=["arrays", "arrays below", "Megatron-LM", "optimizer", "numbers"],
+)
+def test_what_a_file_without_a_state_dict_holds_is_said(tmp_path, content, message):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(NoStateDictError) as caught:
+        open_checkpoint(tmp_path / "x.pt")
+    assert message in str(caught.value)
+    if "levels deep" in message:
+        opened = open_checkpoint(tmp_path / "x.pt", key="model.language_model.encoder")
+        assert opened.tensors.keys() == {"layers.0.w"}

@@ -62,7 +62,6 @@ def open_shard(path: Path, key: Key) -> Checkpoint:
         if module.matches(path, head):
             checkpoint: Checkpoint = module.open_checkpoint(file, key)
             return checkpoint
-    remedy = None
     if not head:
         problem = "is empty: was the disk full when it was written?"
     elif head.startswith(_LFS):
@@ -73,5 +72,4 @@ def open_shard(path: Path, key: Key) -> Checkpoint:
         problem = "is a tar archive, not a torch file"
     else:
         problem = "is neither safetensors nor a torch file (or is damaged at its start)"
-        remedy = "leave it out with `exclude` if it is no checkpoint"
-    raise FormatError(problem, path=path, remedy=remedy)
+    raise FormatError(problem, path=path)

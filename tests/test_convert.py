@@ -120,6 +120,17 @@ def test_an_average_stays_what_it_is(tmp_path):
     assert "uniform average of 2 checkpoints, norm statistics stale" in said
 
 
+def test_an_average_in_another_dtype_is_a_copy_of_it(tmp_path):
+    save_run(tmp_path / "run", [{"w": torch.randn(3)} for _ in range(2)])
+    average, converted = tmp_path / "swa.safetensors", tmp_path / "half.safetensors"
+    ckptavg.average(tmp_path / "run", average)
+    ckptavg.convert(average, converted, dtype="float16")
+    entry = open_checkpoint(converted).provenance or {}
+    assert (entry["scheme"], entry["options"]) == ("none", {"dtype": "float16"})
+    assert [member["name"] for member in entry["sources"]] == ["swa.safetensors"]
+    assert ckptavg.verify(converted, [average]).compared == 1
+
+
 def test_a_checkpoint_is_no_average_afterwards(tmp_path):
     (tmp_path / "new").mkdir()
     for step in (1, 2):

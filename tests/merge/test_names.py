@@ -159,7 +159,8 @@ def test_floats_of_unlike_dtypes_average_in_the_one_that_is_asked_for(
 def test_norm_statistics_of_unlike_dtypes_are_no_frozen_ones(tmp_path):
     (tmp_path / "run").mkdir()
     for number, dtype in enumerate((torch.float32, torch.float16)):
-        state = {"bn.running_mean": torch.ones(2), "bn.running_var": torch.ones(2) * 2}
+        large = torch.ones(600_000)  # more than a piece that is compared at once
+        state = {"bn.running_mean": large, "bn.running_var": torch.ones(2) * 2}
         state = {name: value.to(dtype) for name, value in state.items()}
         torch.save(state, tmp_path / "run" / f"step_{number}.pt")
     summary = ckptavg.average(tmp_path / "run", tmp_path / "o.pt", dtype="float32")
@@ -239,6 +240,11 @@ class TestMessages:
         assert "--skip" in said.stderr
         with pytest.raises(SelectionError, match="keeps all of its tensors"):
             ckptavg.average(folder, "o.pt", container="last", skip=["inv_freq"])
+
+
+def test_what_is_skipped_is_not_there_to_be_taken(folder):
+    message = refusal(folder, skip=["inv_freq$"], take_last=["0.rotary"])
+    assert "`take_last` '0.rotary'" in message
 
 
 def test_one_text_stands_for_a_list_of_it(states, folder):

@@ -136,7 +136,7 @@ def _open(candidate: Candidate, key: Key) -> None:
             candidate.leave_out("no weights", error.message)
         else:
             candidate.leave_out("damaged", error.message)
-            if not is_named and error.remedy is None:
+            if isinstance(error, FormatError) and not is_named and error.remedy is None:
                 error.remedy = "if it is not a checkpoint, leave it out with `exclude`"
             candidate.fault = error
         return

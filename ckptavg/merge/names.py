@@ -129,6 +129,9 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
     unlike = sum(len(alike) for (series, *_), alike in groups.items() if series)
     is_of_few = 2 * unlike <= len(names)
     of_lora = {tensor.name for tensors in lora_modules(names).values() for tensor in tensors}
+    can_join = any(
+        option == "take_last" and alike[0] in of_lora for (*_, option), alike in groups.items()
+    ) and not reason_against_joining(checkpoints)
     for number, ((_, difference, option), alike) in enumerate(groups.items()):
         what, them = printable(alike[0]), "it"
         if len(alike) > 1:
@@ -137,7 +140,7 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
         if option.startswith("dtype"):
             remedy = f"; `{option}` averages {them}"
         elif alike[0] in of_lora:  # a factor is useless without the other and the alpha
-            if option == "take_last" and not reason_against_joining(checkpoints):
+            if option == "take_last" and can_join:
                 remedy = "; `lora=exact` averages products of unlike ranks"
         elif is_of_few and number < _MOST_REMEDIES:
             pattern = pattern_of(alike, set(names).difference(alike))

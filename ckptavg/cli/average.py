@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command, NoEffect, fields_of, without
+from ckptavg.cli.command import (
+    RUNNING,
+    Command,
+    NoEffect,
+    fields_of,
+    without,
+    without_blas_threads,
+)
 from ckptavg.cli.console import Console, plural, size
 from ckptavg.cli.declarations import parse, path_or_url, path_text
 from ckptavg.cli.report import say_report
@@ -114,8 +120,7 @@ def average(
     """
     refreshes = params.get("model") is not None
     if not refreshes:
-        # numpy's BLAS is not used here, and starting its threads takes as long as importing it.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        without_blas_threads()
     from ckptavg.average import average as run
     from ckptavg.average import average_many
     from ckptavg.merge.recipe import AverageOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -110,3 +111,11 @@ def fields_of(kind: type, params: Mapping[str, Any], prefix: str = "") -> dict[s
 def names_of(options: Iterable[click.Option]) -> list[str]:
     """The names of the options' parameters."""
     return [str(option.name) for option in options]
+
+
+def without_blas_threads() -> None:
+    """Have numpy start no threads of its BLAS, which takes as long as importing numpy does.
+
+    It is for commands that do not use BLAS, before they import numpy.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ckptavg.cli import options
-from ckptavg.cli.command import RUNNING, Command
+from ckptavg.cli.command import RUNNING, Command, without_blas_threads
 from ckptavg.cli.console import Console, plural, size
 from ckptavg.cli.declarations import parse, path_text
 from ckptavg.errors import printable
@@ -47,8 +46,7 @@ def convert(
     as they are, unless --dtype or --skip is given. Of a training checkpoint the weights are
     written, not the optimizer's state.
     """
-    # numpy's BLAS is not used here, and starting its threads takes as long as importing it.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    without_blas_threads()
     from ckptavg.convert import convert as run
 
     with console.progress("converting", "B") as progress:

@@ -720,6 +720,7 @@ class TestModes:
         [
             None,
             lambda mode=True: mode,
+            lambda is_training=True: is_training,
             lambda self, mode=True: (self, mode),  # `disabled_train` of latent diffusion
             lambda *_: None,
         ],

@@ -105,6 +105,23 @@ def test_pieces_that_span_groups_and_padding(tmp_path):
     assert opened.other_entries == {"extra": 3}
 
 
+def test_a_rank_may_have_nothing_but_padding(tmp_path):
+    for rank in range(4):
+        # Two elements of `w`, which has five, and one of `v`, which has one; the rest is padding.
+        flat = torch.tensor([2.0 * rank, 2.0 * rank + 1, 9])
+        model = {
+            "module": {"w": torch.empty(0), "v": torch.empty(0)},
+            "buffer_names": [],
+            "param_shapes": [{"w": torch.Size([5]), "v": torch.Size([1])}],
+        }
+        optimizer = {"fp32_flat_groups": [flat], "partition_count": 4}
+        name = f"zero_pp_rank_{rank}_mp_rank_00_"
+        save_torch(model, tmp_path / f"{name}model_states.pt")
+        save_torch({"optimizer_state_dict": optimizer}, tmp_path / f"{name}optim_states.pt")
+    wanted = {"w": torch.arange(5.0), "v": torch.full((1,), 9.0)}
+    assert_same(open_checkpoint(tmp_path), wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

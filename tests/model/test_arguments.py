@@ -124,6 +124,7 @@ class TestHyperParameters:
             "--model-arg", "depth=1", code=1,
         )  # fmt: skip
         assert "differences (`model_arg` can give it other sizes)" in str(result.exception)
+        assert "Net is given what e0.ckpt records: width=7, lr=0.1\n" in result.stderr
 
     def test_are_all_given_to_a_class_that_takes_any(self, lit):
         values = {"width": 7, "depth": 2, "momentum": 0.9, "self": 1}

@@ -715,12 +715,26 @@ class TestModes:
         torch.testing.assert_close(model.head.running_mean, given.mean(0), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("train_mode", ["norm", "full"])
+    def test_the_mode_of_train_may_have_another_name(self, train_mode):
+        class Frozen(nn.Sequential):
+            def train(self, is_training=True):  # noqa: FBT002
+                super().train(is_training)
+                self[0].eval()
+                return self
+
+        model = Frozen(nn.BatchNorm1d(5), nn.BatchNorm1d(5))
+        disturb(model)
+        before = Snapshot(model)
+        report = refresh_norm(model, draw((16, 16, 16), 5), train_mode=train_mode)
+        before.check(but=[f"1.{name}" for name in STATISTICS])
+        assert [(each.name, each.is_intended) for each in report.kept] == [("0", True)]
+
+    @pytest.mark.parametrize("train_mode", ["norm", "full"])
     @pytest.mark.parametrize(
         "replacement",
         [
             None,
             lambda mode=True: mode,
-            lambda is_training=True: is_training,
             lambda self, mode=True: (self, mode),  # `disabled_train` of latent diffusion
             lambda *_: None,
         ],

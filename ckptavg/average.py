@@ -13,7 +13,7 @@ from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_names import has_lora
-from ckptavg.formats.parts import as_paths
+from ckptavg.formats.paths import as_paths
 from ckptavg.formats.statedict import as_key
 from ckptavg.merge.engine import default_threads
 from ckptavg.merge.lora import check_scales, join_factors
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from ckptavg.average import write_averages
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
-from ckptavg.formats.parts import as_path, remote_errors
+from ckptavg.formats.paths import as_path, remote_errors
 from ckptavg.formats.statedict import as_key
 from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.formats.statedict import Key
     from ckptavg.options import Progress
     from ckptavg.write.provenance import Summary

@@ -25,7 +25,7 @@ from ckptavg.errors import (
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG, METADATA
-from ckptavg.formats.parts import absolute, as_path, is_remote
+from ckptavg.formats.paths import absolute, as_path, is_remote
 from ckptavg.formats.statedict import ALL
 from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.options import Progress
 
 

@@ -24,7 +24,7 @@ from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
 from ckptavg.errors import RefreshError, printable
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.parts import as_path, is_remote
+from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.formats.statedict import place_of
 from ckptavg.formats.tensors import is_norm_statistic
 from ckptavg.model.factories import load_object, user_code
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.layers import NormLayer
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.formats.tensors import AnyArray, DType
     from ckptavg.model.loading import Loaded
 

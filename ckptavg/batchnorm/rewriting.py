@@ -10,7 +10,7 @@ from ckptavg import __version__
 from ckptavg.batchnorm.layers import SAME_IN_ALL_MEMBERS
 from ckptavg.errors import OutputError, without_notices
 from ckptavg.formats import huggingface, open_checkpoint
-from ckptavg.formats.parts import is_remote
+from ckptavg.formats.paths import is_remote
 from ckptavg.formats.statedict import place_of
 from ckptavg.formats.tensors import is_norm_statistic, norm_layers
 from ckptavg.merge.engine import default_threads
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.options import RefreshCheckpointOptions
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.merge.jobs import Layout
     from ckptavg.merge.plan import Plan
     from ckptavg.merge.roles import Role

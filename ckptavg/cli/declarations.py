@@ -33,7 +33,7 @@ def path_text(text: str) -> str:
 
 def path_or_url(text: str) -> Path:
     """A path, or a URL that behaves like one."""
-    from ckptavg.formats.parts import as_path
+    from ckptavg.formats.paths import as_path
 
     return as_path(path_text(text))
 

@@ -105,7 +105,7 @@ def _member(verdict: Verdict) -> dict[str, Any]:
 
 def _other(candidate: Candidate) -> dict[str, Any]:
     """What is shown of a file that is no checkpoint of the run."""
-    from ckptavg.formats.parts import shown
+    from ckptavg.formats.paths import shown
 
     unknown = dict.fromkeys(("step", "rate", "metric", "bytes"))
     return {"path": shown(candidate.path), **unknown, "taken": False, "reason": candidate.reason}
@@ -208,7 +208,7 @@ def _state_dicts(path: Path, key: Key) -> list[Checkpoint]:
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is shown of a state dict, and printed as JSON."""
-    from ckptavg.formats.parts import shown
+    from ckptavg.formats.paths import shown
     from ckptavg.formats.tensors import is_norm_statistic
 
     key, names, tensors = checkpoint.key, checkpoint.tensors.keys(), checkpoint.tensors.values()

@@ -138,7 +138,7 @@ def _run(
     """Make a landscape, write it, and print what it shows."""
     if params["plots"]:
         import ckptavg.landscape.plots  # noqa: F401 - fails now, and not after all evaluations
-    from ckptavg.formats.parts import as_path
+    from ckptavg.formats.paths import as_path
     from ckptavg.landscape.saving import save
 
     console, folder = params["console"], as_path(params["output"])

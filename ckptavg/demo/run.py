@@ -21,7 +21,7 @@ from ckptavg.landscape.saving import save
 from ckptavg.select.rules import Selection
 
 if TYPE_CHECKING:
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.options import Progress
     from ckptavg.write.provenance import Summary
 

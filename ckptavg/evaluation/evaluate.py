@@ -16,7 +16,7 @@ from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.parts import as_paths
+from ckptavg.formats.paths import as_paths
 from ckptavg.merge.roles import frozen_layers
 from ckptavg.model.batches import default_forward, moved
 from ckptavg.model.factories import load_object, name_of, user_code
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.refresh import Forward
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.model.factories import Function, Loader, Model
     from ckptavg.options import Progress
     from ckptavg.select.rules import Verdict

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.formats.checkpoint import Checkpoint
-    from ckptavg.formats.parts import PathLike
+    from ckptavg.formats.paths import PathLike
     from ckptavg.select.metrics import Mode
     from ckptavg.select.run import Run
     from ckptavg.write.provenance import Summary

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import dcp, deepspeed, huggingface, shards
 from ckptavg.formats.files import SUFFIXES, open_file
-from ckptavg.formats.parts import remote_errors
+from ckptavg.formats.paths import remote_errors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,8 @@ from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.blocks import Box, misfit
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
-from ckptavg.formats.parts import Memory, Part, is_inside, open_source
+from ckptavg.formats.parts import Memory, Part, open_source
+from ckptavg.formats.paths import is_inside
 from ckptavg.formats.pickled import PickledTensor, Placeholder, Storage, UnreadableTensor
 from ckptavg.formats.tensors import DType, is_extra_state, is_possible
 from ckptavg.formats.torchpickle import locate

@@ -22,7 +22,8 @@ from ckptavg.formats.modelfolders import (
     is_index,
     output_stem,
 )
-from ckptavg.formats.parts import is_inside, open_source
+from ckptavg.formats.parts import open_source
+from ckptavg.formats.paths import is_inside
 from ckptavg.formats.recorded import trainer_record
 from ckptavg.formats.torchzip import Archive
 

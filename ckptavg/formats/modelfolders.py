@@ -14,7 +14,7 @@ from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import dcp, deepspeed
 from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import read_any_json
-from ckptavg.formats.parts import is_inside
+from ckptavg.formats.paths import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

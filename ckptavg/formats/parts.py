@@ -1,4 +1,4 @@
-"""Paths and URLs, the files of a checkpoint behind them, and other bytes that stand for files."""
+"""The files of a checkpoint, here or behind URLs, and other bytes that stand for files."""
 
 from __future__ import annotations
 
@@ -6,97 +6,18 @@ import contextlib
 import io
 import os
 import stat
-import warnings
 from abc import ABC, abstractmethod
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ckptavg.errors import CkptAvgError, FormatError, printable
+from ckptavg.errors import CkptAvgError, FormatError
+from ckptavg.formats.paths import is_remote, remote_errors
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
+    from pathlib import Path
 
     from _typeshed import WriteableBuffer
-
-
-PathLike = str | os.PathLike[str]
-"""A path on this machine, or a URL."""
-
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-
-
-def as_path(text: str | os.PathLike[str]) -> Path:
-    """A path; for a URL (`s3://bucket/run`) a `UPath`, which has the methods of a path.
-
-    Raises:
-        CkptAvgError: fsspec has no file system for the URL, or its package is not installed.
-    """
-    if is_remote(text):
-        return cast("Path", text)
-    address = os.fspath(text)
-    scheme, is_url, _ = address.partition("://")
-    if not is_url:
-        return Path(address)
-    from upath import UPath  # noqa: PLC0415 - importing fsspec takes longer than all else
-
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about schemes that upath does not test
-            path = UPath(address)
-            _ = path.fs  # imports the package of the file system
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        remedy = f"pip install 'ckptavg[{extra}]'" if extra else None
-        raise CkptAvgError(str(error), path=address, remedy=remedy) from error
-    except Exception as error:  # file systems raise exceptions of their own
-        raise CkptAvgError(f"cannot be reached: {error}", path=address) from error
-    return Path(os.fspath(path)) if isinstance(path, os.PathLike) else cast("Path", path)
-
-
-def as_paths(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The paths of one input or of several; see `as_path`."""
-    is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
-    return list(map(as_path, cast("Iterable[PathLike]", [inputs] if is_one else inputs)))
-
-
-def is_remote(path: object) -> bool:
-    """Whether it is a path behind a URL."""
-    return not isinstance(path, str | bytes | os.PathLike) and hasattr(path, "fs")
-
-
-@contextlib.contextmanager
-def remote_errors(path: Path) -> Iterator[None]:
-    """Raise a CkptAvgError for whatever exception the file system behind a URL raises."""
-    try:
-        yield
-    except CkptAvgError:
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        if isinstance(error, FileNotFoundError):
-            raise CkptAvgError("does not exist", path=path) from error
-        reason = printable(error) or type(error).__name__
-        raise CkptAvgError(f"cannot read it: {reason}", path=path) from error
-
-
-def shown(path: Path) -> str:
-    """The path for a report; of a URL without user, password and query."""
-    return printable(path) if is_remote(path) else str(path)
-
-
-def absolute(path: Path) -> PurePosixPath | Path:
-    """The absolute path, with its links; of a URL the part behind the scheme, without secrets."""
-    if is_remote(path):
-        address = str(path).partition("://")[2].partition("?")[0].lstrip("/")
-        host, slash, rest = address.partition("/")
-        return PurePosixPath("/", host.rpartition("@")[2] + slash + rest)
-    return Path(os.path.abspath(path))  # noqa: PTH100 - `resolve` would follow links
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path that a file names stays in the directory that it starts from."""
-    return not ({"\\", "\0"} & set(name) or {"", ".", ".."} & set(name.split("/")))
-
 
 # Files beyond this many are opened for each read: 200 checkpoints pass under `ulimit -n 128`.
 _MOST_OPEN = 64

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord
 from ckptavg.formats.jsontext import from_text
-from ckptavg.formats.parts import is_remote
+from ckptavg.formats.paths import is_remote
 from ckptavg.formats.statedict import ALL, without_names
 from ckptavg.formats.tensors import BY_CODE, Place, Tensor, is_possible
 from ckptavg.formats.words import parse_shard_name

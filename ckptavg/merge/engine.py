@@ -20,7 +20,7 @@ import numpy as np
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
-from ckptavg.formats.parts import is_remote
+from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import Allocate, AnyArray, Tensor, bytes_of, new_arrays
 from ckptavg.merge.arithmetic import (
     accumulator_dtype,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, shards
 from ckptavg.formats.modelfolders import has_trainer_state
-from ckptavg.formats.parts import is_remote, remote_errors
+from ckptavg.formats.paths import is_remote, remote_errors
 from ckptavg.formats.words import is_no_checkpoint, parse_shard_name
 from ckptavg.select.names import natural_key, parse_name
 

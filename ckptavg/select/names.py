@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ckptavg.formats import SUFFIXES
-from ckptavg.formats.parts import absolute, is_remote
+from ckptavg.formats.paths import absolute, is_remote
 from ckptavg.formats.words import KINDS, words_in
 
 if TYPE_CHECKING:

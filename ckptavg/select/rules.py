@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats.parts import absolute
+from ckptavg.formats.paths import absolute
 from ckptavg.options import Options
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import Mode, certain_mode, indices_of_best, metric_in_name, read_metrics

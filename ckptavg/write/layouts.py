@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptavg.errors import OutputError, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE
-from ckptavg.formats.parts import as_path, is_remote
+from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.write.companions import mention_weights_left_behind
 from ckptavg.write.container import lay_out_container
 from ckptavg.write.dcp import lay_out_dcp

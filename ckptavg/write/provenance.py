@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
-from ckptavg.formats.parts import shown
+from ckptavg.formats.paths import shown
 from ckptavg.merge.record import Record
 
 if TYPE_CHECKING:

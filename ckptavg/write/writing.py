@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import CkptAvgError, OutputError, listed, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.dcpfiles import METADATA
-from ckptavg.formats.parts import is_remote
+from ckptavg.formats.paths import is_remote
 from ckptavg.merge.engine import execute
 from ckptavg.merge.jobs import BadValueError
 from ckptavg.write.output import Output, followed

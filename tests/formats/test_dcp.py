@@ -27,7 +27,7 @@ from ckptavg import cli
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
-from ckptavg.formats.parts import as_path
+from ckptavg.formats.paths import as_path
 from tests.gloo import save_all, whole_state
 from tests.helpers import save_dcp
 from tests.oracle import StateDict, naive_mean, random_state_dicts, same_bits

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.formats.parts import absolute, as_path, is_remote, remote_errors
+from ckptavg.formats.paths import absolute, as_path, is_remote, remote_errors
 from ckptavg.select.names import relative_names
 
 ADDRESS = "memory://user:secret@bucket/run/step_1.pt?token=secret"

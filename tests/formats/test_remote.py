@@ -19,7 +19,8 @@ from upath import UPath
 import ckptavg
 from ckptavg.errors import CkptAvgError, MismatchError, OutputError, SelectionError
 from ckptavg.formats import open_checkpoint
-from ckptavg.formats.parts import as_path, open_source
+from ckptavg.formats.parts import open_source
+from ckptavg.formats.paths import as_path
 from tests.helpers import run
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 

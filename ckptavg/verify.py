@@ -25,7 +25,7 @@ from ckptavg.errors import (
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
 from ckptavg.formats.lora_config import CONFIG, METADATA
-from ckptavg.formats.paths import absolute, as_path, is_remote
+from ckptavg.formats.paths import absolute, as_path, as_paths, is_remote
 from ckptavg.formats.statedict import ALL
 from ckptavg.formats.tensors import is_norm_state
 from ckptavg.merge.engine import default_threads
@@ -96,7 +96,7 @@ def verify(
         CkptAvgError: a file cannot be read.
     """
     average, record = _open(as_path(output), key)
-    paths = [as_path(path) for path in inputs]
+    paths = as_paths(inputs)
     if not paths:
         raise VerificationError(
             "is verified against its members", path=average.path, remedy="name them as well"

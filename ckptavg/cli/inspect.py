@@ -10,7 +10,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, fields_of
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size, with_options
-from ckptavg.cli.declarations import path_or_url
+from ckptavg.cli.declarations import path_text
 from ckptavg.errors import CkptAvgError, SelectionError, listed, printable, without_notices
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     },
     no_effect=options.SELECTION_NO_EFFECT,
 )
-@click.argument("paths", nargs=-1, required=True, type=path_or_url, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=path_text, metavar="PATH...")
 def inspect(
     console: Console,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     key: tuple[str, ...],
     **params: Any,  # noqa: ANN401 - the fields of `Selection`
 ) -> None:
@@ -44,13 +44,15 @@ def inspect(
     PATH is a checkpoint, or a directory of them. Of a directory, show which files `average` would
     take, and why not the others; with rules such as --last or --lr-minima, those that they take.
     """
+    from ckptavg.formats.paths import as_paths
     from ckptavg.formats.statedict import as_key
     from ckptavg.select.candidates import find_candidates
 
+    inputs = as_paths(paths)
     with without_notices():
-        [first, *others] = find_candidates(paths).items()
+        [first, *others] = find_candidates(inputs).items()
     if others or first[1] is not None or any(params.values()):
-        _show_run(console, paths, as_key(key), params)
+        _show_run(console, inputs, as_key(key), params)
     else:
         _show_content(console, first[0], as_key(key))
 

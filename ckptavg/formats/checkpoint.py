@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import Memory, Part
+from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import AnyArray, Place, Tensor, bytes_of
 
 if TYPE_CHECKING:
@@ -123,6 +125,11 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of its files, the optimizer's state included."""
         return sum(part.size for part in self.parts)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether bytes of it come over a network."""
+        return any(is_remote(part.path) for part in self.parts)
 
     @property
     def is_of_directories(self) -> bool:
@@ -329,11 +336,16 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     It depends neither on the container nor on the order of the tensors.
     """
     names = sorted(name for name, tensor in checkpoint.tensors.items() if 0 not in tensor.shape)
+    chosen = spread(names, _SAMPLES_OF_FINGERPRINT)
+
+    def sample(name: str) -> bytes:
+        return b"".join(checkpoint.pieces(name, SAMPLE_BYTES))
+
     digest = hashlib.sha256()
-    for name in spread(names, _SAMPLES_OF_FINGERPRINT):
-        digest.update(name.encode("utf-8", "surrogatepass"))
-        [sample] = checkpoint.pieces(name, SAMPLE_BYTES)
-        digest.update(sample)
+    with ThreadPoolExecutor(_SAMPLES_OF_FINGERPRINT) as pool:
+        samples = pool.map(sample, chosen) if checkpoint.is_remote else map(sample, chosen)
+        for name, data in zip(chosen, samples, strict=True):
+            digest.update(name.encode("utf-8", "surrogatepass") + data)
     return digest.hexdigest()[:32]
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,16 +56,8 @@ class Part(ABC):
         """Small pieces, each given by its offset and size."""
         return [self.read(offset, size) for offset, size in places]
 
-    def check_unchanged(self) -> None:
-        """Raise a CkptAvgError if the file was rewritten, replaced or removed."""
-        if self._identity_now() != self.identity:
-            raise CkptAvgError(
-                "changed while it was being read",
-                path=self.path,
-                remedy="wait until the training has finished writing, and start again",
-            )
-
-    def _identity_now(self) -> Hashable:
+    def identity_now(self) -> Hashable:
+        """What `identity` would be if the part was opened now."""
         return self.identity
 
     def _truncated(self, end: int, missing: int) -> CkptAvgError:
@@ -141,7 +134,8 @@ class File(Part):
                 raise self._truncated(offset, len(out))
             out, offset = out[count:], offset + count
 
-    def _identity_now(self) -> Hashable:
+    def identity_now(self) -> Hashable:
+        """What `identity` would be if the file was opened now."""
         with self._opened() as descriptor:
             return self._identify(descriptor)
 
@@ -166,8 +160,28 @@ class Memory(Part):
         out[:] = memoryview(self.data)[offset : offset + len(out)]
 
 
+def check_unchanged(parts: Iterable[Part]) -> None:
+    """Raise a CkptAvgError if one of the files was rewritten, replaced or removed."""
+    different = [*dict.fromkeys(parts)]
+    for part in different:
+        if isinstance(part, RemoteFile):
+            part.forget_listing()
+    for part in different:
+        if part.identity_now() != part.identity:
+            raise CkptAvgError(
+                "changed while it was being read",
+                path=part.path,
+                remedy="wait until the training has finished writing, and start again",
+            )
+
+
 # What file systems report of a file that changes with its content.
-_VERSION_FACTS = ("size", "ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "created")
+_VERSION_FACTS = (
+    *("size", "ETag", "etag", "md5Hash", "crc32c", "mtime", "LastModified", "created"),
+    *("blob_id", "xet_hash"),
+)
+_HEAD = 1 << 16  # bytes, in which most safetensors files have their header
+_REQUESTS = 16  # for small pieces, at once
 
 
 def open_source(path: Path) -> Part:
@@ -187,9 +201,15 @@ class RemoteFile(Part):
     """
 
     def __init__(self, path: Path) -> None:
+        from fsspec import AbstractFileSystem  # noqa: PLC0415 - takes long, and has been imported
+
         self.path = path
         address: Any = path  # a UPath
         self._system, self._name = address.fs, address.path
+        # fsspec's own `cat_file` opens the file, and then reads 5 MB more than it is asked for.
+        is_general = type(self._system).cat_file is AbstractFileSystem.cat_file
+        self._options = {"cache_type": "none"} if is_general else {}
+        self._head: bytes | None = None
         self.size, self.identity = self._look_up()
 
     def _look_up(self) -> tuple[int, tuple[str, ...]]:
@@ -202,10 +222,13 @@ class RemoteFile(Part):
         return size, (str(self.path), *(str(info.get(fact)) for fact in _VERSION_FACTS))
 
     def read_many(self, places: Iterable[tuple[int, int]]) -> list[bytes]:
-        """Small pieces, each given by its offset and size; many at once where fsspec can."""
+        """Small pieces, each given by its offset and size; many at once."""
         spans = [(offset, offset + size) for offset, size in places]
         if not spans:
             return []
+        if self._options:  # fsspec would ask for one after the other
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                return [*pool.map(lambda span: self.read(span[0], span[1] - span[0]), spans)]
         starts, ends = map(list, zip(*spans, strict=True))
         with remote_errors(self.path):
             pieces: list[bytes] = self._system.cat_ranges(
@@ -216,12 +239,26 @@ class RemoteFile(Part):
         return pieces
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, held in memory only once."""
+        """`size` bytes from `offset`, held in memory only once.
+
+        The first request brings all of a header. It is kept until other bytes are read.
+        """
         if not size:
             return b""
+        head = self._head
+        if head is None and offset + size <= min(_HEAD, self.size):
+            head = self._head = self._request(0, min(_HEAD, self.size))
+        if head and offset + size <= len(head):
+            return head[offset : offset + size]
+        self._head = b""
+        return self._request(offset, size)
+
+    def _request(self, offset: int, size: int) -> bytes:
         with remote_errors(self.path):
             # By keyword: not every file system takes the arguments in this order.
-            piece: bytes = self._system.cat_file(self._name, start=offset, end=offset + size)
+            piece: bytes = self._system.cat_file(
+                self._name, start=offset, end=offset + size, **self._options
+            )
         self._check(piece, offset, offset + size)
         return piece
 
@@ -239,8 +276,12 @@ class RemoteFile(Part):
         if len(piece) < end - start:
             raise self._truncated(start + len(piece), end - start - len(piece))
 
-    def _identity_now(self) -> Hashable:
+    def forget_listing(self) -> None:
+        """Forget the listing of its directory, so that one request gets a new one for all files."""
         self._system.invalidate_cache()
+
+    def identity_now(self) -> Hashable:
+        """What `identity` would be if the file was opened now."""
         return self._look_up()[1]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 """A path on this machine, or a URL."""
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
@@ -48,9 +51,23 @@ def as_path(text: str | os.PathLike[str]) -> Path:
 
 
 def as_paths(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The paths of one input or of several; see `as_path`."""
+    """The paths of one input or of several; see `as_path`.
+
+    A URL of the Hugging Face hub may name several revisions: `hf://org/repo@{step1,step2}`.
+    """
     is_one = isinstance(inputs, str | os.PathLike) or is_remote(inputs)
-    return list(map(as_path, cast("Iterable[PathLike]", [inputs] if is_one else inputs)))
+    several = cast("Iterable[PathLike]", [inputs] if is_one else inputs)
+    return [as_path(each) for text in several for each in _expanded(text)]
+
+
+def _expanded(text: PathLike) -> Iterator[PathLike]:
+    """The URLs that a shell would make of one with braces, if it was not quoted."""
+    if not isinstance(text, str) or not text.startswith("hf://"):
+        yield text
+        return
+    pieces = _BRACES.split(text)  # fixed texts and choices in turn
+    choices = [piece.split(",") if place % 2 else [piece] for place, piece in enumerate(pieces)]
+    yield from map("".join, itertools.product(*choices))
 
 
 def is_remote(path: object) -> bool:
@@ -68,9 +85,11 @@ def remote_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        if isinstance(error, FileNotFoundError):
-            raise CkptAvgError("does not exist", path=path) from error
         reason = printable(error) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            is_path = str(path).endswith(reason.lstrip("/"))
+            what = "does not exist" if is_path else f"does not exist: {reason}"
+            raise CkptAvgError(what, path=path) from error
         raise CkptAvgError(f"cannot read it: {reason}", path=path) from error
 
 

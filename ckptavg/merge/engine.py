@@ -20,7 +20,6 @@ import numpy as np
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
-from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import Allocate, AnyArray, Tensor, bytes_of, new_arrays
 from ckptavg.merge.arithmetic import (
     accumulator_dtype,
@@ -44,15 +43,15 @@ _LARGE = 8 << 20
 _WIDEST = 16
 """Bytes of an element of complex128."""
 _MOST_THREADS = 4  # their buffers take less than 64 MB
-_REMOTE_THREADS = 16
+_REMOTE_THREADS = 8
 
 
 def default_threads(checkpoints: Iterable[Checkpoint] = ()) -> int:
     """The number of processors that this process may use, 4 at most.
 
-    It is 16 if bytes come over a network, since waiting threads need no processor.
+    It is 8 if bytes come over a network, since waiting threads need no processor.
     """
-    if any(is_remote(part.path) for checkpoint in checkpoints for part in checkpoint.parts):
+    if any(checkpoint.is_remote for checkpoint in checkpoints):
         return _REMOTE_THREADS
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_THREADS)

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import CkptAvgError
+from ckptavg.formats.paths import is_remote
 from ckptavg.formats.tensors import BY_NAME, Tensor
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ class Layout:
 CHUNK = 256 * 1024
 """Elements of a chunk: 1 MiB in float32, 2 MiB in float64."""
 
+REMOTE = 4
+"""A chunk of remote inputs is so many times as large: each is a request."""
+
 _CHUNK_OF_SEVERAL, _SMALLEST_CHUNK = 64 * 1024, 16 * 1024
 _SUMS = 1024 * 1024
 
@@ -211,7 +215,10 @@ class Job:
 
 
 def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
-    """Cut jobs into chunks that fit a core's cache: job, first element, number of elements."""
+    """Cut jobs into chunks that fit a core's cache: job, first element, number of elements.
+
+    Those of remote inputs are larger.
+    """
     for job in jobs:
         if job.strided:
             yield job, 0, job.count
@@ -220,6 +227,8 @@ def chunks(jobs: Iterable[Job]) -> Iterator[tuple[Job, int, int]]:
         size = CHUNK
         if outputs > 1:  # each output has a sum of its own
             size = max(_SMALLEST_CHUNK, min(_CHUNK_OF_SEVERAL, _SUMS // outputs))
+        if any(is_remote(entry.part.path) for entry in job.inputs):
+            size *= REMOTE
         for start in range(0, job.count, size):
             yield job, start, min(size, job.count - start)
 

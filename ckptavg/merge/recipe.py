@@ -64,7 +64,7 @@ class AverageOptions(Options):
         fsync: wait until the output is on the disk.
         dry_run: write nothing, and return what would be written.
         threads: the number of threads; None for the processors that this process may use, 4 at
-            most, or for 16 threads if bytes come over a network.
+            most, or for 8 threads if bytes come over a network.
         progress: called as bytes are written.
         hash_progress: called as bytes are hashed.
         ranks: the processes that share the work, on a file system that all of them see; each calls
@@ -177,7 +177,8 @@ class Recipe:
     @property
     def names(self) -> Mapping[Path, str]:
         """The members' paths below the folder that they have in common, without the base."""
-        return relative_names([each.path for each in self.members if each is not self.base])
+        paths = [each.path for each in self.members if each is not self.base]
+        return relative_names(paths, revisions=True)
 
     @property
     def is_copy(self) -> bool:

@@ -37,6 +37,7 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
 
     Raises:
         SelectionError: an input does not exist, or is a directory without candidates.
+        CkptAvgError: an input behind a URL does not exist, or cannot be reached.
     """
     candidates: dict[Path, Path | None] = {}
     for path in _joined(list(inputs)):
@@ -48,6 +49,8 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
                     what = f"no checkpoint found in {printable(path)}"
                     raise SelectionError(what, remedy=_hint(path))
             elif not path.exists():
+                if is_remote(path):
+                    path.stat()  # raises, and says more
                 raise SelectionError("does not exist", path=path)
             for entry in entries:
                 candidates.setdefault(entry, path)

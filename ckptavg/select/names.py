@@ -259,15 +259,21 @@ def natural_key(text: str) -> tuple[tuple[int, Step | str], ...]:
     return (*key, (1, name.texts[-1]), (1, name.suffix))
 
 
-def relative_names(paths: Collection[Path]) -> dict[Path, str]:
+def relative_names(paths: Collection[Path], *, revisions: bool = False) -> dict[Path, str]:
     """For each path the one relative to the deepest folder that all have in common.
 
     URLs have a common folder of their own, apart from that of the paths on this machine.
+
+    Args:
+        paths: the paths.
+        revisions: keep the repository and its revision, `repo@step1000`, also if all have the same.
     """
     names: dict[Path, str] = {}
     for remote in (False, True):
         group = {path: absolute(path) for path in paths if is_remote(path) is remote}
         parents = [path.parent for path in group.values()]
         folder = os.path.commonpath(parents) if parents else ""
+        if remote and revisions and "@" in folder:
+            folder = folder.partition("@")[0].rpartition("/")[0]
         names |= {path: full.relative_to(folder).as_posix() for path, full in group.items()}
     return names

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptavg import __version__
 from ckptavg.formats.paths import shown
+from ckptavg.merge.jobs import REMOTE
 from ckptavg.merge.record import Record
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def summarise(
         hashes: SHA-256 of the members' files, if they were hashed.
     """
     weights, names = recipe.weights, recipe.names
+    chunks = REMOTE if any(member.is_remote for member in plan.members) else 1
     sources = tuple(
         SourceSummary(
             names.get(member.path, member.path.name), shown(member.path), member.size,
@@ -192,7 +194,7 @@ def summarise(
         bytes_read=plan.bytes_to_read,
         bytes_written=layout.size,
         memory=_BASE_MEMORY
-        + threads * (_THREAD_MEMORY + (len(plan.weights) - 1) * _OUTPUT_MEMORY)
+        + threads * chunks * (_THREAD_MEMORY + (len(plan.weights) - 1) * _OUTPUT_MEMORY)
         + len(plan.tensors) * _TENSOR_MEMORY
         + plan.largest_strided,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import CkptAvgError, OutputError, listed, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.dcpfiles import METADATA
+from ckptavg.formats.parts import check_unchanged
 from ckptavg.formats.paths import is_remote
 from ckptavg.merge.engine import execute
 from ckptavg.merge.jobs import BadValueError
@@ -133,9 +134,7 @@ def _digest(plan: Plan, layouts: Sequence[Layout]) -> str:
 def _check_unchanged(plan: Plan, layouts: Sequence[Layout]) -> None:
     """Raise an error if a file that was read has changed since it was opened."""
     parts = [part for member in plan.members for part in member.parts]
-    parts += [copied.part for layout in layouts for copied, _ in layout.copies]
-    for part in dict.fromkeys(parts):
-        part.check_unchanged()
+    check_unchanged([*parts, *(copied.part for layout in layouts for copied, _ in layout.copies)])
 
 
 def _bytes_made(plan: Plan, layouts: Sequence[Layout]) -> int:

@@ -44,7 +44,8 @@ def test_the_extras_are_named():
     readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
     users = {"demo", "plots", "s3", "gcs", "test"}
     developers = {"layouts", "timm", "dev"}
-    others = {"fuzz", "study"}  # docs/reliability.md, docs/study/README.md
+    # docs/reliability.md, docs/study/README.md, docs/recipes/huggingface-hub.md
+    others = {"fuzz", "study", "hf"}
     assert set(project["optional-dependencies"]) == users | developers | others
     assert all(f"[{extra}]" in readme for extra in users)
     assert all(f"[{extra}]" in contributing for extra in developers)

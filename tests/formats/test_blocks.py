@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.formats.blocks import Blocks, Box, Pieces, Region, misfit
-from ckptavg.formats.parts import Memory
+from ckptavg.formats.parts import Memory, check_unchanged
 from ckptavg.formats.tensors import BY_NAME, AnyArray, Tensor
 
 HERE = Path("checkpoint")
@@ -187,4 +187,4 @@ def test_threads_read_at_once():
 def test_it_has_no_bytes_of_its_own():
     blocks = Blocks(HERE, [])
     assert (blocks.size, blocks.identity, blocks.path) == (0, None, HERE)
-    blocks.check_unchanged()
+    check_unchanged([blocks])

@@ -178,15 +178,16 @@ def test_only_the_needed_bytes_are_read(tmp_path, store, monkeypatch):
     ckptavg.average(url, tmp_path / "out.safetensors")
     model = sum(state["w"].nbytes for state in states)
     assert model <= store.bytes_read <= 1.05 * model
-    assert max(size for _, size in store.ranges) <= 1 << 20
+    assert max(size for _, size in store.ranges) <= 4 << 20
 
 
 def test_several_ranges_are_in_flight(tmp_path, store, monkeypatch):
-    save_run(tmp_path / "run", [{"w": torch.randn(3000, 1000)} for _ in range(2)])
+    save_run(tmp_path / "run", [{"w": torch.randn(9000, 1000)} for _ in range(2)])
     url = store.upload(tmp_path / "run")
     store.watch(monkeypatch, delay=0.02)
-    ckptavg.average(url, tmp_path / "out.safetensors")
-    assert 8 <= store.most_in_flight <= 16
+    ckptavg.average(url, tmp_path / "out.safetensors", threads=16)
+    assert store.most_in_flight > 8
+    assert max(size for _, size in store.ranges) == 4 << 20
 
 
 def test_threads_bound_what_is_in_flight(tmp_path, store, monkeypatch):
@@ -252,7 +253,7 @@ def test_a_failure_of_the_network_is_one_line(tmp_path, store, monkeypatch):
 def test_what_is_not_there(tmp_path, store):
     (UPath(store.root) / "empty").mkdir(parents=True)
     (UPath(store.root) / "empty" / "readme.txt").write_text("x")
-    with pytest.raises(SelectionError, match=r"memory://.*absent: does not exist"):
+    with pytest.raises(CkptAvgError, match=r"memory://.*absent: does not exist$"):
         ckptavg.average(f"{store.root}/absent", tmp_path / "out.safetensors")
     with pytest.raises(SelectionError, match="no checkpoint found in memory://"):
         ckptavg.average(f"{store.root}/empty", tmp_path / "out.safetensors")

@@ -21,6 +21,7 @@ from ckptavg.cli.inspect import _content
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
 from ckptavg.formats import jsontext, lora_config, open_checkpoint, unpickler
 from ckptavg.formats.checkpoint import Checkpoint, span_elements, without_wrappers
+from ckptavg.formats.parts import check_unchanged
 from ckptavg.formats.recorded import trainer_record, training_record
 from ckptavg.formats.statedict import find_state_dicts
 from tests.fuzz.containers import safetensors_of, torch_zip_of, unpacked
@@ -181,8 +182,7 @@ def _open(path: Path) -> None:
 
 def _read(checkpoint: Checkpoint) -> None:
     """Read the first tensors, each whole and a piece of it, as the loop does."""
-    for part in checkpoint.parts:
-        part.check_unchanged()
+    check_unchanged(checkpoint.parts)
     for name in itertools.islice(checkpoint.tensors, _MOST_READ):
         tensor = checkpoint.tensors[name]
         span = span_elements(tensor.shape, tensor.element_strides) * tensor.dtype.itemsize

@@ -49,6 +49,14 @@ as configuration.
 
 An option on the command line that has no effect in the combination at hand is wrong usage, and the
 message names both options; a default from the configuration is ignored there.
+
+## Completion in the shell
+
+```sh
+eval "$(_CKPTAVG_COMPLETE=bash_source ckptavg)"    # in ~/.bashrc; bash 4.4 or later
+eval "$(_CKPTAVG_COMPLETE=zsh_source ckptavg)"     # in ~/.zshrc, after compinit
+_CKPTAVG_COMPLETE=fish_source ckptavg | source     # in ~/.config/fish/config.fish
+```
 """
 
 

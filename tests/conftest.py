@@ -114,3 +114,23 @@ def recipe(user_folder: Path) -> Callable[[str], tuple[Any, Any]]:
         return importlib.import_module(name), printed
 
     return play
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Installs a package of one module, which reads the formats of its entry points."""
+    from ckptavg.formats import plugins
+
+    def install(package: str, code: str, entry_points: dict[str, str]) -> None:
+        folder, module = tmp_path / "installed", package.replace("-", "_")
+        record = folder / f"{module}-0.1.dist-info"
+        record.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(code)
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1\n")
+        lines = [f"{name} = {place}\n" for name, place in entry_points.items()]
+        (record / "entry_points.txt").write_text("".join(["[ckptavg.formats]\n", *lines]))
+        monkeypatch.syspath_prepend(folder)
+        plugins._all_entry_points.cache_clear()
+
+    yield install
+    plugins._all_entry_points.cache_clear()

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_version_stands_in_one_place():
     assert metadata.version("ckptavg") == ckptavg.__version__
     assert ckptavg.__version__ in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {ckptavg.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_types_are_announced():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import dcp, deepspeed, huggingface, shards
-from ckptavg.formats.files import SUFFIXES, open_file
+from ckptavg.formats.files import SUFFIXES, is_suffix, open_file
 from ckptavg.formats.paths import remote_errors
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.statedict import Key
 
-__all__ = ["DIRECTORIES", "SUFFIXES", "is_checkpoint_directory", "open_checkpoint"]
+__all__ = ["DIRECTORIES", "SUFFIXES", "is_checkpoint_directory", "is_suffix", "open_checkpoint"]
 
 
 DIRECTORIES: tuple[ModuleType, ...] = (dcp, huggingface, deepspeed, shards)

@@ -6,7 +6,7 @@ import string
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, NoStateDictError
-from ckptavg.formats import safetensors, torchlegacy, torchzip
+from ckptavg.formats import plugins, safetensors, torchlegacy, torchzip
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.words import parse_shard_name
 
@@ -30,6 +30,11 @@ key)`. The first that matches a file reads it."""
 SUFFIXES: tuple[str, ...] = tuple(
     dict.fromkeys(suffix for module in FILES for suffix in module.SUFFIXES)
 )
+
+
+def is_suffix(suffix: str) -> bool:
+    """Whether files with this suffix may be checkpoints: we, or another package, read them."""
+    return suffix in SUFFIXES or plugins.has_reader(suffix)
 
 
 def open_file(path: Path, key: Key) -> Checkpoint:
@@ -57,6 +62,8 @@ def open_file(path: Path, key: Key) -> Checkpoint:
 def open_shard(path: Path, key: Key) -> Checkpoint:
     """Describe what a file has, pieces of tensors among it; errors as for `open_file`."""
     file = open_source(path)
+    if path.suffix not in SUFFIXES and plugins.has_reader(path.suffix):
+        return plugins.open_with_plugin(file, key)
     head = file.read(0, min(_HEAD_BYTES, file.size))
     for module in FILES:
         if module.matches(path, head):

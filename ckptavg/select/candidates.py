@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, shards
+from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, is_suffix, shards
 from ckptavg.formats.modelfolders import has_trainer_state
 from ckptavg.formats.paths import is_remote, remote_errors
 from ckptavg.formats.words import is_no_checkpoint, parse_shard_name
@@ -92,7 +92,7 @@ def _candidates_in(folder: Path) -> list[Path]:
 def _entries_of(folder: Path, levels: int) -> Iterator[Path]:
     """The candidates in a directory, and in its numbered folders down to so many levels."""
     # A folder of samples may have a million files: they are not even sorted.
-    entries = [each for each in folder.iterdir() if each.suffix in SUFFIXES or each.is_dir()]
+    entries = [each for each in folder.iterdir() if is_suffix(each.suffix) or each.is_dir()]
     for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
         try:
             if not entry.name.startswith("."):
@@ -104,7 +104,7 @@ def _entries_of(folder: Path, levels: int) -> Iterator[Path]:
 def _below(entry: Path, levels: int) -> Iterator[Path]:
     """The entry if it is a candidate, else the candidates in it."""
     is_folder = entry.is_dir()
-    if is_checkpoint_directory(entry) if is_folder else entry.suffix in SUFFIXES:
+    if is_checkpoint_directory(entry) if is_folder else is_suffix(entry.suffix):
         yield entry
     elif is_folder and levels and parse_name(entry.name).numbers and not _leads_upwards(entry):
         yield from _entries_of(entry, levels - 1)

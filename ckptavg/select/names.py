@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ckptavg.formats import SUFFIXES
+from ckptavg.formats import SUFFIXES, is_suffix
 from ckptavg.formats.paths import absolute, is_remote
 from ckptavg.formats.words import KINDS, words_in
 
@@ -150,6 +150,9 @@ def _value(match: re.Match[str]) -> Step | None:
 
 def without_suffix(name: str) -> str:
     """A name without the suffix of its format."""
+    _, suffix = os.path.splitext(name)  # noqa: PTH122 - a thousand names
+    if is_suffix(suffix):
+        name = name.removesuffix(suffix)
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     return name

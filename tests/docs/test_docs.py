@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
-from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,6 @@ import ckptavg
 from ckptavg import formats
 from ckptavg.cli import cli
 from ckptavg.errors import FormatError
-from ckptavg.formats import files, safetensors, torchlegacy, torchzip
-from ckptavg.select import candidates, names
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +42,7 @@ def test_the_extras_are_named():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
     users = {"demo", "plots", "s3", "gcs", "test"}
-    developers = {"layouts", "timm", "dev"}
+    developers = {"layouts", "timm", "dev", "docs"}
     # docs/reliability.md, docs/study/README.md, docs/recipes/huggingface-hub.md
     others = {"fuzz", "study", "hf"}
     assert set(project["optional-dependencies"]) == users | developers | others
@@ -52,26 +51,17 @@ def test_the_extras_are_named():
 
 
 @pytest.fixture
-def npz(tmp_path, monkeypatch):
-    """The format of `docs/adding-a-format.md`, added as it says there."""
+def npz(install):
+    """The package of `docs/adding-a-format.md`, installed."""
     page = (ROOT / "docs" / "adding-a-format.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [project] = map(tomllib.loads, re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
     assert len(code.splitlines()) < 60
-    path = tmp_path / "npz.py"
-    path.write_text(code)
-    spec = util.spec_from_file_location("npz", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "npz", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(files, "FILES", (safetensors, module, torchzip, torchlegacy))
-    for each in (candidates, names):
-        monkeypatch.setattr(each, "SUFFIXES", (*formats.SUFFIXES, *module.SUFFIXES))
-    return module
+    project = project["project"]
+    install(project["name"], code, project["entry-points"]["ckptavg.formats"])
 
 
-def test_the_format_that_the_documentation_adds_works(tmp_path, npz):
+def test_the_format_that_the_documentation_adds_works(npz, tmp_path):
     made = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"w": (300, 40), "b": (3,), "s": (), "e": (0, 2)}
     states = [
@@ -89,7 +79,7 @@ def test_the_format_that_the_documentation_adds_works(tmp_path, npz):
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_and_refuses_what_it_cannot_read(tmp_path, npz):
+def test_and_refuses_what_it_cannot_read(npz, tmp_path):
     np.savez_compressed(tmp_path / "x.npz", w=np.ones(3))
     with pytest.raises(FormatError, match=r"x\.npz: w: is compressed"):
         formats.open_checkpoint(tmp_path / "x.npz")
@@ -113,3 +103,19 @@ def test_the_page_on_the_architecture_names_what_is_there():
         code = (ROOT / "ckptavg" / path).read_text()
         assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE), f"{path}: {name}"
     assert min(len(functions), len(classes)) > 10
+
+
+def test_bash_completes_by_the_documented_line():
+    page = (ROOT / "docs" / "cli.md").read_text()
+    [line] = re.findall(r"^(eval .*bash_source .*?\)\") ", page, re.MULTILINE)
+    ask = "COMP_WORDS=(ckptavg bn-refresh --est); COMP_CWORD=2; _ckptavg_completion ckptavg"
+    script = f"{line}\n{ask}\necho ${{COMPREPLY[@]}}"
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=os.environ | {"PATH": scripts},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "--estimator\n"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import OutputError, SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint, without_wrappers
-from ckptavg.formats.lora_names import has_lora
+from ckptavg.formats.lora_adapter import is_adapter
 from ckptavg.formats.paths import as_paths
 from ckptavg.formats.statedict import as_key
 from ckptavg.merge.engine import default_threads
-from ckptavg.merge.lora import check_scales, join_factors
+from ckptavg.merge.lora import check_adapters, join_factors
 from ckptavg.merge.names import choose_tensors
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, recipes_of
@@ -28,7 +28,7 @@ from ckptavg.select.order import remedy_without_order
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.provenance import Summary, provenance, summarise
+from ckptavg.write.provenance import Summary, carried_on, provenance, summarise
 from ckptavg.write.writing import check_outputs, check_parent, check_room, check_vacant, write
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def write_averages(
     for recipe, target in zip(recipes, targets, strict=True):
         entry = provenance(plan, recipe, options.recorded, fingerprints, hashes)
         if is_copy and recipe.last.provenance and not (options.dtype or options.skip):
-            entry = recipe.last.provenance
+            entry = carried_on(recipe.last) or entry
         layouts.append(
             lay_out(
                 target, plan.tensors, entry, contributing[recipe.last], options,
@@ -264,8 +264,8 @@ def _with_joined_factors(
         OutputError: the output has no place for what must be recorded of the joined factors.
     """
     if options.lora == "separate":
-        if len(members) > 1 and has_lora(members[0].tensors):
-            check_scales(members)
+        if len(members) > 1 and is_adapter(members[0]):
+            check_adapters(members)
         return members, {}
     joined, files = join_factors(members, recipe.weights, allow_nonfinite=options.allow_nonfinite)
     if target.kind != "directory" and (files or target.kind != "safetensors"):

@@ -109,6 +109,10 @@ def verify(
             "(its members are those that it records)",
             path=record.path,
         )
+    places = {key: place for place, key in members[-1].models.items()}
+    if record.kept is not None:  # one of several state dicts, or some
+        start = "" if average.has_several_models else places[record.kept[0]]
+        average = average.renamed(lambda name: start + name)
     average, *alike = with_new_weight_norm([average, *members])
     groups = tied_names(alike)
     if record.is_copy and not (record.options.dtype or record.options.skip):
@@ -121,7 +125,11 @@ def verify(
             if is_joined and again.metadata.get(METADATA) != average.metadata.get(METADATA):
                 problem = f"its {METADATA} is not what its members give"
                 raise VerificationError(problem, path=average.path)
-            left = [[name for name in names if name in again.tensors] for names in groups]
+            kept = tuple(places[key] for key in record.kept) if record.kept is not None else ("",)
+            left = [
+                [name for name in names if name in again.tensors and name.startswith(kept)]
+                for names in groups
+            ]
             compared, skipped = _compare(average, again, [*filter(None, left)], record)
     return Verification(str(output), record.scheme, len(record.members), hashed, compared, skipped)
 
@@ -137,7 +145,9 @@ def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
     record = Record.of(average)
     # A container has the average in the place of the last member's weights, and a DCP directory
     # has the keys of the last member's.
-    if isinstance(record.key, tuple):
+    if record.kept is not None:
+        average = open_checkpoint(path, key=record.kept if len(record.kept) > 1 else key)
+    elif isinstance(record.key, tuple):
         average = _open_several(path, record)
     elif key is None and record.key != average.key and record.key in average.other_keys:
         average = open_checkpoint(path, key=record.key)
@@ -149,8 +159,12 @@ def _open(path: Path, key: str | None) -> tuple[Checkpoint, Record]:
 
 def _open_several(path: Path, record: Record) -> Checkpoint:
     """The state dicts that were averaged; `skip` may have left out all of one."""
-    has_others = record.options.container == "last"
-    return open_checkpoint(path, key=record.key if has_others else (ALL, *record.key))
+    try:
+        return open_checkpoint(path, key=record.key)
+    except SelectionError:
+        if not record.options.skip:
+            raise
+        return open_checkpoint(path, key=(ALL,))
 
 
 def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, ...]:
@@ -264,9 +278,9 @@ def _averaged_again(
     )  # fmt: skip
     with _temporary_folder(record.path) as folder:
         # Names and dtypes of a torch file may have no place in safetensors, which is faster.
-        ending = ".pt" if is_torch else ".safetensors"
-        is_joined = record.options.lora == "exact" and record.path.is_dir()
         is_of_state_dicts = isinstance(record.key, tuple)
+        ending = ".pt" if is_torch or is_of_state_dicts else ".safetensors"
+        is_joined = record.options.lora == "exact" and record.path.is_dir()
         if is_joined or (members[-1].has_several_models and not is_of_state_dicts):
             ending = "/"
         output = f"{folder}/average{ending}"
@@ -276,9 +290,9 @@ def _averaged_again(
         except OutputError as error:
             message = f"the copy to compare it with: {error.message}"
             raise OutputError(message, path=record.path) from error
-        if Path(output, CONFIG).is_file():
-            path, wanted = record.path / CONFIG, Path(output, CONFIG).read_bytes()
-            if not path.is_file() or path.read_bytes() != wanted:
+        for made in Path(output).rglob(CONFIG):
+            path = record.path / made.relative_to(output)
+            if not path.is_file() or path.read_bytes() != made.read_bytes():
                 raise VerificationError("is not what its members give", path=path)
         yield (
             _open_several(Path(output), record)

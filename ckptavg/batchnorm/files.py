@@ -171,7 +171,8 @@ def layers_to_keep(
 
 def _was_frozen(layer: str, checkpoint: Checkpoint, known: Collection[str]) -> bool:
     """Whether a layer is known to be frozen, or by the checkpoint's provenance."""
-    entry = (checkpoint.provenance or {}).get("norm_stats")
+    provenance = checkpoint.provenance or {}
+    entry = provenance.get("norm_stats")
     if not isinstance(entry, dict):
         entry = {}
     recorded = entry.get("frozen")
@@ -179,7 +180,8 @@ def _was_frozen(layer: str, checkpoint: Checkpoint, known: Collection[str]) -> b
         recorded = []
     # A container keeps the wrapper's prefix, which the average's names do not have. Names in an
     # average of several state dicts begin with the place of one.
-    place = place_of(None, checkpoint.key) if isinstance(checkpoint.key, str) else ""
+    key = provenance.get("key", checkpoint.key)
+    place = place_of(None, key) if isinstance(key, str) else ""
     return entry.get("state") == "frozen" or any(
         each in (layer, place + layer) or layer.endswith(f".{each}") for each in (*known, *recorded)
     )

@@ -18,7 +18,7 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.write.layouts import destination, lay_out
-from ckptavg.write.provenance import source_entries
+from ckptavg.write.provenance import carried_on, source_entries
 from ckptavg.write.writing import check_outputs, write
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def provenance(
         seed: of the random numbers.
         is_container: whether the other state dicts of the file are in the output.
     """
-    entry = checkpoint.provenance or {
+    entry = (checkpoint.provenance if is_container else carried_on(checkpoint)) or {
         "scheme": COPY,
         "sources": source_entries(Recipe(COPY, (checkpoint,), uniform(1))),
         "divisor": 1.0,

@@ -78,7 +78,8 @@ def average_and_refresh(
             force=options.force, fsync=options.fsync, ranks=options.ranks,
             progress=refresh_progress,
         )  # fmt: skip
-    return of_both(summary, target, report), report
+    both = of_both(summary, target, report)
+    return replace(both, output=str(Path(output))), report
 
 
 @contextlib.contextmanager

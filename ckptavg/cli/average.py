@@ -22,6 +22,8 @@ from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ckptavg.write.provenance import SourceSummary, Summary
 
 _ROLES = {
@@ -142,11 +144,11 @@ def average(
         if several:
             summaries = average_many(inputs, output, **fields)
             for summary in summaries:
-                _say(console, summary, summary.output)
+                _say(console, summary, summary.output, params["key"])
             console.result({"averages": summaries})
         elif not refreshes or params["dry_run"]:
             summary = run(inputs, output, **fields)
-            _say(console, summary, output)
+            _say(console, summary, output, params["key"])
             console.result(summary)
         else:
             from ckptavg.batchnorm.together import average_and_refresh
@@ -157,13 +159,15 @@ def average(
                     [*map(path_or_url, inputs)], output, refresh,
                     refresh_progress=progress, **fields,
                 )  # fmt: skip
-            _say(console, summary, output)
+            _say(console, summary, output, params["key"])
             say_report(console, report)
             console.result({**vars(summary), "refresh": report})
 
 
-def _say(console: Console, summary: Summary, output: str) -> None:
+def _say(console: Console, summary: Summary, output: str, keys: Sequence[str] | None) -> None:
     """Print the summary of one average."""
+    from ckptavg.formats.statedict import as_key
+
     members = summary.sources
     if not summary.written:
         rows = zip(members, summary.emulated_decay, strict=True)
@@ -184,10 +188,11 @@ def _say(console: Console, summary: Summary, output: str) -> None:
         return
     console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
     if summary.norm_stats == "stale":
+        key = " --key KEY" if isinstance(as_key(keys), tuple) else ""
         console.say(
             "The BatchNorm statistics are stale: no data have passed through these weights. "
             "Refresh them:\n"
-            f"  ckptavg bn-refresh {shlex.quote(output)} --model FILE.py:MODEL "
+            f"  ckptavg bn-refresh {shlex.quote(output)}{key} --model FILE.py:MODEL "
             "--loader FILE.py:LOADER"
         )
 

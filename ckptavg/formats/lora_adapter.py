@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptavg.errors import FormatError, SelectionError, printable
-from ckptavg.formats.lora_config import CONFIG, NETWORK_ALPHA, configs_of, recorded_settings
-from ckptavg.formats.lora_names import lora_modules
+from ckptavg.formats.lora_config import (
+    CONFIG,
+    NETWORK_ALPHA,
+    config_of,
+    configs_of,
+    recorded_settings,
+)
+from ckptavg.formats.lora_names import has_lora, lora_modules
+from ckptavg.formats.modelfolders import ADAPTERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,10 +70,8 @@ class Adapter:
 
     def records_alpha(self, module: str) -> bool:
         """Whether an alpha of a module is recorded, as a tensor or in a configuration."""
-        return "alpha" in self.modules[module] or self._config(module) is not None
-
-    def _config(self, module: str) -> Config | None:
-        return next((each for each in self.configs if module.startswith(each.component)), None)
+        has_config = config_of(self.configs, module) is not None
+        return "alpha" in self.modules[module] or has_config
 
     def scale(self, module: str, rank: int) -> float:
         """The number by which a module's product B @ A is multiplied.
@@ -75,7 +80,7 @@ class Adapter:
             FormatError: the alpha is not valid, or is not recorded.
         """
         factors, path = self.modules[module], self.checkpoint.path
-        config = self._config(module)
+        config = config_of(self.configs, module)
         if "alpha" in factors:
             name = factors["alpha"].name
             alpha = self.alphas.get(name, math.nan)
@@ -132,6 +137,12 @@ def _by_factor(
         if kind not in factors:
             raise FormatError(f"has no LoRA factor {kind}", path=path, tensor=module)
     return factors
+
+
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an adapter, by the names of its tensors or of its file."""
+    files = {checkpoint.path.stem, *checkpoint.models.values()}
+    return has_lora(checkpoint.tensors) or not files.isdisjoint(ADAPTERS)
 
 
 def recorded_scales(adapter: Checkpoint) -> dict[str, str]:

@@ -41,8 +41,18 @@ _OTHER_KINDS = (
     "monteclora_config", "arrow_config",
 )  # fmt: skip
 _RANK_DEPENDENT = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# `alpha` is that of PEFT's LoHa and LoKr.
-_SCALE_SETTINGS = ("r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# Kinds of PEFT that add multiples of their tensors to weights or inputs: these can be averaged.
+_LINEAR = {
+    "IA3", "LN_TUNING", "BEFT", "MISS", "BONE", "SHIRA", "C3A", "FOURIERFT", "WAVEFT", "FROD",
+    "TINYLORA", "TRAINABLE_TOKENS", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT",
+    "CARTRIDGE",
+}  # fmt: skip
+_LORA_SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# Settings of other kinds that say nothing about what their tensors do.
+_WITHOUT_EFFECT = re.compile(
+    r"base_model_name_or_path|revision|auto_mapping|task_type|inference_mode|peft_version|bias"
+    r"|(target|exclude)_modules|modules_to_save|.*dropout.*|tokenizer_.*|prompt_tuning_init.*"
+)
 
 
 @dataclass(frozen=True)
@@ -52,21 +62,33 @@ class Config:
     Attributes:
         path: the file that has it.
         content: its settings.
-        component: the component, with a dot: `unet.`; empty for the whole adapter.
+        component: what the names of its modules begin with: `unet.` for a component of a pipeline,
+            `ref/` for an adapter in a folder; empty for the whole adapter.
     """
 
     path: Path
     content: Mapping[str, Any]
     component: str = ""
 
-    @staticmethod
-    def read(path: Path) -> Config:
-        """The configuration in a file.
+    @property
+    def is_linear(self) -> bool:
+        """Whether the average of the adapter's tensors does what adapters do on average."""
+        return self.content.get("peft_type") in _LINEAR
 
-        Raises:
-            FormatError: it is not valid JSON.
-        """
-        return Config(path, read_json(path))
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that decide what the adapter's tensors do, as texts."""
+        names = _LORA_SETTINGS
+        if self.content.get("peft_type") != "LORA":
+            names = tuple(name for name in self.content if not _WITHOUT_EFFECT.fullmatch(name))
+        values = {name: self.content.get(name) for name in names}
+        return {  # lists that were sets come in any order; what is off may be missing
+            self.component + name: repr(
+                sorted(value, key=repr) if isinstance(value, list) else value
+            )
+            for name, value in values.items()
+            if value
+        }
 
     def check_kind(self) -> None:
         """Refuse what is not plain LoRA, a sum of products B @ A.
@@ -75,6 +97,12 @@ class Config:
             FormatError: the adapter is of another kind.
         """
         kind, start = self.content.get("peft_type"), self.content.get("init_lora_weights")
+        if self.is_linear:
+            raise FormatError(
+                f"is of type {kind}, whose tensors are averaged exactly one by one",
+                path=self.path,
+                remedy="leave `lora` out",
+            )
         setting = next((name for name in _OTHER_KINDS if self.content.get(name)), None)
         if kind != "LORA" or setting is not None:
             what = f"has {setting}" if kind == "LORA" else f"is of type {printable(kind)}"
@@ -137,15 +165,19 @@ class Config:
 
 
 def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:
-    """The configurations of an adapter: PEFT's file beside it, or diffusers' metadata in it.
+    """The configurations of adapters: PEFT's files beside them, or diffusers' metadata in one.
 
     Raises:
         FormatError: one is not valid JSON.
     """
     path = checkpoint.path
-    file = (path if path.is_dir() else path.parent) / CONFIG
-    if file.is_file():
-        return (Config.read(file),)
+    files = {"": path.parent / CONFIG}
+    if path.is_dir():
+        longest_first = sorted(checkpoint.models, key=len, reverse=True)
+        files = {prefix: path / f"{prefix}{CONFIG}" for prefix in longest_first}
+    existing = {prefix: file for prefix, file in files.items() if file.is_file()}
+    if existing:
+        return tuple(Config(file, read_json(file), prefix) for prefix, file in existing.items())
     text = checkpoint.metadata.get(METADATA)
     if text is None:
         return ()
@@ -164,14 +196,17 @@ def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:
 
 def recorded_settings(checkpoint: Checkpoint) -> dict[str, str]:
     """What an adapter records about its scales, apart from tensors, by the name of the setting."""
-    settings = {
-        config.component + name: repr(config.content.get(name))
-        for config in configs_of(checkpoint)
-        for name in _SCALE_SETTINGS
-    }
+    settings: dict[str, str] = {}
+    for config in configs_of(checkpoint):
+        settings |= config.settings
     if NETWORK_ALPHA in checkpoint.metadata and not any(map(is_alpha, checkpoint.tensors)):
         settings[NETWORK_ALPHA] = checkpoint.metadata[NETWORK_ALPHA]
     return settings
+
+
+def config_of(configs: Sequence[Config], module: str) -> Config | None:
+    """The configuration of a module; None where it has none."""
+    return next((each for each in configs if module.startswith(each.component)), None)
 
 
 def joined_settings(
@@ -198,15 +233,15 @@ def joined_settings(
         in_component = {
             module.removeprefix(config.component).removeprefix(_WRAPPER): rank
             for module, rank in ranks.items()
-            if module.startswith(config.component)
+            if config_of(configs, module) is config
         }
         content = (
             {**config.content, **_joined_ranks(in_component)} if in_component else config.content
         )
-        if config.component:
+        if config.path.name != CONFIG:
             settings |= {config.component + name: value for name, value in content.items()}
         else:
-            files[CONFIG] = (json.dumps(content, indent=2) + "\n").encode()
+            files[config.component + CONFIG] = (json.dumps(content, indent=2) + "\n").encode()
     if settings:
         metadata[METADATA] = json.dumps(settings, indent=2, sort_keys=True)
     return files, metadata

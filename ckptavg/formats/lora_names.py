@@ -93,11 +93,21 @@ _SCHEMES = (
     Scheme("RandLoRA", {"other": r"\.randlora_.+"}),
     Scheme("VB-LoRA", {"other": r"\.vblora_.+"}),
     Scheme("OFT", {"other": r"\.b?oft_.+"}),
+    Scheme(
+        "another kind of PEFT",
+        {
+            "other": r"\.(?:hra_u|road_(?:alpha|theta)|delora_(?:[AB]|lambda)|gralora_[AB]"
+            r"|hira_[AB]|glora_[A-E]|pvera_lambda_[bd]|adamss_[AB]|unilora_theta_d|osf_svd_params"
+            r"|lily_[AB]|psoft_R|peanut_[AB]|deft_[PR]|supertuning_lora_[AB])(?:\..+)?"
+        },
+    ),
     # Not at the beginning of a name, where kohya-ss has modules such as `lora_unet_mid_block`.
     Scheme("LoRA-like", {"other": r"\.lora_[A-Za-z_]+(?:\..+)?"}, module=r"\..+"),
 )
 # Most names contain none of these, and so match no scheme.
-_MARKS = re.compile("lora|dora|lokr|hada|lycoris|vera|oft_|ranknum")
+_MARKS = re.compile(
+    "lora|dora|lokr|hada|lycoris|vera|oft_|ranknum|hra_u|road_|hira_|adamss|osf_|lily_|peanut_|deft_"
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Where the weights are in a directory that Hugging Face's libraries wrote, by names alone.
 
 A directory may hold several models: the modules of sentence-transformers, the components of a
-pipeline of diffusers, the models that accelerate saved together. They are one checkpoint, in which
-the names of the tensors begin with the place of the model: `2_Dense/linear.weight`.
+pipeline of diffusers, the models that accelerate saved together, the adapters of PEFT. They are one
+checkpoint, in which the names of the tensors begin with the place of the model:
+`2_Dense/linear.weight`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 ADAPTERS = ("adapter_model", "pytorch_lora_weights")
 """Prefixes of the files of adapters that PEFT and diffusers write; neither reads shards."""
+
+NUMBERED = re.compile(
+    r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
+)
+"""Names of checkpoints in a folder that holds weights itself."""
 
 _INDEX = ".index.json"
 
@@ -52,6 +58,8 @@ _ACCELERATE = "random_states_0.pkl"
 _TRAINER_FILES = {"trainer_state.json", _ACCELERATE}
 # What names the folders of a model of sentence-transformers, and of a pipeline of diffusers.
 _MODULES, _PIPELINE = "modules.json", "model_index.json"
+# PEFT writes further adapters of a model into folders with their names.
+_ADAPTER = "adapter_config.json"
 
 
 def find_weights(path: Path) -> dict[str, str]:
@@ -125,6 +133,9 @@ def model_folders(path: Path) -> list[str]:
         components = read_any_json(path / _PIPELINE)
         if isinstance(components, dict):
             named += [name for name, classes in components.items() if isinstance(classes, list)]
+    if (path / _ADAPTER).is_file():
+        names = sorted(_names_in(path))
+        named += [n for n in names if (path / n / _ADAPTER).is_file() and not NUMBERED.fullmatch(n)]
     folders = [name for name in named if isinstance(name, str) and is_inside(name)]
     return [*dict.fromkeys(below for name in folders for below in _folder_and_below(path, name))]
 

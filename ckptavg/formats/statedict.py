@@ -250,9 +250,8 @@ def without_names(path: Path, *names: str) -> SelectionError:
 
 def choose_several(path: Path, found: StateDicts, names: tuple[str, ...]) -> tuple[str, ...]:
     """Choose the state dicts of these names, or all; SelectionError where one is not there."""
-    if ALL in names and found:
-        return tuple(found)
-    return tuple(choose(path, found, name) for name in dict.fromkeys(names))
+    named = tuple(choose(path, found, name) for name in dict.fromkeys(names) if name != ALL)
+    return tuple(found) if ALL in names and found else named
 
 
 def without_state_dict(path: Path, root: object) -> NoStateDictError:

@@ -31,7 +31,7 @@ from ckptavg.errors import (
 )
 from ckptavg.formats.checkpoint import read_view
 from ckptavg.formats.lora_adapter import Adapter, recorded_scales
-from ckptavg.formats.lora_config import joined_settings
+from ckptavg.formats.lora_config import configs_of, joined_settings
 from ckptavg.formats.parts import Part
 from ckptavg.formats.tensors import bytes_of, new_arrays
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded
@@ -155,28 +155,33 @@ class Joined(Part):
             return bytes_of(self._held[1])
 
 
-def check_scales(members: Sequence[Checkpoint]) -> None:
-    """Warn that LoRA factors are averaged separately; refuse it if the scales differ.
+def check_adapters(members: Sequence[Checkpoint]) -> None:
+    """Refuse adapters of unlike settings; warn where averages of tensors are none of adapters.
 
     Raises:
-        MismatchError: the adapters differ in rank or alpha.
+        MismatchError: the adapters differ in rank, alpha or other settings.
     """
-    reason = reason_against_joining(members)
+    configs = configs_of(members[-1])
+    is_linear = bool(configs) and all(config.is_linear for config in configs)
+    reason = "" if is_linear else reason_against_joining(members)
     differences = _differing_scales(members)
     if differences:
-        helps = "they have no exact average" if reason else "`lora=exact` averages their products"
+        exact = "`lora=exact` averages what they add to the weights"
         raise MismatchError(
-            f"factors of LoRA adapters are not averaged if ranks or alphas differ ({helps}):",
+            "adapters are not averaged if their ranks, alphas or other settings differ "
+            f"({'merge each into its model, and average the models' if reason else exact}):",
             differences,
         )
-    log.warning(
-        "the average of the LoRA factors A and B is not the average of their products; %s",
-        f"those have no exact average: {reason}" if reason else "`lora=exact` averages those",
-    )
+    if not is_linear:
+        log.warning(
+            "adapters are averaged tensor by tensor, which is not the average of what they add to "
+            "the weights; %s",
+            f"that cannot be averaged: {reason}" if reason else "`lora=exact` averages that",
+        )
 
 
 def _differing_scales(members: Sequence[Checkpoint]) -> list[str]:
-    """A line for each difference in the ranks and alphas that two adapters record."""
+    """A line for each difference in the settings that two adapters record."""
     first, *others = members
     recorded = recorded_scales(first)
     groups: defaultdict[tuple[str, str, Path], list[str]] = defaultdict(list)

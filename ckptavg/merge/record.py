@@ -29,6 +29,7 @@ class Record:
         weights: the weights of the members.
         options: the options that its values depend on.
         version: the version of ckptavg that made it.
+        kept: of several state dicts that were averaged in one go, those that it has; None for all.
         is_refreshed: whether its norm statistics come from data.
     """
 
@@ -38,6 +39,7 @@ class Record:
     weights: Weights
     options: AverageOptions
     version: str
+    kept: tuple[str, ...] | None
     is_refreshed: bool
 
     @staticmethod
@@ -61,6 +63,7 @@ class Record:
             or not divisor
             or not isinstance(state, dict)
             or not isinstance(options, dict)
+            or not _is_key(entry.get("key"))
         ):
             raise damaged
         try:
@@ -73,7 +76,7 @@ class Record:
         weights = Weights(tuple(member["weight"] for member in members), float(divisor))
         return Record(
             average.path, scheme, tuple(members), weights, checked, str(entry.get("version")),
-            state.get("state") in ("refreshed", "partly refreshed"),
+            _names_of(entry.get("key")), state.get("state") in ("refreshed", "partly refreshed"),
         )  # fmt: skip
 
     @property
@@ -113,6 +116,10 @@ def _is_member(entry: object) -> bool:
         and _is_number(entry.get("weight"))
         and entry["weight"] != 0
     )
+
+
+def _names_of(key: str | list[str] | None) -> tuple[str, ...] | None:
+    return (key,) if isinstance(key, str) else key and tuple(key)
 
 
 def _is_key(value: object) -> bool:

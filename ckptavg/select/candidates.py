@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, is_suffix, shards
-from ckptavg.formats.modelfolders import has_trainer_state
+from ckptavg.formats.modelfolders import NUMBERED, has_trainer_state
 from ckptavg.formats.paths import is_remote, remote_errors
 from ckptavg.formats.words import is_no_checkpoint, parse_shard_name
 from ckptavg.select.names import natural_key, parse_name
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
-_NUMBERED = re.compile(
-    r"(global_step|step|iter|iteration|epoch|checkpoint|ckpt)[-_=]?\d.*", re.IGNORECASE
-)
 _FOLDERS_OF_HINT = 4
 _DEPTH_OF_HINT = 3
 _MOST_NAMES = 10
@@ -121,7 +117,7 @@ def _is_numbered(name: str, folder: Path) -> bool:
     DeepSpeed's `global_step500` in a Trainer's `checkpoint-500` is a part of that checkpoint.
     """
     is_part = name.startswith("global_step") and has_trainer_state(folder)
-    return _NUMBERED.fullmatch(name) is not None and not is_part
+    return NUMBERED.fullmatch(name) is not None and not is_part
 
 
 def _weight_files(folder: Path) -> set[str]:

@@ -60,6 +60,21 @@ def provenance(
     return {name: value for name, value in entry.items() if value not in ({}, None)}
 
 
+def carried_on(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The provenance of a checkpoint, for an output that has its tensors alone; None without one.
+
+    Where several state dicts were averaged in one go, it names those that the output has.
+    """
+    entry = checkpoint.provenance
+    match entry:
+        case {"key": str()}:
+            return entry
+        case {"key": [*names]} | {"sources": [*_, {"key": [*names]}]}:
+            kept = [checkpoint.key] if isinstance(checkpoint.key, str) else list(checkpoint.key)
+            return entry if set(kept) == set(names) else {**entry, "key": checkpoint.key}
+    return entry
+
+
 def source_entries(
     recipe: Recipe,
     fingerprints: Mapping[Checkpoint, str] | None = None,

@@ -1449,6 +1449,17 @@ class TestCommand:
         assert "with the prefix 'm.'" in found["notices"][0]
         assert "with the prefix 'm.'" in result.stderr
 
+    @pytest.mark.parametrize("refresh", [(), SPECS], ids=["average", "both"])
+    def test_an_output_is_spelled_as_the_user_did(self, refresh, net, tmp_path):
+        (tmp_path / "run").mkdir()
+        for step in (1, 2):
+            save(net.state_dict(), tmp_path / "run" / f"step_{step}.pt")
+            net.bn.weight.data += 1
+        found = json.loads(
+            run("average", tmp_path / "run", "-o", "./a.safetensors", *refresh, "--json").stdout
+        )
+        assert found["output"] == "a.safetensors"
+
     @pytest.mark.parametrize(
         ("arguments", "batches", "samples"),
         [

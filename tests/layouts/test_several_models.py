@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ def move(*models: nn.Module) -> None:
 
 
 def copied(model: nn.Module) -> StateDict:
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    return copied_state(model.state_dict())
+
+
+def copied_state(state: StateDict) -> StateDict:
+    return {name: value.clone() for name, value in state.items()}
 
 
 def files(folder: Path) -> set[str]:
@@ -163,6 +168,73 @@ class TestAccelerate:
         ckptavg.average(tmp_path / "run", tmp_path / "out")
         result = run("verify", tmp_path / "out", tmp_path / "run")
         assert "4 tensors" in result.output
+
+
+class TestAdapters:
+    """PEFT saves the adapters of a model but the first in folders with their names."""
+
+    @staticmethod
+    def train(folder: Path, peft: Any) -> list[list[StateDict]]:
+        """For each adapter, its weights in two checkpoints; the ranks differ."""
+        states = []
+        for step in (5, 10):
+            options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "lora_alpha": 6}
+            model = peft.get_peft_model(libraries.llama(), peft.LoraConfig(r=2, **options))
+            model.add_adapter("ref", peft.LoraConfig(r=3, **options))
+            torch.manual_seed(step)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    nn.init.normal_(parameter)
+            model.save_pretrained(folder / f"checkpoint-{step}")
+            states.append(
+                [peft.get_peft_model_state_dict(model, adapter_name=n) for n in ("default", "ref")]
+            )
+        return [[copied_state(state) for state in pair] for pair in zip(*states, strict=True)]
+
+    @pytest.fixture
+    def library(self) -> Any:
+        return pytest.importorskip("peft")
+
+    @staticmethod
+    def load(folder: Path, peft: Any) -> list[StateDict]:
+        model = peft.PeftModel.from_pretrained(libraries.llama(), folder)
+        model.load_adapter(folder / "ref", "ref")
+        return [peft.get_peft_model_state_dict(model, adapter_name=n) for n in ("default", "ref")]
+
+    def test_all_of_a_model_are_averaged(self, library, tmp_path):
+        states = self.train(tmp_path / "run", library)
+        _, _, said = outcome("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
+        assert "not brought along" not in said
+        assert files(tmp_path / "out") == files(tmp_path / "run" / "checkpoint-10")
+        for found, saved in zip(self.load(tmp_path / "out", library), states, strict=True):
+            assert_mean(found, saved)
+
+    def test_the_products_of_all_are_averaged(self, library, tmp_path):
+        states = self.train(tmp_path / "run", library)
+        ckptavg.average(tmp_path / "run", tmp_path / "out", lora="exact")
+        found = self.load(tmp_path / "out", library)
+        pairs = zip(found, states, (3.0, 2.0), strict=True)  # alpha / rank; 1 in the average
+        for joined, saved, scale in pairs:
+            for name, a in joined.items():
+                if "lora_A" not in name:
+                    continue
+                up = name.replace("lora_A", "lora_B")
+                expected = sum(scale * each[up].double() @ each[name].double() for each in saved)
+                product = joined[up].double() @ a.double()
+                torch.testing.assert_close(product, expected / 2, rtol=0, atol=1e-5)
+        run("verify", tmp_path / "out", tmp_path / "run")
+        config = tmp_path / "out" / "ref" / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 5'))
+        code, _, said = outcome("verify", tmp_path / "out", tmp_path / "run")
+        assert code == 1
+        assert "ref/adapter_config.json: is not what its members give" in said
+
+    def test_checkpoints_beside_a_finished_adapter_are_the_members(self, library, tmp_path):
+        states = self.train(tmp_path / "run", library)
+        for path in (tmp_path / "run" / "checkpoint-10").glob("adapter_*"):
+            shutil.copy(path, tmp_path / "run")
+        ckptavg.average(tmp_path / "run", tmp_path / "out")
+        assert_mean(self.load(tmp_path / "out", library)[0], states[0])
 
 
 diffusers = pytest.importorskip("diffusers")

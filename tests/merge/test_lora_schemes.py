@@ -68,7 +68,9 @@ def test_factors_apart_are_averaged_with_a_warning(tmp_path, caplog, module, dow
     names = (module, down, up)
     run = save(tmp_path / "run", *(factors(names, seed) for seed in range(2)))
     ckptavg.average(run, tmp_path / "out.safetensors")
-    assert "not the average of their products; `lora=exact` averages those" in caplog.text
+    assert (
+        "not the average of what they add to the weights; `lora=exact` averages that" in caplog.text
+    )
 
 
 @SCHEMES
@@ -101,7 +103,7 @@ def test_unlike_alphas_are_refused_with_file_and_value(tmp_path, module, down, u
     names = (module, down, up)
     run = save(tmp_path / "run", factors(names, 0, alpha=4.0), factors(names, 1, alpha=8.0))
     with pytest.raises(
-        MismatchError, match=r"are not averaged if ranks or alphas differ \(`lora=exact`"
+        MismatchError, match=r"not averaged if their ranks, alphas or .* differ \(`lora=exact`"
     ) as caught:
         ckptavg.average(run, tmp_path / "out.safetensors")
     [difference] = caught.value.differences
@@ -254,7 +256,7 @@ def test_what_is_no_plain_product_is_named_and_not_recommended(tmp_path, caplog,
         ckptavg.average(run, tmp_path / "out.safetensors", lora="exact")
     assert "merge each adapter into its model" in str(caught.value)
     ckptavg.average(run, tmp_path / "out.safetensors")
-    assert f"no exact average: {run}/mine-000002.safetensors" in caplog.text
+    assert f"that cannot be averaged: {run}/mine-000002.safetensors" in caplog.text
     assert f"is a factor of {kind}, not" in caplog.text
     assert "lora=exact" not in caplog.text
 
@@ -262,7 +264,7 @@ def test_what_is_no_plain_product_is_named_and_not_recommended(tmp_path, caplog,
 def test_unlike_alphas_of_what_has_no_exact_average(tmp_path):
     states = [{**of_kind("LoKr", seed), "q.alpha": np.array(seed + 1.0)} for seed in range(2)]
     run = save(tmp_path / "run", *states)
-    with pytest.raises(MismatchError, match="they have no exact average") as caught:
+    with pytest.raises(MismatchError, match="merge each into its model") as caught:
         ckptavg.average(run, tmp_path / "out.safetensors")
     assert "lora=exact" not in str(caught.value)
     assert "q.alpha: 1.0 in " in str(caught.value)
@@ -298,7 +300,7 @@ def test_where_no_scale_is_known_the_products_are_not_averaged(tmp_path, caplog,
     with pytest.raises(FormatError, match="has no alpha"):
         ckptavg.average(run, tmp_path / "out.safetensors", lora="exact")
     ckptavg.average(run, tmp_path / "out.safetensors")
-    assert "not the average of their products; those have no exact average" in caplog.text
+    assert "not the average of what they add to the weights; that cannot be averaged" in caplog.text
     assert "lora=exact" not in caplog.text
 
 

@@ -67,8 +67,9 @@ class TestSeveral:
     def test_each_is_the_mean_under_its_own_key(self, named):
         saved = save([gan(step) for step in range(3)])
         options = [text for key in named for text in ("--key", key)]
-        code, _, messages = outcome("average", "run", "-o", "gan.pt", *options, "--no-fsync")
+        code, said, messages = outcome("average", "run", "-o", "gan.pt", *options, "--no-fsync")
         assert code == 0, messages
+        assert "ckptavg bn-refresh gan.pt --key KEY --model" in said
         result = torch.load("gan.pt")
         assert list(result) == [*KEYS]
         for key in KEYS:
@@ -173,6 +174,12 @@ class TestSeveral:
         result = average(key="*", skip="^discriminator/")
         assert list(result) == ["generator"]
         assert ckptavg.verify("gan.pt", ["run"]).compared == len(result["generator"])
+
+    def test_a_name_beside_the_star_must_be_there(self):
+        save([gan(step) for step in range(2)])
+        code, _, message = outcome("average", "run", "-o", "gan.pt", "--key", "*", "--key", "nope")
+        assert code == 1
+        assert "no state dict 'nope' in it; there are: generator, discriminator" in message
 
     def test_patterns_match_names_that_begin_with_the_key(self):
         saved = save([gan(step) for step in range(2)])
@@ -280,6 +287,41 @@ class TestWhatComesAfter:
         save([gan(step)["generator"] for step in range(2)])
         result = average(key="*")
         assert list(result) == list(make_generator().state_dict())
+
+    @pytest.mark.parametrize("output", ["one.pt", "one.safetensors"])
+    def test_one_of_them_alone_is_verified_against_all(self, output):
+        roots = [{"G.ema": gan(step)["generator"], **gan(step + 5)} for step in range(2)]
+        save(roots)
+        average(key="*")
+        ckptavg.convert("gan.pt", "two.pt", key=["G.ema", "generator"], fsync=False)
+        ckptavg.convert("two.pt", output, key="G.ema", fsync=False)
+        count = len(roots[0]["G.ema"])
+        assert ckptavg.verify("two.pt", ["run"]).compared == 2 * count
+        assert ckptavg.verify(output, ["run"]).compared == count
+        ckptavg.refresh_checkpoint(
+            "gan.pt", output, model=make_generator, loader=[torch.randn(4, 3)], key="G.ema",
+            force=True,
+        )  # fmt: skip
+        again = ckptavg.verify(output, ["run"])
+        assert (again.compared, again.refreshed) == (count - 3, 3)
+        state = torch.load("run/step_1.pt")
+        state["G.ema"]["0.weight"][0] += 1
+        torch.save(state, "run/step_1.pt")
+        with pytest.raises(CkptAvgError, match=r"step_1\.pt: has other values"):
+            ckptavg.verify(output, ["run"])
+
+    def test_a_frozen_layer_stays_frozen_in_a_file_of_its_own(self):
+        roots = [gan(step) for step in (1, 2)]
+        for root in roots:
+            root["discriminator"] = gan(root["epoch"] + 5)["generator"]
+            root["generator"] = gan(0)["generator"] | {"0.bias": torch.ones(4) * root["epoch"]}
+        save(roots)
+        average()
+        ckptavg.convert("gan.pt", "one.pt", key="generator", fsync=False)
+        with pytest.raises(CkptAvgError, match="nothing to refresh"):
+            ckptavg.refresh_checkpoint(
+                "one.pt", None, model=make_generator, loader=[torch.randn(4, 3)]
+            )
 
     def test_a_refresh_needs_one_of_them(self):
         save([gan(step) for step in range(2)])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,31 @@ class TestNonFinite:
         ):
             ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors", dtype="float16")
 
+    @pytest.mark.parametrize("allowed", [False, True])
+    @pytest.mark.parametrize("weights", ["uniform", [3, 1, 2]])
+    def test_a_mean_that_fits_though_its_sum_does_not(self, tmp_path, weights, allowed):
+        rows = [[1.7e308, 1.0, 1e308], [1.6e308, 2.0, 1.7e308], [-1.5e308, 3.0, 1.6e308]]
+        save_run(tmp_path / "run", [{"w": torch.tensor(row, dtype=torch.float64)} for row in rows])
+        output = tmp_path / "out.safetensors"
+        ckptavg.average(tmp_path / "run", output, weights=weights, allow_nonfinite=allowed)
+        factors = [1, 1, 1] if weights == "uniform" else weights
+        exact = [
+            sum(n * Fraction(x) for n, x in zip(factors, column, strict=True)) / sum(factors)
+            for column in zip(*rows, strict=True)
+        ]
+        wanted = torch.tensor([float(value) for value in exact], dtype=torch.float64)
+        torch.testing.assert_close(load_file(output)["w"], wanted, rtol=4e-16, atol=0)
+
+    def test_a_mean_of_float64_that_does_not_fit_is_an_error(self, tmp_path):
+        states = [{"w": torch.tensor([x], dtype=torch.float64)} for x in (1e308, 1.5e308)]
+        save_run(tmp_path / "run", states)
+        for allowed in (False, True):
+            with pytest.raises(ValueRangeError, match="the average does not fit float64"):
+                ckptavg.average(
+                    tmp_path / "run", tmp_path / "out.safetensors", weights=[1, 1],
+                    normalize=False, allow_nonfinite=allowed,
+                )  # fmt: skip
+
     def test_an_overflow_everywhere_is_one_too(self, tmp_path):
         save_run(tmp_path / "run", [{"w": torch.tensor([1e5]), "x": torch.randn(1)} for _ in "ab"])
         with pytest.raises(ValueRangeError, match="does not fit float16"):
@@ -801,6 +827,7 @@ class TestOutput:
             ("out.safetensor", "out.safetensors"),
             ("out.SAFETENSORS", "out.safetensors"),
             ("out.ptt", "out.pt"),
+            ("decay0.9", "decay0.9.safetensors"),
             ("out.cpkt", "out.ckpt"),
         ],
     )

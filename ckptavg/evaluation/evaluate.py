@@ -130,7 +130,7 @@ class Evaluation:
 def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) -> list[Evaluation]:
     """Evaluate checkpoints on all of the loader's batches.
 
-    They come in the order of training, or as they were named if one of them has no step.
+    They come in the order of training, or as they were named if their steps do not tell it.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
@@ -145,7 +145,7 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
         verdicts = chosen(select(run, rules))
         steps = [verdict.step for verdict in verdicts]
-        if None in steps:
+        if None in steps or not run.order_is_known:
             verdicts, steps = _as_named(run, verdicts)
         checkpoints = [verdict.checkpoint for verdict in verdicts]
         evaluator = Evaluator(options, checkpoints)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import FormatError, printable
 from ckptavg.formats.jsontext import from_text, read_json
 from ckptavg.formats.lora_names import is_alpha
+from ckptavg.formats.lora_patterns import Patterns
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -27,13 +28,6 @@ NETWORK_ALPHA = "ss_network_alpha"
 """The alpha that kohya-ss records in the metadata, beside the tensors of all modules' alphas."""
 
 _LARGEST_ALPHA = 1e9
-_LONGEST_PATTERN, _LONGEST_NAME = 500, 300
-# What lets a match take exponential time, or nearly: repeated groups, or many repetitions (the `?`
-# of `(?:` is none) or choices.
-_REPEATED_GROUP = re.compile(r"\)[*+{?]")
-_REPETITION = re.compile(r"[*+}]|(?<!\()\?")
-_MOST_REPETITIONS = _MOST_CHOICES = 3
-
 _WRAPPER = "base_model.model."
 # Settings with which an adapter is not B @ A, or changes the base weights depending on the rank.
 _OTHER_KINDS = (
@@ -78,9 +72,9 @@ class Config:
     @property
     def settings(self) -> dict[str, str]:
         """The settings that decide what the adapter's tensors do, as texts."""
-        names = _LORA_SETTINGS
+        names: Iterable[str] = _LORA_SETTINGS
         if self.content.get("peft_type") != "LORA":
-            names = tuple(name for name in self.content if not _WITHOUT_EFFECT.fullmatch(name))
+            names = (name for name in self.content if not _WITHOUT_EFFECT.fullmatch(name))
         values = {name: self.content.get(name) for name in names}
         return {  # lists that were sets come in any order; what is off may be missing
             self.component + name: repr(
@@ -130,38 +124,17 @@ class Config:
             FormatError: the configuration gives none.
         """
         name = module.removeprefix(self.component).removeprefix(_WRAPPER)
-        alpha = self.content.get("lora_alpha")
-        patterns = self.content.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise FormatError("its alpha_pattern is not a mapping", path=self.path)
-        for pattern, value in patterns.items():
-            if self._matches(pattern, name):
-                alpha = value
-                break
+        alpha = self._alphas.first(name, self.content.get("lora_alpha"))
         if not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST_ALPHA:  # such as NaN
             raise FormatError(f"has no lora_alpha for {printable(name)}", path=self.path)
         return float(alpha) / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
-    def _matches(self, pattern: str, name: str) -> bool:
-        """Whether PEFT applies a pattern to a module; slow patterns are refused."""
-        if (
-            len(name) > _LONGEST_NAME
-            or len(pattern) > _LONGEST_PATTERN
-            or _REPEATED_GROUP.search(pattern) is not None
-            or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS
-            or min(pattern.count("("), pattern.count("|")) > _MOST_CHOICES
-        ):
-            raise FormatError(
-                f"its alpha_pattern {printable(pattern)!r} is too complex", path=self.path
-            )
-        try:
-            with warnings.catch_warnings(action="ignore"):  # about syntax that may change
-                return re.match(rf"(.*\.)?({pattern})$", name) is not None
-        except (re.error, OverflowError, RecursionError) as error:
-            raise FormatError(
-                f"its alpha_pattern {printable(pattern)!r} is not a regular expression",
-                path=self.path,
-            ) from error
+    @cached_property
+    def _alphas(self) -> Patterns:
+        patterns = self.content.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise FormatError("its alpha_pattern is not a mapping", path=self.path)
+        return Patterns(patterns, self.path)
 
 
 def configs_of(checkpoint: Checkpoint) -> tuple[Config, ...]:

@@ -116,6 +116,12 @@ class Tensor:
         """Its strides in elements, also where it is contiguous."""
         return contiguous_strides(self.shape) if self.strides is None else self.strides
 
+    @property
+    def widest_axis(self) -> int:
+        """The axis along which neighbours are farthest apart in the file."""
+        strides = self.element_strides
+        return max(range(len(strides)), key=lambda axis: (self.shape[axis] > 1, strides[axis]))
+
     def slab(self, axis: int, first: int, last: int) -> Tensor:
         """The part of it from index `first` to `last` along an axis."""
         strides = self.element_strides

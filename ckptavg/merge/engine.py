@@ -20,7 +20,7 @@ import numpy as np
 
 from ckptavg.errors import CkptAvgError
 from ckptavg.formats.checkpoint import read_span, read_view
-from ckptavg.formats.tensors import Allocate, AnyArray, Tensor, bytes_of, new_arrays
+from ckptavg.formats.tensors import Allocate, AnyArray, bytes_of, new_arrays
 from ckptavg.merge.arithmetic import (
     accumulator_dtype,
     all_finite,
@@ -40,8 +40,8 @@ _REPORT_EVERY = 16 << 20
 """Bytes between two reports of a thread. Each report wakes the caller, who takes the lock."""
 _LARGE = 8 << 20
 """Bytes of a large strided tensor. Only one of these is held in memory at a time."""
-_WIDEST = 16
-"""Bytes of an element of complex128."""
+_DOWNSCALE = 2.0**-200  # sums of the largest float64 values, times this, fit float64
+_WIDEST = 16  # bytes of an element of complex128
 _MOST_THREADS = 4  # their buffers take less than 64 MB
 _REMOTE_THREADS = 8
 
@@ -261,9 +261,9 @@ class _Worker:
             values = np.ascontiguousarray(read_view(job.inputs[0].part, like))
             return sum(self._write(job, mean, 0, values) for mean in job.means)
         results = [np.empty(like.shape, job.dtype.numpy) for _ in job.means]
-        axis = _widest_axis(like)
+        axis = like.widest_axis
         rows = max(1, CHUNK * like.shape[axis] // job.count)
-        if any(_widest_axis(entry.tensor) != axis for entry in job.inputs):
+        if any(entry.tensor.widest_axis != axis for entry in job.inputs):
             # A slab of one input may reach over all of another: read the tensors in full.
             rows = like.shape[axis]
         for first in range(0, like.shape[axis], rows):
@@ -353,8 +353,9 @@ class _Chunk:
     def _nonfinite_values(self, mean: Mean, odd: AnyArray, values: AnyArray) -> AnyArray:
         """The values where a result is NaN or Inf.
 
-        A value that is the same in all inputs, such as -inf in a mask, is kept as it is. Others are
-        errors, or stay as computed if `allow_nonfinite` is set.
+        A value that is the same in all inputs, such as -inf in a mask, is kept as it is. A mean of
+        which only the sum is too large is computed again from smaller numbers. Others are errors,
+        or stay as computed if `allow_nonfinite` is set.
 
         Args:
             mean: the weighted mean.
@@ -366,33 +367,33 @@ class _Chunk:
         """
         job = self.job
         pairs = zip(job.inputs, mean.weights, strict=True)
-        used = [entry for entry, weight in pairs if weight != 0]
+        used = [(entry, weight) for entry, weight in pairs if weight != 0]
         wide = accumulator_dtype(job.dtype)
-        first = self.read(used[0])[odd].astype(wide)
+        entry, weight = used[0]
+        first = self.read(entry)[odd].astype(wide)
+        total = first * _DOWNSCALE * weight
         same = np.full(len(first), not mean.must_be_finite)
         culprit = np.where(np.isfinite(first), -1, 0)
-        for number, entry in enumerate(used[1:], 1):
+        for number, (entry, weight) in enumerate(used[1:], 1):
             other = self.read(entry)[odd].astype(wide)
+            total += other * _DOWNSCALE * weight
             same &= (other == first) | (np.isnan(other) & np.isnan(first))
             culprit = np.where((culprit < 0) & ~np.isfinite(other), number, culprit)
         kept = rounded(first, job.dtype, new_arrays(first.shape))
-        misfit = (culprit < 0) | (same & np.isinf(first) & np.isnan(kept))
-        wrong = misfit if self.allow_nonfinite else misfit | ~same
+        again = rounded(total / mean.divisor / _DOWNSCALE, job.dtype, new_arrays(first.shape))
+        is_finite = (culprit < 0) & ~nonfinite(again, job.dtype)
+        values = np.where(is_finite, again, values)
+        misfit = (culprit < 0) & ~is_finite | (same & np.isinf(first) & np.isnan(kept))
+        wrong = misfit if self.allow_nonfinite else misfit | ~(same | is_finite)
         if wrong.any():
             position = int(np.flatnonzero(wrong)[0])
             element = self._element(odd, position)
             if misfit[position]:
                 raise BadValueError(f"the average does not fit {job.dtype.name}", job, element)
-            entry = used[culprit[position]]
+            entry, _ = used[culprit[position]]
             raise BadValueError(f"is {self.read(entry)[odd][position]}", job, element, entry.part)
         return np.where(same, kept, values)
 
     def _element(self, where: AnyArray, position: int) -> int | None:
         """Index in the job of the n-th marked element; None in a strided tensor."""
         return None if self.start is None else self.start + int(np.flatnonzero(where)[position])
-
-
-def _widest_axis(tensor: Tensor) -> int:
-    """The axis along which neighbours are farthest apart in the file."""
-    strides = tensor.element_strides
-    return max(range(len(strides)), key=lambda axis: (tensor.shape[axis] > 1, strides[axis]))

@@ -119,7 +119,7 @@ def _is_member(entry: object) -> bool:
 
 
 def _names_of(key: str | list[str] | None) -> tuple[str, ...] | None:
-    return (key,) if isinstance(key, str) else key and tuple(key)
+    return (key,) if isinstance(key, str) else None if key is None else tuple(key)
 
 
 def _is_key(value: object) -> bool:

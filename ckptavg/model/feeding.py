@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import zlib
 from collections import deque
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckptavg")
 
 _NOTED = 1000  # batches whose order is compared
+_PATIENCE = 10_000  # batches of a pass without a limit, before it is said that it has none
 
 Fingerprint = tuple[bool, list[int]]
 """Whether it is of the examples' own numbers; and a checksum after each of the first batches."""
 
 
-def limited(batches: Iterable[Any], max_samples: int | None = None) -> Iterator[Any]:
+def limited(
+    batches: Iterable[Any], max_samples: int | None = None, *, is_bounded: bool = False
+) -> Iterator[Any]:
     """The batches up to the one that reaches a number of examples; None for all.
+
+    If no end is in sight after many batches, that is logged, unless the caller `is_bounded`.
 
     Raises:
         UserCodeError: the loader raised.
@@ -36,12 +42,21 @@ def limited(batches: Iterable[Any], max_samples: int | None = None) -> Iterator[
     with user_code("the loader"):
         iterator = iter(batches)
     drawn = 0
-    while True:
+    known = known_length(batches)
+    patience = _PATIENCE if known is None else 2 * known + _PATIENCE // 100
+    for count in itertools.count(1):
         with user_code("the loader"):
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
+        if count > patience and max_samples is None and not is_bounded:
+            log.warning(
+                "the loader has given %s batches%s, and no end is in sight: if it has none, "
+                "interrupt the pass, and say where to stop with `max_samples`",
+                f"{patience:,}", "" if known is None else f", though its length is {known:,}",
+            )  # fmt: skip
+            is_bounded = True
         yield batch
         drawn += count_examples(batch)
         if max_samples is not None and drawn >= max_samples:
@@ -175,10 +190,11 @@ class Feed:
         elif self._shares:
             numbers: deque[int] = deque()
             sampler = self._indices(numbers)
-            for batch in limited(_with_batches(self._batches, sampler)):  # type: ignore[arg-type]
+            loader = _with_batches(self._batches, sampler)  # type: ignore[arg-type]
+            for batch in limited(loader, is_bounded=True):
                 yield numbers.popleft(), batch
         else:
-            every = enumerate(limited(self._batches))
+            every = enumerate(limited(self._batches, is_bounded=self._samples is not None))
             for number, batch in self._up_to_limit(every, count_examples):
                 if self._size > 1:
                     self._note(_beginning(batch))
@@ -207,7 +223,9 @@ class Feed:
         log.info("the loader has dealt the batches out to the processes")
         own = (
             (number * self._size + self._rank, batch)
-            for number, batch in enumerate(limited(self._batches))
+            for number, batch in enumerate(
+                limited(self._batches, is_bounded=self._samples is not None)
+            )
         )
         yield from self._up_to_limit(own, lambda batch: count_examples(batch) * self._size)
 

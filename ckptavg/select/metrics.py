@@ -38,7 +38,9 @@ _NUMBER = r"[-+]?(?>\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
 # A number without a separator. An integer may belong to the metric's name: `acc1_76.5`.
 _ATTACHED_NUMBER = r"(?>\d+\.\d+(?:e[-+]?\d+)?|\d+(?![-_=]?\d))"
 _END_OF_WORD = re.compile(r"[a-z][\W_]", re.IGNORECASE)
-_LARGEST_FILE = 64 << 20
+_LARGEST_FILE = 8 << 20
+_MOST_CELLS = 500_000  # an empty one becomes some hundred bytes
+_SHORTEN = "leave out the rows of other checkpoints, and the columns of other metrics"
 
 
 def mode_of(name: str) -> Mode | None:
@@ -131,7 +133,11 @@ def read_metrics(path: Path, metric: str) -> dict[str, float]:
     """
     file = open_source(path)
     if file.size > _LARGEST_FILE:
-        raise FormatError(f"is {file.size} bytes long: no file of metrics", path=path)
+        raise FormatError(
+            f"is {file.size / 1e6:,.0f} MB long, and a file of metrics is at most 8 MiB long",
+            path=path,
+            remedy=_SHORTEN,
+        )
     try:
         text = file.read(0, file.size).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -173,6 +179,8 @@ def _number(value: object) -> float | None:
 
 def _read_csv(path: Path, text: str) -> list[tuple[str, object]]:
     """The first cell of each row, and its value or a dict of its metrics."""
+    if sum(map(text.count, ",\n\r")) > _MOST_CELLS:
+        raise FormatError(f"has more than {_MOST_CELLS:,} cells", path=path, remedy=_SHORTEN)
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline="")) if any(line)]
     except csv.Error as error:

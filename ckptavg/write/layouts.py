@@ -110,8 +110,10 @@ def _kind(
             remedy="let the output's name end with a slash",
         )
     if not is_file_name:
-        alike = difflib.get_close_matches(path.suffix.lower(), SUFFIXES, 1) or [_SAFETENSORS]
-        better = path.with_suffix(alike[0]) if path.suffix else Path(f"{path}{_SAFETENSORS}")
+        alike = difflib.get_close_matches(path.suffix.lower(), SUFFIXES, 1)
+        better = Path(f"{path}{_SAFETENSORS}")
+        if alike or path.suffix[1:].isalpha():  # `.5` is no ending
+            better = path.with_suffix((alike or [_SAFETENSORS])[0])
         raise OutputError(
             f"the ending {path.suffix!r} stands for no format",
             path=path,

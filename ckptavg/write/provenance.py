@@ -67,11 +67,12 @@ def carried_on(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """
     entry = checkpoint.provenance
     match entry:
-        case {"key": str()}:
+        case {"key": str()} | None:
             return entry
         case {"key": [*names]} | {"sources": [*_, {"key": [*names]}]}:
             kept = [checkpoint.key] if isinstance(checkpoint.key, str) else list(checkpoint.key)
-            return entry if set(kept) == set(names) else {**entry, "key": checkpoint.key}
+            if set(kept) != set(names):
+                return {**entry, "key": checkpoint.key}
     return entry
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.errors import RefreshError, UserCodeError
+from ckptavg.model import feeding
 from tests.helpers_norm import (
     STATISTICS,
     Snapshot,
@@ -188,6 +189,13 @@ class Long(Endless):
         return 5
 
 
+class Wrong(list[torch.Tensor]):
+    """A loader whose length is not the number of its batches."""
+
+    def __len__(self):
+        return 3
+
+
 ORDERED = "the loader does not shuffle"
 
 
@@ -200,6 +208,27 @@ class TestLoaders:
             refresh_norm(model, made())
         before.check()
         assert refresh_norm(model, made(), max_samples=20).batches == 3
+
+    @pytest.mark.parametrize(
+        ("make_loader", "count", "said"),
+        [
+            (Wrong, 106, None),
+            (Wrong, 107, "106 batches, though its length is 3, and no end is in sight"),
+            (iter, 501, "500 batches, and no end is in sight"),
+        ],
+    )
+    def test_that_do_not_end_are_said_to_be_so_once(
+        self, caplog, monkeypatch, make_loader, count, said
+    ):
+        monkeypatch.setattr(feeding, "_PATIENCE", 10_000 if make_loader is Wrong else 500)
+        batch = torch.randn(2, 1)
+        refresh_norm(nn.BatchNorm1d(1), make_loader([batch] * count))
+        lines = [each.getMessage() for each in caplog.records if "no end" in each.getMessage()]
+        assert len(lines) == (said is not None)
+        assert said is None or said in lines[0]
+        caplog.clear()
+        refresh_norm(nn.BatchNorm1d(1), make_loader([batch] * count), max_samples=2 * count)
+        assert "no end" not in caplog.text
 
     @pytest.mark.parametrize("made", [Long, lambda: DataLoader(Long(), batch_size=None)])
     def test_that_know_their_length_need_none(self, made):

@@ -192,6 +192,15 @@ class TestEachCheckpoint:
         found = evaluate(["an_average.pt", "run"], **options())
         assert [one.checkpoint for one in found][:2] == ["an_average.pt", "run/step_0.pt"]
 
+    def test_stands_where_it_was_named_if_steps_are_equal(self, states):
+        """Fine-tunes that were trained equally long."""
+        names = ["small_lr.pt", "big_lr.pt", "no_decay.pt"]
+        for name, state in zip(names, states, strict=False):
+            torch.save({"state_dict": state, "global_step": 500}, name)
+        for order in (names, names[::-1]):
+            found = evaluate(order, **options(metric="loss"))
+            assert [(one.checkpoint, one.step) for one in found] == [(name, 500) for name in order]
+
     def test_is_evaluated_in_the_order_of_training_and_named(self):
         paths = [Path("run/step_3.pt"), Path("run/step_0.pt")]
         found = evaluate(paths, **options(metric="loss"))

@@ -137,7 +137,8 @@ def index(data: bytes, folder: Path) -> None:
         else:
             (folder / name).unlink(missing_ok=True)
     with _refusals():
-        config = lora_config.Config.read(folder / lora_config.CONFIG)
+        path = folder / lora_config.CONFIG
+        config = lora_config.Config(path, jsontext.read_json(path))
         config.check_kind()
         config.scale("base_model.model.layers.0.self_attn.q_proj", 4)
     _open(folder)

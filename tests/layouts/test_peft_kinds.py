@@ -67,7 +67,8 @@ class Net(nn.Module):
     def forward(self, tokens: torch.Tensor, layer: str) -> torch.Tensor:
         """What one of the layers, which has the adapter, makes of the embedding."""
         x = self.embed(tokens)
-        return x if layer == "embed" else getattr(self, layer)(x)
+        made: torch.Tensor = x if layer == "embed" else getattr(self, layer)(x)
+        return made
 
 
 def adapters(folder: Path, kind: str, base: Any, options: dict[str, Any]) -> list[Path]:

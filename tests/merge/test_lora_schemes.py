@@ -348,7 +348,7 @@ def of_diffusers(folder: Path, *settings: dict[str, Any]) -> list[Arrays]:
 def test_the_configuration_in_the_metadata_is_heeded_and_written(tmp_path):
     names = DOWN_AND_UP["diffusers with PEFT"]
     states = of_diffusers(tmp_path / "run", {}, {"alpha_pattern": {"blocks.0.to_q": 2}})
-    with pytest.raises(MismatchError, match=r"transformer\.alpha_pattern: \{\} in "):
+    with pytest.raises(MismatchError, match=r"transformer\.alpha_pattern: nothing in "):
         ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
     output = tmp_path / "out.safetensors"
     ckptavg.average(tmp_path / "run", output, lora="exact")

@@ -124,6 +124,23 @@ def test_nothing_else_is(name, metric):
     assert metric_in_name(name, metric) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a" * (1 + (8 << 20)), "is 8 MB long, and a file of metrics is at most 8 MiB long"),
+        ("," * 500_001, "has more than 500,000 cells"),
+        ("a,1\n" * 250_001, "has more than 500,000 cells"),
+        ("a\r" * 500_002, "has more than 500,000 cells"),
+    ],
+    ids=["bytes", "columns", "rows", "other line ends"],
+)
+def test_a_file_that_is_too_long_is_not_read(tmp_path, text, message):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(text.encode() + b"\n")
+    with pytest.raises(FormatError, match=rf"metrics.csv: {message}; leave out the rows of other"):
+        read_metrics(path, "loss")
+
+
 def test_long_names_are_read_at_once():
     started = time.process_time()
     for piece in ("loss=", "loss1", "loss-", "1", "loss_1_", "e1", "-"):

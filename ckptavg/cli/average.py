@@ -44,7 +44,6 @@ _HOW_WEIGHTED = parse("""
 --update                   Fold the inputs into an earlier uniform average, which is one of them.
 """)
 _HOW_EACH_TENSOR = parse("""
---take-last REGEX          Take the tensors whose names match from the last checkpoint; repeatable.
 --ints equal|last          Require equal integer tensors, or take those of the last checkpoint.
                            [default: equal]
 --norm-stats average|last  Average running_mean and running_var, or take those of the last
@@ -96,7 +95,12 @@ _NO_EFFECT = (
     cls=Command,
     groups={
         "Which checkpoints": (*options.SELECTION, options.KEYS, _EXPECT),
-        "How they are averaged": (*_HOW_WEIGHTED, options.SKIP, *_HOW_EACH_TENSOR),
+        "How they are averaged": (
+            *_HOW_WEIGHTED,
+            options.SKIP,
+            options.TAKE_LAST,
+            *_HOW_EACH_TENSOR,
+        ),
         "What is written": (
             *(_OUTPUT, options.FORCE, options.CONTAINER, options.FORMAT, options.MAX_SHARD_SIZE),
             *(options.DTYPE, _KEEP_PREFIX, options.DROP_ALIASES, _HASH, options.NO_FSYNC),

@@ -74,8 +74,10 @@ FORCE, CONTAINER, FORMAT, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 """)
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-SKIP, DTYPE, DROP_ALIASES = parse(f"""
+SKIP, TAKE_LAST, DTYPE, DROP_ALIASES = parse(f"""
 --skip REGEX    Leave out the tensors whose names match; repeatable.
+--take-last REGEX
+                Take the tensors whose names match from the last checkpoint; repeatable.
 --dtype {"|".join(DTYPES)}
                 Dtype of floating tensors.  [default: as in the input]
 --drop-aliases  Write tied tensors once, and name the others in the metadata.

@@ -36,6 +36,7 @@ _METRIC, _METRICS, _OUTPUT = parse("""
         "Model, data and metric": (*options.EVALUATION, _METRIC, options.MODE, _METRICS),
         "Refresh before each evaluation": options.EVALUATION_REFRESH,
         "Which checkpoints": (*options.CANDIDATES, options.KEY),
+        "How they are averaged": (options.SKIP, options.TAKE_LAST),
         "What is written": (_OUTPUT, options.FORCE, options.NO_FSYNC),
         RUNNING: (options.THREADS, *options.COMMON),
     },

@@ -18,6 +18,7 @@ from ckptavg.batchnorm.together import of_both
 from ckptavg.errors import SelectionError, printable
 from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator, said_once
 from ckptavg.formats import SUFFIXES, open_checkpoint
+from ckptavg.merge.patterns import any_matches
 from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.model.making import random_state_kept
@@ -89,6 +90,10 @@ class SoupOptions(EvaluateOptions):
     Attributes:
         mode: whether the metric should be low (`min`) or high; None where its name says it.
         metrics: a file that has the candidates' own metrics: then only trials are evaluated.
+        skip: regular expressions; tensors whose names match are not in the soup, and are not loaded
+            from the candidates.
+        take_last: regular expressions; tensors whose names match are those of the last checkpoint
+            that is kept.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
         threads: how many average at once; None as in `average`.
@@ -96,6 +101,8 @@ class SoupOptions(EvaluateOptions):
 
     mode: Mode | None = None
     metrics: Path | None = None
+    skip: Sequence[str] = ()
+    take_last: Sequence[str] = ()
     force: bool = False
     fsync: bool = True
     threads: int | None = None
@@ -126,8 +133,9 @@ def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupO
     mode = certain_mode(options.metric_name, options.mode)
     check_vacant(target, force=options.force)
     averaging = AverageOptions(
-        select=options.select, key=options.key, threads=options.threads, force=True, fsync=False
-    )
+        select=options.select, key=options.key, skip=options.skip, take_last=options.take_last,
+        threads=options.threads, force=True, fsync=False,
+    )  # fmt: skip
     with said_once(), temporary_beside(target, folder=True) as folder:
         run = open_run(inputs, averaging)
         refuse_own_input(target, run.files)
@@ -179,8 +187,18 @@ def _write(
     *,
     folder: Path | None = None,
 ) -> Summary:
-    """Write the uniform average of some of a run's checkpoints, in the order of training."""
+    """Write the uniform average of some of a run's checkpoints, in the order of training.
+
+    A dry run is of all candidates, in which patterns must match; some members may lack the names.
+    """
     ordered = tuple(checkpoint for checkpoint in run.checkpoints if checkpoint in members)
+    if not options.dry_run:
+        names = {name for each in ordered for name in (*each.tensors, *each.other_entries)}
+        skip, take_last = (
+            tuple(each for each in patterns if any(any_matches([each], name) for name in names))
+            for patterns in (options.skip, options.take_last)
+        )
+        options = replace(options, skip=skip, take_last=take_last)
     recipe = Recipe(SCHEME, ordered, uniform(len(ordered)))
     [summary] = write_averages(run, [recipe], [output], options, folder=folder)
     return summary
@@ -207,7 +225,8 @@ class _Trials:
         self._run, self._candidates, self._options = run, candidates, options
         self._averaging, self._trial = averaging, trial
         self._sign = 1 if mode == "min" else -1
-        self._evaluator = Evaluator(options, candidates)
+        skipped = replace(options, ignore=(*options.ignore, *options.skip))
+        self._evaluator = Evaluator(skipped, candidates)
         self._evaluator.compare(candidates)
         self.members: list[Checkpoint] = []
         self.value = math.nan

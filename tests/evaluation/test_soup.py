@@ -148,6 +148,45 @@ class TestRecipe:
         assert_is_mean(OUT, [states[3]])
 
 
+class TestTensorsByName:
+    """Buffers that only some checkpoints have, and a head that differs in its shape."""
+
+    @pytest.fixture
+    def unlike(self, states):
+        for step in (0, 2):
+            state = {**states[step], "inv_freq": torch.arange(4.0) + step}
+            torch.save(state, f"run/step_{step}.pt")
+        return states
+
+    def test_that_are_skipped_may_be_in_some(self, unlike):
+        with pytest.raises(CkptAvgError, match=r"inv_freq: missing in .* `skip` 'inv_freq\$'"):
+            made()
+        found = made(skip=["inv_freq$"])
+        assert_is_mean(OUT, [unlike[place] for place in kept(found)])
+        state = load_file(OUT)
+        assert ckptavg.verify(OUT, ["run"]).compared == len(state)
+        with pytest.raises(SelectionError, match="`skip` 'nope' matches no tensor's name"):
+            made(skip=["nope"], force=True)
+
+    def test_that_are_taken_from_the_last_are_its_own(self, states):
+        found = made(take_last="head")
+        places = kept(found)
+        assert len(places) > 1
+        state = load_file(OUT)
+        assert same_bits(state["head.weight"], states[places[-1]]["head.weight"])
+        wanted = naive_average([states[place] for place in places])
+        others = [name for name in state if "head" not in name]
+        assert all(same_bits(state[name], wanted[name]) for name in others)
+        ckptavg.verify(OUT, ["run"])
+
+    @pytest.mark.usefixtures("unlike")
+    def test_by_the_command(self):
+        specs = ("--model", "train.py:Net", "--loader", "train.py:batches", "--metric", "loss")
+        named = ("--skip", "inv_freq$", "--take-last", "^head")
+        run("soup", "run", "-o", OUT, *specs, "--device", "cpu", *named)
+        assert "inv_freq" not in load_file(OUT)
+
+
 class TestNaN:
     def test_is_never_kept(self, train, states):
         states[3]["bn.weight"][0] = torch.nan

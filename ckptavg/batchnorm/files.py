@@ -12,12 +12,11 @@ import numpy as np
 from ckptavg.batchnorm.layers import (
     CHANGED,
     NOT_IN_CHECKPOINT,
-    OVERRULED,
     SAME_IN_ALL_MEMBERS,
     KeptLayer,
-    explained,
     holds_statistics,
     norm_layers,
+    nothing_refreshed,
 )
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
@@ -193,18 +192,14 @@ def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_option
     Raises:
         RefreshError: `is_optional` is False, or the model does not show its norm layers.
     """
-    reason = explained(report.kept) or "the model has no norm layers that track statistics"
+    error = nothing_refreshed(report.kept)
+    error.path = checkpoint.path
     is_hidden = not report.kept and any(map(is_norm_statistic, checkpoint.tensors))
     if is_hidden:
-        reason += ", though the checkpoint has such statistics"
+        error.message += ", though the checkpoint has such statistics"
     if is_hidden or not is_optional:
-        may_choose = any(each.reason in OVERRULED for each in report.kept)
-        raise RefreshError(
-            f"there is nothing to refresh: {reason}",
-            path=checkpoint.path,
-            remedy="`layers` refreshes frozen ones that it names" if may_choose else None,
-        )
-    log.info("there is nothing to refresh: %s", reason)
+        raise error
+    log.info(error.message)
 
 
 def _warn_of_uncounted(layers: Mapping[str, NormLayer], loaded: Loaded) -> None:

@@ -122,9 +122,15 @@ def speak_of(kept: Sequence[KeptLayer]) -> None:
         )  # fmt: skip
 
 
-def explained(kept: Sequence[KeptLayer]) -> str:
-    """The names of layers that keep their statistics, with the reasons, for a message."""
-    return "; ".join(f"{_names(alike)} ({reason})" for reason, alike in _by_reason(kept).items())
+def nothing_refreshed(kept: Sequence[KeptLayer]) -> RefreshError:
+    """The error that no layer was refreshed, with the reason of each, and how to choose them."""
+    reasons = [f"{_names(alike)} ({reason})" for reason, alike in _by_reason(kept).items()]
+    why = "; ".join(reasons) or "the model has no norm layers that track statistics"
+    may_choose = any(each.reason in OVERRULED for each in kept)
+    return RefreshError(
+        f"no norm layer was refreshed: {why}",
+        remedy="`layers` refreshes frozen ones that it names" if may_choose else None,
+    )
 
 
 def _by_reason(kept: Sequence[KeptLayer]) -> dict[str, list[KeptLayer]]:

@@ -19,8 +19,8 @@ from ckptavg.batchnorm.capture import UnfitBatchError, capture
 from ckptavg.batchnorm.images import ImageFormat, MemoryFormat
 from ckptavg.batchnorm.layers import (
     KeptLayer,
-    explained,
     layers_to_refresh,
+    nothing_refreshed,
     speak_of,
 )
 from ckptavg.batchnorm.moments import Channels, EstimatorName, Moments, observe
@@ -177,7 +177,7 @@ def _checked(report: RefreshReport) -> RefreshReport:
         RefreshError: no layer was refreshed, and at least one has stale statistics.
     """
     if report.stale and not report.layers:
-        raise RefreshError(f"no norm layer was refreshed: {explained(report.kept)}")
+        raise nothing_refreshed(report.kept)
     return report
 
 

@@ -65,14 +65,15 @@ def open_shard(path: Path, key: Key) -> Checkpoint:
     if path.suffix not in SUFFIXES and plugins.has_reader(path.suffix):
         return plugins.open_with_plugin(file, key)
     head = file.read(0, min(_HEAD_BYTES, file.size))
+    if head.startswith(_LFS):  # whatever its name
+        problem = "is a pointer of Git LFS, without the file itself"
+        raise FormatError(problem, path=path, remedy="`git lfs pull` downloads it")
     for module in FILES:
         if module.matches(path, head):
             checkpoint: Checkpoint = module.open_checkpoint(file, key)
             return checkpoint
     if not head:
         problem = "is empty: was the disk full when it was written?"
-    elif head.startswith(_LFS):
-        problem = "is a pointer of Git LFS without the file itself: `git lfs pull` downloads that"
     elif not head.translate(None, _TEXT) and not _ZIP_MAGIC.startswith(head):
         raise NoStateDictError("is a text file, no checkpoint", path=path)
     elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):

@@ -61,7 +61,8 @@ class Adapter:
             for module, tensors in lora_modules(checkpoint.tensors).items()
         }
         if not modules:
-            raise SelectionError("has no LoRA factors", path=checkpoint.path)
+            what, remedy = "has no LoRA factors", "leave `lora` out"
+            raise SelectionError(what, path=checkpoint.path, remedy=remedy)
         return Adapter(checkpoint, modules, configs, _alphas(checkpoint))
 
     def tensor(self, module: str, factor: Factor) -> Tensor:
@@ -130,7 +131,10 @@ def _by_factor(
             )
         if tensor.factor in factors:
             raise FormatError(
-                "belongs to a second adapter in one model", path=path, tensor=tensor.name
+                "belongs to a second adapter in one model",
+                path=path,
+                tensor=tensor.name,
+                remedy="save the adapters one by one, as PEFT's save_pretrained does",
             )
         factors[tensor.factor] = tensor
     for kind in ("A", "B"):

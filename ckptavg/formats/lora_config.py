@@ -81,7 +81,7 @@ class Config:
                 sorted(value, key=repr) if isinstance(value, list) else value
             )
             for name, value in values.items()
-            if value
+            if value or type(value) in (int, float)
         }
 
     def check_kind(self) -> None:

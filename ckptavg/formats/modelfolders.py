@@ -175,7 +175,8 @@ def check_weights(file: Path) -> None:
         SelectionError: there are several variants of the weights, and nothing else.
     """
     if _SHARD.fullmatch(file.name):
-        raise FormatError("has shards and no index of them: was the saving interrupted?", path=file)
+        problem = "has shards and no index of them, as if the saving was interrupted"
+        raise FormatError(problem, path=file)
     if not _OF_VARIANT.fullmatch(file.name):
         return
     variants = {_variant(name) for name in _names_in(file.parent) if _OF_VARIANT.fullmatch(name)}

@@ -166,10 +166,12 @@ def check_adapters(members: Sequence[Checkpoint]) -> None:
     reason = "" if is_linear else reason_against_joining(members)
     differences = _differing_scales(members)
     if differences:
-        exact = "`lora=exact` averages what they add to the weights"
+        remedy = "`lora=exact` averages what they add to the weights"
+        if reason or is_linear:
+            remedy = "merge each into its model, and average the models"
         raise MismatchError(
             "adapters are not averaged if their ranks, alphas or other settings differ "
-            f"({'merge each into its model, and average the models' if reason else exact}):",
+            f"({remedy}):",
             differences,
         )
     if not is_linear:

@@ -144,7 +144,10 @@ def _hint(folder: Path) -> str:
             return f"name them: {printable(folder / pattern)}"
         return f"name a directory that has some: {listed(folders)}"
     endings = " ".join(SUFFIXES)
-    return f"checkpoints are files ending with {endings}, and directories with weights; name others"
+    return (
+        f"checkpoints are files ending with {endings}, and directories with weights; torch files "
+        "with other endings can be named one by one"
+    )
 
 
 def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:

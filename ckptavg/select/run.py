@@ -133,7 +133,8 @@ def _open(candidate: Candidate, key: Key) -> None:
         checkpoint = _open_or_defer(candidate, key)
     except CkptAvgError as error:
         if isinstance(error, NoStateDictError) and not is_named:
-            candidate.leave_out("no weights", error.message)
+            remedy = f" ({error.remedy})" if error.remedy else ""
+            candidate.leave_out("no weights", error.message + remedy)
         else:
             candidate.leave_out("damaged", error.message)
             if isinstance(error, FormatError) and not is_named and error.remedy is None:

@@ -147,7 +147,9 @@ def _check_container(path: Path, last: Checkpoint) -> None:
         )
     if path.suffix not in _TORCH or path.is_dir():
         raise OutputError(
-            "is no name for a torch file", path=path, remedy=f"let it end with {' '.join(_TORCH)}"
+            "is no name for a torch file",
+            path=path,
+            remedy=f"let it end with one of {' '.join(_TORCH)}",
         )
 
 

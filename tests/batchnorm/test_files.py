@@ -1525,8 +1525,9 @@ class TestCommand:
         path = save(net.conv.state_dict(prefix="conv."), tmp_path / "a.pt")
         arguments = ("bn-refresh", path, "-o", tmp_path / "o.pt", *SPECS)
         result = run(*arguments, "--model", "train.py:Bare", code=1)
-        assert "nothing to refresh: the model has no norm layers that track statistics" in (
-            str(result.exception)
+        assert (
+            "no norm layer was refreshed: the model has no norm layers that track statistics"
+            in (str(result.exception))
         )
         assert not (tmp_path / "o.pt").exists()
 

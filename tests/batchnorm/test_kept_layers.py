@@ -182,7 +182,7 @@ class TestNothing:
         specs = ("--model", f"mine.py:{model}", "--loader", "mine.py:loader")
         result = json.loads(run("average", "run", "-o", "a.pt", *specs, "--json").stdout)
         assert Path("a.pt").exists()
-        assert any("there is nothing to refresh" in notice for notice in result["notices"])
+        assert any("no norm layer was refreshed" in notice for notice in result["notices"])
 
     @staticmethod
     def load(name: str) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -229,7 +230,7 @@ class TestInterruptedSaving:
     def test_of_shards_is_an_error(self, tmp_path):
         for step in (1, 2):
             save(tmp_path / f"checkpoint-{step}" / "model-00001-of-00002.safetensors")
-        with pytest.raises(FormatError, match=r"no index of them: was the saving interrupted\?"):
+        with pytest.raises(FormatError, match=r"no index of them, as if the saving was"):
             ckptavg.average(tmp_path, tmp_path / "out.safetensors")
 
     def test_of_a_distributed_checkpoint_is_an_error(self, tmp_path):
@@ -238,3 +239,27 @@ class TestInterruptedSaving:
         (folder / ".metadata").unlink()
         with pytest.raises(FormatError, match=r"step_2: .*no \.metadata: was the saving inter"):
             ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["step_1.safetensors", "step_1.pt"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, name):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * 'a'}\nsize 123\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(FormatError, match=f"{name}: is a pointer of Git LFS.*`git lfs pull`"):
+        ckptavg.average(tmp_path, tmp_path / "out.pt")
+
+
+def test_what_a_file_without_weights_holds_is_said_with_the_way_out(tmp_path):
+    torch.save({"w": np.ones(3)}, tmp_path / "step_1.pt")
+    with pytest.raises(SelectionError, match=r"w is a numpy array, .* \(save .*from_numpy\)"):
+        ckptavg.average(tmp_path, tmp_path / "out.pt")
+
+
+def test_files_of_other_endings_are_averaged_if_they_are_named(tmp_path):
+    paths = [tmp_path / name for name in ("a.pkl", "b.model", "c")]
+    for number, path in enumerate(paths):
+        torch.save({"w": torch.full((2,), float(number))}, path)
+    with pytest.raises(SelectionError, match="other endings can be named one by one"):
+        ckptavg.average(tmp_path, tmp_path / "out.pt")
+    ckptavg.average(paths, tmp_path / "out.pt")
+    assert torch.equal(torch.load(tmp_path / "out.pt")["w"], torch.ones(2))

@@ -318,7 +318,7 @@ class TestWhatComesAfter:
         save(roots)
         average()
         ckptavg.convert("gan.pt", "one.pt", key="generator", fsync=False)
-        with pytest.raises(CkptAvgError, match="nothing to refresh"):
+        with pytest.raises(CkptAvgError, match="no norm layer was refreshed"):
             ckptavg.refresh_checkpoint(
                 "one.pt", None, model=make_generator, loader=[torch.randn(4, 3)]
             )
@@ -379,7 +379,7 @@ class TestWhatComesAfter:
             root["discriminator"] = gan(root["epoch"] + 5)["generator"]
         save(roots)
         average()
-        with pytest.raises(CkptAvgError, match="nothing to refresh"):
+        with pytest.raises(CkptAvgError, match="no norm layer was refreshed"):
             ckptavg.refresh_checkpoint(
                 "gan.pt", None, model=make_generator, loader=[torch.randn(4, 3)], key="generator"
             )

@@ -1,6 +1,6 @@
 """Read directories that DeepSpeed's engine writes: the weights are in `mp_rank_00_model_states.pt`.
 
-With ZeRO stage 3 they are in files of all ranks, which `zero` reads.
+With ZeRO they are in float32 in files of all ranks, which `zero` reads.
 
 https://deepspeed.readthedocs.io/en/latest/model-checkpointing.html.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
 from ckptavg.formats.files import open_file
-from ckptavg.formats.zero import is_partitioned, open_partitions
+from ckptavg.formats.zero import is_partitioned, open_groups, open_partitions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +42,9 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     files = _files(path)
     if is_partitioned(files):
         return open_partitions(path, files[0].parent, key)
+    joined = open_groups(path, files[0], key) if len(files) == 1 else None
+    if joined is not None:
+        return joined
     checkpoint = open_file(files[0], key)
     if len(files) > 1:
         raise FormatError(

@@ -23,7 +23,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CORPUS, FAILURES = HERE / "corpus", HERE / "failures"
-_LONGEST = {"safetensors": 4096, "zip": 8192, "pickle": 4096, "legacy": 8192, "dcp": 16384}
+_LONGEST = {
+    "safetensors": 4096,
+    "zip": 8192,
+    "pickle": 4096,
+    "legacy": 8192,
+    "dcp": 16384,
+    "shards": 8192,
+    "ranks": 16384,
+    "zero": 8192,
+}
 _COVERAGE = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)")
 _RUNS = re.compile(r"stat::number_of_executed_units: *(\d+)")
 _BESIDE = 200  # MB of the fuzzer's own

@@ -239,6 +239,19 @@ def _pickles(data: bytes) -> list[bytes]:
     return [*pieces, data[stream.tell() :]]
 
 
+def _of_two(mutator: Mutator) -> Mutator:
+    """Change one of two files with the mutator of its kind."""
+
+    def changed(data: bytes, most: int, chances: random.Random, mutate: Mutate) -> bytes:
+        files = unpacked(data, 2)
+        place = chances.randrange(2)
+        room = max(1, most - 2 - len(files[1 - place]))
+        files[place] = mutator(files[place] or b"N.", room, chances, mutate)[:0xFFFF]
+        return packed(*files)[:most]
+
+    return changed
+
+
 def dcp(data: bytes, most: int, chances: random.Random, mutate: Mutate) -> bytes:
     """Change one of the two files, which mostly is the metadata."""
     metadata, shard = unpacked(data, 2)
@@ -270,6 +283,9 @@ MUTATORS: dict[str, Mutator] = {
     "zip": torch_zip,
     "pickle": pickled,
     "legacy": legacy,
+    "shards": _of_two(safetensors),
+    "ranks": _of_two(pickled),
+    "zero": _of_two(pickled),
     "dcp": dcp,
     "index": index,
 }

@@ -45,6 +45,9 @@ def main() -> None:
         "zip": _zips(),
         "pickle": _pickles(),
         "legacy": _legacy(),
+        "shards": _shards(),
+        "ranks": _ranks(),
+        "zero": _zero(),
         "dcp": _dcp(),
         "index": _index(),
     }.items():
@@ -74,13 +77,6 @@ def _safetensors() -> dict[str, bytes]:
         "ours": safetensors_of(
             {
                 "__metadata__": {"ckptavg": json.dumps({"scheme": "uniform"}), "epoch": "1"},
-                "a": entry,
-            },
-            bytes(8),
-        ),
-        "shard": safetensors_of(
-            {
-                "__metadata__": {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0]}})},
                 "a": entry,
             },
             bytes(8),
@@ -202,18 +198,72 @@ def _pickles() -> dict[str, bytes]:
     }
     for protocol in range(1, 6):
         seeds[f"values-{protocol}"] = pickle.dumps(values, protocol)
-    return seeds | {"dtensors": _pickle_of(_saved(_dtensors()))}
+    return seeds
 
 
-def _dtensors() -> dict[str, Any]:
-    """What the second of two ranks saves."""
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    value = torch.ones(3, 2)
+def _shards() -> dict[str, bytes]:
+    """The files of two ranks: rows, columns, and a tensor that only the second has."""
+    files = []
+    for rank in range(2):
+        state = {"rows": torch.ones(2, 3), "columns": torch.ones(4, 1), "n": torch.tensor(rank)}
+        places = {"rows": [2 * rank, 0], "columns": [0, rank], "n": []}
+        if rank == 0:
+            del state["n"], places["n"]
+        sharding = {name: {"saved_offsets": place} for name, place in places.items()}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(sharding), "format": "pt"}
+        files.append(safetensors.torch.save(state, metadata))
+    return {"two": packed(*files), "one": packed(files[0], b"")}
+
+
+def _ranks() -> dict[str, bytes]:
+    """What two ranks save of DTensors."""
+    files = []
+    for rank in range(2):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        value = torch.ones(3, 2)
+        state = {
+            "rows": distribute_tensor(value, mesh, [Shard(0)]),
+            "columns": distribute_tensor(value, mesh, [Shard(1)]),
+            "whole": distribute_tensor(value, mesh, [Replicate()]),
+            "n": torch.tensor(3),
+        }
+        files.append(_pickle_of(_saved(state)))
+        dist.destroy_process_group()
+    return {"two": packed(*files), "twice": packed(files[0], files[0])}
+
+
+def _zero() -> dict[str, bytes]:
+    """What a rank saves of the model and of the optimizer."""
+    model = {
+        "module": {"w": torch.empty(0), "v": torch.empty(0), "b": torch.ones(2), "extra": 3},
+        "buffer_names": ["b"],
+        "param_shapes": [{"w": torch.Size([5])}],
+        "frozen_param_shapes": {"v": torch.Size([1])},
+        "frozen_param_fragments": {"v": torch.ones(1)},
+        "shared_params": {"tied": "w"},
+        "global_steps": 3,
+        "ds_version": "0.19.8",
+    }
+    optimizer = {
+        "optimizer_state_dict": {
+            "fp32_flat_groups": [torch.ones(1), torch.ones(2)],
+            "partition_count": 2,
+            "zero_stage": 3,
+        }
+    }
+    groups = {
+        "optimizer_state_dict": {
+            "single_partition_of_fp32_groups": [torch.ones(3)],
+            "param_alignment_paddings": [[1]],
+            "partition_count": [2],
+            "zero_stage": 2,
+        }
+    }
+    first = _pickle_of(_saved(model))
     return {
-        "rows": distribute_tensor(value, mesh, [Shard(0)]),
-        "columns": distribute_tensor(value, mesh, [Shard(1)]),
-        "whole": distribute_tensor(value, mesh, [Replicate()]),
+        "stage3": packed(first, _pickle_of(_saved(optimizer))),
+        "stage2": packed(first, _pickle_of(_saved(groups))),
     }
 
 

@@ -74,10 +74,8 @@ def _check(error: CkptAvgError) -> None:
 
 
 def safetensors(data: bytes, folder: Path) -> None:
-    """A `.safetensors` file, alone and as that of the only rank."""
-    with _refusals():
-        _open(_written(folder / "x.safetensors", data))
-    _open(_written(folder / "shards" / "shard-00001-model-00001-of-00001.safetensors", data).parent)
+    """A `.safetensors` file."""
+    _open(_written(folder / "x.safetensors", data))
 
 
 def torch_zip(data: bytes, folder: Path) -> None:
@@ -91,21 +89,41 @@ def legacy(data: bytes, folder: Path) -> None:
 
 
 def pickled(data: bytes, folder: Path) -> None:
-    """A pickle, alone and as that of a torch file which has the storages `0` to `8`.
-
-    The file is one by itself, and that of each of two ranks.
-    """
+    """A pickle, alone and as that of a torch file which has the storages `0` to `8`."""
     with contextlib.suppress(unpickler.PickleError), _refusals():
         root = unpickler.load(data)
         training_record(root, "x.ckpt", lambda wanted: dict.fromkeys(wanted, 0.5), whole=False)
         trainer_record({}, root)
         find_state_dicts(root)
-    content = torch_zip_of(data, _STORAGES)
-    with _refusals():
-        _open(_written(folder / "x.pt", content))
-    for rank in range(2):
-        _written(folder / "ranks" / f"model_world_size_2_rank_{rank}.pt", content)
+    _open(_written(folder / "x.pt", torch_zip_of(data, _STORAGES)))
+
+
+def shards(data: bytes, folder: Path) -> None:
+    """The safetensors files of two ranks."""
+    for rank, content in enumerate(unpacked(data, 2), 1):
+        _written(folder / "shards" / f"shard-{rank:05}-model-00001-of-00001.safetensors", content)
+    _open(folder / "shards")
+
+
+def ranks(data: bytes, folder: Path) -> None:
+    """The pickles of two ranks' DTensors; their files have the storages `0` to `8`."""
+    for rank, content in enumerate(unpacked(data, 2)):
+        file = folder / "ranks" / f"model_world_size_2_rank_{rank}.pt"
+        _written(file, torch_zip_of(content, _STORAGES))
     _open(folder / "ranks")
+
+
+def zero(data: bytes, folder: Path) -> None:
+    """The pickles of the model's and the optimizer's state of two ranks: of stage 3, and of 2."""
+    model, optimizer = (torch_zip_of(content, _STORAGES) for content in unpacked(data, 2))
+    for stage in ("2", "3"):
+        _written(folder / "2" / "mp_rank_00_model_states.pt", model)
+        for rank in range(2):
+            name = f"zero_pp_rank_{rank}_mp_rank_00_"
+            _written(folder / "3" / f"{name}model_states.pt", model)
+            _written(folder / stage / f"{name}optim_states.pt", optimizer)
+        with _refusals():
+            _open(folder / stage)
 
 
 def dcp(data: bytes, folder: Path) -> None:
@@ -149,6 +167,9 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "zip": torch_zip,
     "pickle": pickled,
     "legacy": legacy,
+    "shards": shards,
+    "ranks": ranks,
+    "zero": zero,
     "dcp": dcp,
     "index": index,
 }

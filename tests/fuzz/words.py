@@ -36,7 +36,8 @@ _TENSOR = (
 _KEYS = (
     "storage", "0", "1", "cpu", "state_dict", "state_dict_ema", "model", "optimizer",
     "param_groups", "lr", "epoch", "global_step", "step", "module", "ds_config", "ds_version",
-    "param_shapes",
+    "param_shapes", "frozen_param_fragments", "shared_params", "buffer_names", "partition_count",
+    "optimizer_state_dict", "fp32_flat_groups", "single_partition_of_fp32_groups", "zero_stage",
     "zero_optimization", "stage", "frozen_param_shapes", "lr_scheduler", "_last_lr", "last_epoch",
     "_schedulers", "callbacks", "best_k_models", "monitor", "metrics", "val_metrics", "metric",
     "_metadata", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "version",
@@ -86,6 +87,9 @@ WORDS: dict[str, tuple[bytes, ...]] = {
     "zip": (*_ZIP_WORDS, *PICKLE_WORDS),
     "pickle": PICKLE_WORDS,
     "legacy": PICKLE_WORDS,
+    "shards": tuple(word.encode() for word in _JSON_WORDS),
+    "ranks": PICKLE_WORDS,
+    "zero": PICKLE_WORDS,
     "dcp": (*(_text(word) for word in _DCP_WORDS), *_ZIP_WORDS, *PICKLE_WORDS),
     "index": tuple(word.encode() for word in (*_JSON_WORDS, *_INDEX_WORDS)),
 }

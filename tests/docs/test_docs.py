@@ -119,3 +119,10 @@ def test_bash_completes_by_the_documented_line():
         check=True,
     )
     assert done.stdout == "--estimator\n"
+
+
+def test_every_link_leads_to_a_file():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")]:
+        targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+        missing = [target for target in targets if not (page.parent / target).exists()]
+        assert missing == [], page.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import signal
 import struct
@@ -18,7 +19,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tests.pickle_bombs import BOMBS, LONG, TELLING, answer, stop, text, tuple_dag
+from tests.pickle_bombs import (
+    BOMBS,
+    BUDGETS,
+    LONG,
+    STORAGE,
+    TELLING,
+    answer,
+    named,
+    stop,
+    text,
+    tuple_dag,
+)
 
 SECONDS = 20  # of a core
 MEMORY = 300 << 20
@@ -77,6 +89,11 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
     ),
     "99 MB of quotes": lambda: _safetensors(b'{"__metadata__":{' + b'"' * _LONG),
     "99 MB that look like ends of entries": lambda: _safetensors(b'{"a":' + b'},"' * (_LONG // 3)),
+    "100,001 tensors": lambda: _safetensors(
+        b"{%s}" % b",".join(_ENTRY % index for index in range(100_001)), data=b""
+    ),
+    "17 MB of metadata": lambda: _safetensors({"__metadata__": {"a": "x" * 17_000_000}, "b": U8}),
+    "90 MB of metadata": lambda: _safetensors({"__metadata__": {"a": "x" * 90_000_000}, "b": U8}),
     "1.7 million tensors": lambda: _safetensors(
         b"{%s}" % b",".join(_ENTRY % index for index in range(_LONG // 58))
     ),
@@ -96,6 +113,16 @@ SAFETENSORS: dict[str, Callable[[], bytes]] = {
         b'{"a":{"dtype":"U8","shape":[%s1],"data_offsets":[0,1]}}' % (b"1," * 1_900_000)
     ),
 }
+
+
+def _many_state_dicts(count: int) -> bytes:
+    """A torch file of so many, each of one tensor."""
+    body = (
+        named("torch._utils", "_rebuild_tensor") + b"q\0" + STORAGE + b"q\1" + b"00}("
+        + b"".join(text(f"m{n}") + b"}" + text("w") + b"h\0(h\1K\0))tRs" for n in range(count))
+        + b"u"
+    )  # fmt: skip
+    return _torch(stop(body))
 
 
 def _tensors(
@@ -147,6 +174,10 @@ def _torch(pickled: bytes, *more: tuple[bytes, ...]) -> bytes:
     return _zip([_record(b"x/data.pkl", pickled), _record(b"x/data/0", bytes(16)), *more])
 
 
+def _of_body(body: Callable[[], bytes]) -> bytes:
+    return _torch(stop(body()))
+
+
 def _bomb() -> bytes:
     """A pickle of 250 MB that deflates to one or two."""
     pickled = b"\x80\2]" + b"]a" * 125_000_000 + b"."
@@ -191,6 +222,8 @@ TORCH: dict[str, Callable[[], bytes]] = {
     ),
     "no end": lambda: _zip([_record(b"x/data.pkl", _tensors())], cut=30),
     "a comment of 64 KB without end": lambda: b"PK\3\4" + b"PK\5\6" * 20_000,
+    "1,000 state dicts": lambda: _many_state_dicts(1_000),
+    "60,000 state dicts": lambda: _many_state_dicts(60_000),
     "a million empty dicts": lambda: _torch(b"\x80\2](" + b"}" * 1_000_000 + b"e."),
     "a persistent id of a wrong type": lambda: _torch(
         stop(b"}" + text("w") + tuple_dag(60) + b"Qs")
@@ -200,6 +233,11 @@ TORCH: dict[str, Callable[[], bytes]] = {
     "EXT": lambda: _torch(stop(b"\x82\1")),
     "__setstate__": lambda: _torch(stop(b"cos\nsystem\n)R}" + text("a") + b"Nsb")),
     **{f"pickle: {kind}": partial(_torch, bomb) for kind, bomb in BOMBS.items()},
+    **{f"pickle: {kind}": partial(_of_body, body) for kind, body in BUDGETS.items()},
+    "a third pickle of sets without end": lambda: (
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+        + stop(BUDGETS["sets without end"]())
+    ),
     **{
         f"builtins.{name}": partial(
             _torch, stop(text("builtins") + text(name) + b"\x93" + text("print(1)") + b"\x85R")
@@ -325,7 +363,8 @@ ALIKE = (
     *("99 MB of pairs in the metadata", "99 MB of quotes"),
     *("99 MB that look like ends of entries", "1.7 million tensors"),
     *("110,000 tensors and bytes that nobody has", "names of 50 MB in all"),
-    "390,000 entries in the metadata, and a bad tensor",
+    *("390,000 entries in the metadata, and a bad tensor", "90 MB of metadata"),
+    *("60,000 state dicts", *(f"pickle: {kind}" for kind in BUDGETS)),
     *(f"pickle: {kind}" for kind in BOMBS if kind not in TELLING),
     *(f"pickle: {kind}" for kind in TELLING if kind in LONG),
     *(f"builtins.{name}" for name in ("compile", "input", "breakpoint", "exit")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -26,6 +27,7 @@ SERVER.set_forkserver_preload(
         *("ckptavg.landscape.saving", "numpy.random", "torch._dynamo", "fsspec"),
     ]
 )
+LONGEST = 300  # seconds until a process ends whose test was killed
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"  # the host's name may resolve to nothing
 
 
@@ -104,6 +106,7 @@ def _work(
     """What a process does; what it prints goes into files."""
     import torch
 
+    signal.alarm(LONGEST)
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
     os.chdir(folder)

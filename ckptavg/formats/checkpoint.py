@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ckptavg.errors import FormatError
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import Memory, Part
 from ckptavg.formats.paths import is_remote
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = "ckptavg"
 _PIECE = 1 << 20
+# One of the models with the most, DeepSeek-V3, has 92,000 in 163 files.
+MOST_TENSORS = 100_000  # of a file
 # Prefixes that DistributedDataParallel, torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 _COMPILED = "._orig_mod."
@@ -226,6 +229,13 @@ class Checkpoint:
         return replace(self, parts=(*self.parts, Memory(self.path, data)), tensors=tensors)
 
 
+def check_count(count: int, path: Path) -> None:
+    """Raise a FormatError for more tensors than a file may have."""
+    if count > MOST_TENSORS:
+        message = f"has {count:,} tensors, more than the {MOST_TENSORS:,} that a file may have"
+        raise FormatError(message, path=path, remedy="save them in several files, with an index")
+
+
 def read_view(part: Part, tensor: Tensor) -> AnyArray:
     """A tensor as an array of its shape and with its strides.
 
@@ -323,11 +333,39 @@ def differing_tensors(names: Iterable[str], first: Checkpoint, other: Checkpoint
         if first.tensors[name].dtype is not other.tensors[name].dtype:
             yield name
             continue
-        for one, another in zip(first.pieces(name), other.pieces(name), strict=True):
+        for one, another in _pairs(name, first, other):
             # Comparing memoryviews takes thirty times as long.
             if not np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(another, np.uint8)):
                 yield name
                 break
+
+
+def _pairs(
+    name: str, first: Checkpoint, other: Checkpoint
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """The bytes of a tensor in two checkpoints, in pieces; without what neither has on the disk.
+
+    A file may claim any size, and take up no room: holes of it, which read as zeros, are not read.
+    """
+    places = [(each.parts[each.tensors[name].part], each.tensors[name]) for each in (first, other)]
+    if any(tensor.strides is not None for _, tensor in places):
+        yield from zip(first.pieces(name), other.pieces(name), strict=True)
+        return
+    nbytes = places[0][1].nbytes
+    rooms = [memoryview(bytearray(min(_PIECE, nbytes))) for _ in places]
+    start = 0
+    while start < nbytes:
+        begin = min(
+            part.next_data(tensor.offset + start) - tensor.offset for part, tensor in places
+        )
+        if begin > start:
+            start = begin
+            continue
+        pair = [room[: nbytes - start] for room in rooms]
+        for (part, tensor), piece in zip(places, pair, strict=True):
+            part.read_into(tensor.offset + start, piece)
+        yield pair[0], pair[1]
+        start += _PIECE
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats import unpickler
 from ckptavg.formats.blocks import Box, misfit
+from ckptavg.formats.budget import LARGEST_PICKLE
 from ckptavg.formats.checkpoint import PROVENANCE, read_view
 from ckptavg.formats.parts import Memory, Part, open_source
 from ckptavg.formats.paths import is_inside
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 METADATA = ".metadata"
 _OBJECT = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
+# The metadata of a thousand tensors on a thousand ranks have more than a torch file has: 140 bytes,
+# 70 opcodes and 1 kB of memory for each piece.
+_SCALE = 5
 # A small pickle can name one long list again and again: so many pieces are looked at in all.
 _MOST_PIECES = 5_000_000
 _LONGEST_PLACE = 100
@@ -68,9 +72,10 @@ class Metadata:
 
     def __init__(self, directory: Path) -> None:
         self.file = open_source(directory / METADATA)
-        pickled = self.file.read(0, min(self.file.size, unpickler.LARGEST_PICKLE + 1))
+        pickled = self.file.read(0, min(self.file.size, _SCALE * LARGEST_PICKLE + 1))
         self.digest = hashlib.sha256(pickled).hexdigest()
-        fields = self._fields(unpickler.load(pickled, self.file.path), "Metadata")
+        root = unpickler.load(pickled, self.file.path, scale=_SCALE)
+        fields = self._fields(root, "Metadata")
         entries, items = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(entries, Mapping) or not isinstance(items, Mapping):
             raise self._fault("has no state_dict_metadata, or no storage_data")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LARGEST_FILE = 64 << 20
-_MOST_VALUES = 3_000_000  # two bytes, `[]`, become an object of 64
+_MOST_VALUES = 1_500_000  # names and texts take 200 bytes of memory for each
 
 
 def to_text(value: Any) -> str:  # noqa: ANN401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -55,6 +56,10 @@ class Part(ABC):
     def read_many(self, places: Iterable[tuple[int, int]]) -> list[bytes]:
         """Small pieces, each given by its offset and size."""
         return [self.read(offset, size) for offset, size in places]
+
+    def next_data(self, offset: int) -> int:
+        """The first offset from this one on where there are bytes on the disk, and no hole."""
+        return offset
 
     def identity_now(self) -> Hashable:
         """What `identity` would be if the part was opened now."""
@@ -123,6 +128,18 @@ class File(Part):
             return
         with self._opened() as descriptor:
             self._read(descriptor, offset, out)
+
+    def next_data(self, offset: int) -> int:
+        """The first offset from this one on where the file has no hole; its size if there is none.
+
+        Holes are not looked for where the file is opened for each read, or the system has no way.
+        """
+        if self._descriptor is None or not hasattr(os, "SEEK_DATA"):
+            return offset
+        try:
+            return os.lseek(self._descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            return self.size if error.errno == errno.ENXIO else offset
 
     def _read(self, descriptor: int, offset: int, out: memoryview) -> None:
         while out:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord
+from ckptavg.formats.checkpoint import STEP_NAMES, Checkpoint, TrainingRecord, check_count
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.paths import is_remote
 from ckptavg.formats.statedict import ALL, without_names
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors",)
 _LENGTH = 8
 _LONGEST_HEADER = 100_000_000  # the library's limit
+# Bytes of a header, and as many more for each tensor: those of its name, and of all else.
+_LARGEST_METADATA, _LONGEST_ENTRY = 16_000_000, 300
+_OFFSETS = b'"data_offsets"'
 # The headers of 100,000 tensors have fewer. The library takes up to 80 bytes of memory for each.
-_MARKS, _MOST_MARKS = (b'"', b",", b"[", b"{"), 2_000_000
+_MARKS, _MOST_MARKS = (b'"', b",", b"[", b"{"), 2_500_000
 _CONTEXT = 100
 _SHARDING = "DCP_SHARDING_INFO"
 _LARGEST_INDEX = 1 << 60
@@ -64,6 +67,7 @@ def open_checkpoint(file: Part, key: Key) -> Checkpoint:
         ) from error
     except OSError as error:
         raise CkptAvgError(f"cannot read it: {error.strerror or error}", path=path) from error
+    check_count(len(library.keys()), path)  # their entries may be spelled with escapes
     tensors = _list_tensors(path, library, _LENGTH + len(header))
     metadata: dict[str, str] = library.metadata() or {}
     return Checkpoint(
@@ -126,6 +130,12 @@ def _read_header(file: Part) -> bytes:
             path=file.path,
         )
     header = file.read(_LENGTH, length)
+    tensors = header.count(_OFFSETS)
+    check_count(tensors, file.path)
+    most = _LARGEST_METADATA + tensors * _LONGEST_ENTRY
+    if length > most:
+        message = f"its header has {length:,} bytes, and for {tensors:,} tensors at most {most:,}"
+        raise FormatError(message, path=file.path, remedy="save it without so much metadata")
     if sum(map(header.count, _MARKS)) > _MOST_MARKS:
         raise FormatError("damaged header: more entries than any model has", path=file.path)
     return header

@@ -28,7 +28,8 @@ _TRAINING = ("optim", "sched", "rng", "scaler", "loops", "callbacks", "sampler",
 # One of these stands beside the weights in a file that DeepSpeed's engine wrote.
 _DEEPSPEED_MARKS = {"ds_version", "ds_config", "dp_world_size"}
 _MOST_LEVELS = 2
-_MOST_STATE_DICTS = 1_000
+_MOST_STATE_DICTS = 100
+_MOST_MAPPINGS = 1_000  # that are looked at for what a file without a state dict holds
 _LONGEST_NAME = 1_000  # of what holds a state dict; mappings without end can share a longer one
 
 
@@ -51,7 +52,8 @@ def find_state_dicts(root: object, path: Path | None = None, key: Key = None) ->
 
     A whole model counts as the state dict that it would give. Tensors at the top, with state dicts
     beside them, are a state dict of their own. State dicts that `key` names are found whatever
-    their names say. FormatError for a whole model without end, or with what no model has.
+    their names say. FormatError for a whole model without end, or with what no model has;
+    SelectionError for more state dicts than anybody could choose from.
     """
     finder = _Finder(path)
     if is_module(root):
@@ -64,6 +66,9 @@ def find_state_dicts(root: object, path: Path | None = None, key: Key = None) ->
     if not key and root.keys() >= {"state", "param_groups"}:
         return {}  # an optimizer's state dict
     finder.search(root)
+    if len(finder.found) > _MOST_STATE_DICTS and not key:
+        message = f"has more than {_MOST_STATE_DICTS} state dicts in it"
+        raise SelectionError(message, path=path, remedy="take one with `key`")
     found = finder.at_the_top(root) | finder.found
     for name in (key,) if isinstance(key, str) else key or ():
         if name and name not in found:
@@ -133,7 +138,7 @@ class _Finder:
             value = self.modules.state_dict(item) if is_module(item) and not prefix else item
             if not isinstance(value, Mapping):
                 continue
-            if len(self.found) >= _MOST_STATE_DICTS:
+            if len(self.found) > _MOST_STATE_DICTS:
                 return
             if self.is_state_dict(value):
                 self.found[prefix + name] = value
@@ -259,7 +264,7 @@ def without_state_dict(path: Path, root: object) -> NoStateDictError:
     if isinstance(root, Mapping) and root.keys() >= {"state", "param_groups"}:
         return NoStateDictError("no state dict found in it: it is an optimizer's state", path=path)
     waiting, known = [("", "", root)], set[int]()
-    while waiting and len(known) < _MOST_STATE_DICTS:
+    while waiting and len(known) < _MOST_MAPPINGS:
         holder, name, value = waiting.pop(0)
         if is_tensor(value):
             what = f"no state dict found in it: {printable(name)} is more than two levels deep"
@@ -271,7 +276,7 @@ def without_state_dict(path: Path, root: object) -> NoStateDictError:
             return NoStateDictError(what, path=path, remedy=remedy)
         if isinstance(value, Mapping) and id(value) not in known:
             known.add(id(value))
-            few = itertools.islice(value.items(), _MOST_STATE_DICTS)
+            few = itertools.islice(value.items(), _MOST_MAPPINGS)
             waiting += [(name, f"{name}.{k}" if name else str(k), inner) for k, inner in few]
     return NoStateDictError("no state dict found in it", path=path)
 

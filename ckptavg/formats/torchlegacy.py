@@ -14,12 +14,13 @@ import re
 from typing import TYPE_CHECKING, BinaryIO
 
 from ckptavg.errors import FormatError, printable
-from ckptavg.formats import unpickler
+from ckptavg.formats import budget, unpickler
+from ckptavg.formats.budget import PickleError, refuse
 from ckptavg.formats.parts import SourceStream
 from ckptavg.formats.pickled import Placeholder, Storage
 from ckptavg.formats.tensors import DType
 from ckptavg.formats.torchpickle import big_endian, describe
-from ckptavg.formats.unpickler import InertUnpickler, PickleError, refuse
+from ckptavg.formats.unpickler import InertUnpickler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,6 +74,7 @@ class LegacyUnpickler(InertUnpickler):
 
     def persistent_load(self, pid: object) -> object:
         """Return the storage or the module's class that a persistent id names."""
+        self.budget.spend(calls=1)
         match pid:
             case ("module", kind, _file, _source):
                 return kind
@@ -101,7 +103,7 @@ class LegacyFile:
 
     def __init__(self, file: Part) -> None:
         self.file = file
-        source = SourceStream(file, unpickler.LARGEST_PICKLE, "pickle")
+        source = SourceStream(file, budget.LARGEST_PICKLE, "pickle")
         self._stream = io.BufferedReader(source, _BUFFER)
         magic, version, system = (self._load(InertUnpickler(self._stream)) for _ in range(3))
         if magic != _MAGIC or version != _VERSION or not isinstance(system, dict):

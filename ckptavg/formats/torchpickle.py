@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ckptavg.errors import FormatError, printable
-from ckptavg.formats.checkpoint import Checkpoint, span_elements
+from ckptavg.formats.checkpoint import Checkpoint, check_count, span_elements
 from ckptavg.formats.pickled import PickledShard, PickledTensor, UnreadableTensor, is_tensor
 from ckptavg.formats.recorded import training_record
 from ckptavg.formats.statedict import (
@@ -73,6 +73,7 @@ def describe(
         for name, value in state_dicts[chosen_name].items()
     }
     values = {name: value for name, value in entries.items() if is_tensor(value)}
+    check_count(len(values), file.path)
     shards = {name: value for name, value in values.items() if isinstance(value, PickledShard)}
     local = {name: shards[name].local if name in shards else values[name] for name in values}
     tensors = locate(container, {name: v for name, v in local.items() if v is not None})

@@ -11,7 +11,7 @@ import zipfile
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.formats import unpickler
+from ckptavg.formats import budget, unpickler
 from ckptavg.formats.checkpoint import PROVENANCE, Checkpoint
 from ckptavg.formats.parts import SourceStream
 from ckptavg.formats.torchpickle import big_endian, describe
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".pyth")
 _MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30  # bytes
-_LARGEST_DIRECTORY = 64 << 20  # half a million records; they take ten times that in memory
+_LARGEST_DIRECTORY = 16 << 20  # 300,000 records; they take ten times that in memory
 
 
 def matches(path: Path, head: bytes) -> bool:  # noqa: ARG001 - the formats' common signature
@@ -87,7 +87,7 @@ class Archive:
         if self.prefix + name not in self.records:
             return b""
         [(start, size)] = self.places({self.prefix + name: None}).values()
-        if size > unpickler.LARGEST_PICKLE:
+        if size > budget.LARGEST_PICKLE:
             raise FormatError(f"record {name} has {size} bytes", path=self.file.path)
         return self.file.read(start, size)
 

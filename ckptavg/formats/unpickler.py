@@ -7,14 +7,16 @@ A few globals stand for functions of this module, and all others for inert place
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 from collections.abc import Iterable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
-from ckptavg.errors import CkptAvgError, FormatError, printable
-from ckptavg.formats import dtensors
+from ckptavg.errors import CkptAvgError, printable
+from ckptavg.formats import budget, dtensors
+from ckptavg.formats.budget import Budget, PickleError, refuse
 from ckptavg.formats.pickled import (
     STORAGES,
     PickledTensor,
@@ -32,29 +34,32 @@ if TYPE_CHECKING:
 
 Sizes = Iterable[int]
 
-LARGEST_PICKLE = 256 << 20
 _MOST_GLOBALS = 10_000
 _LONGEST_GLOBAL = 1_000
-# Calls may copy this many elements of their arguments, and so many more for each byte read.
-_FREE_COPIES = 1 << 20
-_COPIES_PER_BYTE = 2
+_LONGEST_LINE = 1 << 20
 _COPIED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
 _WIDEST_KEY = 64  # bits
+_NARROW = bytes(range(0xC4))  # the bytes of UTF-8 for characters that each take one in memory
 
 
-class PickleError(FormatError):
-    """The pickle is damaged, hostile, or of a kind that torch does not write."""
+def load(data: bytes, path: Path | None = None, *, scale: int = 1) -> object:
+    """Build what the pickle of a file describes, out of inert parts; PickleError if it cannot.
 
-
-def load(data: bytes, path: Path | None = None) -> object:
-    """Build what the pickle of a file describes, out of inert parts; PickleError if it cannot."""
-    if len(data) > LARGEST_PICKLE:
-        raise PickleError(f"its pickle of {len(data)} bytes exceeds {LARGEST_PICKLE}", path=path)
-    return run(InertUnpickler(io.BytesIO(data)), path)
+    Args:
+        data: the pickle.
+        path: the file.
+        scale: how many times the limits of a torch file's pickle it may reach.
+    """
+    if len(data) > budget.LARGEST_PICKLE * scale:
+        most = budget.LARGEST_PICKLE * scale
+        raise PickleError(f"its pickle of {len(data):,} bytes exceeds {most:,}", path=path)
+    return run(InertUnpickler(io.BytesIO(data), scale), path)
 
 
 def run(unpickler: InertUnpickler, path: Path | None = None) -> object:
     """Build what an unpickler's stream describes, and leave the stream where the pickle ends."""
+    collects = gc.isenabled()
+    gc.disable()  # it would look at all objects again and again, which takes as long as the rest
     try:
         return unpickler.load()
     except PickleError as error:
@@ -66,11 +71,9 @@ def run(unpickler: InertUnpickler, path: Path | None = None) -> object:
     except Exception as error:
         what = f"{type(error).__name__}: {printable(error)}"
         raise PickleError(f"damaged pickle ({what})", path=path) from error
-
-
-def refuse(what: str) -> NoReturn:
-    """Raise `PickleError` for what no checkpoint has."""
-    raise PickleError(f"its pickle has {what}, which torch does not write")
+    finally:
+        if collects:
+            gc.enable()
 
 
 class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one has no other name
@@ -78,22 +81,62 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
 
     Args:
         file: a stream at the start of a pickle. No more than the pickle is read of it.
+        scale: how many times the limits of a torch file's pickle it may reach.
     """
 
     # Attributes of the base class that its type stubs leave out.
+    proto: int
+    metastack: list[list[Any]]
     stack: list[Any]
     append: Callable[[object], None]
-    pop_mark: Callable[[], list[Any]]
     read: Callable[[int], bytes]
+    memo: dict[int, object]
+    encoding: str
+    errors: str
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # noqa: SLF001
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, scale: int = 1) -> None:
         # Strings that Python 2 pickled may hold any bytes.
         super().__init__(file, encoding="utf-8", errors="backslashreplace")
-        self._file, self._start = file, file.tell()
+        self._file = file
         self._globals: dict[tuple[str, str], object] = {}
-        self._copies, self._most_copies = 0, _FREE_COPIES
+        self.budget = Budget(file, scale)
+
+    def load(self) -> object:
+        """Carry out the opcodes, as the base class does, within the budget."""
+        self.proto = 0
+        self.metastack, self.stack = [], []
+        self.append = self.stack.append
+        self._memo: list[object] = []
+        # What the base class adds to reading is of no use: pickles are framed for other readers.
+        read = self.read = self._file.read
+        opcodes = _OPCODES
+        try:
+            while True:
+                memory = 0
+                for _ in range(budget.AT_A_TIME):
+                    nbytes, carry_out = opcodes[read(1)]
+                    memory += nbytes
+                    carry_out(self)
+                self.budget.spend(opcodes=budget.AT_A_TIME, memory=memory)
+        except pickle._Stop as stop:  # type: ignore[attr-defined] # noqa: SLF001 - STOP raises it
+            return stop.value
+
+    def readline(self) -> bytes:
+        """Read what some of the first protocols' opcodes are followed by."""
+        line = self._file.readline(_LONGEST_LINE)
+        if len(line) == _LONGEST_LINE:
+            refuse("a line without end")
+        return line
+
+    def pop_mark(self) -> list[Any]:
+        """Return what is on the stack above the last mark, and remove it."""
+        items = self.stack
+        self.stack = self.metastack.pop()
+        self.append = self.stack.append
+        self.budget.memory -= budget.COSTS[pickle.MARK]
+        return items
 
     def find_class(self, module: str, name: str) -> object:
         """Return what stands for a global. Nothing is imported."""
@@ -107,6 +150,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
 
     def persistent_load(self, pid: object) -> object:
         """Return the storage that `("storage", type, key, device, size)` names."""
+        self.budget.spend(calls=1)
         match pid:
             case ("storage", kind, str(key), _, int()):
                 return Storage(key, kind if isinstance(kind, DType) else None)
@@ -116,23 +160,68 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         """Call what stands for a global. Nothing else in a pickle can be called."""
         if not isinstance(arguments, tuple):
             refuse("a call without a tuple of arguments")
-        self._count_copies(len(arguments))
         if isinstance(function, Placeholder):
+            self.budget.spend(calls=1)
             return Placeholder(function.origin, arguments)
         if not isinstance(function, FunctionType):
             refuse(f"a call of a {type(function).__name__}")
-        self._count_copies(sum(len(part) for part in arguments if isinstance(part, _COPIED)))
+        # Calls copy, and the arguments can be the same big list each time.
+        items = sum(len(part) for part in arguments if isinstance(part, _COPIED))
+        self.budget.spend(calls=1, memory=budget.ITEM * items)
         return function(self, *arguments)
 
-    def _count_copies(self, count: int) -> None:
-        """Bound what calls copy, since the arguments can be the same big list each time."""
-        self._copies += count
-        if self._copies > self._most_copies:
-            # How long the pickle is becomes known only at its end: go by what was read so far.
-            read = self._file.tell() - self._start
-            self._most_copies = _FREE_COPIES + _COPIES_PER_BYTE * read
-        if self._copies > self._most_copies:
-            refuse("calls that multiply what it holds")
+    def _remember(self, index: int) -> None:
+        """Keep the top of the stack for `_recall`. Indices follow one another, from 0."""
+        if index == len(self._memo):
+            self._memo.append(self.stack[-1])
+        elif index < len(self._memo):
+            self._memo[index] = self.stack[-1]
+        else:  # those of Python 2 begin with 1
+            self.budget.memory += 2 * budget.ENTRY
+            self.memo[index] = self.stack[-1]
+
+    def _recall(self, index: int) -> None:
+        self.append(self._memo[index] if index < len(self._memo) else self.memo[index])
+
+    def _memoize(self) -> None:
+        if self.memo:
+            self._remember(len(self._memo) + len(self.memo))
+        else:
+            self._memo.append(self.stack[-1])
+
+    def _binput(self) -> None:
+        self._remember(self.read(1)[0])
+
+    def _long_binput(self) -> None:
+        self._remember(int.from_bytes(self.read(4), "little"))
+
+    def _binget(self) -> None:
+        self._recall(self.read(1)[0])
+
+    def _long_binget(self) -> None:
+        self._recall(int.from_bytes(self.read(4), "little"))
+
+    def _frame(self) -> None:
+        self.read(8)  # how much is to be read at once
+
+    def _binunicode(self) -> None:
+        self._text(int.from_bytes(self.read(4), "little"))
+
+    def _binunicode8(self) -> None:
+        self._text(int.from_bytes(self.read(8), "little"))
+
+    def _text(self, size: int) -> None:
+        data = self.read(size)
+        if not data.isascii() and data.translate(None, _NARROW):
+            # Each character takes up to four bytes, and more while it is read.
+            self.budget.spend(memory=12 * len(data))
+        self.append(str(data, "utf-8", "surrogatepass"))
+
+    def _decode_string(self, value: bytes) -> str:
+        """The text of a string of Python 2, in which any byte may become four characters."""
+        if not value.isascii():
+            self.budget.spend(memory=30 * len(value))
+        return value.decode(self.encoding, self.errors)
 
     def _reduce(self) -> None:
         arguments = self.stack.pop()
@@ -172,6 +261,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
     def _put(self, items: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
+            self.budget.memory += budget.ENTRY * max(len(items) // 2, 2)
             _fill(target, zip(items[::2], items[1::2], strict=True))
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
@@ -180,12 +270,14 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         items = self.pop_mark()
         target = self.stack[-1]
         if isinstance(target, set):
+            self.budget.memory += budget.ENTRY * len(items)
             target |= _set(items)
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 
     def _frozenset(self) -> None:
         items = self.pop_mark()  # first, as it gives `append` another stack
+        self.budget.memory += budget.ENTRY * len(items)
         self.append(frozenset(_set(items)))
 
     def _bytearray8(self) -> None:
@@ -196,7 +288,18 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
     def _refuse(self) -> None:
         refuse("an opcode")
 
+    def _end(self) -> NoReturn:
+        raise EOFError
+
     dispatch |= {
+        pickle.MEMOIZE[0]: _memoize,
+        pickle.BINPUT[0]: _binput,
+        pickle.LONG_BINPUT[0]: _long_binput,
+        pickle.BINGET[0]: _binget,
+        pickle.LONG_BINGET[0]: _long_binget,
+        pickle.FRAME[0]: _frame,
+        pickle.BINUNICODE[0]: _binunicode,
+        pickle.BINUNICODE8[0]: _binunicode8,
         pickle.REDUCE[0]: _reduce,
         pickle.NEWOBJ[0]: _reduce,
         pickle.NEWOBJ_EX[0]: _newobj_ex,
@@ -214,6 +317,13 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         + pickle.PERSID + pickle.PUT + pickle.GET,
         _refuse,
     )  # fmt: skip
+
+
+# What each opcode makes takes so many bytes, and how it is carried out. No byte is the end.
+_OPCODES: dict[bytes, tuple[int, Callable[[Any], None]]] = {
+    bytes([code]): (budget.memory_of(bytes([code])), carry_out)
+    for code, carry_out in InertUnpickler.dispatch.items()
+} | {b"": (0, InertUnpickler._end)}  # noqa: SLF001
 
 
 def _key(key: object) -> object:
@@ -241,9 +351,17 @@ def _fill(target: dict[Any, Any], pairs: Iterable[tuple[object, object]]) -> dic
 
 
 def _tensor(
-    storage: object, offset: int, shape: Sizes, strides: Sizes, *, marks: object, dtype: object
+    unpickler: InertUnpickler,
+    storage: object,
+    offset: int,
+    shape: Sizes,
+    strides: Sizes,
+    *,
+    marks: object,
+    dtype: object,
 ) -> PickledTensor | UnreadableTensor:
     """Describe a tensor. The dtype is the storage's where it is None."""
+    unpickler.budget.spend(calls=budget.CALLS_OF_TENSOR - 1)
     if not isinstance(storage, Storage):
         return UnreadableTensor("a tensor without a storage of its own")
     if isinstance(marks, dict) and any(marks.values()):
@@ -299,6 +417,7 @@ def _bytearray(_unpickler: InertUnpickler, *arguments: object) -> object:
 
 def _attribute(unpickler: InertUnpickler, owner: object, name: object) -> object:
     """A nested class, a member of an enumeration, a bound method."""
+    unpickler.budget.spend(calls=1)
     if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
         refuse("an attribute whose name is not a string")
     return unpickler.find_class(getattr(owner, "origin", "?"), name)
@@ -315,15 +434,17 @@ _GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): lambda _, pairs=(): _fill(StateOrderedDict(), pairs),
     ("collections", "defaultdict"): lambda _, _factory=None, pairs=(): _fill({}, pairs),
     ("torch", "Size"): lambda _, numbers=(): tuple(numbers),
-    ("torch._utils", "_rebuild_tensor"): lambda _, *place: _tensor(*place, marks=None, dtype=None),
+    ("torch._utils", "_rebuild_tensor"): lambda unpickler, *place: _tensor(
+        unpickler, *place, marks=None, dtype=None
+    ),
     ("torch._utils", "_rebuild_tensor_v2"): (
-        lambda _, storage, offset, shape, strides, _grad, _hooks, marks=None: _tensor(
-            storage, offset, shape, strides, marks=marks, dtype=None
+        lambda unpickler, storage, offset, shape, strides, _grad, _hooks, marks=None: _tensor(
+            unpickler, storage, offset, shape, strides, marks=marks, dtype=None
         )
     ),
     ("torch._utils", "_rebuild_tensor_v3"): (
-        lambda _, storage, offset, shape, strides, _grad, _hooks, dtype, marks=None: _tensor(
-            storage, offset, shape, strides, marks=marks, dtype=dtype
+        lambda unpickler, storage, offset, shape, strides, _grad, _hooks, dtype, marks=None: (
+            _tensor(unpickler, storage, offset, shape, strides, marks=marks, dtype=dtype)
         )
     ),
     ("torch._utils", "_rebuild_parameter"): _parameter,

@@ -431,7 +431,7 @@ def test_no_command_is_run_wherever_it_stands(tmp_path, name):
 
 
 def test_a_pickle_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("ckptavg.formats.unpickler.LARGEST_PICKLE", 200_000)
+    monkeypatch.setattr("ckptavg.formats.budget.LARGEST_PICKLE", 200_000)
     path = write(tmp_path / "x.pt", stop(b"N0" * 200_000), {})
     assert "its pickle has more than 200000 bytes" in refusal(path)
 

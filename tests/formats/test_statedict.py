@@ -161,9 +161,13 @@ def test_many_names_of_one_big_mapping_take_no_longer_than_it(inside):
     names = [str(index) for index in range(30_000)]
     big: dict[str, object] = dict.fromkeys(names, 3) | inside
     started = time.process_time()
-    find_state_dicts(dict.fromkeys(names, big))
-    find_state_dicts(dict.fromkeys(names, dict.fromkeys(names, big)))
-    find_state_dicts({"w": TENSOR} | dict.fromkeys(names, big))
+    for root in (
+        dict.fromkeys(names, big),
+        dict.fromkeys(names, dict.fromkeys(names, big)),
+        {"w": TENSOR} | dict.fromkeys(names, big),
+    ):
+        with contextlib.suppress(SelectionError):  # more state dicts than anybody could choose from
+            find_state_dicts(root)
     assert time.process_time() - started < 30
 
 

@@ -480,7 +480,7 @@ def test_a_record_that_reaches_beyond_the_file_is_refused(tmp_path):
 
 def test_a_pickle_without_end_is_refused_unread(tmp_path, monkeypatch):
     path = save_torch({"a": torch.ones(2)}, tmp_path / "x.pt")
-    monkeypatch.setattr("ckptavg.formats.unpickler.LARGEST_PICKLE", 10)
+    monkeypatch.setattr("ckptavg.formats.budget.LARGEST_PICKLE", 10)
     assert "data.pkl" in refusal(path)
 
 

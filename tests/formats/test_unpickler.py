@@ -22,6 +22,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,14 +31,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptavg.errors import CkptAvgError, printable
+from ckptavg.formats import budget
+from ckptavg.formats.budget import PickleError
 from ckptavg.formats.pickled import Placeholder, UnreadableTensor
 from ckptavg.formats.recorded import training_record
 from ckptavg.formats.statedict import find_state_dicts
-from ckptavg.formats.unpickler import InertUnpickler, PickleError, load, run
+from ckptavg.formats.unpickler import InertUnpickler, load, run
 from tests.helpers import all_but_slow
 from tests.pickle_bombs import (
     ALIKE,
     BOMBS,
+    BUDGETS,
     Asked,
     assert_bounded,
     get,
@@ -291,16 +295,46 @@ def test_a_stream_is_left_where_the_pickle_ends():
 
 def test_what_calls_may_copy_goes_by_the_pickle_and_not_by_what_follows_it():
     bomb = BOMBS["laughing Size()"]
-    with pytest.raises(PickleError, match="multiply"):
+    with pytest.raises(PickleError, match="bytes of memory"):
         run(InertUnpickler(io.BytesIO(bomb + bytes(100_000_000))))
 
 
-def test_a_file_that_cannot_be_read_is_no_fault_of_the_pickle(monkeypatch):
+@pytest.mark.parametrize(
+    "kind", all_but_slow(BUDGETS, [kind for kind in BUDGETS if kind != "sets without end"])
+)
+def test_a_pickle_takes_no_more_than_one_of_its_size_needs(kind):
+    with pytest.raises(PickleError, match=r"(opcodes|calls|bytes of memory) in [\d,]+ bytes"):
+        load(stop(BUDGETS[kind]()))
+
+
+def test_a_training_checkpoint_of_ten_thousand_tensors_needs_a_tenth_of_what_it_may_take():
+    parameters = [torch.nn.Parameter(torch.ones(())) for _ in range(1_000)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(())
+    optimizer = torch.optim.AdamW(parameters, foreach=False)
+    optimizer.step()
+    state = {f"layers.{index}.weight": value for index, value in enumerate(parameters)}
+    file = io.BytesIO()
+    torch.save({"state_dict": state, "optimizer": optimizer.state_dict()}, file)
+    with zipfile.ZipFile(file) as archive:
+        machine = InertUnpickler(io.BytesIO(archive.read("archive/data.pkl")))
+    run(machine)
+    # The opcodes are counted by the thousand.
+    for spent, limit in (
+        (machine.budget.opcodes, budget._OPCODES),
+        (machine.budget.calls, budget._CALLS),
+        (machine.budget.memory, budget._MEMORY),
+    ):
+        assert 10 * 10 * spent < limit.most
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_pickle():
     def unreadable(_):
         raise CkptAvgError("cannot read it")
 
-    machine = InertUnpickler(io.BytesIO(b"N."))
-    monkeypatch.setattr(machine, "_file_read", unreadable)
+    file = mock.Mock(wraps=io.BytesIO(b"N."), read=unreadable)
+    file.tell.return_value = 0
+    machine = InertUnpickler(file)
     with pytest.raises(CkptAvgError, match="cannot read it"):
         run(machine)
 
@@ -545,7 +579,7 @@ def test_a_truncated_pickle_is_refused_wherever_it_ends():
 
 
 def test_a_pickle_longer_than_any_is_refused_unread(monkeypatch):
-    monkeypatch.setattr("ckptavg.formats.unpickler.LARGEST_PICKLE", 10)
+    monkeypatch.setattr("ckptavg.formats.budget.LARGEST_PICKLE", 10)
     with pytest.raises(PickleError, match="11 bytes"):
         load(b"N" * 11)
 

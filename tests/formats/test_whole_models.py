@@ -400,7 +400,7 @@ def test_many_models_that_share_their_parts_have_one_bound(monkeypatch):
     """Of which 14 would be one too many."""
     monkeypatch.setattr(pickled, "_MOST_CHARACTERS", 1 << 22)
     shared = module({}, modules={str(index): module() for index in range(10_000)})
-    roots = {str(index): module({}, modules={"a": shared}) for index in range(900)}
+    roots = {str(index): module({}, modules={"a": shared}) for index in range(90)}
     with pytest.raises(FormatError, match="without end"):
         find_state_dicts(roots)
     find_state_dicts({"0": roots["0"]})
@@ -409,7 +409,7 @@ def test_many_models_that_share_their_parts_have_one_bound(monkeypatch):
 def test_one_model_under_many_names_is_walked_once():
     big = module({str(index): TENSOR for index in range(10_000)})
     started = time.process_time()
-    assert len(find_state_dicts(dict.fromkeys(map(str, range(1_000)), big))) == 1_000
+    assert len(find_state_dicts(dict.fromkeys(map(str, range(100)), big))) == 100
     assert time.process_time() - started < 30
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from ckptavg.cli.inspect import _content
 from ckptavg.errors import CkptAvgError, MismatchError, SelectionError
 from ckptavg.formats import jsontext, lora_config, open_checkpoint, unpickler
+from ckptavg.formats.budget import PickleError
 from ckptavg.formats.checkpoint import Checkpoint, span_elements, without_wrappers
 from ckptavg.formats.parts import check_unchanged
 from ckptavg.formats.recorded import trainer_record, training_record
@@ -90,7 +91,7 @@ def legacy(data: bytes, folder: Path) -> None:
 
 def pickled(data: bytes, folder: Path) -> None:
     """A pickle, alone and as that of a torch file which has the storages `0` to `8`."""
-    with contextlib.suppress(unpickler.PickleError), _refusals():
+    with contextlib.suppress(PickleError), _refusals():
         root = unpickler.load(data)
         training_record(root, "x.ckpt", lambda wanted: dict.fromkeys(wanted, 0.5), whole=False)
         trainer_record({}, root)

@@ -2,7 +2,7 @@
 
 This is the pure-Python `pickle._Unpickler` with most of its opcodes replaced. The C one cannot be
 made safe: it allocates what a file claims before looking, and hashes nested tuples without a bound.
-A few globals stand for functions of this module, and all others for inert placeholders.
+What its globals stand for is in `standins`.
 """
 
 from __future__ import annotations
@@ -10,35 +10,25 @@ from __future__ import annotations
 import gc
 import io
 import pickle
-from collections.abc import Iterable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
 from ckptavg.errors import CkptAvgError, printable
-from ckptavg.formats import budget, dtensors
+from ckptavg.formats import budget
 from ckptavg.formats.budget import Budget, PickleError, refuse
-from ckptavg.formats.pickled import (
-    STORAGES,
-    PickledTensor,
-    Placeholder,
-    StateOrderedDict,
-    Storage,
-    UnreadableTensor,
-    is_tensor,
-)
-from ckptavg.formats.tensors import BY_NAME, DType
+from ckptavg.formats.pickled import Placeholder, StateOrderedDict, Storage, is_tensor
+from ckptavg.formats.standins import as_set, fill, stand_in
+from ckptavg.formats.tensors import DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-Sizes = Iterable[int]
 
 _MOST_GLOBALS = 10_000
 _LONGEST_GLOBAL = 1_000
 _LONGEST_LINE = 1 << 20
 _COPIED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
-_WIDEST_KEY = 64  # bits
 _NARROW = bytes(range(0xC4))  # the bytes of UTF-8 for characters that each take one in memory
 
 
@@ -145,7 +135,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
                 refuse("too many kinds of objects")
             if len(module) + len(name) > _LONGEST_GLOBAL:
                 refuse("a global with an endless name")
-            self._globals[module, name] = _stand_in(module, name)
+            self._globals[module, name] = stand_in(module, name)
         return self._globals[module, name]
 
     def persistent_load(self, pid: object) -> object:
@@ -262,7 +252,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         target = self.stack[-1]
         if isinstance(target, dict):
             self.budget.memory += budget.ENTRY * max(len(items) // 2, 2)
-            _fill(target, zip(items[::2], items[1::2], strict=True))
+            fill(target, zip(items[::2], items[1::2], strict=True))
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 
@@ -271,14 +261,14 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         target = self.stack[-1]
         if isinstance(target, set):
             self.budget.memory += budget.ENTRY * len(items)
-            target |= _set(items)
+            target |= as_set(items)
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 
     def _frozenset(self) -> None:
         items = self.pop_mark()  # first, as it gives `append` another stack
         self.budget.memory += budget.ENTRY * len(items)
-        self.append(frozenset(_set(items)))
+        self.append(frozenset(as_set(items)))
 
     def _bytearray8(self) -> None:
         """Read as many bytes as there are, whatever length is claimed."""
@@ -324,149 +314,3 @@ _OPCODES: dict[bytes, tuple[int, Callable[[Any], None]]] = {
     bytes([code]): (budget.memory_of(bytes([code])), carry_out)
     for code, carry_out in InertUnpickler.dispatch.items()
 } | {b"": (0, InertUnpickler._end)}  # noqa: SLF001
-
-
-def _key(key: object) -> object:
-    """What replaces an object as the key of a dict or the member of a set.
-
-    Hashing a tuple of tuples of tuples can take for ever, and big integers or tuples of numbers can
-    be made to have one hash. So scalars are keys as they are, and everything else by identity.
-    """
-    if isinstance(key, str | float | bytes | Placeholder | DType | None):
-        return key
-    if isinstance(key, int) and key.bit_length() <= _WIDEST_KEY:
-        return key
-    return Placeholder("key", (key,))
-
-
-def _set(items: Iterable[object]) -> set[object]:
-    return {_key(item) for item in items}
-
-
-def _fill(target: dict[Any, Any], pairs: Iterable[tuple[object, object]]) -> dict[Any, Any]:
-    """Put pairs into a dict, with keys as `_key` has them."""
-    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        target[_key(key)] = value
-    return target
-
-
-def _tensor(
-    unpickler: InertUnpickler,
-    storage: object,
-    offset: int,
-    shape: Sizes,
-    strides: Sizes,
-    *,
-    marks: object,
-    dtype: object,
-) -> PickledTensor | UnreadableTensor:
-    """Describe a tensor. The dtype is the storage's where it is None."""
-    unpickler.budget.spend(calls=budget.CALLS_OF_TENSOR - 1)
-    if not isinstance(storage, Storage):
-        return UnreadableTensor("a tensor without a storage of its own")
-    if isinstance(marks, dict) and any(marks.values()):
-        kind = ", ".join(mark for mark in ("conj", "neg") if marks.get(mark)) or "unknown"
-        return UnreadableTensor(f"a lazily transformed tensor ({kind})")
-    dtype = storage.dtype if dtype is None else dtype
-    if not isinstance(dtype, DType):
-        kind = printable(dtype.origin) if isinstance(dtype, Placeholder) else "an unknown dtype"
-        return UnreadableTensor(f"a tensor of {kind}, which is not supported")
-    tensor = PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
-    # Anything else could take for ever to hash.
-    if set(map(type, (offset, *tensor.shape, *tensor.strides))) != {int}:
-        return UnreadableTensor("a tensor without a valid shape and strides")
-    return tensor
-
-
-# What stands for globals: functions that are called with the unpickler and the pickled arguments.
-
-
-def _parameter(_unpickler: object, data: object = None, *_: object) -> object:
-    """Also the class itself, of which torch before 0.4 made an instance around its data."""
-    return data
-
-
-def _tensor_of_subclass(
-    unpickler: InertUnpickler, function: object, kind: object, arguments: object, state: object
-) -> object:
-    name = kind.origin.rpartition(".")[2] if isinstance(kind, Placeholder) else ""
-    if name in dtensors.READERS:
-        return dtensors.READERS[name](arguments, state)
-    return unpickler.call(function, arguments)
-
-
-def _encode(_unpickler: InertUnpickler, *arguments: object) -> object:
-    """Bytes, which protocols up to 2 pickle as text that is to be encoded."""
-    match arguments:
-        case (str(text), "latin1"):
-            return text.encode("latin1")
-    return Placeholder("_codecs.encode", arguments)
-
-
-def _bytes(_unpickler: InertUnpickler, *arguments: object) -> object:
-    """No bytes, as protocols up to 2 pickle them."""
-    return Placeholder("builtins.bytes", arguments) if arguments else b""
-
-
-def _bytearray(_unpickler: InertUnpickler, *arguments: object) -> object:
-    match arguments:
-        case () | (bytes(),) | (str(), "latin-1"):
-            return bytearray(*arguments)
-    return Placeholder("builtins.bytearray", arguments)
-
-
-def _attribute(unpickler: InertUnpickler, owner: object, name: object) -> object:
-    """A nested class, a member of an enumeration, a bound method."""
-    unpickler.budget.spend(calls=1)
-    if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
-        refuse("an attribute whose name is not a string")
-    return unpickler.find_class(getattr(owner, "origin", "?"), name)
-
-
-_GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
-    ("_codecs", "encode"): _encode,
-    ("builtins", "bytes"): _bytes,
-    ("builtins", "bytearray"): _bytearray,
-    ("builtins", "set"): lambda _, items=(): _set(items),
-    ("builtins", "frozenset"): lambda _, items=(): frozenset(_set(items)),
-    ("builtins", "dict"): lambda _, pairs=(): _fill({}, pairs),
-    ("builtins", "getattr"): _attribute,
-    ("collections", "OrderedDict"): lambda _, pairs=(): _fill(StateOrderedDict(), pairs),
-    ("collections", "defaultdict"): lambda _, _factory=None, pairs=(): _fill({}, pairs),
-    ("torch", "Size"): lambda _, numbers=(): tuple(numbers),
-    ("torch._utils", "_rebuild_tensor"): lambda unpickler, *place: _tensor(
-        unpickler, *place, marks=None, dtype=None
-    ),
-    ("torch._utils", "_rebuild_tensor_v2"): (
-        lambda unpickler, storage, offset, shape, strides, _grad, _hooks, marks=None: _tensor(
-            unpickler, storage, offset, shape, strides, marks=marks, dtype=None
-        )
-    ),
-    ("torch._utils", "_rebuild_tensor_v3"): (
-        lambda unpickler, storage, offset, shape, strides, _grad, _hooks, dtype, marks=None: (
-            _tensor(unpickler, storage, offset, shape, strides, marks=marks, dtype=dtype)
-        )
-    ),
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch.nn.parameter", "Parameter"): _parameter,
-    ("torch.autograd.variable", "Variable"): _parameter,
-    ("torch._tensor", "_rebuild_from_type"): _tensor_of_subclass,
-    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_subclass,
-}
-
-
-def _stand_in(module: str, name: str) -> object:
-    """What stands for a global: a function of this module, a dtype, or else a placeholder."""
-    if module == "__builtin__":  # its name in Python 2, and so in protocols up to 2
-        module = "builtins"
-    if (module, name) in _GLOBALS:
-        return _GLOBALS[module, name]
-    if module == "torch" and name in BY_NAME:
-        return BY_NAME[name]
-    if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
-        return BY_NAME[STORAGES[name]]
-    if module.startswith("torch.") and name.startswith("_rebuild_"):
-        reason = printable(f"stored by {name} ({name.removeprefix('_rebuild_').replace('_', ' ')})")
-        return lambda *_: UnreadableTensor(reason)
-    return Placeholder(f"{module}.{name}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch.nn.parameter import is_lazy
 
+from ckptavg.batchnorm.packing import can_pack, is_packable, packed
 from ckptavg.errors import UserCodeError
 from ckptavg.model.batches import Formats, cloned, in_formats, leaves
 
@@ -21,8 +22,8 @@ MemoryFormat = Literal["auto", "channels_last", "contiguous"]
 
 _CHANNELS_LAST: Formats = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CONVOLUTIONS = (torch.nn.Conv2d, torch.nn.Conv3d)
-# Each convolution rearranges its filters, which takes longer in channels_last. With fewer pixels in
-# a batch, more time is lost by that than is gained elsewhere: docs/bn-refresh.md has the figures.
+# Where they are not packed, each convolution rearranges its filters, which takes longer in
+# channels_last. With fewer pixels in a batch, more is lost by that than is gained elsewhere.
 _WEIGHTS_PER_PIXEL = 300
 
 
@@ -78,8 +79,13 @@ class ImageFormat:
         """Take the formats, and have filters in them, or each call would convert them anew."""
         self._undo.close()
         self._formats = formats
+        packs = bool(formats) and not self._is_amp and can_pack(self._device)
         for module in self._model.modules():
             if not isinstance(module, _CONVOLUTIONS):
+                continue
+            if packs and is_packable(module):
+                module._conv_forward = packed(module)  # type: ignore[method-assign]  # noqa: SLF001
+                self._undo.callback(delattr, module, "_conv_forward")
                 continue
             weight = module._parameters.get("weight")  # noqa: SLF001 - computed ones are left alone
             if type(weight) is torch.nn.Parameter and weight.dim() in formats:
@@ -97,7 +103,8 @@ def _fitting_formats(
     """The formats with which the model is faster: channels_last for convolutions, or none.
 
     In float32, GPUs gain little by channels_last, and lose where channels come in groups. CPUs gain
-    by it unless the model is large and the batch small; depthwise convolutions gain always.
+    by it where filters are packed; else unless the model is large and the batch small. Depthwise
+    convolutions gain always.
     """
     if device.type != "cpu" and not is_amp:
         return {}
@@ -106,7 +113,8 @@ def _fitting_formats(
         dims: _CHANNELS_LAST[dims]
         for dims in {len(module.kernel_size) + 2 for module in convolutions}
     }
-    if device.type != "cpu" or any(_is_depthwise(module) for module in convolutions):
+    packs = not is_amp and can_pack(device) and all(map(is_packable, convolutions))
+    if packs or device.type != "cpu" or any(_is_depthwise(module) for module in convolutions):
         return formats
     images = [leaf for leaf in leaves(batch) if isinstance(leaf, torch.Tensor)]
     pixels = [image[:, :1].numel() for image in images if image.dim() in formats]

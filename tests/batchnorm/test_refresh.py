@@ -1230,8 +1230,11 @@ class TestMoved:
         [(1, 7, False), (1, 8, True), (64, 7, True)],
         ids=["few pixels", "enough", "depthwise"],
     )
-    def test_auto_keeps_small_batches_contiguous_for_large_models(self, groups, side, expected):
+    def test_auto_keeps_small_batches_contiguous_for_large_models(
+        self, groups, side, expected, monkeypatch
+    ):
         """73,728 weights are 300 for each of 246 pixels; a batch has 196 or 256."""
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         model: Any = nn.Sequential(
             nn.Conv2d(64, 64, 3, padding=1, groups=groups),
             nn.Conv2d(64, 64 if groups == 1 else 128, 3, padding=1),

@@ -149,7 +149,7 @@ def fp32(bench: Bench) -> None:
 
 def narrow(bench: Bench) -> None:
     """Large files in 16 and 8 bits, with one core and with two."""
-    for dtype, bar in (("bfloat16", 1.8), ("float16", 3.0), ("float8_e4m3fn", 3.0)):
+    for dtype, bar in (("bfloat16", 1.8), ("float16", 1.8), ("float8_e4m3fn", 2.0)):
         folder = bench.checkpoints(6, 1.3, dtype=dtype)
         command = average(folder, "--no-fsync")
         found = bench.time(
@@ -166,7 +166,7 @@ def narrow(bench: Bench) -> None:
             f"{dtype}, --no-fsync: x (cat, cp)", ratio(found, "all cores", (1, "cat, cp")), bar
         )
         bench.hold(
-            f"{dtype}: two cores x one core", ratio(found, "all cores", (1, "one core")), 0.75
+            f"{dtype}: two cores x one core", ratio(found, "all cores", (1, "one core")), 0.65
         )
         bench.memory(dtype, found["all cores"])
 

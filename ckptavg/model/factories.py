@@ -7,6 +7,7 @@ checkpoint, or beside one, can ever choose what is named here.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import re
@@ -15,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptavg.errors import CkptAvgError, UserCodeError
+from ckptavg.errors import CkptAvgError, UserCodeError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -138,7 +139,10 @@ def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
     with user_code(f"looking up {spec}"):
         for name in attribute.split("."):
             if not hasattr(found, name):
-                raise CkptAvgError(f"{place} has no {attribute!r}")
+                names = [each for each in dir(found) if not each.startswith("_")]
+                alike = difflib.get_close_matches(name, names, cutoff=0.4)
+                remedy = f"it has {listed(alike)}" if alike else None
+                raise CkptAvgError(f"{place} has no {attribute!r}", remedy=remedy)
             found = getattr(found, name)
     return found
 

@@ -144,9 +144,6 @@ def _open(candidate: Candidate, key: Key) -> None:
     candidate.checkpoint = replace(checkpoint, name_in_run=candidate.name)
     if checkpoint.is_average and not is_named:
         candidate.leave_out("average", MADE_EARLIER)
-    elif checkpoint.is_average:
-        name = printable(candidate.name)
-        log.info("%s is an average made earlier, and is used because it was named", name)
 
 
 def _open_or_defer(candidate: Candidate, key: Key) -> Checkpoint:

@@ -183,6 +183,11 @@ class TestAttributes:
             load_object(f"factory_dots.py:{name}")
         assert not isinstance(caught.value, UserCodeError)
 
+    def test_that_are_not_there_bring_up_those_alike(self, tmp_path):
+        write(tmp_path / "factory_alike.py", "loader = make_model = other = None")
+        with pytest.raises(CkptAvgError, match=r"has no 'train_loader'; it has loader, make_model$"):
+            load_object("factory_alike.py:train_loader")
+
     def test_that_raise_show_what_they_raised(self, tmp_path):
         write(tmp_path / "factory_lazy.py", "def __getattr__(name):\n  return 1 / 0")
         with pytest.raises(UserCodeError, match=r"looking up factory_lazy.py:value raised Zero"):

@@ -185,7 +185,7 @@ class TestAttributes:
 
     def test_that_are_not_there_bring_up_those_alike(self, tmp_path):
         write(tmp_path / "factory_alike.py", "loader = make_model = other = None")
-        with pytest.raises(CkptAvgError, match=r"has no 'train_loader'; it has loader, make_model$"):
+        with pytest.raises(CkptAvgError, match=r"'train_loader'; it has loader, make_model$"):
             load_object("factory_alike.py:train_loader")
 
     def test_that_raise_show_what_they_raised(self, tmp_path):

@@ -236,6 +236,21 @@ def check_count(count: int, path: Path) -> None:
         raise FormatError(message, path=path, remedy="save them in several files, with an index")
 
 
+@dataclass(frozen=True, eq=False)
+class ComputedCheckpoint(Checkpoint):
+    """Something like a checkpoint, whose tensors are computed as they are read, or are in memory.
+
+    Attributes:
+        make: returns a tensor by its name.
+    """
+
+    make: Callable[[str], AnyArray] = field(kw_only=True)
+
+    def read(self, name: str) -> AnyArray:
+        """A tensor as an array of its shape."""
+        return self.make(name)
+
+
 def read_view(part: Part, tensor: Tensor) -> AnyArray:
     """A tensor as an array of its shape and with its strides.
 

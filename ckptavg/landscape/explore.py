@@ -24,8 +24,8 @@ from ckptavg.errors import (
     printable,
 )
 from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
+from ckptavg.evaluation.journal import Values, journal
 from ckptavg.formats import open_checkpoint
-from ckptavg.landscape.journal import Values, journal
 from ckptavg.landscape.places import Place, Space
 from ckptavg.landscape.result import Landscape
 from ckptavg.model.factories import name_of, user_code

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.formats.checkpoint import ComputedCheckpoint
 from ckptavg.formats.tensors import BY_NAME, new_arrays, power_iteration_vectors
 from ckptavg.merge.arithmetic import rounded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.tensors import AnyArray, DType
 
     Floats = npt.NDArray[np.float64]
@@ -106,7 +107,7 @@ class Space:
             for name, tensor in first.tensors.items()
         }
         fields = {**vars(first), "tensors": tensors}
-        return _Mixture(**fields, make=lambda name: self._value(place, name))
+        return ComputedCheckpoint(**fields, make=lambda name: self._value(place, name))
 
     def _value(self, place: Place, name: str) -> AnyArray:
         tensor = self._checkpoints[0].tensors[name]
@@ -198,14 +199,3 @@ def _square(values: AnyArray) -> float:
 
 def _wide(values: AnyArray) -> AnyArray:
     return np.asarray(values.astype(np.complex128 if values.dtype.kind == "c" else np.float64))
-
-
-@dataclass(frozen=True)
-class _Mixture(Checkpoint):
-    """Something like a checkpoint whose tensors are computed as they are read."""
-
-    make: Callable[[str], AnyArray] = field(kw_only=True)
-
-    def read(self, name: str) -> AnyArray:
-        """The tensor as an array of its shape."""
-        return self.make(name)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.report import RefreshReport
     from ckptavg.distributed import Ranks
+    from ckptavg.merge.recipe import Recipe
+    from ckptavg.select.run import Run
     from ckptavg.write.provenance import Summary
 
 
@@ -57,10 +59,38 @@ def average_and_refresh(
             "a refresh is of one state dict, and `key` names several",
             remedy="average them without a model, and refresh each with `refresh_checkpoint`",
         )
-    target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
-    with options.ranks.together(), contextlib.ExitStack() as stack:
-        check_vacant(target, force=options.force)
+    with options.ranks.together():
+        check_vacant(Path(output), force=options.force)
         run, recipe = find_recipe(inputs, options)
+        return write_refreshed(run, recipe, output, options, refresh, progress=refresh_progress)
+
+
+def write_refreshed(
+    run: Run,
+    recipe: Recipe,
+    output: str | os.PathLike[str],
+    options: AverageOptions,
+    refresh: RefreshOptions,
+    *,
+    progress: Any = None,  # noqa: ANN401 - refresh_norm's
+) -> tuple[Summary, RefreshReport]:
+    """Write the average that a recipe describes, refreshed.
+
+    Args:
+        run: the checkpoints.
+        recipe: the members and their weights.
+        output: as in `average`.
+        options: those of the average.
+        refresh: the model, the loader and how to run them.
+        progress: called after each batch.
+
+    Raises:
+        CkptAvgError: `average` or `refresh_checkpoint` raised it.
+        UserCodeError: the model, the loader or a function of the user's raised.
+    """
+    target = Path(os.path.abspath(output))  # noqa: PTH100 - links stay links
+    key = as_key(options.key)
+    with contextlib.ExitStack() as stack:
         import_all(refresh.seed, refresh.model, refresh.loader, refresh.forward)
         folder = stack.enter_context(_shared_folder_beside(target, options.ranks))
         try:
@@ -72,11 +102,11 @@ def average_and_refresh(
             raise
         report = refresh_checkpoint(
             Path(summary.output), output, **vars(refresh),
-            key=key if options.container == "last" else None,
+            key=key if isinstance(key, str) and options.container == "last" else None,
             container=options.container, format=options.format,
             max_shard_size=options.max_shard_size, members=recipe.members, is_optional=True,
             force=options.force, fsync=options.fsync, ranks=options.ranks,
-            progress=refresh_progress,
+            progress=progress,
         )  # fmt: skip
     both = of_both(summary, target, report)
     return replace(both, output=str(Path(output))), report

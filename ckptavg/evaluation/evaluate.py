@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError
-from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name
+from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name, units_of
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_paths
 from ckptavg.merge.roles import frozen_layers
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from ckptavg.batchnorm.options import RefreshOptions
     from ckptavg.batchnorm.refresh import Forward
+    from ckptavg.evaluation.measures import Units
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
     from ckptavg.model.factories import Function, Loader, Model
@@ -227,7 +228,9 @@ class Evaluator:
         self._random = RandomState()
         self._passing = _passing_buffers(self._model)
         self._forward: Forward | None = load_object(options.forward) if options.forward else None
-        self._measure = measure_of(options.metric, self._forward or default_forward)
+        forward = self._forward or default_forward
+        self._measure = measure_of(options.metric, forward)
+        self._measure_units = units_of(options.metric, forward)
         self._used: list[object] = []  # loaders that can be gone through only once
         self._frozen: list[str] = []
 
@@ -255,14 +258,18 @@ class Evaluator:
         if self._options.refresh is not None:
             self._frozen = frozen_layers(checkpoints)
 
-    def become(self, checkpoint: Checkpoint) -> None:
+    def become(self, checkpoint: Checkpoint, *, as_it_is: bool = False) -> None:
         """Let the model be a checkpoint, its norm statistics refreshed if that is asked for.
+
+        Args:
+            checkpoint: the checkpoint.
+            as_it_is: leave its norm statistics alone all the same.
 
         Raises:
             MismatchError: it does not fit the model.
             UserCodeError: the user's code raised.
         """
-        refresh = self._options.refresh
+        refresh = None if as_it_is else self._options.refresh
         start_training(self._model)
         for module, name, values in self._passing:
             module._buffers[name] = values.clone()  # noqa: SLF001
@@ -288,14 +295,30 @@ class Evaluator:
             CkptAvgError: there is nothing to evaluate, or no metric comes out.
             UserCodeError: the user's code raised.
         """
-        options = self._options
-        held_out = _Batches(
-            self._batches(loader, arguments, is_training=is_training), device_of(self._model),
-            max_samples=options.max_samples,
-        )  # fmt: skip
         # Not inference mode: what a model makes in it cannot be loaded into again.
         with torch.no_grad():
-            return self._measure(self._model, held_out)
+            return self._measure(self._model, self._held_out(loader, arguments, is_training))
+
+    def measured_units(self, loader: Loader, arguments: Mapping[str, Any]) -> dict[str, Units]:
+        """The metrics of what the model is on held-out batches, in each example or batch.
+
+        Raises:
+            CkptAvgError: there is nothing to evaluate.
+            UserCodeError: the user's code raised.
+        """
+        with torch.no_grad():
+            held_out = self._held_out(loader, arguments, is_training=False)
+            return self._measure_units(self._model, held_out)
+
+    def _held_out(
+        self,
+        loader: Loader,
+        arguments: Mapping[str, Any],
+        is_training: bool,  # noqa: FBT001
+    ) -> _Batches:
+        batches = self._batches(loader, arguments, is_training=is_training)
+        most = self._options.max_samples
+        return _Batches(batches, device_of(self._model), max_samples=most)
 
     def one(self, checkpoint: Checkpoint) -> float:
         """The metric of a checkpoint, of which there is but one.

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sqlite3
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+from ckptavg import __version__
 from ckptavg.errors import OutputError
+from ckptavg.evaluation.evaluate import EvaluationOptions
+from ckptavg.model.factories import name_of
 from ckptavg.write.temporary import wait_for_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ckptavg.distributed import Ranks
 
@@ -28,7 +35,7 @@ CREATE TABLE IF NOT EXISTS points (place TEXT PRIMARY KEY, metrics TEXT);
 
 
 class Journal:
-    """The points of a landscape.
+    """The points of a landscape or of a sweep.
 
     Attributes:
         done: the values of each point, by its name.
@@ -48,25 +55,42 @@ class Journal:
 
 
 @contextlib.contextmanager
-def journal(folder: Path, task: dict[str, Any], ranks: Ranks, *, force: bool) -> Iterator[Journal]:
+def journal(
+    folder: Path | None,
+    task: dict[str, Any],
+    ranks: Ranks,
+    *,
+    force: bool = False,
+    results: Sequence[str] = (),
+) -> Iterator[Journal]:
     """The points in a directory, in which no other run works meanwhile.
 
     Args:
-        folder: the directory.
+        folder: the directory, which is made; None to keep the points in memory alone.
         task: what is evaluated: points of another task do not count.
         ranks: the processes, all of which call this.
         force: forget all points that are there.
+        results: names of files that must not be there without points.
 
     Raises:
-        OutputError: the directory has points of another task, or files under the names of the
-            results that are no landscape's; or another run is at work in it.
+        OutputError: the directory cannot be made, has points of another task, or files under the
+            names of the results; or another run is at work in it.
     """
+    if folder is None:
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            connection.executescript(_TABLES)
+            yield Journal(connection, Path(POINTS))
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror}", path=folder) from error
     path = folder / POINTS
     with contextlib.ExitStack() as stack:
         with _as_output_errors(path):
             if ranks.rank == 0:
                 _lock(folder, stack)
-                _prepare(path, task, force=force)
+                _prepare(path, task, force=force, results=results)
         ranks.gather(None)
         with _as_output_errors(path):
             connection = stack.enter_context(contextlib.closing(_connect(path)))
@@ -104,7 +128,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=600)  # seconds that it waits for another process
 
 
-def _prepare(path: Path, task: dict[str, Any], *, force: bool) -> None:
+def _prepare(path: Path, task: dict[str, Any], *, force: bool, results: Sequence[str]) -> None:
     """Make the database, or see that its points are of this task.
 
     Raises:
@@ -115,8 +139,7 @@ def _prepare(path: Path, task: dict[str, Any], *, force: bool) -> None:
         for old in (path, path.with_name(f"{path.name}-journal")):
             old.unlink(missing_ok=True)
     elif not path.exists():
-        for ending in ("json", "csv", "png", "svg"):
-            result = path.with_name(f"{task['kind']}.{ending}")
+        for result in map(path.with_name, results):
             if os.path.lexists(result):
                 raise OutputError("exists already", path=result, remedy="`force` replaces it")
     facts = json.dumps(task, sort_keys=True)
@@ -127,7 +150,44 @@ def _prepare(path: Path, task: dict[str, Any], *, force: bool) -> None:
             connection.execute("INSERT INTO task VALUES (?)", (facts,))
         elif known != [facts]:
             raise OutputError(
-                "has points of another landscape",
+                "has points of other checkpoints, options or code",
                 path=path.parent,
-                remedy="name another directory, or `force` replaces them",
+                remedy="name another directory" + ", or `force` replaces them" * bool(results),
             )
+
+
+def task_of(kind: str, evaluation: EvaluationOptions, **more: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What the values of points depend on, beside the point.
+
+    Args:
+        kind: of landscape, or `sweep`.
+        evaluation: how points are evaluated.
+        more: further options and facts.
+    """
+    refresh = evaluation.refresh
+    options = {
+        **{each.name: getattr(evaluation, each.name) for each in fields(EvaluationOptions)},
+        "refresh": None if refresh is None else refresh.keywords,
+        **more,
+    }
+    del options["device"]
+    facts = {name: _identity(value) for name, value in options.items()}
+    return {"ckptavg": __version__, "kind": kind, **facts, "code": _code_of(options.values())}
+
+
+def _identity(value: object) -> object:
+    """What tells an option's value from others: for an object, a name that nothing else has."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return repr(sorted(value.items()))
+    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return list(value)
+    return f"{name_of(value)} {uuid4()}"
+
+
+def _code_of(options: Iterable[object]) -> list[str]:
+    """Digests of the files that specs name: other code may give other values."""
+    specs = [value for value in options if isinstance(value, str) and ".py:" in value]
+    paths = [Path(spec.rpartition(":")[0]) for spec in specs]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]

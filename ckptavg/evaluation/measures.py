@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -17,13 +19,21 @@ from ckptavg.model.batches import attribute_of
 from ckptavg.model.factories import load_object, name_of, user_code
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
     from ckptavg.batchnorm.refresh import Forward
     from ckptavg.model.factories import Function
+
+    Floats = npt.NDArray[np.float64]
 
 log = logging.getLogger("ckptavg")
 
 Measure = Callable[[torch.nn.Module, Iterable[Any]], dict[str, float]]
 """Called with the model in eval mode and the batches; returns metrics by name."""
+MeasureUnits = Callable[[torch.nn.Module, Iterable[Any]], dict[str, "Units"]]
+"""Called likewise; returns the metrics' values in each example or batch, by name."""
 
 BUILT_IN = (None, "loss", "accuracy")
 _IGNORED = -100  # torch's own mark of targets that do not count
@@ -50,7 +60,7 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
                 raise misfit
             if misfit is not None and metric is None:
                 log.info("there is no accuracy: %s", misfit.message)
-            return {name: value for name, value in metrics.items() if metric in (None, name)}
+            return {name: each.mean for name, each in metrics.items() if metric in (None, name)}
 
         return measure
     function = load_object(metric)
@@ -93,14 +103,68 @@ def _number(metric: Function, value: Any) -> float:  # noqa: ANN401 - what the u
     raise CkptAvgError(f"{name_of(metric)} returned {what}, not a number or a dict of numbers")
 
 
+@dataclass(frozen=True)
+class Units:
+    """A metric that is a mean, by what it is the mean of: examples, or batches.
+
+    Attributes:
+        totals: the sum of the values in each unit, `[units]`, float64.
+        counts: how many values that are, `[units]`, float64; an image may have many targets.
+    """
+
+    totals: Floats
+    counts: Floats
+
+    @property
+    def mean(self) -> float:
+        """The metric."""
+        return float(self.totals.sum() / self.counts.sum())
+
+    @staticmethod
+    def joined(units: Sequence[Units]) -> Units:
+        """Units of several batches."""
+        return Units(
+            np.concatenate([each.totals for each in units]),
+            np.concatenate([each.counts for each in units]),
+        )
+
+
+def units_of(metric: Function | None, forward: Forward) -> MeasureUnits:
+    """What computes metrics, each with its values in units that can be drawn again.
+
+    Loss and accuracy come by example, a loss of the model's own and the numbers that a function
+    returns by batch: it is called with one batch at a time.
+
+    Raises:
+        CkptAvgError: the metric is no function.
+    """
+    if metric in BUILT_IN:
+        return lambda model, batches: {
+            name: units
+            for name, units in classification(model, batches, forward)[0].items()
+            if metric in (None, name)
+        }
+    measure = measure_of(metric, forward)
+
+    def call(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, Units]:
+        rows = [measure(model, [batch]) for batch in batches]
+        return {
+            name: Units(np.array([row[name] for row in rows]), np.ones(len(rows)))
+            for name in (rows[0] if rows else ())
+            if all(name in row for row in rows)
+        }
+
+    return call
+
+
 def classification(
     model: torch.nn.Module, batches: Iterable[Any], forward: Forward
-) -> tuple[dict[str, float], CkptAvgError | None]:
-    """Mean cross-entropy, and the share of targets that the largest output names.
+) -> tuple[dict[str, Units], CkptAvgError | None]:
+    """Mean cross-entropy, and the share of targets that the largest output names, by example.
 
     Every target counts alike, whatever batch it is in; those of -100 do not count, as in torch.
-    Where the model returns a loss of its own, as those of transformers do, that is the loss. Their
-    `logits` may then be none of a plain classification, and there is no accuracy.
+    Where the model returns a loss of its own, as those of transformers do, that is the loss, by
+    batch. Their `logits` may then be none of a plain classification, and there is no accuracy.
 
     Args:
         model: in eval mode.
@@ -116,18 +180,17 @@ def classification(
     Raises:
         CkptAvgError: outputs and targets are none of a classification, or there are none.
     """
-    loss, right, count = 0.0, 0.0, 0
+    losses, hits = list[Units](), list[Units]()
     misfit = None
     for batch in batches:
         with user_code("the forward pass"):
             outputs = forward(model, batch)
         targets = _targets(batch)
         counted = targets != _IGNORED
-        count += int(counted.sum())
         own_loss = attribute_of(outputs, "loss")
         has_loss = isinstance(own_loss, torch.Tensor) and own_loss.numel() == 1
-        if has_loss and counted.any():
-            loss += float(own_loss.detach()) * int(counted.sum())
+        if has_loss and (count := int(counted.sum())):
+            losses.append(Units(np.array([float(own_loss.detach()) * count]), np.array([count])))
         try:
             scores, targets = _checked(outputs, targets)
         except CkptAvgError as error:
@@ -135,19 +198,27 @@ def classification(
                 raise
             misfit = error
             continue
-        hits = (scores.argmax(1) == targets).float()
-        hits[scores.isnan().any(1)] = math.nan
-        right += float(in_float64(hits[counted]).sum())
+        right = (scores.argmax(1) == targets).float()
+        right[scores.isnan().any(1)] = math.nan
+        hits.append(_by_example(right, counted))
         if not has_loss:
-            losses = cross_entropy(scores, targets, reduction="none", ignore_index=_IGNORED)
-            loss += float(in_float64(losses[counted]).sum())
-    if not count:
+            each = cross_entropy(scores, targets, reduction="none", ignore_index=_IGNORED)
+            losses.append(_by_example(each, counted))
+    if not sum(each.counts.sum() for each in losses):
         raise CkptAvgError(
             "the loader gave no examples to evaluate with",
             remedy="if it was used up before, name a callable that makes it anew",
         )
-    found = {"loss": loss / count}
-    return found if misfit else found | {"accuracy": right / count}, misfit
+    loss = {"loss": Units.joined(losses)}
+    return loss if misfit else loss | {"accuracy": Units.joined(hits)}, misfit
+
+
+def _by_example(values: torch.Tensor, counted: torch.Tensor) -> Units:
+    """Values of targets, `[batch, ...]`, of which some do not count, by example."""
+    shape = len(values), math.prod(values.shape[1:])
+    totals = in_float64(values.masked_fill(~counted, 0.0)).reshape(shape).sum(1)
+    counts = counted.reshape(shape).sum(1)
+    return Units(totals.cpu().numpy(), counts.cpu().double().numpy())
 
 
 def _targets(batch: Any) -> torch.Tensor:  # noqa: ANN401

@@ -201,8 +201,7 @@ class Checkpoint:
         tensor = self.tensors[name]
         end = tensor.nbytes if end is None else min(end, tensor.nbytes)
         if tensor.strides is not None:
-            data = bytes_of(self.read(name))
-            yield from (data[start : min(start + _PIECE, end)] for start in range(0, end, _PIECE))
+            yield from _cut(bytes_of(self.read(name))[:end])
             return
         room = memoryview(bytearray(min(_PIECE, end)))
         for start in range(0, end, _PIECE):
@@ -249,6 +248,14 @@ class ComputedCheckpoint(Checkpoint):
     def read(self, name: str) -> AnyArray:
         """A tensor as an array of its shape."""
         return self.make(name)
+
+    def pieces(self, name: str, end: int | None = None) -> Iterator[memoryview]:
+        """The bytes of a tensor in C order, in pieces of 1 MiB."""
+        return _cut(bytes_of(np.ascontiguousarray(self.read(name)))[:end])
+
+
+def _cut(data: memoryview) -> Iterator[memoryview]:
+    return (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
 
 
 def read_view(part: Part, tensor: Tensor) -> AnyArray:

@@ -6,33 +6,26 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 
-from ckptavg import __version__
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import (
-    OutputError,
-    RefreshError,
-    SelectionError,
-    listed,
-    printable,
-)
+from ckptavg.errors import RefreshError, SelectionError, listed, printable
 from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
-from ckptavg.evaluation.journal import Values, journal
+from ckptavg.evaluation.journal import Values, journal, task_of
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.places import Place, Space
 from ckptavg.landscape.result import Landscape
-from ckptavg.model.factories import name_of, user_code
+from ckptavg.model.factories import user_code
 from ckptavg.model.loading import load_weights, unwrapped
 from ckptavg.select.names import relative_names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.options import Progress
 
@@ -166,15 +159,15 @@ class Explorer:
         Returns:
             By metric, its values at the places.
         """
-        task = {"ckptavg": __version__, "inputs": self._digest(), "kind": kind, **self._facts()}
+        task = task_of(
+            kind, self._options.evaluation, inputs=self._digest(),
+            test_loader=self._options.test_loader, test_loader_args=self._options.test_loader_args,
+        )  # fmt: skip
         points = {repr(place): place for place in places}
         ranks, progress = self._options.ranks, self._options.progress
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot be made: {error.strerror}", path=self._folder) from error
         force = self._options.force
-        with said_once(), journal(self._folder, task, ranks, force=force) as kept:
+        results = [f"{kind}.{ending}" for ending in ("json", "csv", "png", "svg")]
+        with said_once(), journal(self._folder, task, ranks, force=force, results=results) as kept:
             left = [name for name in points if name not in kept.done]
             if progress is not None:
                 progress(len(points) - len(left), len(points))
@@ -235,30 +228,6 @@ class Explorer:
                     digest.update(piece)
         return digest.hexdigest()
 
-    def _facts(self) -> dict[str, Any]:
-        """The options that the values depend on."""
-        evaluation, refresh = self._options.evaluation, self._options.evaluation.refresh
-        options = {
-            **vars(evaluation),
-            "refresh": None if refresh is None else refresh.keywords,
-            "test_loader": self._options.test_loader,
-            "test_loader_args": self._options.test_loader_args,
-        }
-        del options["device"]
-        facts = {name: _identity(value) for name, value in options.items()}
-        return facts | {"code": _code_of(options.values())}
-
-
-def _identity(value: object) -> object:
-    """What tells an option's value from others: for an object, a name that nothing else has."""
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return repr(sorted(value.items()))
-    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-        return list(value)
-    return f"{name_of(value)} {uuid4()}"
-
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
     """Refuse checkpoints of two models.
@@ -277,10 +246,3 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
                 f"is not of the model of {printable(first.path)}: {printable(name)} {what}",
                 path=other.path,
             )
-
-
-def _code_of(options: Iterable[object]) -> list[str]:
-    """Digests of the files that specs name: other code may give other values."""
-    specs = [value for value in options if isinstance(value, str) and ".py:" in value]
-    paths = [Path(spec.rpartition(":")[0]) for spec in specs]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]

@@ -387,10 +387,10 @@ class TestResuming:
             lambda: rays(PATHS[:2], Path("o"), options(), **one),
             lambda: rays(PATHS[:1], Path("o"), options(refresh=False), **one),
         ):
-            with pytest.raises(OutputError, match="points of another landscape"):
+            with pytest.raises(OutputError, match="points of other checkpoints, options or code"):
                 another()
         save_file(combined(0, 1, 0), "w0.safetensors")
-        with pytest.raises(OutputError, match="points of another landscape"):
+        with pytest.raises(OutputError, match="points of other checkpoints, options or code"):
             rays(PATHS[:1], Path("o"), options(), **one)
         found = rays(PATHS[:1], Path("o"), options(force=True), **one)
         wanted = naive(load_file(PATHS[0]))["train loss"]
@@ -589,7 +589,7 @@ class TestJournal:
         rays(PATHS[:1], Path("o"), options(), **self.one)
         rays(PATHS[:1], Path("o"), options(refresh=False, force=True), **self.one)
         rays(PATHS[:1], Path("o"), options(refresh=False), **self.one)
-        with pytest.raises(OutputError, match="another landscape"):
+        with pytest.raises(OutputError, match="other checkpoints, options or code"):
             rays(PATHS[:1], Path("o"), options(), **self.one)
 
     def test_force_evaluates_even_what_is_the_same_again(self):
@@ -627,19 +627,19 @@ class TestJournal:
         for force in (False, True):
             objects = EvaluationOptions(model=space["make_model"](), loader=space["loader"]())
             rays(PATHS[:1], Path("o"), ExploreOptions(evaluation=objects, force=force), **self.one)
-            with pytest.raises(OutputError, match="another landscape"):
+            with pytest.raises(OutputError, match="other checkpoints, options or code"):
                 rays(PATHS[:1], Path("o"), ExploreOptions(evaluation=objects), **self.one)
 
     def test_other_code_and_other_values_are_another_landscape(self):
         rays(PATHS[:1], Path("o"), options(), **self.one)
         Path("setup.py").write_text(SETUP + "# changed")
-        with pytest.raises(OutputError, match="another landscape"):
+        with pytest.raises(OutputError, match="other checkpoints, options or code"):
             rays(PATHS[:1], Path("o"), options(), **self.one)
         Path("setup.py").write_text(SETUP)
         state = load_file(PATHS[0])
         state["4.weight"][2, 20] += 1000
         save_file(state, PATHS[0])
-        with pytest.raises(OutputError, match="another landscape"):
+        with pytest.raises(OutputError, match="other checkpoints, options or code"):
             rays(PATHS[:1], Path("o"), options(), **self.one)
 
     def test_somebody_else_s_files_are_not_replaced(self):

@@ -23,6 +23,7 @@ from ckptavg.merge.recipe import AverageOptions, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.update import find_base, fold
 from ckptavg.options import takes_fields_of
+from ckptavg.select.advice import advice
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.order import remedy_without_order
 from ckptavg.select.run import Run, find_run, log_other_state_dicts
@@ -69,6 +70,8 @@ def average(
     """
     run, recipe = find_recipe(inputs, options)
     [summary] = write_averages(run, [recipe], [output], options)
+    if options.dry_run:
+        summary = replace(summary, advice=tuple(advice(run.checkpoints, recipe.members)))
     return summary
 
 
@@ -195,7 +198,7 @@ def write_averages(
     Raises:
         CkptAvgError: as `average` does.
     """
-    members = _all_members(run, recipes)
+    members = all_members(run, recipes)
     read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
     if as_key(options.key) is None:
         log_other_state_dicts(members)
@@ -242,7 +245,7 @@ def write_averages(
     )
 
 
-def _all_members(run: Run, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
+def all_members(run: Run, recipes: Sequence[Recipe]) -> tuple[Checkpoint, ...]:
     """The members of all averages, in the order of training."""
     if len(recipes) == 1:
         return recipes[0].members

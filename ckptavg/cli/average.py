@@ -16,7 +16,7 @@ from ckptavg.cli.command import (
     without,
     without_blas_threads,
 )
-from ckptavg.cli.console import Console, plural, size
+from ckptavg.cli.console import Console, plural, size, with_options
 from ckptavg.cli.declarations import parse, path_or_url, path_text
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
@@ -189,6 +189,8 @@ def _say(console: Console, summary: Summary, output: str, keys: Sequence[str] | 
             f"  would read {size(summary.bytes_read)}, write {size(summary.bytes_written)} to "
             f"{output}, with about {size(summary.memory)} of memory"
         )
+        for sentence in summary.advice:
+            console.say(with_options(sentence))
         return
     console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
     if summary.norm_stats == "stale":

@@ -50,12 +50,12 @@ def _size(text: str) -> int:
     return int(count)
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    """Positive numbers, each once: `5`, or `3,5,10`."""
-    parts = text.split(",")
-    if not all(re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", part) for part in parts):
+def _counts(text: str) -> tuple[int | None, ...]:
+    """Positive numbers, each once: `5`, or `3,5,10`; None for `all`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"0*[1-9][0-9]{0,17}|all", part) for part in parts):
         raise click.BadParameter(f"{text!r} is not a positive number, or several such as 3,5,10")
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    return tuple(dict.fromkeys(None if part == "all" else int(part) for part in parts))
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -74,6 +74,14 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not values or not all(map(math.isfinite, values)):
         raise click.BadParameter(f"{text!r} is neither numbers (0,0.5,1) nor FIRST:LAST:COUNT")
     return values
+
+
+def _picture(text: str) -> Path:
+    """The path of a picture that can be drawn."""
+    path = Path(text)
+    if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
+        raise click.BadParameter(f"{text!r} ends neither with .png nor with .svg nor with .pdf")
+    return path
 
 
 def _weights(text: str) -> tuple[Scheme, ...]:
@@ -129,6 +137,7 @@ def _as_dict(
 _SETTINGS: dict[str, dict[str, Any]] = {
     "N": {"type": click.IntRange(1)},
     "N,...": {"type": _counts},
+    "N|all,...": {"type": _counts},
     "NUMBERS": {"type": _numbers},
     "POINTS": {"type": click.IntRange(2)},
     "SEED": {"type": click.IntRange(0)},
@@ -137,6 +146,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "SCHEME": {"type": _weights},
     "FILE": {"type": click.Path(dir_okay=False, exists=True, path_type=Path)},
     "PATH": {"type": path_text},
+    "OUT": {"type": click.Path(dir_okay=False, path_type=Path)},
+    "DIR": {"type": click.Path(file_okay=False, path_type=Path)},
+    "PICTURE": {"type": _picture},
     "GLOB": {"multiple": True},
     "REGEX": {"multiple": True},
     "KEY": {"multiple": True},
@@ -161,7 +173,7 @@ def _option(spelled: str, text: str) -> click.Option:
     value = spelled.removeprefix(" ".join(names)).strip()
     text, is_required = re.subn(r" \[required\]$", "", " ".join(text.split()))
     settings: dict[str, Any] = {"required": bool(is_required)}
-    if value.islower():
+    if value.islower() and value not in _SETTINGS:
         settings |= {"type": click.Choice(value.split("|"))}
     elif value:
         settings |= {"metavar": value, **_SETTINGS.get(value, {})}

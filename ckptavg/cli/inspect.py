@@ -10,7 +10,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, fields_of
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size, with_options
-from ckptavg.cli.declarations import path_text
+from ckptavg.cli.declarations import parse, path_text
 from ckptavg.errors import CkptAvgError, SelectionError, listed, printable, without_notices
 
 if TYPE_CHECKING:
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
     from ckptavg.select.series import Candidate, Series
 
 
+[_PLOT] = parse("""
+--plot PICTURE  PNG, SVG or PDF file for a plot of the recorded learning rates, in place of an older
+                one.
+""")
+
+
 @click.command(
     cls=Command,
     groups={
         "Which checkpoints": (*options.SELECTION, options.KEYS),
-        RUNNING: options.COMMON,
+        RUNNING: (_PLOT, *options.COMMON),
     },
     no_effect=options.SELECTION_NO_EFFECT,
 )
@@ -37,12 +43,14 @@ def inspect(
     console: Console,
     paths: tuple[str, ...],
     key: tuple[str, ...],
+    plot: Path | None,
     **params: Any,  # noqa: ANN401 - the fields of `Selection`
 ) -> None:
     """Show what checkpoints hold, from their headers alone; nothing in them is run.
 
     PATH is a checkpoint, or a directory of them. Of a directory, show which files `average` would
     take, and why not the others; with rules such as --last or --lr-minima, those that they take.
+    What their learning rates and distances mean for an average comes below.
     """
     from ckptavg.formats.paths import as_paths
     from ckptavg.formats.statedict import as_key
@@ -51,8 +59,8 @@ def inspect(
     inputs = as_paths(paths)
     with without_notices():
         [first, *others] = find_candidates(inputs).items()
-    if others or first[1] is not None or any(params.values()):
-        _show_run(console, inputs, as_key(key), params)
+    if others or first[1] is not None or any(params.values()) or plot is not None:
+        _show_run(console, inputs, as_key(key), params, plot)
     else:
         _show_content(console, first[0], as_key(key))
 
@@ -62,8 +70,10 @@ def _show_run(
     paths: Sequence[Path],
     key: Key,
     params: dict[str, Any],
+    plot: Path | None,
 ) -> None:
     """Show the series of a run and its members, and which of them the rules take."""
+    from ckptavg.select.advice import advice
     from ckptavg.select.rules import Selection, Verdict, select
     from ckptavg.select.run import find_run
 
@@ -87,8 +97,37 @@ def _show_run(
     error = None if run.error is None else with_options(str(run.error))
     if error and not any(each.kind == "damaged" for each in run.candidates):
         console.say("none is taken: " + error.partition(":\n")[0])
-    console.result({"series": series, "checkpoints": [*members, *others], "error": error})
+    taken = [verdict.checkpoint for verdict in verdicts if verdict.is_chosen]
+    sentences = advice(run.checkpoints, taken) if run.error is None else []
+    for sentence in ("", *sentences) if sentences else ():
+        console.say(with_options(sentence))
+    if plot is not None:
+        _plot(console, members, unit, plot)
+    console.result(
+        {
+            "series": series,
+            "checkpoints": [*members, *others],
+            "advice": sentences,
+            "error": error,
+        }
+    )
     _raise_damages([each.fault for each in run.candidates if each.fault and each.reason])
+
+
+def _plot(console: Console, members: Sequence[dict[str, Any]], unit: str, path: Path) -> None:
+    """Draw the learning rates of the checkpoints that record one.
+
+    Raises:
+        SelectionError: there are none.
+    """
+    known = [row for row in members if row["rate"] is not None and row["step"] is not None]
+    if not known:
+        raise SelectionError("no checkpoint records a step and a learning rate: nothing to plot")
+    from ckptavg.evaluation.pictures import draw_schedule
+
+    steps, rates, taken = ([row[name] for row in known] for name in ("step", "rate", "taken"))
+    draw_schedule(steps, rates, taken, unit, path)
+    console.say(f"  wrote {printable(path)}")
 
 
 def _member(verdict: Verdict) -> dict[str, Any]:
@@ -246,11 +285,21 @@ def _say_one(console: Console, content: dict[str, Any]) -> None:
         "training": ", ".join(f"{name} {value}" for name, value in content["facts"].items()),
         "norm layers": f"{layers:,} with running statistics" if layers else "",
         "made by": _provenance(content["provenance"]),
+        "chosen": _sweep(content["provenance"]),
     }
     console.say(printable(content["path"]))
     for label, text in lines.items():
         if text:
             console.say(f"  {label:<12} {text}")
+
+
+def _sweep(made: dict[str, Any] | None) -> str:
+    """How `sweep` chose an average; empty if it did not."""
+    match (made or {}).get("sweep"):
+        case {"metric": str() as metric, "rows": [*rows]}:
+            count = sum(isinstance(row, dict) and row.get("kind") == "average" for row in rows)
+            return printable(f"best of {plural(count, 'average')} by {metric}, with ckptavg sweep")
+    return ""
 
 
 def _provenance(made: dict[str, Any] | None) -> str:

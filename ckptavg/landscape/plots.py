@@ -6,23 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptavg.errors import CkptAvgError
-
-try:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise CkptAvgError(
-        f"plots need matplotlib, which cannot be imported: {error}",
-        remedy="pip install 'ckptavg[plots]', or do without them with `plots=False`",
-    ) from error
+from ckptavg.evaluation.pictures import METADATA, new_figure, style
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.landscape.result import Landscape
 
-_WIDTH, _HEIGHT = 5.0, 3.8  # inches
 _COLUMNS = 2
 _LEVELS = 14
 
@@ -36,19 +26,18 @@ def draw(landscape: Landscape, path: Path) -> None:
     """
     draw_panel = {"rays": _rays, "segment": _segment, "plane": _plane}[landscape.kind]
     metrics = list(landscape.values)
-    # The same file for the same values: no dates, no random names in SVG.
-    with mpl.rc_context({"svg.hashsalt": "ckptavg", "font.size": 9, "text.parse_math": False}):
+    with style():
         columns = min(len(metrics), _COLUMNS)
         rows = -(-len(metrics) // columns)
-        figure = Figure((_WIDTH * columns, _HEIGHT * rows), layout="constrained")
+        figure = new_figure(columns, rows)
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel in panels[len(metrics) :]:
             panel.set_visible(False)
         for panel, metric in zip(panels, metrics, strict=False):
             draw_panel(panel, landscape, metric)
         figure.suptitle(_title(landscape))
-        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path.with_suffix(".png"), dpi=150, metadata=METADATA["png"])
+        figure.savefig(path.with_suffix(".svg"), metadata=METADATA["svg"])
 
 
 def _title(landscape: Landscape) -> str:

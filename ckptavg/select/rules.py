@@ -54,7 +54,7 @@ class Selection(Options):
         metric: the name of the metric.
         mode: `min` if a low metric is good, `max` if a high one is; None to go by its name.
         metrics: a CSV or JSON file with the metric; None to use what the checkpoints record.
-        last: the number of last checkpoints to choose; several numbers make several averages.
+        last: the number of last checkpoints to choose, None for all; several make several averages.
         every: choose every n-th checkpoint, counted back from the last.
         unit: the unit of steps: `global_step`, `step` or `epoch`; None for the first of these
             that all checkpoints record.
@@ -71,7 +71,7 @@ class Selection(Options):
     metric: str | None = None
     mode: Mode | None = None
     metrics: Path | None = None
-    last: int | Sequence[int] | None = None
+    last: int | Sequence[int | None] | None = None
     every: int | None = None
     unit: str | None = None
 
@@ -179,7 +179,8 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
     if rules.metric is not None:
         _apply_metric(verdicts, rules.metric, rules)
     if rules.last:
-        _apply_last(verdicts, run, rules.counts)
+        require_order(run, "last")
+        _apply_last(verdicts, rules.counts)
     if rules.every is not None:
         _apply_every(verdicts, run, rules.every)
     return verdicts
@@ -209,7 +210,8 @@ def _remaining(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.is_chosen]
 
 
-def _require_order(run: Run, rule: str) -> None:
+def require_order(run: Run, rule: str) -> None:
+    """Raise a SelectionError if the order of the checkpoints is not known, which a rule needs."""
     if not run.order_is_known:
         what = f"`{rule}` needs to know the order of the checkpoints"
         raise SelectionError(what, remedy=remedy_without_order(run.checkpoints))
@@ -290,7 +292,7 @@ def _apply_cycle(
 
 def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | None) -> None:
     """Reject checkpoints that are not at a local minimum of the learning rate."""
-    _require_order(run, "lr_minima")
+    require_order(run, "lr_minima")
     rates, minima = rates_and_minima(run.checkpoints, recorded)
     for verdict, rate, is_minimum in zip(verdicts, rates, minima, strict=True):
         verdict.rate = rate
@@ -342,11 +344,12 @@ def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> Non
         verdict.metric = next((table[key] for key in keys if key in table), None)
 
 
-def _apply_last(verdicts: Sequence[Verdict], run: Run, counts: Iterable[int | None]) -> None:
+def _apply_last(verdicts: Sequence[Verdict], counts: Iterable[int | None]) -> None:
     """Reject all but the last checkpoints, by the largest of the numbers."""
-    _require_order(run, "last")
-    last = max(count for count in counts if count is not None)
     left = _remaining(verdicts)
+    last = max(len(left) if count is None else count for count in counts)
+    if not left:
+        return
     if len(left) < last:
         log.info("only %d of the last %d are there", len(left), last)
     for verdict in left[:-last]:
@@ -355,7 +358,7 @@ def _apply_last(verdicts: Sequence[Verdict], run: Run, counts: Iterable[int | No
 
 def _apply_every(verdicts: Sequence[Verdict], run: Run, every: int) -> None:
     """Reject all but every n-th checkpoint, counted back from the last."""
-    _require_order(run, "every")
+    require_order(run, "every")
     for place, verdict in enumerate(reversed(_remaining(verdicts))):
         if place % every:
             verdict.reject(f"between every {every}")

@@ -56,6 +56,7 @@ def provenance(
         "roles": plan.counts,
         "selection": dict(recipe.rules),
         "norm_stats": plan.norm_stats(recipe),
+        **recipe.notes,
     }
     return {name: value for name, value in entry.items() if value not in ({}, None)}
 
@@ -155,6 +156,7 @@ class Summary:
         bytes_read: bytes of tensors that are read, for all outputs of the command.
         bytes_written: bytes of the output.
         memory: bytes of memory at the peak, an estimate.
+        advice: of a dry run, what the checkpoints record and what it means for their average.
     """
 
     output: str
@@ -168,6 +170,7 @@ class Summary:
     bytes_read: int
     bytes_written: int
     memory: int
+    advice: tuple[str, ...] = ()
 
 
 def summarise(

@@ -160,3 +160,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that gets the name of a path at the end, unless there is an error.
+
+    Raises:
+        OutputError: it cannot be made, or have that name.
+    """
+    with temporary_beside(path, folder=False) as made:
+        yield made
+        try:
+            made.replace(path)
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", path=path) from error

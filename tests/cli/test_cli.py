@@ -272,7 +272,7 @@ class TestInspect:
         assert lines[-1] == f"  made by      {text}"
 
     def test_a_directory_is_an_aligned_table(self, ckpts):
-        lines = run("inspect", ckpts).stdout.partition("\n\n")[2].splitlines()
+        lines = run("inspect", ckpts).stdout.split("\n\n")[1].splitlines()
         assert len(lines) == 4
         column = lines[0].index("tensors")
         assert all(line[column - 1] == " " and line[column] == "9" for line in lines[1:])

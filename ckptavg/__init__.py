@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ckptavg.errors import CkptAvgError as CkptAvgError
     from ckptavg.evaluation.evaluate import evaluate as evaluate
     from ckptavg.evaluation.soup import soup as soup
+    from ckptavg.evaluation.sweep import sweep as sweep
     from ckptavg.select.rules import Selection as Selection
     from ckptavg.verify import verify as verify
 
@@ -35,6 +36,7 @@ __all__ = [
     "refresh_checkpoint",
     "refresh_norm",
     "soup",
+    "sweep",
     "verify",
 ]
 
@@ -46,6 +48,7 @@ _MODULES = {
     "refresh_checkpoint": "ckptavg.batchnorm.files",
     "refresh_norm": "ckptavg.batchnorm.refresh",
     "soup": "ckptavg.evaluation.soup",
+    "sweep": "ckptavg.evaluation.sweep",
     "verify": "ckptavg.verify",
     "Ranks": "ckptavg.distributed",
     "RefreshOptions": "ckptavg.batchnorm.options",

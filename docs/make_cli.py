@@ -43,9 +43,9 @@ expect = 5
 ```
 
 `model` and `loader` in the common table are for `bn-refresh` and `landscape`; `average` refreshes
-as well only where its own table or its command line has them, and `evaluate` and `soup` take the
-model and not the loader, which is that of the training. Nothing beside a checkpoint is ever read
-as configuration.
+as well only where its own table or its command line has them, and `evaluate`, `soup` and `sweep`
+take the model and not the loader, which is that of the training. Nothing beside a checkpoint is
+ever read as configuration.
 
 An option on the command line that has no effect in the combination at hand is wrong usage, and the
 message names both options; a default from the configuration is ignored there.

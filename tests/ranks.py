@@ -23,6 +23,7 @@ SERVER.set_forkserver_preload(
         # Without pytest each fork would import it: it is the main module of the tests.
         *("pytest", "tests.ranks", "tests.gloo", "ckptavg.cli", "ckptavg.average"),
         *("ckptavg.batchnorm.together", "ckptavg.evaluation.judging", "ckptavg.landscape.rays"),
+        "ckptavg.evaluation.sweep",
         # What a refresh, an optimizer and a saved state import when they are first needed.
         *("ckptavg.landscape.saving", "numpy.random", "torch._dynamo", "fsspec"),
     ]

@@ -50,7 +50,7 @@ def test_without_torch_what_needs_it_says_so(tmp_path):
         "ckptavg: error: this runs a model, and torch is not installed; pip install torch\n"
     )
     lacking, message = done.stdout.splitlines()
-    assert lacking == "['evaluate', 'refresh_checkpoint', 'refresh_norm', 'soup']"
+    assert lacking == "['evaluate', 'refresh_checkpoint', 'refresh_norm', 'soup', 'sweep']"
     assert message == (
         "ckptavg.refresh_norm runs a model, and torch is not installed: pip install torch"
     )

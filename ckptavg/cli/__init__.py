@@ -20,6 +20,7 @@ from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.landscape import landscape
 from ckptavg.cli.soup import soup
+from ckptavg.cli.sweep import sweep
 from ckptavg.cli.verify import verify
 from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
 
@@ -39,7 +40,8 @@ def cli() -> None:
     """
 
 
-for _command in (average, convert, bn_refresh, evaluate, soup, landscape, inspect, verify, demo):
+_COMMANDS = (average, convert, bn_refresh, evaluate, soup, sweep, landscape, inspect, verify, demo)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

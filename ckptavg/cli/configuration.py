@@ -20,6 +20,7 @@ _NOT_SHARED = {
     "bn-refresh": {"metric", "mode"},
     "evaluate": {"loader", "metric"},
     "soup": {"loader", "metric"},
+    "sweep": {"loader", "metric"},
 }
 
 _LARGEST = 1 << 20

@@ -55,6 +55,7 @@ _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _LAST, _EVERY, _UNIT, KEY = parse(
 """)
 SELECTION = (*_BY_STEP, _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _EVERY, _UNIT)
 CANDIDATES = (*_BY_STEP, _LAST, _EVERY, _UNIT)  # for commands that compute metrics themselves
+CANDIDATES_BUT_LAST = (*_BY_STEP, _EVERY, _UNIT)
 SELECTION_NO_EFFECT = (
     without("best", "mode"),
     without("metric", "metrics"),

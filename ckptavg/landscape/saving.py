@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptavg import __version__
 from ckptavg.errors import OutputError, printable
+from ckptavg.evaluation.swept import to_csv
 from ckptavg.formats.jsontext import to_text
 from ckptavg.write.temporary import temporary_beside
 
@@ -40,7 +39,7 @@ def save(landscape: Landscape, folder: Path, *, plots: bool) -> list[Path]:
         try:
             as_json = {"ckptavg": __version__, **landscape.as_dict()}
             (made / f"{kind}.json").write_text(to_text(as_json) + "\n", encoding="utf-8")
-            (made / f"{kind}.csv").write_text(_csv(landscape.rows()), encoding="utf-8")
+            (made / f"{kind}.csv").write_text(to_csv(landscape.rows()), encoding="utf-8")
             saved = [file.replace(folder / file.name) for file in sorted(made.iterdir())]
             if plots:
                 _draw(landscape, made / kind)
@@ -61,11 +60,3 @@ def _draw(landscape: Landscape, path: Path) -> None:
         log.warning("cannot be drawn: %s", printable(error))
         for file in path.parent.iterdir():
             file.unlink()
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -164,6 +164,8 @@ class Recipe:
         rules: the rules that chose the members, for the provenance.
         base: the member that is an earlier average, to be updated with the others.
         label: the name of this average among several of one command, such as `last5-ema0.9`.
+        last_count: the number of last checkpoints that the rules choose; None for all.
+        notes: further entries of the provenance.
     """
 
     scheme: str
@@ -173,6 +175,8 @@ class Recipe:
     rules: Mapping[str, Any] = field(default_factory=dict)
     base: Checkpoint | None = None
     label: str = ""
+    last_count: int | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> Mapping[Path, str]:
@@ -243,4 +247,7 @@ def _recipe(
         recorded_rules["normalized"] = False
     label = scheme.label if rules.last is None else f"last{rules.last}-{scheme.label}"
     weights = replace(weights, values=values)
-    return Recipe(scheme.name, members, weights, scheme.needs_order, recorded_rules, label=label)
+    return Recipe(
+        scheme.name, members, weights, scheme.needs_order, recorded_rules, label=label,
+        last_count=rules.counts[0],
+    )  # fmt: skip

@@ -88,18 +88,18 @@ def simulated(runs, count, difference):
 
 
 def test_a_simulation_of_a_few_runs():
-    apart, _, apart_right = simulated(60, 100, 0.0)
+    apart, _, apart_right = simulated(40, 50, 0.0)
     assert apart <= 0.15
     assert apart_right <= 0.15
-    apart, covered, _ = simulated(60, 100, 0.5)
+    apart, covered, _ = simulated(40, 50, 0.5)
     assert apart == 1
     assert covered >= 0.85
 
 
 @pytest.mark.slow
 def test_a_simulation_tells_apart_in_5_percent_and_covers_in_95():
-    apart, _, apart_right = simulated(400, 300, 0.0)
+    apart, _, apart_right = simulated(400, 200, 0.0)
     assert 0.03 <= apart <= 0.08
     assert 0.03 <= apart_right <= 0.08
-    _, covered, _ = simulated(400, 300, 0.1)
+    _, covered, _ = simulated(400, 200, 0.1)
     assert 0.92 <= covered <= 0.97

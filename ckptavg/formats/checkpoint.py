@@ -201,7 +201,8 @@ class Checkpoint:
         tensor = self.tensors[name]
         end = tensor.nbytes if end is None else min(end, tensor.nbytes)
         if tensor.strides is not None:
-            yield from _cut(bytes_of(self.read(name))[:end])
+            data = bytes_of(self.read(name))
+            yield from (data[start : min(start + _PIECE, end)] for start in range(0, end, _PIECE))
             return
         room = memoryview(bytearray(min(_PIECE, end)))
         for start in range(0, end, _PIECE):
@@ -233,29 +234,6 @@ def check_count(count: int, path: Path) -> None:
     if count > MOST_TENSORS:
         message = f"has {count:,} tensors, more than the {MOST_TENSORS:,} that a file may have"
         raise FormatError(message, path=path, remedy="save them in several files, with an index")
-
-
-@dataclass(frozen=True, eq=False)
-class ComputedCheckpoint(Checkpoint):
-    """Something like a checkpoint, whose tensors are computed as they are read, or are in memory.
-
-    Attributes:
-        make: returns a tensor by its name.
-    """
-
-    make: Callable[[str], AnyArray] = field(kw_only=True)
-
-    def read(self, name: str) -> AnyArray:
-        """A tensor as an array of its shape."""
-        return self.make(name)
-
-    def pieces(self, name: str, end: int | None = None) -> Iterator[memoryview]:
-        """The bytes of a tensor in C order, in pieces of 1 MiB."""
-        return _cut(bytes_of(np.ascontiguousarray(self.read(name)))[:end])
-
-
-def _cut(data: memoryview) -> Iterator[memoryview]:
-    return (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
 
 
 def read_view(part: Part, tensor: Tensor) -> AnyArray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.formats.checkpoint import ComputedCheckpoint
+from ckptavg.formats.computed import ComputedCheckpoint
 from ckptavg.formats.tensors import BY_NAME, new_arrays, power_iteration_vectors
 from ckptavg.merge.arithmetic import rounded
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ckptavg.formats.checkpoint import PROVENANCE, ComputedCheckpoint
+from ckptavg.formats.checkpoint import PROVENANCE
+from ckptavg.formats.computed import ComputedCheckpoint
 from ckptavg.formats.tensors import is_norm_state, new_arrays
 from ckptavg.merge.arithmetic import accumulator_dtype, rounded, widened
 from ckptavg.merge.roles import frozen_layers
@@ -136,7 +137,7 @@ def _states(member: Checkpoint, values: Mapping[str, AnyArray]) -> Checkpoint:
     """The norm statistics and counters alone."""
     states = {name: array for name, array in values.items() if is_norm_state(name)}
     tensors = {name: member.tensors[name] for name in states}
-    return ComputedCheckpoint(**vars(member) | {"tensors": tensors}, make=states.__getitem__)
+    return replace(member, tensors=tensors).with_values(states)
 
 
 def _averaged(plan: Plan) -> Iterator[PlannedTensor]:

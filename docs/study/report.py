@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,12 @@ PAIRS = (
     ("SWA, refreshed", "last iterate"),
     ("SWA, refreshed", "best by validation"),
     ("decayed, refreshed", "decayed"),
+)
+SWEPT_ARMS = ("decayed", "all minima, uniform", "chosen by sweep")
+SWEPT_PAIRS = (
+    ("chosen by sweep", "decayed"),
+    ("chosen by sweep", "all minima, uniform"),
+    ("all minima, uniform", "decayed"),
 )
 METRICS = (("accuracy", "points", 0, 1), ("NLL", "nats", 1, -1))
 _RESAMPLES = 10_000
@@ -59,40 +66,57 @@ def write_report(found: dict[str, Rows], folder: Path) -> None:
     """Write `results.md` and `differences.png`."""
     lines: list[str] = []
     for name, rows in found.items():
-        lines += [
-            f"### {name}",
-            "",
-            f"{len(rows)} seeds; mean and standard deviation over them.",
-            "",
-        ]
-        lines += ["| arm | test accuracy, % | test NLL |", "|---|---|---|"]
-        for arm in ARMS:
-            cells = []
-            for metric, digits in ((0, 2), (1, 3)):
-                values = [row[arm][metric] for row in rows]  # type: ignore[index]
-                spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-                cells.append(f"{fmean(values):.{digits}f} +- {spread:.{digits}f}")
-            lines.append(f"| {arm} | {cells[0]} | {cells[1]} |")
-        windows = [row["window"] for row in rows]
-        lines += ["", f"Checkpoints averaged, by seed: {', '.join(map(str, windows))}.", ""]
-        lines += [
-            "| paired difference | metric | mean | 95 % interval | sign test | |",
-            "|---|---|---|---|---|---|",
-        ]
-        for one, other in PAIRS:
-            for metric, unit, index, better in METRICS:
-                values = differences(rows, one, other, index)
-                low, high = interval(values)
-                positive, count, p = sign_test(values)
-                ahead = positive if better > 0 else count - positive
-                lines.append(
-                    f"| {one} - {other} | {metric}, {unit} | {fmean(values):+.3f} | "
-                    f"{low:+.3f} to {high:+.3f} | ahead in {ahead} of {count}, p = {p:.3f} | "
-                    f"{verdict(low, high, p, better)} |"
-                )
-        lines.append("")
+        windows = ", ".join(str(row["window"]) for row in rows)
+        lines += _section(name, rows, ARMS, PAIRS, f"Checkpoints averaged, by seed: {windows}.")
     (folder / "results.md").write_text("\n".join(lines))
     _draw(found, folder / "differences.png")
+
+
+def write_windows(found: dict[str, Rows], folder: Path) -> None:
+    """Write `windows.md`: what `sweep` has chosen, and what that was worth."""
+    lines: list[str] = []
+    for name, rows in found.items():
+        picks = Counter(f"{row['scheme']} of {row['checkpoints']} ({row['from']})" for row in rows)
+        text = ", ".join(f"{pick}: {count}" for pick, count in sorted(picks.items()))
+        note = f"Chosen of {rows[0]['averages']} averages, by number of seeds: {text}."
+        lines += _section(name, rows, SWEPT_ARMS, SWEPT_PAIRS, note)
+    (folder / "windows.md").write_text("\n".join(lines))
+
+
+def _section(
+    name: str,
+    rows: Rows,
+    arms: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    note: str,
+) -> list[str]:
+    """The tables of one task."""
+    lines = [f"### {name}", "", f"{len(rows)} seeds; mean and standard deviation over them.", ""]
+    lines += ["| arm | test accuracy, % | test NLL |", "|---|---|---|"]
+    for arm in arms:
+        cells = []
+        for metric, digits in ((0, 2), (1, 3)):
+            values = [row[arm][metric] for row in rows]  # type: ignore[index]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+            cells.append(f"{fmean(values):.{digits}f} +- {spread:.{digits}f}")
+        lines.append(f"| {arm} | {cells[0]} | {cells[1]} |")
+    lines += ["", note, ""]
+    lines += [
+        "| paired difference | metric | mean | 95 % interval | sign test | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one, other in pairs:
+        for metric, unit, index, better in METRICS:
+            values = differences(rows, one, other, index)
+            low, high = interval(values)
+            positive, count, p = sign_test(values)
+            ahead = positive if better > 0 else count - positive
+            lines.append(
+                f"| {one} - {other} | {metric}, {unit} | {fmean(values):+.3f} | "
+                f"{low:+.3f} to {high:+.3f} | ahead in {ahead} of {count}, p = {p:.3f} | "
+                f"{verdict(low, high, p, better)} |"
+            )
+    return [*lines, ""]
 
 
 def _draw(found: dict[str, Rows], path: Path) -> None:

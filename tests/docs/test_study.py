@@ -99,3 +99,9 @@ def test_the_page_says_what_the_figures_say(report):
     ):
         assert text in page
         assert f"{abs(mean(task, swa, other)):.1f}" in text
+
+
+def test_the_windows_follow_from_their_figures_too(report, tmp_path):
+    found = json.loads((STUDY / "windows.json").read_text())
+    report.write_windows(found, tmp_path)
+    assert (tmp_path / "windows.md").read_text() == (STUDY / "windows.md").read_text()

@@ -4,7 +4,7 @@ Averages of the last 3 and of the last 5 checkpoints have the sum of the last 3 
 begin with the newest checkpoint; averages whose weights have been the same so far share one, in
 float64. The engine adds the oldest first. Both orders give the same sum of floats of up to 32 bits
 as long as float64 holds it exactly; else they may differ in the last bit of the float64 sum, and
-about one in a hundred million float32 results in its last bit.
+rarely in the last bit of a result.
 """
 
 from __future__ import annotations

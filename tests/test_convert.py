@@ -171,6 +171,7 @@ class TestRefusals:
         ("options", "output", "message"),
         [
             ({"skip": ["nothing"]}, "o.pt", "matches no tensor's name"),
+            ({"skip": [""]}, "o.pt", "leaves out all tensors"),
             ({"dtype": "int8"}, "o.pt", "unknown floating dtype"),
             ({"max_shard_size": 10}, "o.pt", "shards need a directory"),
             ({"force": True}, "b.pt", "is itself one of the checkpoints"),

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import MismatchError, listed, printable
+from ckptavg.errors import MismatchError, SelectionError, listed, printable
 from ckptavg.formats.lora_names import has_rank, lora_modules
 from ckptavg.merge.lora import reason_against_joining
 from ckptavg.merge.patterns import matching, pattern_of
@@ -48,7 +48,8 @@ def choose_tensors(
 
     Raises:
         MismatchError: names, shapes or dtypes differ otherwise.
-        SelectionError: a pattern is not a regular expression, or matches no name.
+        SelectionError: a pattern is not a regular expression, or matches no name, or `skip` matches
+            all names.
     """
     alike = with_new_weight_norm(members)
     if count := sum(new is not old for new, old in zip(alike, members, strict=True)):
@@ -60,6 +61,8 @@ def choose_tensors(
     skipped = matching("skip", options.skip, names)
     from_last = matching("take_last", options.take_last, names - skipped)
     kept = _without(alike, skipped)
+    if skipped and not any(each.tensors for each in kept):
+        raise SelectionError("`skip` leaves out all tensors")
     averaged = _without(kept, from_last)
     of_last = [new for new, member in zip(kept, members, strict=True) if member in last]
     problems = [*_mismatches(averaged, options), *_mismatches(of_last, options)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError, NoStateDictError
 from ckptavg.formats import plugins, safetensors, torchlegacy, torchzip
+from ckptavg.formats.dcpfiles import METADATA
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.words import parse_shard_name
 
@@ -44,19 +45,21 @@ def open_file(path: Path, key: Key) -> Checkpoint:
         FormatError: the file is damaged, has pieces of tensors, or no format matches it.
         SelectionError: it is unclear which of its state dicts is wanted.
     """
+    if path.suffix == ".distcp" or path.name == METADATA:
+        what = "is a part of a directory of torch.distributed.checkpoint"
+        raise FormatError(what, path=path, remedy="name the directory")
     checkpoint = open_shard(path, key)
     if not checkpoint.shard_places:
         return checkpoint
     name, place = next(iter(checkpoint.shard_places.items()))
-    ranks = "several" if place.ranks is None else place.ranks
-    raise FormatError(
-        f"holds the part of one rank of {ranks}, not whole tensors",
-        path=path,
-        tensor=name,
-        remedy="name the directory, with the files of all ranks"
-        if parse_shard_name(path.name)
-        else "save whole tensors: those of torch's get_model_state_dict with full_state_dict=True",
-    )
+    ranks, usual = "several", "shard-00001-model-00001-of-00001.safetensors"
+    if place.ranks is not None:
+        ranks, usual = str(place.ranks), f"model_world_size_{place.ranks}_rank_0.pt"
+    remedy = "name the directory, with the files of all ranks"
+    if not parse_shard_name(path.name):
+        remedy = f"rename the files of all ranks to {usual} and so on, and name their directory"
+    what = f"holds the part of one rank of {ranks}, not whole tensors"
+    raise FormatError(what, path=path, tensor=name, remedy=remedy)
 
 
 def open_shard(path: Path, key: Key) -> Checkpoint:

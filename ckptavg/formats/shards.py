@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import FormatError
+from ckptavg.errors import FormatError, printable
 from ckptavg.formats.blocks import Box, Pieces, join, misfit
 from ckptavg.formats.files import open_shard
 from ckptavg.formats.tensors import Place, is_possible
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ckptavg.formats.words import ShardName
 
 _FOLDER = "sharded"
+
+log = logging.getLogger("ckptavg")
 
 
 def matches(path: Path) -> bool:
@@ -71,6 +74,10 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
             joined.setdefault(name, _Joined(name)).add(shard, may_repeat=is_of_fsdp)
     pieces = {name: each.pieces(path, files) for name, each in joined.items()}
     parts, tensors = join(path, pieces, (shard.parts[0] for shard in shards))
+    if not is_of_fsdp:  # without the last of them the tensors are shorter, and nothing else
+        ranks = len({name.rank for name in files.values()})
+        notice = "%s: joined the shards of %d ranks; they do not record whether there were more"
+        log.info(notice, printable(path), ranks)
     return replace(
         first,
         path=path,

@@ -263,6 +263,10 @@ def without_state_dict(path: Path, root: object) -> NoStateDictError:
     """The error for a file without a state dict, which says what it holds as far as that helps."""
     if isinstance(root, Mapping) and root.keys() >= {"state", "param_groups"}:
         return NoStateDictError("no state dict found in it: it is an optimizer's state", path=path)
+    if is_tensor(root):
+        return NoStateDictError(
+            "no state dict found in it: it is a tensor without a name", path=path
+        )
     waiting, known = [("", "", root)], set[int]()
     while waiting and len(known) < _MOST_MAPPINGS:
         holder, name, value = waiting.pop(0)

@@ -643,3 +643,6 @@ def test_files_of_all_ranks_are_wanted(sharded, tmp_path):
     (folder / "__3_0.distcp").unlink()
     with pytest.raises(FormatError, match=r"__3_0\.distcp: .*No such file"):
         open_checkpoint(folder)
+    for name in ("__0_0.distcp", ".metadata"):
+        with pytest.raises(FormatError, match=r"a part of a directory .*name the directory"):
+            open_checkpoint(folder / name)

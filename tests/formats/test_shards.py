@@ -61,6 +61,12 @@ class TestTensors:
             joined |= load_file(path)
         assert_same(open_checkpoint(saved / folder), joined)
 
+    def test_of_shards_that_may_lack_the_last_rank_are_joined_with_a_notice(self, saved, notices):
+        open_checkpoint(saved / "fsdp2/rows2")
+        assert not notices.messages
+        open_checkpoint(saved / "hf/rows3")
+        assert "joined the shards of 3 ranks; they do not record" in notices.text
+
     def test_of_a_sharded_folder_alone_are_the_checkpoint_s(self, saved, tmp_path):
         shutil.copytree(saved / "whole" / "sharded", tmp_path / "step-100" / "sharded")
         opened = open_checkpoint(tmp_path / "step-100")
@@ -267,7 +273,11 @@ class TestDTensorsInOneFile:
         shutil.copy(saved / "fsdp2/rows3/model_world_size_3_rank_1.pt", tmp_path / "x.pt")
         text = refusal(tmp_path / "x.pt")
         assert "the part of one rank of 3" in text
-        assert "full_state_dict=True" in text
+        assert "to model_world_size_3_rank_0.pt and so on" in text
+        shutil.copy(saved / f"hf/rows3/{SECOND}", tmp_path / "x.safetensors")
+        text = refusal(tmp_path / "x.safetensors")
+        assert "the part of one rank of several" in text
+        assert "to shard-00001-model-00001-of-00001.safetensors and so on" in text
 
     def test_of_older_torch_are_joined(self, tmp_path):
         value = torch.rand(4, 3)

@@ -254,8 +254,9 @@ def test_these_are_not(name):
         ),
         (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).state_dict(), "an optimizer's state"),
         ({"epoch": 3}, "no state dict found in it"),
+        (torch.ones(2), "it is a tensor without a name"),
     ],
-    ids=["arrays", "arrays below", "Megatron-LM", "optimizer", "numbers"],
+    ids=["arrays", "arrays below", "Megatron-LM", "optimizer", "numbers", "tensor"],
 )
 def test_what_a_file_without_a_state_dict_holds_is_said(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pt")

@@ -107,7 +107,12 @@ def _tensor_of_subclass(
     name = kind.origin.rpartition(".")[2] if isinstance(kind, Placeholder) else ""
     if name in dtensors.READERS:
         return dtensors.READERS[name](arguments, state)
-    return unpickler.call(function, arguments)
+    tensor = unpickler.call(function, arguments)
+    if isinstance(tensor, UnreadableTensor) and isinstance(kind, Placeholder):
+        is_quantised = kind.origin.startswith("torchao.")
+        remedy = "; average the checkpoints before they are quantised" if is_quantised else ""
+        return UnreadableTensor(f"a {printable(kind.origin)}{remedy}")
+    return tensor
 
 
 def _encode(_unpickler: Unpickler, *arguments: object) -> object:

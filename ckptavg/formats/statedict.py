@@ -317,6 +317,8 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
     raise SelectionError(
         f"several state dicts in it: {names}",
         path=path,
-        remedy="take one with `key`" + (" ('' is the top)" if "" in found else ""),
+        remedy="take one with `key`"
+        + (" ('' is the top)" if "" in found else "")
+        + ("" if path.is_dir() else "; an average may take several"),
         choices=tuple(found),
     )

@@ -70,6 +70,8 @@ def choose_tensors(
         raise MismatchError(
             "the checkpoints do not have the same tensors:", [*dict.fromkeys(problems)]
         )
+    if skipped and skipped == names:
+        raise SelectionError("`skip` leaves out all tensors")
     contributing = tuple(
         new if member in last else other
         for member, new, other in zip(members, kept, averaged, strict=True)
@@ -123,15 +125,19 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
     """A line for each group of tensors that differ in the same way, with the option that helps."""
     if len({id(checkpoint.tensors) for checkpoint in checkpoints}) < 2:  # noqa: PLR2004
         return
-    groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     names = list(dict.fromkeys(name for each in checkpoints for name in each.tensors))
-    for name in names:
-        for difference, option in _differences(name, checkpoints, options):
-            series = "" if option.startswith("dtype") else _series(name, checkpoints)
-            groups[series, difference, option].append(name)
+    of_lora = {tensor.name for tensors in lora_modules(names).values() for tensor in tensors}
+    groups = _grouped(names, of_lora, checkpoints, options)
     unlike = sum(len(alike) for (series, *_), alike in groups.items() if series)
     is_of_few = 2 * unlike <= len(names)
-    of_lora = {tensor.name for tensors in lora_modules(names).values() for tensor in tensors}
+    if not is_of_few:
+        yield (
+            f"{unlike} of {len(names)} tensors differ, as between different models; `include` "
+            "takes the checkpoints of one, `skip` and `take_last` choose tensors by name"
+        )
+        by_series, groups = groups, {}
+        for (_, difference, option), alike in by_series.items():
+            groups.setdefault(("", difference, option), []).extend(alike)
     can_join = any(
         option == "take_last" and alike[0] in of_lora for (*_, option), alike in groups.items()
     ) and not reason_against_joining(checkpoints)
@@ -143,6 +149,7 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
         if option.startswith("dtype"):
             remedy = f"; `{option}` averages {them}"
         elif alike[0] in of_lora:  # a factor is useless without the other and the alpha
+            remedy = "; merge each adapter into its model, and average the models"
             if option == "take_last" and can_join:
                 remedy = "; `lora=exact` averages products of unlike ranks"
         elif is_of_few and number < _MOST_REMEDIES:
@@ -150,6 +157,25 @@ def _mismatches(checkpoints: Sequence[Checkpoint], options: AverageOptions) -> I
             does = "leaves %s out" if option == "skip" else "takes %s from the last checkpoint"
             remedy = f"; `{option}` {pattern} {does % them}" if pattern else ""
         yield f"{what}: {difference}{remedy}"
+
+
+def _grouped(
+    names: Sequence[str],
+    of_lora: Collection[str],
+    checkpoints: Sequence[Checkpoint],
+    options: AverageOptions,
+) -> dict[tuple[str, str, str], list[str]]:
+    """The names by their series, how the tensors differ, and the option that helps.
+
+    The series is empty where the option needs no pattern.
+    """
+    groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name in names:
+        for difference, option in _differences(name, checkpoints, options):
+            needs_no_pattern = option.startswith("dtype") or name in of_lora
+            series = "" if needs_no_pattern else _series(name, checkpoints)
+            groups[series, difference, option].append(name)
+    return groups
 
 
 def _series(name: str, checkpoints: Sequence[Checkpoint]) -> str:
@@ -181,9 +207,12 @@ def _differences(
         yield _by_value(shapes), "take_last"
     are_floats = options.lora == "separate" and all(dtype.kind == "float" for dtype in dtypes)
     if len(dtypes) > 1 and not (are_floats and options.dtype):
-        widest = max(dtypes, key=lambda dtype: dtype.bits).name
+        bits = max(dtype.bits for dtype in dtypes)
+        widest = [dtype.name for dtype in dtypes if dtype.bits == bits]
+        # float16 and bfloat16 do not hold each other's values.
+        option = f"dtype={widest[0] if len(widest) == 1 else 'float32'}"
         values = {dtype.name: those for dtype, those in dtypes.items()}
-        yield _by_value(values), f"dtype={widest}" if are_floats else "take_last"
+        yield _by_value(values), option if are_floats else "take_last"
 
 
 def _by_value(values: Mapping[str, Sequence[Checkpoint]]) -> str:

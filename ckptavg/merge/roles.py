@@ -35,10 +35,10 @@ checkpoints have (`kept`), or the factors of all LoRA adapters side by side (`jo
 _WIDEST_CODE = 8  # bits
 # Beside a scale. `_data` is quanto's, `_blocks` that of MX, `_weight_qdata` torchao's.
 _CODES = re.compile(r"(.*\.)?(w|W|q|_?weight|_data|[^.]*_blocks)[^.]*")
-_WIDE_CODES = re.compile(r"(.*\.)?(q_weight|codes)")  # EXL2 and AQLM
+_CODES_OF_ANY_WIDTH = re.compile(r"(.*\.)?(q_weight|codes)")  # EXL2 and AQLM
 _QUANTISED = re.compile(
     r"(.*\.)?(qweight|qzeros|weight_packed|W_q|SCB|absmax|nested_absmax|quant_map|quant_state\..*"
-    r"|scaled_fp8)"
+    r"|scaled_fp8|trellis|Qidxs)"  # the last two are those of EXL3 and QuIP#
 )
 
 
@@ -193,6 +193,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _may_be_codes(name: str, tensor: Tensor) -> bool:
-    if tensor.dtype.bits > _WIDEST_CODE:
-        return not tensor.dtype.averaged and _WIDE_CODES.fullmatch(name) is not None
-    return tensor.dtype.averaged or _CODES.fullmatch(name) is not None
+    if tensor.dtype.averaged:
+        return tensor.dtype.bits <= _WIDEST_CODE
+    is_narrow = tensor.dtype.bits <= _WIDEST_CODE and _CODES.fullmatch(name)
+    return bool(is_narrow or _CODES_OF_ANY_WIDTH.fullmatch(name))

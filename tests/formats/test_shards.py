@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,16 +241,17 @@ class Spread:
         self.local, self.mesh, self.placements = local, mesh, placements
         self.shape: object = (4, 3)
         self.order: object = None
+        self.kind: type = DTensor
 
     def __reduce__(self) -> Any:
         mesh = object.__new__(DeviceMesh)
         vars(mesh).update(self.mesh)
         spec = object.__new__(DTensorSpec)
         vars(spec).update(mesh=mesh, placements=self.placements, shard_order=self.order)
-        arguments = (DTensor, torch.float32, self.shape, (3, 1), 0)
+        arguments = (self.kind, torch.float32, self.shape, (3, 1), 0)
         state = (None, {"_local_tensor": self.local, "_spec": spec})
         function = torch._utils._rebuild_wrapper_subclass
-        return torch._tensor._rebuild_from_type_v2, (function, DTensor, arguments, state)
+        return torch._tensor._rebuild_from_type_v2, (function, self.kind, arguments, state)
 
 
 def mesh_of_old(sizes: tuple[int, ...], place: object) -> dict[str, Any]:
@@ -285,6 +288,24 @@ class TestDTensorsInOneFile:
             piece = Spread(rows.clone(), mesh_of_old((2,), [rank]), Shard(0))
             save_torch({"w": piece}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
         assert_same(open_checkpoint(tmp_path), {"w": value})
+
+    @pytest.mark.parametrize(
+        ("module", "remedy"),
+        [
+            ("torchao.quantization", "; average the checkpoints before they are quantised"),
+            ("a", ""),
+        ],
+    )
+    def test_of_another_class_are_named(self, tmp_path, monkeypatch, module, remedy):
+        kind = type("Int8Tensor", (), {"__module__": module})
+        library: Any = types.ModuleType(module)
+        library.Int8Tensor = kind
+        for name in {module, module.partition(".")[0]}:
+            monkeypatch.setitem(sys.modules, name, library)
+        spread = Spread(torch.rand(4, 3), {})
+        spread.kind = kind
+        message = refusal(save_torch({"w": spread}, tmp_path / "x.pt"))
+        assert message.endswith(f"w: cannot be averaged: a {module}.Int8Tensor{remedy}")
 
     @pytest.mark.parametrize(
         ("spread", "reason"),

@@ -211,7 +211,7 @@ UNREADABLE = [
     ("sparse", lambda: torch.eye(3).to_sparse_csr()),
     ("qtensor", quantised),
     ("nested", lambda: nested(torch.strided)),
-    ("njt", lambda: nested(torch.jagged)),
+    ("NestedTensor", lambda: nested(torch.jagged)),
     ("meta", lambda: torch.ones(2, device="meta")),
     ("complex32", lambda: torch.ones(2, dtype=torch.complex32)),
     ("bits8", lambda: torch.arange(4, dtype=torch.uint8).view(torch.bits8)),

@@ -148,6 +148,16 @@ def test_an_alpha_that_16_bits_cannot_hold_is_made_up_for(tmp_path, dtype):
     np.testing.assert_allclose(product(found, KOHYA), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("lora", ["separate", "exact"])
+def test_an_alpha_that_only_some_have_is_refused_with_the_way_out(tmp_path, lora):
+    run = save(tmp_path / "run", factors(KOHYA, 0, alpha=4.0), factors(KOHYA, 1))
+    with pytest.raises(MismatchError) as caught:
+        ckptavg.average(run, tmp_path / "out.safetensors", lora=lora)
+    [difference] = caught.value.differences
+    assert difference.startswith(f"{KOHYA[0]}.alpha: missing in {run / 'mine-000004.safetensors'}")
+    assert difference.endswith("; merge each adapter into its model, and average the models")
+
+
 def test_alphas_that_are_integers(tmp_path):
     """kohya-ss stores the rank, an integer, where no alpha is given."""
     states = [

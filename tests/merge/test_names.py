@@ -202,11 +202,21 @@ class TestMessages:
         result = json.loads(run("average", folder, "-o", output, "--json", *options).stdout)
         assert result["roles"] == {"averaged": 9, "last": 1, "skipped": 3}
 
-    def test_of_other_models_are_short_and_advise_nothing(self, tmp_path):
+    def test_of_other_models_are_short_and_say_so(self, tmp_path):
         for number in range(2):
             state = {f"model{number}.{layer}.{n}": torch.ones(1) for layer in "abc" for n in "xyz"}
             torch.save(state | {"w": torch.ones(1)}, tmp_path / f"step_{number}.pt")
-        assert "skip" not in refusal(tmp_path)
+        assert refusal(tmp_path).splitlines()[1:] == [
+            (
+                "  18 of 19 tensors differ, as between different models; `include` takes the "
+                "checkpoints of one, `skip` and `take_last` choose tensors by name"
+            ),
+            *(
+                f"  9 tensors such as model{one}.a.x: missing in {tmp_path}/step_{other}.pt, "
+                f"present in {tmp_path}/step_{one}.pt"
+                for one, other in ((0, 1), (1, 0))
+            ),
+        ]
 
     def test_of_unlike_dtypes_are_one_line_with_the_option(self, tmp_path):
         for number, dtype in enumerate((torch.float16, torch.float32)):
@@ -223,6 +233,16 @@ class TestMessages:
         ]
         error = outcome("average", tmp_path, "-o", tmp_path / "o.pt")[2]
         assert "; --dtype float32 averages them" in error
+
+    @pytest.mark.parametrize("narrow", ["float16", "float8_e5m2"])
+    def test_of_16_bit_dtypes_name_one_that_holds_both(self, tmp_path, narrow):
+        for number, dtype in enumerate((getattr(torch, narrow), torch.bfloat16)):
+            torch.save({"w": torch.ones(1).to(dtype)}, tmp_path / f"step_{number}.pt")
+        holds_both = "float32" if narrow == "float16" else "bfloat16"
+        assert f"; `dtype={holds_both}` averages it" in refusal(tmp_path)
+
+    def test_of_patterns_that_leave_nothing(self, folder):
+        assert "`skip` leaves out all tensors" in refusal(folder, skip=["embed", "."])
 
     @pytest.mark.parametrize("option", ["skip", "take_last"])
     @pytest.mark.parametrize(

@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 
     Convolution = torch.nn.Conv2d | torch.nn.Conv3d
 
+_REORDERS = torch._C._nn  # noqa: SLF001
 _REORDER = {4: "mkldnn_reorder_conv2d_weight", 5: "mkldnn_reorder_conv3d_weight"}
 
 
 def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN computes convolutions of float32 on a device."""
+    """Whether oneDNN computes convolutions of float32 on a device, from filters that we lay out."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     mkldnn = torch.backends.mkldnn
-    return device.type == "cpu" and is_x86 and mkldnn.is_available() and mkldnn.enabled
+    # These are not in torch's public interface: without them its own convolutions do the work.
+    has_operators = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and all(
+        hasattr(_REORDERS, name) for name in _REORDER.values()
+    )
+    is_used = mkldnn.is_available() and mkldnn.enabled and has_operators
+    return device.type == "cpu" and is_x86 and is_used
 
 
 def is_packable(module: Convolution) -> bool:
@@ -62,7 +68,7 @@ def packed(module: Convolution) -> Callable[..., torch.Tensor]:
             return own(images, weight, bias)
         version = _version(weight)
         if held.get("version") != version:
-            reorder = getattr(torch._C._nn, _REORDER[weight.dim()])  # noqa: SLF001
+            reorder = getattr(_REORDERS, _REORDER[weight.dim()])
             filters = reorder(weight.detach().to_mkldnn(), *sizes, groups, list(images.shape))
             held.update(version=version, filters=filters)
         result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(  # noqa: SLF001

@@ -23,13 +23,13 @@ _REORDER = {4: "mkldnn_reorder_conv2d_weight", 5: "mkldnn_reorder_conv3d_weight"
 def can_pack(device: torch.device) -> bool:
     """Whether oneDNN computes convolutions of float32 on a device, from filters that we lay out."""
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    mkldnn = torch.backends.mkldnn
+    mkldnn: Any = torch.backends.mkldnn
     # These are not in torch's public interface: without them its own convolutions do the work.
     has_operators = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and all(
         hasattr(_REORDERS, name) for name in _REORDER.values()
     )
-    is_used = mkldnn.is_available() and mkldnn.enabled and has_operators
-    return device.type == "cpu" and is_x86 and is_used
+    is_used = bool(mkldnn.is_available() and mkldnn.enabled)
+    return device.type == "cpu" and is_x86 and has_operators and is_used
 
 
 def is_packable(module: Convolution) -> bool:
@@ -65,7 +65,8 @@ def packed(module: Convolution) -> Callable[..., torch.Tensor]:
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
         ):
-            return own(images, weight, bias)
+            unpacked: torch.Tensor = own(images, weight, bias)
+            return unpacked
         version = _version(weight)
         if held.get("version") != version:
             reorder = getattr(_REORDERS, _REORDER[weight.dim()])

@@ -78,12 +78,12 @@ def test_weights_that_change_meanwhile_are_noticed(by_data):
         def __init__(self):
             super().__init__()
             self.body = network(nn.Conv2d(3, 8, 3))
-            self.register_buffer("calls", torch.zeros(()))
+            self.calls: Any = nn.Buffer(torch.zeros(()))
 
         def forward(self, images):
-            self.calls += 1
+            self.calls.add_(1)
             weight = self.body[0].weight
-            (weight.data if by_data else weight.detach()).add_(float(self.calls))
+            (weight.data if by_data else weight.detach()).add_(self.calls)
             return self.body(images)
 
     torch.manual_seed(0)

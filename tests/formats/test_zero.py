@@ -247,6 +247,7 @@ def test_groups_have_padding_between_and_behind_parameters(tmp_path):
         (lambda _, o: o.update(param_alignment_paddings=[[0], [2]]), "param_alignment_paddings"),
         (lambda _, o: o.update(param_alignment_paddings=[[0], [2, -1]]), "alignment_paddings"),
         (lambda _, o: o.update(param_alignment_paddings=[[0], [9, 0]]), "the shapes say 11"),
+        (lambda _, o: o["single_partition_of_fp32_groups"].__setitem__(0, torch.ones(5)), "say 6"),
         (lambda m, _: m.update(param_shapes=[{"w": (1,)}, {"v": (1,), "u": ()}]), "shapes say 1"),
         (lambda m, _: m.update(param_shapes=[{"w": (2, 3)}, {"w": (1,)}]), "twice"),
     ],

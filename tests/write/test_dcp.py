@@ -294,6 +294,21 @@ class TestTensors:
         with pytest.raises(OutputError, match="no aliases to drop"):
             ckptavg.convert(tmp_path / "a.pt", tmp_path / "o", format="dcp", drop_aliases=True)
 
+    def test_come_with_files_that_lightning_and_megatron_have_beside_them(self, tmp_path):
+        save_dcp(random_state_dicts(1)[0], tmp_path / "in")
+        torch.save({"epoch": 3}, tmp_path / "in" / "meta.pt")
+        for name in ("common.pt", "metadata.json", "other.json"):
+            (tmp_path / "in" / name).write_text(f"of {name}")
+        ckptavg.convert(tmp_path / "in", tmp_path / "out", format="dcp")
+        along = {"meta.pt", "common.pt", "metadata.json"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            *along,
+            ".metadata",
+            "__0_0.distcp",
+        }
+        for name in along:
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
+
     def test_fill_files_of_a_size(self, tmp_path):
         state = {f"w{number}": torch.randn(100) for number in range(5)}
         torch.save(state, tmp_path / "a.pt")

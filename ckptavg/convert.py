@@ -14,6 +14,7 @@ from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.options import takes_fields_of
 from ckptavg.select.candidates import find_candidates
+from ckptavg.select.pieces import is_piece, remedy_by_name
 from ckptavg.select.run import Run
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ def _open(path: Path, key: Key) -> Checkpoint:
     with remote_errors(path):
         if path.is_dir() and not is_checkpoint_directory(path):
             inside = [printable(each) for each in find_candidates([path])]
+            names = [name.removeprefix(printable(path)) for name in inside]
+            if len(names) > 1 and all(map(is_piece, names)):
+                what = f"holds pieces of one model: {listed(inside)}"
+                raise SelectionError(what, path=path, remedy=remedy_by_name(names[0]))
             what = f"is a directory of checkpoints: {listed(inside)}"
             raise SelectionError(what, path=path, remedy="convert one of them")
     return open_checkpoint(path, key=key)

@@ -160,6 +160,18 @@ class TestRefusals:
         with pytest.raises(SelectionError, match=r"of checkpoints: .*step_.*; convert one"):
             ckptavg.convert(tmp_path / "run", tmp_path / "o.pt")
 
+    def test_of_pieces_of_one_model_name_what_joins_them(self, tmp_path):
+        folder = tmp_path / "mp_rank_00"
+        folder.mkdir()
+        for number in range(2):
+            torch.save({"w": torch.ones(1)}, folder / f"epoch_{number}.pth")
+        with pytest.raises(SelectionError, match="convert one of them"):
+            ckptavg.convert(folder, tmp_path / "o.pt")
+        for number in range(2):
+            (folder / f"epoch_{number}.pth").rename(folder / f"consolidated.0{number}.pth")
+        with pytest.raises(SelectionError, match=r"of one model: .*convert_llama_weights_to_hf"):
+            ckptavg.convert(folder, tmp_path / "o.pt")
+
     def test_of_several_state_dicts_name_the_key(self, tmp_path):
         torch.save({"a": {"w": torch.ones(1)}, "b": {"w": torch.zeros(1)}}, tmp_path / "a.pt")
         with pytest.raises(SelectionError, match="a, b"):

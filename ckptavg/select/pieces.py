@@ -36,12 +36,12 @@ def mark_pieces(candidates: Sequence[Candidate]) -> FormatError | None:
     for each in candidates:
         if each.checkpoint and _is_flat(each.checkpoint):
             pieces[each] = _FLAT
-        if any(number.role == "piece" for number in parse_name(each.name).numbers):
+        if is_piece(each.name):
             groups[_without_rank(each.name)].append(each)
     for group in groups.values():
         if len(group) > 1:
             for each in group:
-                pieces.setdefault(each, _remedy_by_name(each.name))
+                pieces.setdefault(each, remedy_by_name(each.name))
     if not pieces:
         return None
     for each in pieces:
@@ -59,7 +59,13 @@ def _without_rank(name: str) -> str:
     return parsed.joined(["#" if n.role == "piece" else n.text for n in parsed.numbers])
 
 
-def _remedy_by_name(name: str) -> str:
+def is_piece(name: str) -> bool:
+    """Whether a name has the number of a rank or a shard."""
+    return any(number.role == "piece" for number in parse_name(name).numbers)
+
+
+def remedy_by_name(name: str) -> str:
+    """What joins the pieces of which one has this name."""
     return next((tool for pattern, tool in _TOOLS if re.search(pattern, name)), _OTHER_TOOL)
 
 

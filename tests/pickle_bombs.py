@@ -242,18 +242,18 @@ BUDGETS: dict[str, Callable[[], bytes]] = {
     "sets without end": lambda: b"(" + pickle.EMPTY_SET * 30_000_000,
     "lists without end": lambda: b"(" + pickle.EMPTY_LIST * 30_000_000,
     "dicts without end": lambda: b"(" + pickle.EMPTY_DICT * 30_000_000,
-    "marks without end": lambda: pickle.MARK * 60_000_000,
-    "None without end": lambda: b"(" + pickle.NONE * 60_000_000,
-    "MEMOIZE without end": lambda: b"N" + pickle.MEMOIZE * 60_000_000,
+    "marks without end": lambda: pickle.MARK * 49_000_000,
+    "None without end": lambda: b"(" + pickle.NONE * 49_000_000,
+    "MEMOIZE without end": lambda: b"N" + pickle.MEMOIZE * 49_000_000,
     "a memo with gaps": lambda: b"N" + b"".join(map(put, range(5, 6_000_000, 2))),
     "tensors of one storage without end": lambda: (
         named("torch._utils", "_rebuild_tensor") + b"q\0" + STORAGE + b"q\1("
         + b"h\0(h\1K\0))tR" * 2_000_000
     ),
     "calls without end": lambda: named("m", "f") + b"q\0(" + b"h\0)R" * 5_000_000,
-    "a text that takes four bytes a character": lambda: text("x" * 60_000_000 + "\U0001f600"),
+    "a text that takes four bytes a character": lambda: text("x" * 49_000_000 + "\U0001f600"),
     "a string of Python 2 that is all escapes": lambda: (
-        pickle.BINSTRING + struct.pack("<i", 60_000_000) + b"\xff" * 60_000_000
+        pickle.BINSTRING + struct.pack("<i", 49_000_000) + b"\xff" * 49_000_000
     ),
 }  # fmt: skip
 """Bodies that each take more than a pickle of its size needs."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 PROVENANCE = "ckptavg"
 _PIECE = 1 << 20
-# One of the models with the most, DeepSeek-V3, has 92,000 in 163 files.
 MOST_TENSORS = 100_000  # of a file
 # Prefixes that DistributedDataParallel, torch.compile and Lightning's strategies give to all names.
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")

@@ -36,7 +36,7 @@ METADATA = ".metadata"
 _OBJECT = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
 # The metadata of a thousand tensors on a thousand ranks have more than a torch file has: 140 bytes,
 # 70 opcodes and 1 kB of memory for each piece.
-_SCALE = 5
+_SCALE = 10
 # A small pickle can name one long list again and again: so many pieces are looked at in all.
 _MOST_PIECES = 5_000_000
 _LONGEST_PLACE = 100

@@ -5,7 +5,7 @@ A few are functions of this module, and all others inert placeholders.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptavg.errors import printable
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Sizes = Iterable[int]
 _WIDEST_KEY = 64  # bits
+_MOST_AXES = 1_000
 
 
 class Unpickler(Protocol):
@@ -135,6 +136,18 @@ def _bytearray(_unpickler: Unpickler, *arguments: object) -> object:
     return Placeholder("builtins.bytearray", arguments)
 
 
+def _size(_unpickler: object, numbers: object = ()) -> object:
+    if not isinstance(numbers, list | tuple) or len(numbers) > _MOST_AXES:
+        refuse("a size that no tensor has")
+    return tuple(numbers)
+
+
+def _entries(unpickler: Unpickler, items: Collection[Any]) -> Any:  # noqa: ANN401
+    """What a dict or a set is to be made of, once the budget has its entries."""
+    unpickler.budget.spend(memory=budget.ENTRY * len(items))
+    return items
+
+
 def _attribute(unpickler: Unpickler, owner: object, name: object) -> object:
     """A nested class, a member of an enumeration, a bound method."""
     unpickler.budget.spend(calls=1)
@@ -147,13 +160,19 @@ _GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): _bytes,
     ("builtins", "bytearray"): _bytearray,
-    ("builtins", "set"): lambda _, items=(): as_set(items),
-    ("builtins", "frozenset"): lambda _, items=(): frozenset(as_set(items)),
-    ("builtins", "dict"): lambda _, pairs=(): fill({}, pairs),
+    ("builtins", "set"): lambda unpickler, items=(): as_set(_entries(unpickler, items)),
+    ("builtins", "frozenset"): (
+        lambda unpickler, items=(): frozenset(as_set(_entries(unpickler, items)))
+    ),
+    ("builtins", "dict"): lambda unpickler, pairs=(): fill({}, _entries(unpickler, pairs)),
     ("builtins", "getattr"): _attribute,
-    ("collections", "OrderedDict"): lambda _, pairs=(): fill(StateOrderedDict(), pairs),
-    ("collections", "defaultdict"): lambda _, _factory=None, pairs=(): fill({}, pairs),
-    ("torch", "Size"): lambda _, numbers=(): tuple(numbers),
+    ("collections", "OrderedDict"): lambda unpickler, pairs=(): fill(
+        StateOrderedDict(), _entries(unpickler, pairs)
+    ),
+    ("collections", "defaultdict"): lambda unpickler, _factory=None, pairs=(): fill(
+        {}, _entries(unpickler, pairs)
+    ),
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): lambda unpickler, *place: _tensor(
         unpickler, *place, marks=None, dtype=None
     ),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _MOST_GLOBALS = 10_000
 _LONGEST_GLOBAL = 1_000
 _LONGEST_LINE = 1 << 20
+_MOST_ARGUMENTS = 100
 _COPIED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
 _NARROW = bytes(range(0xC4))  # the bytes of UTF-8 for characters that each take one in memory
 
@@ -155,6 +156,8 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
             return Placeholder(function.origin, arguments)
         if not isinstance(function, FunctionType):
             refuse(f"a call of a {type(function).__name__}")
+        if len(arguments) > _MOST_ARGUMENTS:  # the call copies them
+            refuse("a call with too many arguments")
         # Calls copy, and the arguments can be the same big list each time.
         items = sum(len(part) for part in arguments if isinstance(part, _COPIED))
         self.budget.spend(calls=1, memory=budget.ITEM * items)

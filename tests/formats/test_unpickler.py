@@ -294,7 +294,7 @@ def test_a_stream_is_left_where_the_pickle_ends():
 
 
 def test_what_calls_may_copy_goes_by_the_pickle_and_not_by_what_follows_it():
-    bomb = BOMBS["laughing Size()"]
+    bomb = BOMBS["laughing dict()"]
     with pytest.raises(PickleError, match="bytes of memory"):
         run(InertUnpickler(io.BytesIO(bomb + bytes(100_000_000))))
 

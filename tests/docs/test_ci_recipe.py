@@ -65,7 +65,8 @@ def test_every_command_line_is_one_that_the_command_takes():
     assert len(lines) >= 6
     for line in lines:
         _, name, *arguments = shlex.split(line)
-        context = click.Context(cli.commands[name], info_name=name)
+        parent = click.Context(cli, **cli.context_settings)  # a command keeps its first help option
+        context = click.Context(cli.commands[name], parent=parent, info_name=name)
         cli.commands[name].parse_args(context, arguments)
 
 

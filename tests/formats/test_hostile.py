@@ -47,6 +47,7 @@ def test_what_is_above_a_limit_is_told_the_limit(asked, kind, limit):
     assert limit in asked(kind)[1]
 
 
+@pytest.mark.slow
 def test_a_file_of_as_many_tensors_as_it_may_have_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     entries = (b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(100_000))

@@ -46,7 +46,7 @@ def inspect(
     plot: Path | None,
     **params: Any,  # noqa: ANN401 - the fields of `Selection`
 ) -> None:
-    """Show what checkpoints hold, from their headers alone; nothing in them is run.
+    """Show what checkpoints hold; nothing in them is run.
 
     PATH is a checkpoint, or a directory of them. Of a directory, show which files `average` would
     take, and why not the others; with rules such as --last or --lr-minima, those that they take.

@@ -45,7 +45,7 @@ def paired_difference(first: Units, other: Units, *, seed: int = 0) -> Differenc
     """The difference of two means over the same units, with its bootstrap interval.
 
     The percentile interval of 2,000 resamples of units (Efron and Tibshirani 1993, chapter 13),
-    expanded for small samples (Hesterberg 2015, arXiv 1411.5279, section 3.3): its tails are those
+    expanded for small samples (Hesterberg 2015, arXiv 1411.5279): its tails are those
     of `t * sqrt(n / (n - 1))` and not of the normal quantile.
 
     Args:

@@ -3,8 +3,8 @@
 A training checkpoint with the Adam state of 10,000 tensors has a pickle of 3.5 MB. It takes 1.2
 million opcodes, 240,000 calls (a tensor counts as four) and 32 MB of memory; with a group of the
 optimizer for each tensor 44 MB, and with the module and the optimizer as objects 67 MB, 2.2 million
-opcodes and 390,000 calls. The most that is allowed is three to seven times that: what is refused
-then fits, with the file's bytes, into 300 MB.
+opcodes and 390,000 calls. The most that is allowed is three to seven times that. With more room,
+hostile pickles would take more than 300 MB before they are refused.
 """
 
 from __future__ import annotations

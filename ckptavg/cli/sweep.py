@@ -48,11 +48,15 @@ _OUTPUT, _CSV, _PLOT, _JOURNAL = parse("""
         ),
         "Refresh of each average": options.EVALUATION_REFRESH,
         "What is written": (
-            _OUTPUT, _CSV, _PLOT, _JOURNAL, options.FORCE, options.NO_FSYNC,
+            _OUTPUT, options.CONTAINER, _CSV, _PLOT, _JOURNAL, options.FORCE, options.NO_FSYNC,
         ),
         RUNNING: (options.THREADS, *options.COMMON),
     },
-    no_effect=(*options.EVALUATION_NO_EFFECT, without("test_loader", "test_loader_args")),
+    no_effect=(
+        *options.EVALUATION_NO_EFFECT,
+        without("test_loader", "test_loader_args"),
+        without("output", "container"),
+    ),
 )  # fmt: skip
 @options.CHECKPOINTS
 def sweep(

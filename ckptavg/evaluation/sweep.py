@@ -12,7 +12,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptavg.average import all_members, open_run, write_averages
 from ckptavg.batchnorm.together import write_refreshed
@@ -81,6 +81,7 @@ class SweepOptions(EvaluateOptions):
             last and the best checkpoint.
         test_loader_args: keywords for it.
         output: where the best average goes, as in `average`; None to write nothing.
+        container: `last` writes it into the last checkpoint's torch file, as in `average`.
         journal: a directory that keeps each evaluation, so that a sweep that was stopped goes on.
         force: replace an existing output.
         fsync: have the output on the disk before it gets its name.
@@ -94,6 +95,7 @@ class SweepOptions(EvaluateOptions):
     test_loader: Loader | None = None
     test_loader_args: Mapping[str, Any] = field(default_factory=dict)
     output: PathLike | None = None
+    container: Literal["weights", "last"] = "weights"
     journal: PathLike | None = None
     force: bool = False
     fsync: bool = True
@@ -121,7 +123,7 @@ def sweep(inputs: PathLike | Iterable[PathLike], options: SweepOptions) -> Sweep
     mode, ranks = certain_mode(options.metric_name, options.mode), options.ranks
     averaging = AverageOptions(
         select=options.select, key=options.key, threads=options.threads, force=options.force,
-        fsync=options.fsync, ranks=ranks,
+        fsync=options.fsync, ranks=ranks, container=options.container,
     )  # fmt: skip
     with ranks.together(), said_once():
         run = open_run(inputs, averaging)

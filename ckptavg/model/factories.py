@@ -149,7 +149,7 @@ def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
 
 def _load_module(name: str) -> ModuleType:
     _look_in(Path.cwd())
-    with user_code(f"importing {name}"), _argv(name):
+    with user_code(f"importing {name}"), _argv(name), _without_training(name):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -180,7 +180,7 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with user_code(f"importing {path}"), _argv(str(path)):
+        with user_code(f"importing {path}"), _argv(str(path)), _without_training(str(path)):
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
@@ -204,6 +204,28 @@ def _argv(program: str) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+@contextlib.contextmanager
+def _without_training(place: str) -> Iterator[None]:
+    """End an import that begins a training, before that writes over its checkpoints.
+
+    Raises:
+        UserCodeError: an optimizer was about to make a step.
+    """
+    from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: PLC0415
+
+    def refuse(*_: object) -> None:
+        raise UserCodeError(
+            f"importing {place} begins a training, which would write over its checkpoints",
+            remedy='put the training under `if __name__ == "__main__":`',
+        )
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _imported(path: Path) -> ModuleType | None:

@@ -240,6 +240,16 @@ class TestWriting:
         value = naive_metrics(train.Net(), written, train.batches())["loss"]
         assert found.best.metrics["loss"] == pytest.approx(value, rel=1e-6)
 
+    def test_may_be_the_last_training_checkpoint(self, train, states):
+        Path("whole").mkdir()
+        for epoch, state in enumerate(states):
+            torch.save({"state_dict": state, "epoch": epoch}, f"whole/epoch_{epoch}.pt")
+        found = swept("whole", output="best.pt", container="last")
+        written = torch.load("best.pt", weights_only=True)
+        assert written["epoch"] == len(states) - 1
+        metrics = naive_metrics(train.Net(), written["state_dict"], train.batches())
+        assert found.best.metrics["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
     def test_is_verified_and_inspected(self):
         found = swept(output=OUT)
         assert ckptavg.verify(OUT, ["run"]).compared > 0

@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from ckptavg.errors import CkptAvgError, UserCodeError
 from ckptavg.model.factories import load_object, user_code
@@ -19,7 +20,8 @@ def imports(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     yield
     for name in set(sys.modules) - known:
-        del sys.modules[name]
+        if not name.startswith("torch"):  # whose modules cannot be imported twice
+            del sys.modules[name]
 
 
 def write(path, text):
@@ -120,6 +122,26 @@ class TestFiles:
         assert load_object("factory_pack/factory_same2.py:A") is made
         write(tmp_path / "factory_pack2" / "__init__.py", "class A: pass")
         assert load_object("factory_pack2:A") is load_object("factory_pack2/__init__.py:A")
+
+    @pytest.mark.parametrize("spec", ["factory_trains.py:Net", "factory_trains:Net"])
+    def test_that_train_are_stopped_before_they_save(self, spec, tmp_path):
+        text = """
+        import torch
+        class Net(torch.nn.Linear): pass
+        model = Net(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        open("saved", "w").close()
+        """
+        write(tmp_path / "factory_trains.py", text)
+        with pytest.raises(UserCodeError, match=r"begins a training.*under `if __name__"):
+            load_object(spec)
+        assert not (tmp_path / "saved").exists()
+        weight = torch.nn.Parameter(torch.ones(1))
+        weight.grad = torch.ones(1)
+        torch.optim.SGD([weight], lr=1.0).step()  # goes on elsewhere
+        assert weight.item() == 0
 
     def test_are_known_by_their_name_to_worker_processes(self, tmp_path):
         write(tmp_path / "factory_worker.py", "class A: pass")

@@ -119,7 +119,7 @@ class TestExitCodes:
         save_run(tmp_path / "run", [{"a": torch.ones(1)}, {"b": torch.ones(1)}])
         code, _, said = outcome("average", tmp_path / "run", "-o", tmp_path / "o.safetensors")
         assert code == 1
-        assert len(said.splitlines()) == 3
+        assert len(said.splitlines()) == 4  # what is wrong, how much of it, and two differences
 
     @pytest.mark.parametrize(
         "arguments",

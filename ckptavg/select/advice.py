@@ -117,15 +117,20 @@ def _on_distances(members: Sequence[Checkpoint]) -> str:
         f"{_percent(apart / norm)} from their mean (by {sample.shape[1]:,} of {total:,} weights)"
     )
     if apart <= _CLOSE * norm:
-        return f"{evidence}: the average hardly differs from each of them."
+        return f"The average hardly differs from each member. {evidence}."
     count = len(members)
+    if count == 2:  # noqa: PLR2004 - whose distances say nothing else
+        return f"{evidence}."
     around = math.sqrt((count - 1) / (2 * count)) * step  # of independent points
-    if count > 2 and apart > _DRIFT * around:  # noqa: PLR2004
+    if apart > _DRIFT * around:
         return (
-            f"{evidence}, {apart / around:.1f} times as far as if they swung around a centre: the "
-            "weights still move in one direction, and shorter windows may be better."
+            "The weights still move in one direction, and shorter windows may be better. "
+            f"{evidence}, {apart / around:.1f} times as far as if they swung around a centre."
         )
-    return f"{evidence}, about as far as if they swung around a centre."
+    return (
+        "The members move about a centre rather than in one direction. "
+        f"{evidence}, about as far as points that swing around one."
+    )
 
 
 def _sample(checkpoint: Checkpoint, names: Sequence[str]) -> np.ndarray:

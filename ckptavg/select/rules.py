@@ -228,6 +228,10 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
     """Reject checkpoints before the start, and return the number of units done at the start."""
     _require_steps(verdicts, times, "start")
     if percent := _PERCENT.fullmatch(start):
+        if Fraction(percent[1]) > 100:  # noqa: PLR2004
+            raise SelectionError(
+                f"`start` is a share of the training, and {start} is more than all"
+            )
         # A fraction is exact: 55 % of 100 is 55, not 55.00000000000001.
         threshold = Fraction(percent[1]) * max(times.done) / 100
         for verdict, done in zip(verdicts, times.done, strict=True):

@@ -194,6 +194,7 @@ def test_endless_and_odd_numbers_are_one_line(run, text):
         ({"steps": "1-5"}, "100,200 or a range such as 100:1000:100"),
         ({"steps": "1:5:0"}, "stride"),
         ({"start": "soon"}, "a share such as 75%"),
+        ({"start": "110%"}, "110% is more than all"),
         ({"start": "5000"}, "the rules leave out all 10 checkpoints"),
         ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
         ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),

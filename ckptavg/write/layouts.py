@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.jobs import Layout, OutputTensor
     from ckptavg.merge.recipe import AverageOptions
+
+log = logging.getLogger("ckptavg")
 
 Kind = Literal["safetensors", "torch", "container", "directory", "dcp"]
 _SAFETENSORS = ".safetensors"
@@ -87,6 +90,12 @@ def destination(
             remedy="end its name with .pt, or take one at a time with `key`"
             if is_file
             else "end its name with a slash for such a directory, or name the files of one model",
+        )
+    if kind == "torch" and path.suffix == ".ckpt" and last.training.epochs_from_zero:
+        log.info(
+            "%s has the weights alone, which Lightning's load_from_checkpoint does not take; "
+            "with `container=last` it has the rest too",
+            printable(path.name),
         )
     return Destination(path, kind)
 

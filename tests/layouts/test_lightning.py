@@ -99,6 +99,12 @@ class TestTrainer:
         assert_mean(result, states)
         Net(8).load_state_dict(result, strict=True)
 
+    def test_weights_alone_are_said_to_be_no_lightning_checkpoint(self, trained, tmp_path):
+        result = run("average", trained, "-o", tmp_path / "out.ckpt")
+        assert "with --container last it has the rest too" in result.stderr
+        with pytest.raises(KeyError, match="pytorch-lightning_version"):
+            Net.load_from_checkpoint(tmp_path / "out.ckpt")
+
     def test_the_last_one_s_copy_counts_once(self, trained, tmp_path):
         assert (trained / "last.ckpt").is_file()
         result = run("average", trained, "-o", tmp_path / "out.pt", "--expect", 3)

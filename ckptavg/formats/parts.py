@@ -224,7 +224,9 @@ class RemoteFile(Part):
         address: Any = path  # a UPath
         self._system, self._name = address.fs, address.path
         # fsspec's own `cat_file` opens the file, and then reads 5 MB more than it is asked for.
-        is_general = type(self._system).cat_file is AbstractFileSystem.cat_file
+        # An asynchronous file system has its own as an attribute of the object alone.
+        own = getattr(self._system.cat_file, "__func__", None)
+        is_general = own is AbstractFileSystem.cat_file
         self._options = {"cache_type": "none"} if is_general else {}
         self._head: bytes | None = None
         self.size, self.identity = self._look_up()

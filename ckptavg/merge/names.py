@@ -70,8 +70,6 @@ def choose_tensors(
         raise MismatchError(
             "the checkpoints do not have the same tensors:", [*dict.fromkeys(problems)]
         )
-    if skipped and skipped == names:
-        raise SelectionError("`skip` leaves out all tensors")
     contributing = tuple(
         new if member in last else other
         for member, new, other in zip(members, kept, averaged, strict=True)

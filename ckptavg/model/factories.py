@@ -149,7 +149,7 @@ def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
 
 def _load_module(name: str) -> ModuleType:
     _look_in(Path.cwd())
-    with user_code(f"importing {name}"), _argv(name), _without_training(name):
+    with _importing(name):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -180,7 +180,7 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        with user_code(f"importing {path}"), _argv(str(path)), _without_training(str(path)):
+        with _importing(str(path)):
             spec.loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
@@ -193,6 +193,13 @@ def _look_in(folder: Path, behind: Path | None = None) -> None:
     if str(folder) not in sys.path and not (folder == Path.cwd() and "" in sys.path):
         place = 0 if behind is None else sys.path.index(str(behind)) + 1
         sys.path.insert(place, str(folder))
+
+
+@contextlib.contextmanager
+def _importing(place: str) -> Iterator[None]:
+    """What an import of the user's code happens in: his errors are told from ours."""
+    with user_code(f"importing {place}"), _argv(place), _without_training(place):
+        yield
 
 
 @contextlib.contextmanager

@@ -65,15 +65,20 @@ class Config:
     component: str = ""
 
     @property
+    def kind(self) -> str:
+        """The kind that PEFT gives it, such as LORA; as a text, whatever the file has."""
+        return str(self.content.get("peft_type"))
+
+    @property
     def is_linear(self) -> bool:
         """Whether the average of the adapter's tensors does what adapters do on average."""
-        return self.content.get("peft_type") in _LINEAR
+        return self.kind in _LINEAR
 
     @property
     def settings(self) -> dict[str, str]:
         """The settings that decide what the adapter's tensors do, as texts."""
         names: Iterable[str] = _LORA_SETTINGS
-        if self.content.get("peft_type") != "LORA":
+        if self.kind != "LORA":
             names = (name for name in self.content if not _WITHOUT_EFFECT.fullmatch(name))
         values = {name: self.content.get(name) for name in names}
         return {  # lists that were sets come in any order; what is off may be missing
@@ -90,7 +95,7 @@ class Config:
         Raises:
             FormatError: the adapter is of another kind.
         """
-        kind, start = self.content.get("peft_type"), self.content.get("init_lora_weights")
+        kind, start = self.kind, self.content.get("init_lora_weights")
         if self.is_linear:
             raise FormatError(
                 f"is of type {kind}, whose tensors are averaged exactly one by one",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import numpy.typing as npt
 Kind = Literal["float", "complex", "int", "bool"]
 AnyArray = npt.NDArray[Any]
 """An array of any dtype."""
-Allocate = Callable[[str, np.dtype[Any]], AnyArray]
+Allocate = Callable[[Hashable, np.dtype[Any]], AnyArray]
 """Gives an uninitialised array for a purpose and a dtype. Loops use the same memory each time:
 getting new pages from the system takes longer than the arithmetic."""
 

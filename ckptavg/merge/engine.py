@@ -11,7 +11,6 @@ import itertools
 import os
 import queue
 import threading
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,7 +30,7 @@ from ckptavg.merge.arithmetic import (
 from ckptavg.merge.jobs import CHUNK, BadValueError, chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.merge.jobs import Job, Mean, StoredTensor
@@ -202,7 +201,7 @@ class _Worker:
     ) -> None:
         self._sinks, self._large_tensor = sinks, large_tensor
         self._allow_nonfinite = allow_nonfinite
-        self._buffers: dict[str, AnyArray] = {}
+        self._buffers: dict[Hashable, AnyArray] = {}
 
     def carry_out(self, job: Job, start: int, count: int) -> int:
         """Carry out a chunk of a job, and return the number of bytes written."""
@@ -225,7 +224,7 @@ class _Worker:
             for mean, total in zip(job.means, chunk.sums(), strict=True)
         )
 
-    def _buffer(self, purpose: str, dtype: np.dtype[Any], count: int) -> AnyArray:
+    def _buffer(self, purpose: Hashable, dtype: np.dtype[Any], count: int) -> AnyArray:
         """Uninitialised memory for `count` values: the same memory for the same purpose."""
         held, size = self._buffers.get(purpose), count * dtype.itemsize
         if held is None or held.nbytes < size:
@@ -304,20 +303,13 @@ class _Chunk:
         """The weighted sum for each mean, in float64 or complex128. Each input is read once."""
         job, dtype = self.job, accumulator_dtype(self.job.dtype)
         sums: dict[int, AnyArray] = {}
-        for number, entry in enumerate(job.inputs):
-            # Averages of the last 5 and the last 10 checkpoints share weights: multiply once.
-            means_by_weight: defaultdict[float, list[int]] = defaultdict(list)
-            for place, mean in enumerate(job.means):
-                if mean.weights[number] != 0:
-                    means_by_weight[mean.weights[number]].append(place)
-            if not means_by_weight:
-                continue
+        for entry, places_by_weight in job.terms:
             values = widened(self.read(entry), self.allocate)
-            if sum(map(len, means_by_weight.values())) > 1:
+            if len(job.means) > 1:
                 wide = self.allocate("wide", dtype)
                 np.copyto(wide, values, casting="same_kind")
                 values = wide
-            for weight, places in means_by_weight.items():
+            for weight, places in places_by_weight:
                 term = values
                 if weight != 1:
                     term = np.multiply(

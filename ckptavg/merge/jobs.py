@@ -5,7 +5,9 @@ A layout says where the bytes of each tensor go, before the first of them is wri
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -157,7 +159,7 @@ class Mean:
     must_be_finite: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
     """What all outputs compute from the same inputs, each of which is read once.
 
@@ -177,7 +179,23 @@ class Job:
     means: tuple[Mean, ...]
     number: int
 
-    @property
+    @cached_property
+    def terms(self) -> list[tuple[StoredTensor, list[tuple[float, list[int]]]]]:
+        """The inputs that count, each with its weights and the numbers of the means that have them.
+
+        Averages of the last 5 and the last 10 checkpoints share weights: these multiply once.
+        """
+        terms = []
+        for number, entry in enumerate(self.inputs):
+            means_by_weight: defaultdict[float, list[int]] = defaultdict(list)
+            for place, mean in enumerate(self.means):
+                if mean.weights[number] != 0:
+                    means_by_weight[mean.weights[number]].append(place)
+            if means_by_weight:
+                terms.append((entry, [*means_by_weight.items()]))
+        return terms
+
+    @cached_property
     def strided(self) -> bool:
         """Whether an input or a result is strided. The job is then a single tensor."""
         return any(mean.scattered for mean in self.means) or any(

@@ -156,9 +156,11 @@ class Capture(TorchFunctionMode):
         if not layer.training:  # the model itself has put it into eval mode
             known.was_called = True
             return
-        layer.track_running_stats = True
-        with suppress(AttributeError):
-            layer.momentum = 1.0
+        if not layer.track_running_stats:
+            layer.track_running_stats = True
+        if layer.momentum != 1:  # torch takes ten times as long to set it as to read it
+            with suppress(AttributeError):
+                layer.momentum = 1.0
         known.start, variance = known.old_statistics()
         known.pieces = []
         layer._buffers.update(running_mean=known.start, running_var=variance)  # noqa: SLF001
@@ -284,8 +286,10 @@ _KERNELS: dict[object, tuple[str, ...]] = {
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """The first tensor that a layer is called with, by position or by keyword."""
-    given = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-    return next(given, None)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    return None
 
 
 def _refuse_unfit(
@@ -296,7 +300,7 @@ def _refuse_unfit(
     Raises:
         UnfitBatchError: it cannot.
     """
-    values, splits = _input(args, kwargs), getattr(module, "num_splits", 1)
+    values, splits = _input(args, kwargs), vars(module).get("num_splits", 1)
     splits = splits if isinstance(splits, int) and module.training else 1
     if values is None or not values.dim():
         return

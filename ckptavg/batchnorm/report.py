@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from ckptavg.batchnorm.layers import KeptLayer, NormLayer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """What a layer holds.
 
     Attributes:
-        mean: running mean of each channel.
-        variance: running variance of each channel.
+        mean: running mean of each channel, float64 `[num_channels]`.
+        variance: running variance of each channel, likewise.
         batches: its counter of batches; None if it has none.
     """
 
-    mean: tuple[float, ...]
-    variance: tuple[float, ...]
+    mean: torch.Tensor
+    variance: torch.Tensor
     batches: int | None
 
 
@@ -121,27 +121,47 @@ class RefreshReport:
         return max(self.layers, key=measure)
 
 
-def statistics_of(layer: NormLayer) -> Statistics:
-    """What the layer holds."""
-    assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
-    counter = layer.num_batches_tracked
-    return Statistics(
-        tuple(layer.running_mean.double().tolist()),
-        tuple(layer.running_var.double().tolist()),
-        None if counter is None else int(counter),
-    )
+def statistics_of(layers: Collection[NormLayer]) -> list[Statistics]:
+    """Copies of what layers hold."""
+    means, variances = [], []
+    for layer in layers:
+        assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
+        means.append(layer.running_mean.detach().cpu().flatten())
+        variances.append(layer.running_var.detach().cpu().flatten())
+    sizes = [len(mean) for mean in means]
+    joined = (torch.split(torch.cat(each).double(), sizes) for each in (means, variances) if each)
+    counters = [layer.num_batches_tracked for layer in layers]
+    return [
+        Statistics(mean, variance, None if counter is None else int(counter))
+        for mean, variance, counter in zip(*joined, counters, strict=True)
+    ]
 
 
-def changes(old: Statistics, new: Statistics, eps: float) -> tuple[float, float]:
-    """Largest change of a mean, in new standard deviations, and largest ratio of variances."""
-    mean, variance = _tensor(new.mean), _tensor(new.variance) + eps
-    change = (mean - _tensor(old.mean)).abs() / variance.sqrt()
-    ratio = variance / (_tensor(old.variance) + eps)
+def changes(
+    old: Sequence[Statistics], new: Sequence[Statistics], eps: Sequence[float]
+) -> list[tuple[float, float]]:
+    """What changed most in each layer.
+
+    Args:
+        old: the statistics of each layer before.
+        new: the statistics now.
+        eps: what each layer adds to its variances.
+
+    Returns:
+        For each layer the largest change of a channel's mean, in new standard deviations, and the
+        largest ratio of a channel's variances.
+    """
+    if not new:
+        return []
+    sizes = [len(each.mean) for each in new]
+    added = torch.tensor(eps, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
+    variance = torch.cat([each.variance for each in new]) + added
+    mean_change = torch.cat([each.mean for each in new]) - torch.cat([each.mean for each in old])
+    change = torch.nan_to_num(mean_change.abs() / variance.sqrt(), nan=torch.inf, posinf=torch.inf)
+    ratio = variance / (torch.cat([each.variance for each in old]) + added)
     # A variance that was negative is as wrong as one that was NaN.
     ratio = torch.where(ratio > 0, torch.maximum(ratio, 1 / ratio), torch.inf)
-    change = torch.nan_to_num(change, nan=torch.inf, posinf=torch.inf)
-    return float(change.max()), float(ratio.max())
-
-
-def _tensor(values: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    largest = (
+        torch.stack([part.max() for part in torch.split(each, sizes)]) for each in (change, ratio)
+    )
+    return [*zip(*(each.tolist() for each in largest), strict=True)]

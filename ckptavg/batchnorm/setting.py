@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,13 +23,13 @@ from ckptavg.batchnorm.layers import (
 from ckptavg.model.modes import has_own_train, start_training
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 log = logging.getLogger("ckptavg")
 
 TrainMode = Literal["norm", "full"]
-_SCALARS = (bool, int, float, str, type(None))
+_SCALARS = {bool, int, float, str, type(None)}
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def training_mode(
         train_mode: what is in training mode beside them: nothing, or all.
     """
     with ExitStack() as undo:
-        keep_buffers(model, undo)
+        keep_buffers(model.modules(), undo)
         _set_mode(model, layers, kept, train_mode, undo)
         undo.enter_context(_not_compiled())
         undo.enter_context(_not_synchronised())
@@ -67,7 +68,7 @@ def kept_in_eval(model: torch.nn.Module) -> list[KeptLayer]:
     ):
         return []
     with ExitStack() as undo:
-        keep_buffers(model, undo)
+        keep_buffers(model.modules(), undo)
         _keep_weights(model, undo)
         _keep_modes(model, undo)
         try:
@@ -90,7 +91,13 @@ def kept_in_eval(model: torch.nn.Module) -> list[KeptLayer]:
 def _keep_modes(model: torch.nn.Module, undo: ExitStack) -> None:
     for module in model.modules():
         if hasattr(module, "training"):  # frozen TorchScript has no mode
-            undo.callback(setattr, module, "training", module.training)
+            undo.callback(_set_training, module, module.training)
+
+
+def _set_training(module: torch.nn.Module, mode: bool) -> None:  # noqa: FBT001
+    """Set a module's flag: torch takes 10 us to set one, and less than 1 to read it."""
+    if module.training != mode:
+        module.training = mode
 
 
 def _keep_weights(model: torch.nn.Module, undo: ExitStack) -> None:
@@ -101,33 +108,59 @@ def _keep_weights(model: torch.nn.Module, undo: ExitStack) -> None:
             undo.callback(_write_back, parameter.data, parameter.data, parameter.detach().clone())
 
 
-def keep_buffers(model: torch.nn.Module, undo: ExitStack) -> None:
+def keep_buffers(modules: Iterable[torch.nn.Module], undo: ExitStack) -> None:
     """Have all buffers put back, and the numbers that models keep beside them.
 
     Counters, caches, statistics; a number may say how long a cache is.
     """
-    for module in model.modules():
+    for module in modules:
+        undo.callback(_Held.by(module).put_back)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a module holds beside its parameters.
+
+    Attributes:
+        module: the module.
+        numbers: its plain attributes.
+        values: each of its buffers, with the memory that it had and a copy of the values.
+        buffers: its buffers by name; None in TorchScript, which gives none away.
+        passing: the names of those that are not saved.
+    """
+
+    module: torch.nn.Module
+    numbers: dict[str, object]
+    values: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    buffers: dict[str, torch.Tensor | None] | None
+    passing: set[str]
+
+    @classmethod
+    def by(cls, module: torch.nn.Module) -> _Held:
+        """What it holds now."""
+        values = [
+            (buffer, buffer.data, buffer.clone())
+            for buffer in module.buffers(recurse=False)
+            if not is_lazy(buffer) and buffer.layout == torch.strided
+        ]
         numbers = {key: value for key, value in vars(module).items() if type(value) in _SCALARS}
-        undo.callback(vars(module).update, numbers)
-        for buffer in module.buffers(recurse=False):
-            if not is_lazy(buffer) and buffer.layout == torch.strided:
-                undo.callback(_write_back, buffer, buffer.data, buffer.clone())
         if isinstance(module, torch.jit.ScriptModule):
-            continue
+            return cls(module, numbers, values, None, set())
         passing = set(module._non_persistent_buffers_set)  # noqa: SLF001
-        undo.callback(_put_back, module, dict(module._buffers), passing)  # noqa: SLF001
+        return cls(module, numbers, values, dict(module._buffers), passing)  # noqa: SLF001
 
-
-def _put_back(
-    module: torch.nn.Module, buffers: dict[str, torch.Tensor | None], passing: set[str]
-) -> None:
-    """Have a module hold the buffers that it held, and no others."""
-    for held, before in (
-        (module._buffers, buffers),  # noqa: SLF001
-        (module._non_persistent_buffers_set, passing),  # noqa: SLF001
-    ):
-        held.clear()
-        held.update(before)  # type: ignore[arg-type]
+    def put_back(self) -> None:
+        """Have the module hold this, and no other buffers."""
+        if self.buffers is not None:
+            for held, before in (
+                (self.module._buffers, self.buffers),  # noqa: SLF001
+                (self.module._non_persistent_buffers_set, self.passing),  # noqa: SLF001
+            ):
+                held.clear()
+                held.update(before)  # type: ignore[arg-type]
+        for buffer, data, values in self.values:
+            _write_back(buffer, data, values)
+        vars(self.module).update(self.numbers)
 
 
 def _write_back(buffer: torch.Tensor, data: torch.Tensor, values: torch.Tensor) -> None:
@@ -179,10 +212,10 @@ def _set_mode(
         start_training(model)
     else:
         for module in model.modules():
-            if hasattr(module, "training"):
-                module.training = is_aggregating(module)
+            if hasattr(module, "training"):  # frozen TorchScript has no mode
+                _set_training(module, is_aggregating(module))
     for name, layer in norm_layers(model).items():
-        layer.training = name in layers
+        _set_training(layer, name in layers)
     for each in kept:
         with suppress(AttributeError, RuntimeError):  # frozen TorchScript has no mode
             model.get_submodule(each.name).training = False

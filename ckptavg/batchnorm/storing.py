@@ -39,29 +39,34 @@ def store(
     Raises:
         RefreshError: a statistic is too large for a layer's dtype.
     """
-    every = norm_layers(model)
-    old = {name: statistics_of(layer) for name, layer in every.items()}
+    calls = dict(zip(layers, moments.calls.tolist(), strict=True))
+    used = {name: layer for name, layer in layers.items() if calls[name]}
+    joining = aggregating(model, used)
+    joined = {id(part) for module in joining.values() for part in module.modules()}
+    refreshed = {
+        name: layer
+        for name, layer in norm_layers(model).items()
+        if name in used or id(layer) in joined
+    }
+    old = statistics_of(refreshed.values())
     with ExitStack() as undo, torch.no_grad():
-        keep_buffers(model, undo)
-        calls = dict(zip(layers, moments.calls.tolist(), strict=True))
+        keep_buffers(model.modules() if joining else used.values(), undo)
         _store(layers, calls, moments)
-        used = {name: layer for name, layer in layers.items() if calls[name]}
-        refreshed = used.keys() | _aggregate(model, used)
+        _aggregate(joining)
         undo.pop_all()
-    errors = (each.tolist() for each in moments.errors())
-    errors_by_name = dict(zip(layers, zip(*errors, strict=True), strict=True))
+    new = statistics_of(refreshed.values())
+    changed = changes(old, new, [layer.eps for layer in refreshed.values()])
+    errors = zip(*(each.tolist() for each in moments.errors()), strict=True)
+    errors_by_name = dict(zip(layers, errors, strict=True))
     reports = []
-    for name, layer in every.items():
-        if name in refreshed:
-            new = statistics_of(layer)
-            change, ratio = changes(old[name], new, layer.eps)
-            mean_error, log_std_error = errors_by_name.get(name, (math.inf, math.inf))
-            reports.append(
-                LayerReport(
-                    name, calls.get(name, 0), change, ratio, mean_error, log_std_error,
-                    old=old[name], new=new,
-                )
-            )  # fmt: skip
+    for name, (change, ratio), before, now in zip(refreshed, changed, old, new, strict=True):
+        mean_error, log_std_error = errors_by_name.get(name, (math.inf, math.inf))
+        reports.append(
+            LayerReport(
+                name, calls.get(name, 0), change, ratio, mean_error, log_std_error,
+                old=before, new=now,
+            )
+        )  # fmt: skip
     return tuple(reports)
 
 
@@ -74,7 +79,7 @@ def _store(layers: Mapping[str, NormLayer], calls: Mapping[str, int], moments: M
             continue
         assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
         for buffer, values in ((layer.running_mean, mean), (layer.running_var, variance)):
-            if not bool(torch.isfinite(values.to(buffer.dtype)).all()):
+            if not float(values.to(buffer.dtype).abs().max()) < math.inf:
                 raise RefreshError(
                     f"the statistics of layer {printable(repr(name))} are too large for "
                     f"{buffer.dtype}",
@@ -85,11 +90,8 @@ def _store(layers: Mapping[str, NormLayer], calls: Mapping[str, int], moments: M
             layer.num_batches_tracked.fill_(calls[name])  # torch's InstanceNorm does not count
 
 
-def _aggregate(model: torch.nn.Module, used: Mapping[str, NormLayer]) -> set[str]:
-    """Let modules join the statistics of layers below them; returns the names of their layers."""
-    joined: set[int] = set()
-    for name, module in aggregating(model, used).items():
+def _aggregate(joining: Mapping[str, torch.nn.Module]) -> None:
+    """Let modules join the statistics of layers below them."""
+    for name, module in joining.items():
         with user_code(f"{printable(repr(name))}.aggregate_stats()"):
             module.aggregate_stats()  # type: ignore[operator]
-        joined.update(id(part) for part in module.modules())
-    return {name for name, layer in norm_layers(model).items() if id(layer) in joined}

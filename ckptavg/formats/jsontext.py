@@ -19,7 +19,7 @@ _MOST_VALUES = 1_500_000  # names and texts take 200 bytes of memory for each
 
 
 def to_text(value: Any) -> str:  # noqa: ANN401
-    """Indented JSON of plain values and dataclasses; null stands for NaN and Inf."""
+    """Indented JSON of plain values, dataclasses and tensors; null stands for NaN and Inf."""
     return json.dumps(_plain(value), indent=2, allow_nan=False)
 
 
@@ -28,6 +28,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
         return None
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -168,6 +168,8 @@ def task_of(kind: str, evaluation: EvaluationOptions, **more: Any) -> dict[str, 
     options = {
         **{each.name: getattr(evaluation, each.name) for each in fields(EvaluationOptions)},
         "refresh": None if refresh is None else refresh.keywords,
+        "refresh_loader": None if refresh is None else refresh.loader,
+        "refresh_loader_args": None if refresh is None else refresh.loader_args,
         **more,
     }
     del options["device"]

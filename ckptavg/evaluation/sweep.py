@@ -39,7 +39,7 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.walk import Stop, walk
-from ckptavg.model.making import random_state_kept
+from ckptavg.model.making import import_all, random_state_kept
 from ckptavg.options import takes_fields_of
 from ckptavg.select.advice import advice
 from ckptavg.select.metrics import certain_mode
@@ -132,6 +132,7 @@ def sweep(inputs: PathLike | Iterable[PathLike], options: SweepOptions) -> Sweep
         recipes = _distinct(recipes_of(run, schemes, options.select, averaging))
         plan = _plan(run, recipes, averaging)
         _check(run, recipes, plan, options, averaging)
+        import_all(options.seed, options.model, options.test_loader)  # what is wrong shows now
         evaluator = Evaluator(options, plan.members)
         rows, held = _evaluated(recipes, plan, evaluator, options, mode)
         averages, checkpoints = rows[: len(recipes)], rows[len(recipes) :]
@@ -355,7 +356,8 @@ def _stops(
     for stop in walk(plan, averages, baselines.keys() - held.keys()):
         yield BEST if stop.is_average else baselines[stop.number], stop.checkpoint
     if options.output is not None:
-        yield BEST, open_checkpoint(Path(options.output))
+        key = options.key if options.container == "last" else None
+        yield BEST, open_checkpoint(Path(options.output), key=key)
 
 
 def _tested(

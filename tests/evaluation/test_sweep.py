@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,15 @@ class TestReading:
             save_file(state, f"large/step_{step}.safetensors")
         return Path("large")
 
-    @pytest.mark.parametrize("more", [{}, {"output": OUT}, {"test_loader": "train.py:batches"}])
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {},
+            {"output": OUT},
+            {"test_loader": "train.py:batches"},
+            {"output": OUT, "test_loader": "train.py:batches"},
+        ],
+    )
     @pytest.mark.parametrize("last", [(2, 3, None), (8,)])
     def test_each_checkpoint_is_read_at_most_twice(self, large, last, more, monkeypatch):
         counts: dict[str, int] = {}
@@ -298,6 +307,18 @@ class TestTest:
             assert difference.low <= difference.value <= difference.high
             assert (difference.units, each.unit) == (83, "example")
 
+    def test_of_one_state_dict_in_a_training_checkpoint_is_of_that_one(self, train, states):
+        Path("whole").mkdir()
+        for epoch, state in enumerate(states):
+            both = {"state_dict": states[0], "ema": state, "epoch": epoch}
+            torch.save(both, f"whole/epoch_{epoch}.pt")
+        found = swept(
+            "whole", key="ema", output="best.pt", container="last", test_loader="train.py:batches"
+        )
+        written = torch.load("best.pt", weights_only=True)["ema"]
+        value = naive_metrics(train.Net(), written, train.batches())["loss"]
+        assert found.test[0].average == pytest.approx(value, rel=1e-5)
+
     @pytest.mark.parametrize("output", [None, OUT])
     def test_evaluates_each_once(self, output):
         Path("own.py").write_text(
@@ -357,6 +378,14 @@ class TestResuming:
         with pytest.raises(OutputError, match="has points of other checkpoints, options or code"):
             swept(metric="loss", journal="kept")
 
+    @pytest.mark.parametrize(
+        "other", [{"loader": "train.py:shuffled"}, {"loader_args": {"size": 5}}, {"tol": 0.1}]
+    )
+    def test_another_refresh_is_another_sweep(self, other):
+        swept(journal="kept")
+        with pytest.raises(OutputError, match="has points of other checkpoints, options or code"):
+            swept(journal="kept", refresh=replace(REFRESH, **other))
+
     def test_other_weights_under_the_same_names_are_evaluated_anew(self, states):
         first = swept(journal="kept")
         states[5]["head.bias"][0] += 1
@@ -408,6 +437,15 @@ class TestCommand:
         assert Path("p.svg").read_text().startswith("<?xml")
         assert sorted(os.listdir()) == ["p.svg", "run", "t.csv", "train.py"]
 
+    def test_a_metric_that_an_average_does_not_have_is_empty_in_csv(self, states):
+        states[1]["conv.bias"][0] = torch.nan
+        save_run(Path("run"), states, "pt")
+        words = [word for word in WORDS if word not in ("--metric", "loss")]
+        run("sweep", "run", *words, "--last", "all,2", "--csv", "t.csv")
+        first, second, *_ = csv.DictReader(Path("t.csv").read_text().splitlines())
+        assert (first["count"], first["loss"], first["accuracy"]) == ("6", "nan", "")
+        assert float(second["accuracy"]) > 0
+
     @pytest.mark.parametrize(
         ("more", "code", "message"),
         [
@@ -422,6 +460,11 @@ class TestCommand:
     def test_of_a_metric_whose_mode_is_not_certain(self, train):
         with pytest.raises(SelectionError, match=r"whether right should be low or high .*`mode`"):
             swept(metric="train.py:right")
+        assert train.MADE == []
+
+    def test_a_test_loader_that_is_not_there_is_said_before_anything_is_evaluated(self, train):
+        with pytest.raises(CkptAvgError, match="valid"):
+            swept(test_loader="train.py:valid")
         assert train.MADE == []
 
     def test_without_a_refresh_it_says_what_is_needed(self, train):

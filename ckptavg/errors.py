@@ -54,6 +54,25 @@ def without_notices() -> Iterator[None]:
         log.setLevel(level)
 
 
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Of notices that come with every checkpoint or trial, let the first through."""
+    log = logging.getLogger("ckptavg")
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in said
+        said.add(text)
+        return new
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
 class CkptAvgError(Exception):
     """The base of all errors that are no bug: the data, the model or the system is at fault.
 

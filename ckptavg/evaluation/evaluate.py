@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
-from ckptavg.errors import CkptAvgError
+from ckptavg.errors import CkptAvgError, said_once
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name, units_of
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_paths
@@ -48,8 +46,6 @@ if TYPE_CHECKING:
     from ckptavg.options import Progress
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
-
-log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,24 +185,6 @@ def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
     return best
 
 
-@contextlib.contextmanager
-def said_once() -> Iterator[None]:
-    """Of notices that come with every checkpoint or trial, let the first through."""
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        new = text not in said
-        said.add(text)
-        return new
-
-    log.addFilter(is_new)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_new)
-
-
 class Evaluator:
     """One model, which becomes each checkpoint in turn; what comes out does not depend on the last.
 
@@ -216,10 +194,16 @@ class Evaluator:
     Args:
         options: the model, the loader and the metric.
         checkpoints: what the model is going to be, as far as that is known.
+        loader_option: the option that names the options' loader.
     """
 
-    def __init__(self, options: EvaluationOptions, checkpoints: Sequence[Checkpoint] = ()) -> None:
-        self._options = options
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        checkpoints: Sequence[Checkpoint] = (),
+        loader_option: str = "loader",
+    ) -> None:
+        self._options, self._loader_option = options, loader_option
         metric = None if options.metric in BUILT_IN else options.metric
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
@@ -344,7 +328,8 @@ class Evaluator:
             CkptAvgError: it is what the last checkpoint has used up.
         """
         self._random.restore()
-        batches = make_batches(spec, arguments, is_training=is_training)
+        option = self._option_of(spec)
+        batches = make_batches(spec, arguments, is_training=is_training, option=option)
         if isinstance(batches, Iterator) and any(batches is used for used in self._used):
             raise CkptAvgError(
                 f"{name_of(spec)} can be gone through only once, and is needed for each checkpoint",
@@ -352,6 +337,14 @@ class Evaluator:
             )
         self._used.append(batches)
         return batches
+
+    def _option_of(self, loader: Loader) -> str:
+        """The option that names a loader."""
+        refresh = self._options.refresh
+        if loader is self._options.loader:
+            return self._loader_option
+        is_of_refresh = refresh is not None and loader is refresh.loader
+        return "refresh_loader" if is_of_refresh else "test_loader"
 
 
 def _passing_buffers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor]]:

@@ -40,7 +40,7 @@ class Judge:
     def measure(self, checkpoint: Checkpoint) -> Mapping[str, float]:
         """The metrics of a checkpoint, by name."""
         if self._evaluator is None:
-            self._evaluator = Evaluator(self._options, [checkpoint])
+            self._evaluator = Evaluator(self._options, [checkpoint], "eval_loader")
         return self._evaluator(checkpoint)
 
     def verdict(self, before: Mapping[str, float], after: Mapping[str, float]) -> Verdict:

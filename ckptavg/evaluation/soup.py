@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ckptavg.average import open_run, write_averages
 from ckptavg.batchnorm.files import refresh_checkpoint
 from ckptavg.batchnorm.together import of_both
-from ckptavg.errors import SelectionError, printable
-from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator, said_once
+from ckptavg.errors import SelectionError, printable, said_once
+from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.merge.patterns import any_matches
 from ckptavg.merge.recipe import AverageOptions, Recipe

@@ -23,9 +23,10 @@ from ckptavg.errors import (
     SelectionError,
     UserCodeError,
     printable,
+    said_once,
     without_notices,
 )
-from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator, said_once
+from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator
 from ckptavg.evaluation.journal import journal, task_of
 from ckptavg.evaluation.measures import BUILT_IN
 from ckptavg.evaluation.swept import BEST, Row, Sweep, best_of, comparisons

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptavg.distributed import ALONE, Ranks
-from ckptavg.errors import RefreshError, SelectionError, listed, printable
-from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator, said_once
+from ckptavg.errors import RefreshError, SelectionError, listed, printable, said_once
+from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator
 from ckptavg.evaluation.journal import Values, journal, task_of
 from ckptavg.formats import open_checkpoint
 from ckptavg.landscape.places import Place, Space

@@ -12,12 +12,13 @@ from ckptavg.formats.pickled import Placeholder
 from ckptavg.model.factories import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from ckptavg.formats.checkpoint import Checkpoint
 
 log = logging.getLogger("ckptavg")
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -65,17 +66,55 @@ def complete_arguments(
     plain = {name: _usable(value) for name, value in recorded.items() if name not in objects}
     if source is not None and recorded:
         _log_arguments(name_of(function), source.name, plain, objects)
-    missing = [
+    if missing := _missing(parameters, [*given, *plain]):
+        raise _missing_arguments(function, missing, objects, source)
+    return {**plain, **given}
+
+
+def wrong_arguments(
+    function: Callable[..., object], name: str, arguments: Mapping[str, Any], option: str
+) -> RefreshError | None:
+    """The error about keywords that a function does not accept; None if it accepts them.
+
+    Args:
+        function: the function.
+        name: what messages call it.
+        arguments: the keywords.
+        option: the option that gives them.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+    if missing := _missing(parameters, arguments):
+        return RefreshError(
+            f"{name} needs {listed(missing)}",
+            remedy=f"give {_as_options(option, missing)}, or name a function that needs no "
+            "arguments",
+        )
+    accepted = [each.name for each in parameters.values() if each.kind in _BY_NAME]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    unknown = [each for each in arguments if each not in accepted]
+    if takes_all or not unknown:
+        return None
+    remedy = f"it takes {listed(accepted)}" if accepted else "it takes no arguments"
+    return RefreshError(f"{name} does not take {listed(unknown)} (`{option}`)", remedy=remedy)
+
+
+def _missing(parameters: Mapping[str, inspect.Parameter], given: Collection[str]) -> list[str]:
+    """The parameters without a default that are not given."""
+    return [
         name
         for name, parameter in parameters.items()
         if parameter.default is inspect.Parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.kind in _BY_NAME
         and name not in given
-        and name not in plain
     ]
-    if missing:
-        raise _missing_arguments(function, missing, objects, source)
-    return {**plain, **given}
+
+
+def _as_options(option: str, names: Iterable[str]) -> str:
+    """How a message names the options that give arguments."""
+    return " ".join(f"`{option}` {name}=VALUE" for name in names)
 
 
 def _usable(value: object) -> object:
@@ -130,8 +169,7 @@ def _missing_arguments(
         why = f"{printable(source.name)} does not record {'it' if len(missing) == 1 else 'them'}"
     else:
         why = "the checkpoint records no hyper-parameters"
-    arguments = " ".join(f"`model_arg` {name}=VALUE" for name in missing)
-    remedy = f"give {arguments}, or name a function that needs no arguments"
+    remedy = f"give {_as_options('model_arg', missing)}, or name a function that needs no arguments"
     if callable(getattr(function, "from_pretrained", None)):
         remedy = (
             f"name {name_of(function)}.from_pretrained, with "

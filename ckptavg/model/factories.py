@@ -13,14 +13,15 @@ import importlib.util
 import re
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptavg.errors import CkptAvgError, UserCodeError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import ModuleType
 
     import torch
 
@@ -73,6 +74,11 @@ _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
         TypeError,
         r"(forward|call)\w*\(\) (missing|takes|got)",
         "say how the model is called with a batch: `forward`, a function of model and batch",
+    ),
+    (
+        ValueError,
+        r"expected .* input \(got \dD input\)",
+        "where the loader yields single examples, let it be a torch.utils.data.DataLoader",
     ),
     (
         Exception,
@@ -139,12 +145,35 @@ def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
     with user_code(f"looking up {spec}"):
         for name in attribute.split("."):
             if not hasattr(found, name):
-                names = [each for each in dir(found) if not each.startswith("_")]
-                alike = difflib.get_close_matches(name, names, cutoff=0.4)
-                remedy = f"it has {listed(alike)}" if alike else None
+                others = _others(found, name)
+                remedy = f"it has {listed(others)}" if others else None
                 raise CkptAvgError(f"{place} has no {attribute!r}", remedy=remedy)
             found = getattr(found, name)
     return found
+
+
+def _others(found: object, name: str) -> list[str]:
+    """Names to propose for one that a module or a class does not have, the most alike first.
+
+    A package collects what others define. A file's and a class's own are proposed alone.
+    """
+    names = [each for each in dir(found) if not each.startswith("_")]
+    if hasattr(found, "__path__"):
+        return difflib.get_close_matches(name, names, cutoff=0.4)
+    place = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", "")
+    own = [
+        each
+        for each, value in getattr(found, "__dict__", {}).items()
+        if each in names and _may_be_meant(value, place)
+    ]
+    return [*dict.fromkeys((*difflib.get_close_matches(name, own, cutoff=0.4), *own))]
+
+
+def _may_be_meant(value: object, module: str) -> bool:
+    """Whether a value may be a model, a loader or a function, and is not imported."""
+    if hasattr(value, "__name__"):
+        return callable(value) and getattr(value, "__module__", None) == module
+    return callable(value) or (hasattr(value, "__iter__") and not isinstance(value, str | Mapping))
 
 
 def _load_module(name: str) -> ModuleType:

@@ -14,14 +14,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from ckptavg.distributed import local_device
-from ckptavg.errors import RefreshError
-from ckptavg.model.arguments import complete_arguments
+from ckptavg.errors import RefreshError, UserCodeError
+from ckptavg.model.arguments import complete_arguments, wrong_arguments
 from ckptavg.model.batches import attribute_of
 from ckptavg.model.factories import load_object, name_of, user_code
 from ckptavg.model.modes import is_trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.model.factories import Loader, Model
@@ -110,8 +110,7 @@ def make_model(
         _refuse_arguments(spec, arguments)
     elif callable(model):
         arguments = complete_arguments(model, arguments, checkpoints)
-        with user_code(name_of(spec)):
-            model = model(**arguments)
+        model = _called(model, name_of(spec), arguments, "model_arg")
     model = _network_of(model, name_of(spec))
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise RefreshError(
@@ -125,6 +124,33 @@ def make_model(
         return model.to(place)
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         raise RefreshError(f"cannot use device {str(place)!r}: {error}") from error
+
+
+def _called(
+    function: Callable[..., Any], name: str, arguments: Mapping[str, Any], option: str
+) -> Any:  # noqa: ANN401 - the user's own
+    """What the user's function returns.
+
+    Args:
+        function: the function, or a class.
+        name: what messages call it.
+        arguments: its keywords.
+        option: the option that gives them.
+
+    Raises:
+        RefreshError: it does not accept these keywords.
+        UserCodeError: it raised.
+    """
+    try:
+        with user_code(name):
+            return function(**arguments)
+    except UserCodeError as error:
+        # Not before the call: a decorator may supply arguments of which the signature tells.
+        is_refused = isinstance(error.__cause__, TypeError)
+        refusal = wrong_arguments(function, name, arguments, option) if is_refused else None
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
 def _network_of(value: object, name: str) -> torch.nn.Module:
@@ -148,13 +174,16 @@ def _network_of(value: object, name: str) -> torch.nn.Module:
     )
 
 
-def make_batches(spec: Loader, arguments: Mapping[str, Any], *, is_training: bool) -> Iterable[Any]:
+def make_batches(
+    spec: Loader, arguments: Mapping[str, Any], *, is_training: bool, option: str = "loader"
+) -> Iterable[Any]:
     """The iterable of batches that a spec names, or that the callable returns which it names.
 
     Args:
         spec: an iterable, a callable that returns it, or the spec of either.
         arguments: keywords for the callable.
         is_training: whether training data are wanted, of a Lightning data module, or held-out ones.
+        option: the option that names it.
 
     Raises:
         RefreshError: it is no iterable.
@@ -164,8 +193,7 @@ def make_batches(spec: Loader, arguments: Mapping[str, Any], *, is_training: boo
     if hasattr(value, "__iter__") and not isinstance(value, type):
         _refuse_arguments(spec, arguments)
     elif callable(value):
-        with user_code(name_of(spec)):
-            value = value(**arguments)
+        value = _called(value, name_of(spec), arguments, f"{option}_arg")
     stage, method = ("fit", "train_dataloader") if is_training else ("validate", "val_dataloader")
     if callable(getattr(value, method, None)):
         with user_code(f"{name_of(spec)}.{method}()"):
@@ -173,12 +201,25 @@ def make_batches(spec: Loader, arguments: Mapping[str, Any], *, is_training: boo
             value.setup(stage)
             value = _only_loader(getattr(value, method)(), f"{name_of(spec)}.{method}()")
     if not hasattr(value, "__iter__") or isinstance(value, type):
-        raise RefreshError(
-            f"{name_of(spec)} is a {type(value).__name__}, which gives no batches",
-            remedy="let it be an iterable of batches, such as a DataLoader, or return one",
-        )
+        raise _no_batches(value, name_of(spec), is_training=is_training)
     batches: Iterable[Any] = value
     return batches
+
+
+def _no_batches(value: object, name: str, *, is_training: bool) -> RefreshError:
+    """The error about what is not a loader: often it is a dataset."""
+    kind = type(value).__name__
+    if not isinstance(value, type) and hasattr(value, "__getitem__"):
+        shuffle = ", shuffle=True" if is_training else ""
+        loader = f"torch.utils.data.DataLoader(dataset, batch_size=...{shuffle})"
+        return RefreshError(
+            f"{name} is a dataset ({kind}), which gives examples and no batches",
+            remedy=f"name a function that returns {loader}",
+        )
+    return RefreshError(
+        f"{name} is a {kind}, which gives no batches",
+        remedy="let it be an iterable of batches, such as a DataLoader, or return one",
+    )
 
 
 def _only_loader(returned: Any, what: str) -> Any:  # noqa: ANN401 - the user's own

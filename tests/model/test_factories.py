@@ -206,8 +206,10 @@ class TestAttributes:
         assert not isinstance(caught.value, UserCodeError)
 
     def test_that_are_not_there_bring_up_those_alike(self, tmp_path):
-        write(tmp_path / "factory_alike.py", "loader = make_model = other = None")
-        with pytest.raises(CkptAvgError, match=r"'train_loader'; it has loader, make_model$"):
+        code = "from json import loads\ndef make_model(): pass\nother = []\nloader = [1]\nn = 3"
+        write(tmp_path / "factory_alike.py", code)
+        expected = r"'train_loader'; it has loader, make_model, other$"
+        with pytest.raises(CkptAvgError, match=expected):
             load_object("factory_alike.py:train_loader")
 
     def test_that_raise_show_what_they_raised(self, tmp_path):

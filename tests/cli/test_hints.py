@@ -1,0 +1,193 @@
+"""Errors say what to type instead: each hint is the command that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import outcome
+from tests.oracle import save_run
+
+pytestmark = pytest.mark.usefixtures("no_fsync", "user_folder")
+
+CODE = """
+import functools
+from collections import OrderedDict
+from math import sqrt
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+SIZE = 3
+
+
+class Net(nn.Sequential):
+    def __init__(self, width):
+        super().__init__(nn.Linear(5, width), nn.BatchNorm1d(width))
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.randn(8, 5))
+
+    def __len__(self):
+        return 8
+
+
+def make_model():
+    return Net(4)
+
+
+def make_loader(split, *, batch=8):
+    if split == "none":
+        raise TypeError("make_loader() missing split")
+    return DataLoader(dataset, batch_size=batch, shuffle=True)
+
+
+def count(model, batches):
+    return sum(model(batch).sum() for batch in batches)
+
+
+def with_split(function):
+    @functools.wraps(function)
+    def wrapper():
+        return function("train")
+
+    return wrapper
+
+
+decorated = with_split(make_loader)
+dataset = TensorDataset(torch.randn(16, 5), torch.arange(16) % 4)
+
+
+def make_dataset():
+    return dataset
+"""
+
+
+@pytest.fixture
+def swa(user_folder: Path) -> str:
+    """The user's code, `mine.py`, and an average of a model of it."""
+    (user_folder / "mine.py").write_text(CODE)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+    states = [{name: value + step for name, value in model.state_dict().items()} for step in (0, 1)]
+    save_run(user_folder / "ckpts", states)
+    assert outcome("average", "ckpts", "-o", "swa.safetensors")[0] == 0
+    return "swa.safetensors"
+
+
+def refresh(swa: str, *options: str, model: str = "make_model", loader: str = "decorated") -> str:
+    """What is said on stderr of a refresh that fails, without "ckptavg: error: "."""
+    specs = ("--model", f"mine.py:{model}", "--loader", f"mine.py:{loader}")
+    code, _, said = outcome("bn-refresh", swa, *specs, *options)
+    assert code == 1
+    return said
+
+
+def line(said: str) -> str:
+    """The error, which is all that was said."""
+    assert said.count("\n") == 1
+    return said.removeprefix("ckptavg: error: ").rstrip()
+
+
+class TestArguments:
+    def test_that_a_loader_needs_are_named_with_the_option(self, swa):
+        assert line(refresh(swa, loader="make_loader")) == (
+            "mine.py:make_loader needs split; give --loader-arg split=VALUE, or name a function "
+            "that needs no arguments"
+        )
+
+    @pytest.mark.parametrize(
+        ("command", "options", "option"),
+        [
+            ("bn-refresh", ("--eval-loader", "mine.py:make_loader"), "--eval-loader-arg"),
+            ("evaluate", ("--refresh-loader", "mine.py:make_loader"), "--refresh-loader-arg"),
+            (
+                "sweep",
+                (
+                    *("--refresh-loader", "mine.py:decorated", "--last", "1"),
+                    *("--test-loader", "mine.py:make_loader"),
+                ),
+                "--test-loader-arg",
+            ),
+        ],
+    )
+    def test_are_those_of_the_loader_at_fault(self, command, options, option, swa):
+        inputs = swa if command == "bn-refresh" else "ckpts"
+        specs = ("--model", "mine.py:make_model", "--loader", "mine.py:decorated")
+        code, _, said = outcome(command, inputs, *specs, *options)
+        assert code == 1
+        assert f"mine.py:make_loader needs split; give {option} split=VALUE" in said
+        assert "Traceback" not in said
+
+    @pytest.mark.parametrize(
+        ("loader", "argument", "message"),
+        [
+            (
+                "make_loader",
+                ("--loader-arg", "splt=1", "--loader-arg", "split=a"),
+                "mine.py:make_loader does not take splt (--loader-arg); it takes split, batch",
+            ),
+            (
+                "make_dataset",
+                ("--loader-arg", "split=a"),
+                "mine.py:make_dataset does not take split (--loader-arg); it takes no arguments",
+            ),
+            (
+                "decorated",
+                ("--model-arg", "width=3"),
+                "mine.py:make_model does not take width (--model-arg); it takes no arguments",
+            ),
+        ],
+    )
+    def test_that_are_not_taken_are_named(self, loader, argument, message, swa):
+        assert line(refresh(swa, *argument, loader=loader)) == message
+
+    def test_that_a_decorator_gives_are_not_asked_for(self, swa):
+        specs = ("--model", "mine.py:make_model", "--loader", "mine.py:decorated")
+        assert outcome("bn-refresh", swa, *specs)[0] == 0
+
+    def test_are_not_blamed_for_an_error_within_the_function(self, swa):
+        said = refresh(swa, "--loader-arg", "split=none", loader="make_loader")
+        assert said.startswith("Traceback")
+        assert "mine.py:make_loader raised TypeError: make_loader() missing split" in said
+
+
+class TestDatasets:
+    @pytest.mark.parametrize("loader", ["dataset", "make_dataset"])
+    def test_are_no_loaders(self, loader, swa):
+        assert line(refresh(swa, loader=loader)) == (
+            f"mine.py:{loader} is a dataset (TensorDataset), which gives examples and no batches; "
+            "name a function that returns torch.utils.data.DataLoader(dataset, batch_size=..., "
+            "shuffle=True)"
+        )
+
+    def test_for_an_evaluation_need_no_shuffle(self, swa):
+        specs = ("--model", "mine.py:make_model", "--loader", "mine.py:dataset")
+        assert line(outcome("evaluate", swa, *specs)[2]).endswith("(dataset, batch_size=...)")
+
+    def test_that_give_single_examples_are_told_by_the_model(self, swa):
+        specs = ("--model", "mine.py:make_model", "--loader", "mine.py:Numbers")
+        said = outcome("evaluate", swa, *specs, "--metric", "mine.py:count")[2]
+        assert "where the loader yields single examples, let it be a torch.utils.data.Dat" in said
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "others"),
+        [
+            ("make_modl", "make_model, make_loader, make_dataset, Net, Numbers and 3 more"),
+            ("qqq", "Net, Numbers, make_model, make_loader, count and 3 more"),
+            ("Net.widht", ""),
+        ],
+    )
+    def test_that_a_file_defines_are_proposed(self, name, others, swa):
+        proposed = f"; it has {others}" if others else ""
+        assert line(refresh(swa, model=name)).startswith(f"mine.py has no '{name}'{proposed}")
+
+    def test_of_a_package_are_those_that_it_collects(self, swa):
+        specs = ("--model", "torch.nn:Sequentia", "--loader", "mine.py:decorated")
+        assert "it has Sequential" in line(outcome("bn-refresh", swa, *specs)[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from glob import glob, has_magic
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
             elif not path.exists():
                 if is_remote(path):
                     path.stat()  # raises, and says more
-                raise SelectionError("does not exist", path=path)
+                raise SelectionError("does not exist", path=path, remedy=_hint_of_pattern(path))
             for entry in entries:
                 candidates.setdefault(entry, path)
             if not entries:
@@ -148,6 +149,19 @@ def _hint(folder: Path) -> str:
         f"checkpoints are files ending with {endings}, and directories with weights; torch files "
         "with other endings can be named one by one"
     )
+
+
+def _hint_of_pattern(path: Path) -> str | None:
+    """A remedy for a path that does not exist and looks like a pattern: `ckpts/*.pt`."""
+    if not has_magic(str(path)):
+        return None
+    count = len(glob(str(path), recursive=True))  # noqa: PTH207 - as shells do, without hidden ones
+    if not count:
+        return "as a pattern it matches nothing"
+    remedy = f"as a pattern it matches {count}: leave out the quotes, and the shell expands it"
+    if has_magic(str(path.parent)):
+        return remedy
+    return f"{remedy}; or name {printable(path.parent)} with `include` '{printable(path.name)}'"
 
 
 def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:

@@ -191,3 +191,28 @@ class TestNames:
     def test_of_a_package_are_those_that_it_collects(self, swa):
         specs = ("--model", "torch.nn:Sequentia", "--loader", "mine.py:decorated")
         assert "it has Sequential" in line(outcome("bn-refresh", swa, *specs)[2])
+
+
+class TestPatterns:
+    @pytest.mark.usefixtures("swa")
+    @pytest.mark.parametrize("command", ["average", "inspect"])
+    def test_in_quotes_are_said_to_be_such(self, command):
+        output = ("-o", "out.pt") if command == "average" else ()
+        said = line(outcome(command, "ckpts/*.safetensors", *output)[2])
+        assert said == (
+            "ckpts/*.safetensors: does not exist; as a pattern it matches 2: leave out the quotes, "
+            "and the shell expands it; or name ckpts with --include '*.safetensors'"
+        )
+        rest = ("ckpts", "--include", "*.safetensors", *output)
+        assert outcome(command, *rest)[0] == 0
+
+    def test_that_match_nothing_say_so(self):
+        said = line(outcome("average", "ckpts/*.pt", "-o", "out.pt")[2])
+        assert said == "ckpts/*.pt: does not exist; as a pattern it matches nothing"
+
+    @pytest.mark.usefixtures("swa")
+    def test_of_folders_are_not_proposed_as_names(self):
+        said = line(outcome("average", "ckpt?/step_?.safetensors", "-o", "out.pt")[2])
+        assert said.endswith(
+            "as a pattern it matches 2: leave out the quotes, and the shell expands it"
+        )

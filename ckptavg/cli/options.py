@@ -6,6 +6,7 @@ An option is named after the field of the dataclass that it fills.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import click
 from ckptavg.cli.command import NoEffect, fields_of, names_of, without
 from ckptavg.cli.configuration import load_defaults
 from ckptavg.cli.declarations import parse, path_or_url, variant
+from ckptavg.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +60,9 @@ CANDIDATES = (*_BY_STEP, _LAST, _EVERY, _UNIT)  # for commands that compute metr
 CANDIDATES_BUT_LAST = (*_BY_STEP, _EVERY, _UNIT)
 SELECTION_NO_EFFECT = (
     without("best", "mode"),
-    without("metric", "metrics"),
+    NoEffect(
+        "without --metric", lambda params: not (params["metric"] or params["best"]), ["metrics"]
+    ),
     without("lr_minima", "lr_recorded"),
 )
 
@@ -221,3 +225,21 @@ def evaluation_fields(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
     if params["refresh_loader"] is not None:
         refresh = refresh_options(params, "refresh_")
     return {**fields_of(kind, params), "select": select, "refresh": refresh}
+
+
+def model_of_transformers(*folders: Path) -> str:
+    """The options that make the model of what transformers wrote to one of some directories.
+
+    Empty if it wrote to none of them. What is behind a URL is not looked at.
+    """
+    from ckptavg.formats.huggingface import architecture
+    from ckptavg.formats.paths import is_remote
+
+    for folder in folders:
+        if not is_remote(folder) and (name := architecture(folder)):
+            place = shlex.quote(printable(folder))
+            return (
+                f"--model transformers:{name}.from_pretrained "
+                f"--model-arg pretrained_model_name_or_path={place}"
+            )
+    return ""

@@ -14,8 +14,10 @@ from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from ckptavg.formats.checkpoint import Checkpoint
 
 Mode = Literal["min", "max"]
 
@@ -98,6 +100,18 @@ def metric_in_name(file_name: str, metric: str) -> float | None:
     return float(candidates[0][1] or candidates[0][2]) if len(candidates) == 1 else None
 
 
+def recorded_metrics(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """The names of the metrics that checkpoints record, or have in their names before `=`."""
+    names: set[str] = set()
+    for each in checkpoints:
+        names.update(each.training.metrics)
+        for name in re.findall(r"([^\W\d][\w/]*)=", each.name):
+            is_step = name.rpartition("/")[2] in {"epoch", "step", "global_step"}
+            if not is_step and metric_in_name(each.name, name) is not None:
+                names.add(name)
+    return sorted(names)
+
+
 def indices_of_best(values: Sequence[float | None], count: int, mode: str) -> list[int]:
     """The indices of the best values, in ascending order.
 
@@ -131,6 +145,27 @@ def read_metrics(path: Path, metric: str) -> dict[str, float]:
         FormatError: the file is neither, has a checkpoint twice, or a value is no number.
         SelectionError: the file does not have that metric.
     """
+    values: dict[str, float | None] = {}
+    for name, value in _column(path, _read_rows(path), metric):
+        if name in values:
+            raise FormatError(f"has {printable(name)} twice", path=path)
+        values[name] = number = _number(value)
+        if number is None and value not in (None, ""):
+            raise FormatError(f"of {printable(name)}, {printable(value)!r} is no number", path=path)
+    return {name: number for name, number in values.items() if number is not None}
+
+
+def metric_names(path: Path) -> list[str]:
+    """The names of the metrics in a CSV or JSON file.
+
+    Raises:
+        FormatError: it is neither.
+    """
+    return sorted({key for _, row in _read_rows(path) if isinstance(row, dict) for key in row})
+
+
+def _read_rows(path: Path) -> list[tuple[str, object]]:
+    """The name of each checkpoint in a file, and its value or a dict of its metrics."""
     file = open_source(path)
     if file.size > _LARGEST_FILE:
         raise FormatError(
@@ -142,15 +177,7 @@ def read_metrics(path: Path, metric: str) -> dict[str, float]:
         text = file.read(0, file.size).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise FormatError("is neither CSV nor JSON: no text", path=path) from error
-    rows = _read_json(path, text) if text[:1] in ("{", "[") else _read_csv(path, text)
-    values: dict[str, float | None] = {}
-    for name, value in _column(path, rows, metric):
-        if name in values:
-            raise FormatError(f"has {printable(name)} twice", path=path)
-        values[name] = number = _number(value)
-        if number is None and value not in (None, ""):
-            raise FormatError(f"of {printable(name)}, {printable(value)!r} is no number", path=path)
-    return {name: number for name, number in values.items() if number is not None}
+    return _read_json(path, text) if text[:1] in ("{", "[") else _read_csv(path, text)
 
 
 def _column(path: Path, rows: list[tuple[str, object]], metric: str) -> list[tuple[str, object]]:

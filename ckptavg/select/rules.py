@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +18,16 @@ from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.paths import absolute
 from ckptavg.options import Options
 from ckptavg.select.learning_rates import Reading, rates_and_minima
-from ckptavg.select.metrics import Mode, certain_mode, indices_of_best, metric_in_name, read_metrics
+from ckptavg.select.metrics import (
+    Mode,
+    certain_mode,
+    indices_of_best,
+    metric_in_name,
+    metric_names,
+    mode_of,
+    read_metrics,
+    recorded_metrics,
+)
 from ckptavg.select.order import remedy_without_order, saved_before_training, timeline
 from ckptavg.select.series import matches
 
@@ -86,9 +96,7 @@ class Selection(Options):
         if len(exclusive) > 1:
             names = " and ".join(f"`{name}`" for name in exclusive)
             raise SelectionError(f"{names} exclude each other", remedy="give one of them")
-        if self.best is not None and self.metric is None:
-            raise SelectionError("`best` needs a metric", remedy="name it with `metric`")
-        if self.metric is None and (self.metrics is not None or self.mode is not None):
+        if not (self.metric or self.best) and (self.metrics is not None or self.mode is not None):
             what = "`metrics` and `mode` need a metric"
             raise SelectionError(what, remedy="name it with `metric`")
         numbers = [("cycle", self.cycle), ("best", self.best), ("every", self.every)]
@@ -178,6 +186,8 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
         _apply_lr_minima(verdicts, run, rules.lr_recorded)
     if rules.metric is not None:
         _apply_metric(verdicts, rules.metric, rules)
+    elif rules.best is not None:
+        raise _no_metric(run.checkpoints, rules)
     if rules.last:
         require_order(run, "last")
         _apply_last(verdicts, rules.counts)
@@ -320,8 +330,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     left = _remaining(verdicts)
     values = [verdict.metric for verdict in left]
     if all(value is None for value in values):
-        names = {name for each in verdicts for name in each.checkpoint.training.metrics}
-        known = listed(sorted(names), 20)
+        known = listed(recorded_metrics([each.checkpoint for each in verdicts]), 20)
         raise SelectionError(
             f"none of the checkpoints has the metric {printable(metric)}",
             remedy=(f"recorded are: {known}; " if known else "")
@@ -334,6 +343,23 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"
             verdict.reject(f"not among the best {rules.best} ({printable(metric)} {value})")
+
+
+def _no_metric(checkpoints: Sequence[Checkpoint], rules: Selection) -> SelectionError:
+    """The error about `best` without a metric: it names those that there are."""
+    if rules.metrics is None:
+        names, where = recorded_metrics(checkpoints), "the checkpoints record"
+    else:
+        names, where = metric_names(rules.metrics), f"{printable(rules.metrics)} has"
+    if not names:
+        remedy = "name a file that has one with `metrics`, and the metric with `metric`"
+        return SelectionError(f"`best` needs a metric, and {where} none", remedy=remedy)
+    metric = next((name for name in names if mode_of(name)), names[0])
+    mode = "" if rules.mode or mode_of(metric) else ", and `mode` min or `mode` max"
+    return SelectionError(
+        f"`best` needs a metric, and {where} {listed(names, 20)}",
+        remedy=f"add `metric` {shlex.quote(printable(metric))}{mode}",
+    )
 
 
 def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:

@@ -216,3 +216,35 @@ class TestPatterns:
         assert said.endswith(
             "as a pattern it matches 2: leave out the quotes, and the shell expands it"
         )
+
+
+class TestBest:
+    def test_without_a_metric_lists_those_recorded(self):
+        Path("run").mkdir()
+        for epoch in range(3):
+            path = f"run/epoch={epoch}-val_loss={epoch / 10}-speed=3.0.ckpt"
+            torch.save({"state_dict": {"w": torch.rand(1)}, "epoch": epoch}, path)
+        arguments = ("average", "run", "-o", "out.pt", "--best", 2)
+        said = line(outcome(*arguments)[2])
+        assert said == (
+            "--best needs a metric, and the checkpoints record speed, val_loss; "
+            "add --metric val_loss"
+        )
+        assert outcome(*arguments, "--metric", "val_loss")[0] == 0
+
+    @pytest.mark.usefixtures("swa")
+    def test_lists_those_of_a_file(self):
+        Path("m.csv").write_text("name,steps,other\nstep_0.safetensors,1,2\n")
+        said = line(outcome("inspect", "ckpts", "--best", 1, "--metrics", "m.csv")[2])
+        assert said == (
+            "--best needs a metric, and m.csv has other, steps; "
+            "add --metric other, and --mode min or --mode max"
+        )
+
+    @pytest.mark.usefixtures("swa")
+    def test_says_where_none_is_recorded(self):
+        said = line(outcome("inspect", "ckpts", "--best", 1)[2])
+        assert said == (
+            "--best needs a metric, and the checkpoints record none; "
+            "name a file that has one with --metrics, and the metric with --metric"
+        )

@@ -198,6 +198,10 @@ def test_endless_and_odd_numbers_are_one_line(run, text):
         ({"start": "5000"}, "the rules leave out all 10 checkpoints"),
         ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
         ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),
+        (
+            {"best": 1},
+            "`best` needs a metric, and the checkpoints record val_loss; add `metric` val_",
+        ),
         ({"lr_minima": True}, "none of the checkpoints records a learning rate"),
     ],
     ids=str,
@@ -214,7 +218,6 @@ def test_what_cannot_be_chosen_is_said(run, rules, message):
     [
         ({"steps": "1", "cycle": 3}, "`steps` and `cycle`"),
         ({"cycle": 3, "lr_minima": True}, "`cycle` and `lr_minima`"),
-        ({"best": 3}, "metric"),
         ({"mode": "max"}, "need a metric"),
         ({"last": 0}, "`last` is at least 1"),
         ({"every": -1}, "`every` is at least 1"),

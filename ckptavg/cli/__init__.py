@@ -19,6 +19,7 @@ from ckptavg.cli.demo import demo
 from ckptavg.cli.evaluate import evaluate
 from ckptavg.cli.inspect import inspect
 from ckptavg.cli.landscape import landscape
+from ckptavg.cli.options import model_of_transformers
 from ckptavg.cli.soup import soup
 from ckptavg.cli.sweep import sweep
 from ckptavg.cli.verify import verify
@@ -126,4 +127,19 @@ def _show(error: click.ClickException) -> int:
     error.show()
     if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
         click.echo("It may also be set in [tool.ckptavg] of pyproject.toml.", err=True)
+        if error.param.name == "model" and error.ctx is not None:
+            _propose_model(error.ctx)
     return error.exit_code
+
+
+def _propose_model(context: click.Context) -> None:
+    """Print the options that make the model, where transformers wrote the checkpoints."""
+    from ckptavg.formats.paths import is_remote
+
+    given = context.params.get("checkpoint") or context.params.get("checkpoints") or ()
+    paths = [
+        path for path in (given if isinstance(given, tuple) else (given,)) if not is_remote(path)
+    ]
+    saved = [folder for path in paths for folder in sorted(path.glob("checkpoint-*"))]
+    if proposed := model_of_transformers(*paths, *saved):
+        click.echo(f"transformers makes the model with {shown(proposed)}", err=True)

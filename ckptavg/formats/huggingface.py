@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import FormatError, printable
+from ckptavg.errors import CkptAvgError, FormatError, printable
 from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.modelfolders import (
@@ -75,6 +75,21 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         container="huggingface",
         models={prefix: output_stem(name, prefix) for prefix, name in weights.items()},
     )
+
+
+def architecture(path: Path) -> str | None:
+    """The class of transformers that a directory's configuration names; None if there is none.
+
+    It is for messages alone: nothing that a checkpoint names is imported.
+    """
+    try:
+        config = read_json(path / "config.json")
+    except (CkptAvgError, OSError):
+        return None
+    match config:
+        case {"architectures": [str() as name, *_]} if "auto_map" not in config:
+            return name if name.isidentifier() else None
+    return None
 
 
 def _open_weights(path: Path, key: str | None) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,25 @@ class TestBest:
             "--best needs a metric, and the checkpoints record none; "
             "name a file that has one with --metrics, and the metric with --metric"
         )
+
+
+class TestModelsOfTransformers:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"architectures": ["Net; rm -rf"]},
+            {"architectures": ["Net"], "auto_map": {"AutoModel": "modeling.Net"}},
+            {"architectures": []},
+            ["Net"],
+        ],
+        ids=["no name", "code of its own", "none", "no object"],
+    )
+    def test_are_not_proposed_where_they_are_not_known(self, config, swa):
+        folder = Path("run/checkpoint-1")
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        Path(swa).rename(folder / "model.safetensors")
+        for path in ("run", folder):
+            code, _, said = outcome("bn-refresh", path)
+            assert code == 2
+            assert said.splitlines()[-1].startswith("It may also be set")

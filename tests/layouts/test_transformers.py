@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -475,3 +476,29 @@ def test_two_models_in_one_directory_are_an_error_that_lists_what_differs(two_mo
     assert "the checkpoints do not have the same tensors" in said
     assert "model.embed_tokens.weight: shape (200, 32) in" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_that_average_proposes_makes_the_model(user_folder):
+    """With the class that the configuration names; a missing `--model` proposes it as well."""
+    sizes: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1]}
+    config = transformers.ResNetConfig(**sizes, num_labels=2, layer_type="basic")
+    for step in (1, 2):
+        torch.manual_seed(step)
+        model = transformers.ResNetForImageClassification(config)
+        model.save_pretrained(user_folder / "run" / f"checkpoint-{step}")
+    batch = "{'pixel_values': torch.randn(8, 3, 16, 16), 'labels': torch.arange(8) % 2}"
+    (user_folder / "data.py").write_text(f"import torch\nloader = [{batch}]")
+    expected = ["--model", "transformers:ResNetForImageClassification.from_pretrained"]
+    for output, folder in (("my swa/", "my swa"), ("swa.safetensors", "run/checkpoint-2")):
+        *_, line = outcome("average", "run", "-o", output)[1].splitlines()
+        command = shlex.split(line)[1:]
+        argument = f"pretrained_model_name_or_path={folder}"
+        assert command[2:6] == [*expected, "--model-arg", argument]
+        assert outcome(*command[:-1], "data.py:loader")[0] == 0
+    for name, inputs in (("bn-refresh", "my swa"), ("evaluate", "run"), ("evaluate", "my swa")):
+        code, _, said = outcome(name, inputs)
+        assert code == 2
+        proposed = said.splitlines()[-1].removeprefix("transformers makes the model with ")
+        options = shlex.split(proposed)
+        assert options[:2] == expected
+    assert outcome("evaluate", "my swa", *options, "--loader", "data.py:loader")[0] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.statedict import Key
+    from ckptavg.formats.tensors import Tensor
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
     from ckptavg.select.series import Candidate, Series
@@ -238,13 +240,36 @@ def _raise_damages(failures: Sequence[CkptAvgError]) -> None:
 def _state_dicts(path: Path, key: Key) -> list[Checkpoint]:
     """The state dict that `average` would take, or all of a file where that is unclear."""
     from ckptavg.formats import open_checkpoint
+    from ckptavg.formats.statedict import ALL
 
     try:
         return [open_checkpoint(path, key=key)]
     except SelectionError as error:
         if not error.choices:
             raise
-        return [open_checkpoint(path, key=choice) for choice in error.choices]
+        if path.is_dir():
+            return [open_checkpoint(path, key=choice) for choice in error.choices]
+    # A file can have a hundred, and is read as a whole each time.
+    return _each_state_dict(open_checkpoint(path, key=(ALL,)))
+
+
+def _each_state_dict(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The state dicts of a checkpoint that has all of a file, as if each had been opened alone."""
+    tensors: dict[str, dict[str, Tensor]] = {place: {} for place in checkpoint.models}
+    for name, tensor in checkpoint.tensors.items():
+        place = checkpoint.model_of(name)
+        tensors[place][name.removeprefix(place)] = tensor
+    keys = tuple(checkpoint.models.values())
+    return [
+        replace(
+            checkpoint,
+            tensors=tensors[place],
+            key=key,
+            other_keys=tuple(other for other in keys if other != key),
+            models={"": "model"},
+        )
+        for place, key in checkpoint.models.items()
+    ]
 
 
 def _content(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
@@ -18,6 +19,7 @@ import ckptavg
 from ckptavg import cli
 from ckptavg.cli.console import plural, size
 from ckptavg.cli.options import DTYPES
+from ckptavg.formats import unpickler
 from tests.helpers import outcome, process, run
 from tests.oracle import random_state_dicts, save_run
 
@@ -290,6 +292,33 @@ class TestInspect:
         torch.save(content, tmp_path / "gan.pt")
         found = json.loads(run("inspect", tmp_path / "gan.pt", "--json").stdout)["checkpoints"]
         assert [one["state_dict"] for one in found] == ["generator", "discriminator"]
+
+    def test_an_unclear_choice_shows_what_each_choice_shows(self, tmp_path):
+        shared = torch.ones(3, dtype=torch.float64)
+        content = {
+            "ema": {"b/w": torch.ones(2), "w": shared, "bn.running_mean": torch.ones(1)},
+            "nets": {"a": {"w": shared, "n": torch.ones(5)[2:]}, "b": {"w": torch.ones(1).half()}},
+            "top": torch.ones(4, 4),
+            "epoch": 3,
+        }
+        torch.save(content, tmp_path / "x.pt")
+
+        def shown(*key):
+            arguments = [part for name in key for part in ("--key", name)]
+            return json.loads(run("inspect", tmp_path / "x.pt", *arguments, "--json").stdout)
+
+        each = shown()["checkpoints"]
+        assert {one["state_dict"] for one in each} == {"", "ema", "nets.a", "nets.b"}
+        assert each == [shown(one["state_dict"])["checkpoints"][0] for one in each]
+
+    def test_a_file_of_many_state_dicts_is_not_read_once_for_each(self, tmp_path):
+        torch.save(
+            {f"net{number}": {"w": torch.ones(1)} for number in range(50)}, tmp_path / "x.pt"
+        )
+        with mock.patch.object(unpickler, "load", wraps=unpickler.load) as load:
+            found = json.loads(run("inspect", tmp_path / "x.pt", "--json").stdout)["checkpoints"]
+        assert len(found) == 50
+        assert load.call_count <= 2
 
     def test_terminal_codes_in_names_are_not_printed(self, tmp_path):
         path = tmp_path / "a\x1b[31m.pt"

@@ -92,7 +92,7 @@ def serve(port: float, latency: float) -> None:
 
     server = DomainDispatcherApplication(create_backend_app)
 
-    def late(environ: dict[str, Any], start: Any) -> Any:  # noqa: ANN401 - of WSGI
+    def late(environ: dict[str, Any], start: Any) -> Any:
         time.sleep(latency)
         return server(environ, start)
 

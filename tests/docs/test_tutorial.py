@@ -13,7 +13,7 @@ from tests.helpers import run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"^```(python|python test|console)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-_DECIMAL = re.compile(r"\d+\.\d+")
+_DECIMAL = re.compile(r"\d+\.\d+|(?<=factor of )\d+")  # a factor may be printed as 2
 
 
 def test_the_tutorial(user_folder, no_fsync):

@@ -26,7 +26,7 @@ from ckptavg.options import takes_fields_of
 from ckptavg.select.advice import advice
 from ckptavg.select.candidates import find_candidates
 from ckptavg.select.order import remedy_without_order
-from ckptavg.select.run import Run, find_run, log_other_state_dicts
+from ckptavg.select.run import Run, find_run, log_averages, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
 from ckptavg.write.layouts import destination, lay_out
 from ckptavg.write.provenance import Summary, carried_on, provenance, summarise
@@ -147,10 +147,12 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
     Raises:
         CkptAvgError: there is no checkpoint, or one cannot be read.
     """
-    return find_run(
+    run = find_run(
         as_paths(inputs), key=as_key(options.key), keep_prefix=options.keep_prefix,
         exclusion_reason=options.select.exclusion_reason,
     )  # fmt: skip
+    log_averages(run)
+    return run
 
 
 def _open_base(paths: Sequence[Path], options: AverageOptions) -> Checkpoint:

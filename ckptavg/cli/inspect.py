@@ -77,10 +77,11 @@ def _show_run(
     """Show the series of a run and its members, and which of them the rules take."""
     from ckptavg.select.advice import advice
     from ckptavg.select.rules import Selection, Verdict, select
-    from ckptavg.select.run import find_run
+    from ckptavg.select.run import find_run, log_averages
 
     rules = Selection(**fields_of(Selection, params))
     run = find_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
+    log_averages(run)
     if run.error is None:
         verdicts = select(run, rules)
     else:

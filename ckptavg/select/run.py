@@ -121,7 +121,6 @@ def find_run(
     error = next((each.fault for each in candidates if each.kind == "damaged"), error)
     if error is not None:
         return Run((), candidates=tuple(candidates), error=error)
-    _log_averages(candidates)
     ordered, order_is_known = sort_checkpoints(members)
     return Run(tuple(ordered), order_is_known, tuple(candidates))
 
@@ -188,23 +187,23 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
             log.info("removed the wrapper's %r from names in %d checkpoints", prefix, count)
 
 
-def _log_averages(candidates: Sequence[Candidate]) -> None:
-    """Log which members are averages already, by what they record or by their names."""
-    averages = [
-        each.name
-        for each in candidates
-        if each.is_open
-        and each.checkpoint is not None
-        and (each.kind == "average" or each.checkpoint.is_trainers_average or is_average(each.name))
-    ]
-    if averages:
-        log.info("these are averages already: %s", listed(averages))
-
-
 def _no_checkpoint(inputs: Sequence[Path], candidates: Sequence[Candidate]) -> SelectionError:
     where = ", ".join(map(printable, inputs)) or "no input"
     reasons = [f"; {printable(each.name)}: {each.reason}" for each in candidates]
     return SelectionError(f"no checkpoint found in {where}{''.join(reasons[-1:])}")
+
+
+def log_averages(run: Run) -> None:
+    """Log which members are averages already, by what they record or by their names."""
+    averages = [
+        each.name
+        for each in run.candidates
+        if each.is_open
+        and each.checkpoint is not None
+        and (each.kind == "average" or each.checkpoint.is_trainers_average or is_average(each.name))
+    ]
+    if averages and run.error is None:
+        log.info("these are averages already: %s", listed(averages))
 
 
 def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:

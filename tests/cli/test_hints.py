@@ -271,3 +271,12 @@ class TestModelsOfTransformers:
             code, _, said = outcome("bn-refresh", path)
             assert code == 2
             assert said.splitlines()[-1].startswith("It may also be set")
+
+
+def test_that_an_input_is_an_average_is_said_where_it_is_averaged_again(swa):
+    notice = "these are averages already: swa.safetensors"
+    specs = ("--model", "mine.py:make_model", "--loader", "mine.py:decorated")
+    code, _, said = outcome("evaluate", "ckpts", swa, *specs)
+    assert (code, said) == (0, "")
+    assert notice in outcome("average", "ckpts", swa, "-o", "again.safetensors")[2]
+    assert notice in outcome("inspect", "ckpts", swa)[2]

@@ -25,6 +25,7 @@ from ckptavg.merge.update import find_base, fold
 from ckptavg.options import takes_fields_of
 from ckptavg.select.advice import advice
 from ckptavg.select.candidates import find_candidates
+from ckptavg.select.members import log_left_out
 from ckptavg.select.order import remedy_without_order
 from ckptavg.select.run import Run, find_run, log_averages, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
@@ -151,6 +152,7 @@ def open_run(inputs: PathLike | Iterable[PathLike], options: AverageOptions) -> 
         as_paths(inputs), key=as_key(options.key), keep_prefix=options.keep_prefix,
         exclusion_reason=options.select.exclusion_reason,
     )  # fmt: skip
+    log_left_out(run.candidates)
     log_averages(run)
     return run
 

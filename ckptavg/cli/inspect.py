@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +155,7 @@ def _other(candidate: Candidate) -> dict[str, Any]:
     return {"path": shown(candidate.path), **unknown, "taken": False, "reason": candidate.reason}
 
 
+_MOST_NAMES = 2  # of series in one row
 _BESIDE_ERROR = "beside an error"
 _PLURALS = {"checkpoint": "checkpoints", "copy": "copies", "piece": "pieces"}
 
@@ -177,8 +178,13 @@ def _series(series: Series, others: Sequence[Series], run: Run) -> dict[str, Any
 
 
 def _say_series(console: Console, series: Sequence[dict[str, Any]]) -> None:
+    """Show the series; what is left out for the same reason is one line."""
     rows = [("series", "files", "steps", "what", "taken", "why not")]
+    alike = defaultdict[tuple[str, str], list[dict[str, Any]]](list)
     for row in series:
+        is_left_out = row["reason"] and row["what"] != "members"
+        alike[row["what"], row["reason"] if is_left_out else row["name"]].append(row)
+    for row in map(_joined, alike.values()):
         steps = "-" if row["steps"] is None else "{:,} to {:,}".format(*row["steps"])
         taken = "yes" if row["taken"] else "no"
         rows.append(
@@ -186,6 +192,16 @@ def _say_series(console: Console, series: Sequence[dict[str, Any]]) -> None:
         )
     console.say_table(rows)
     console.say("")
+
+
+def _joined(series: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row for several series that are left out for the same reason."""
+    first, *others = series
+    if not others:
+        return first
+    names, count = [row["name"] for row in series], sum(row["count"] for row in series)
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return {**first, "name": ", ".join(names[:_MOST_NAMES]) + more, "count": count, "steps": None}
 
 
 def _say_choice(

@@ -29,6 +29,7 @@ from ckptavg.model.making import (
 )
 from ckptavg.model.modes import start_training
 from ckptavg.options import Options, takes_fields_of
+from ckptavg.select.members import log_left_out
 from ckptavg.select.metrics import indices_of_best, mode_of
 from ckptavg.select.order import timeline
 from ckptavg.select.rules import Selection, chosen, select
@@ -140,6 +141,7 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
     rules, key = options.select, options.key
     with said_once():
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
+        log_left_out(run.candidates)
         verdicts = chosen(select(run, rules))
         steps = [verdict.step for verdict in verdicts]
         if None in steps or not run.order_is_known:

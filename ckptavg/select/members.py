@@ -77,7 +77,6 @@ def find_members(candidates: Sequence[Candidate]) -> CkptAvgError | None:
         error = error or _choose_series(inside)
         _mark_starts(inside)
         error = error or _without_weights(inside) or _same_step_twice(inside)
-    _log_left_out(candidates)
     return error
 
 
@@ -203,7 +202,7 @@ def _same_step_twice(candidates: Sequence[Candidate]) -> SelectionError | None:
     return None
 
 
-def _log_left_out(candidates: Sequence[Candidate]) -> None:
+def log_left_out(candidates: Sequence[Candidate]) -> None:
     """Log a notice for each kind of candidates that are left out."""
     copies = [f"{each.name} is {each.reason}" for each in candidates if each.kind == "copy"]
     if copies:

@@ -279,6 +279,21 @@ class TestInspect:
         column = lines[0].index("tensors")
         assert all(line[column - 1] == " " and line[column] == "9" for line in lines[1:])
 
+    def test_what_is_left_out_for_one_reason_is_one_line(self, ckpts):
+        names = ["optim_1.pt", "optim_2.pt", "rng_state.pt", "scheduler.pt", "training_args.bin"]
+        for name in names:
+            torch.save([1], ckpts / name)
+        code, told, said = outcome("inspect", ckpts)
+        assert (code, said) == (0, "")
+        [row] = [line for line in told.splitlines() if "no weights" in line]
+        assert row.split() == [
+            *("optim_#.pt,", "rng_state.pt", "and", "2", "more", "5", "-", "no", "weights", "no"),
+            *("the", "state", "of", "the", "training,", "by", "its", "name"),
+        ]
+        series = json.loads(run("inspect", ckpts, "--json").stdout)["series"]
+        left_out = [row["name"] for row in series if not row["taken"]]
+        assert left_out == ["optim_#.pt", *names[2:]]
+
     def test_a_damaged_file_does_not_hide_the_others(self, ckpts):
         (ckpts / "step_1.safetensors").write_bytes(b"\xff" * 100)
         code, told, said = outcome("inspect", ckpts)

@@ -437,8 +437,8 @@ class TestSeveralSeries:
 
     def test_that_are_for_the_user_to_choose_are_not_said_to_be_left_out(self, tmp_path, caplog):
         weights(tmp_path / "run", "epoch_1.pt epoch_2.pt epoch_1_ema.pt epoch_2_ema.pt last.pt")
-        with caplog.at_level("INFO", "ckptavg"):
-            find_run([tmp_path / "run"])
+        with caplog.at_level("INFO", "ckptavg"), pytest.raises(ckptavg.CkptAvgError):
+            ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
         assert "left out beside the numbered checkpoints: last.pt" in caplog.text
         assert "left out as averages" not in caplog.text
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from ckptavg.errors import CkptAvgError, FormatError, SelectionError
+from ckptavg.select.members import log_left_out
 from ckptavg.select.names import natural_key
 from ckptavg.select.run import find_run, log_other_state_dicts
 from tests.oracle import save_run
@@ -26,6 +27,7 @@ from tests.oracle import save_run
 def collect(inputs, **options):
     """All checkpoints among the inputs."""
     found = find_run(inputs, **options)
+    log_left_out(found.candidates)
     log_other_state_dicts(found.checkpoints)
     return found
 

@@ -25,7 +25,7 @@ _SEED = variant(options.SEED, type=click.IntRange(0, 2**32 - 1))
 def demo(console: Console, directory: Path, seed: int) -> None:
     """Train a small network, average its checkpoints, and show what that is worth.
 
-    This takes about a minute on two processors, and downloads nothing. Everything is left in DIR
+    This takes one to three minutes in one thread, and downloads nothing. Everything is left in DIR
     (ckptavg-demo by default), which must be new or empty.
     """
     from ckptavg.demo.run import run

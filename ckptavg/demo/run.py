@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ except ImportError as error:
         f"the demo trains on the data of mnist1d, which cannot be imported: {error}",
         remedy="pip install 'ckptavg[demo]'",
     ) from error
+
+log = logging.getLogger("ckptavg")
 
 _STEPS = 6
 """Of the rays."""
@@ -124,9 +127,12 @@ def run(
         if progress is not None:
             progress(1, epochs)
 
+    log.info("training for %d epochs, in one thread", epochs)
     train.train(directory, seed=seed, budget=budget, after_epoch=after_epoch)
+    log.info("averaging the checkpoints, and refreshing the average")
     summary = make_averages(directory)
     members = [Path(source.path) for source in summary.sources]
+    log.info("evaluating around the last iterate and around the average, in random directions")
     rise, pictures = look_around(directory, members[-1], point_progress)
     return DemoReport(
         directory=str(directory),

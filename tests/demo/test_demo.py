@@ -215,7 +215,9 @@ def test_directory_has_the_script_that_made_it(tiny):
     assert (directory / "train.py").read_bytes() == Path(train.__file__).read_bytes()
 
 
-def test_same_seed_gives_the_same_figures_and_json_is_alone_on_stdout(tiny, tmp_path, monkeypatch):
+def test_same_seed_gives_the_same_figures_and_stages_are_said_on_stderr(
+    tiny, tmp_path, monkeypatch
+):
     report = tiny[0]
     monkeypatch.setattr(train, "Budget", lambda: TINY)
     seen = report.rise, report.pictures  # landscapes have tests of their own
@@ -224,6 +226,8 @@ def test_same_seed_gives_the_same_figures_and_json_is_alone_on_stdout(tiny, tmp_
     document = json.loads(result.stdout)
     again = dataclasses.asdict(report)["rows"]
     assert document["rows"] == json.loads(json.dumps(again))
+    stages = [line.split()[1] for line in result.stderr.splitlines()]
+    assert stages == ["training", "averaging", "evaluating"]
 
 
 def test_table_is_aligned_and_ends_with_the_commands(tiny, capsys):

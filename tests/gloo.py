@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,7 @@ def turn(tensor: DTensor) -> DTensor:
 def main(rank: int, folder: Path) -> None:
     """What each process does."""
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # torch 2.7 warns of what newer versions do otherwise
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )

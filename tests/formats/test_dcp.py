@@ -368,7 +368,8 @@ class TestMetadata:
 
     def test_of_older_versions_opens(self, folder):
         def older(metadata):
-            del metadata.storage_meta, metadata.version
+            for name in ("storage_meta", "version"):
+                vars(metadata).pop(name, None)
             for info in metadata.storage_data.values():
                 info.__dict__.pop("transform_descriptors", None)
 

@@ -39,10 +39,11 @@ _SUM_TO_1 = ("ema:", "power:", "decay:")
 _HOW_WEIGHTED = parse("""
 --weights SCHEME           uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt;
                            or a number for each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,...
-                           Several schemes, or several --last, write every combination into the
-                           directory OUTPUT, from one read.  [default: uniform]
+                           Several schemes, or several numbers for --last, make an average for each
+                           combination, in the directory OUTPUT.  [default: uniform]
 --no-normalize             Do not divide by the sum of the weights.
---update                   Fold the inputs into an earlier uniform average, which is one of them.
+--update                   Add the other inputs to an earlier uniform average, which is one of the
+                           inputs.
 """)
 _HOW_EACH_TENSOR = parse("""
 --ints equal|last          Require equal integer tensors, or take those of the last checkpoint.
@@ -54,12 +55,12 @@ _HOW_EACH_TENSOR = parse("""
 --allow-nonfinite          Accept NaN and Inf in the inputs.
 """)
 _OUTPUT, _KEEP_PREFIX, _HASH = parse("""
--o --output PATH           Where the average goes: .safetensors; .pt, .pth, .bin, .ckpt, .tar, .th
-                           or .pyth for a torch file; or a directory (DIR/), whose --format says
-                           for whom. [required]
+-o --output PATH           Where the average goes: a .safetensors file; a torch file (.pt, .pth,
+                           .bin, .ckpt, .tar, .th or .pyth); or a directory (DIR/) in the layout of
+                           --format. [required]
 --keep-prefix              Keep the prefixes module. and _orig_mod. of names.
---hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`; this reads them
-                           once more.
+--hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`. They are read
+                           once more for it.
 """)
 [_EXPECT] = parse("""
 --expect N    Fail unless N checkpoints are taken.
@@ -120,10 +121,11 @@ def average(
 ) -> None:
     """Average checkpoints into one.
 
-    INPUT is a directory of checkpoints, a checkpoint, or a URL of either: .safetensors, what
-    torch.save writes, directories of Hugging Face's libraries and of torch.distributed.checkpoint.
-    With --model and --loader the BatchNorm statistics are refreshed as well. Under `torchrun
-    --no-python` the processes share the work, on a file system that all of them see.
+    INPUT is a directory of checkpoints, a checkpoint, or a URL of either. Checkpoints are
+    .safetensors, files of torch.save, and directories of Hugging Face's libraries or of
+    torch.distributed.checkpoint. With --model and --loader the BatchNorm statistics are refreshed
+    as well. Under `torchrun --no-python` the processes share the work, on a file system that all of
+    them see.
     """
     refreshes = params.get("model") is not None
     if not refreshes:

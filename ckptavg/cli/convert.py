@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 [_OUTPUT] = parse("""
--o --output PATH  Where it goes: .safetensors; .pt, .pth, .bin, .ckpt, .tar, .th or .pyth for a
-                  torch file; or a directory (DIR/), whose --format says for whom. [required]
+-o --output PATH  Where it goes: a .safetensors file; a torch file (.pt, .pth, .bin, .ckpt, .tar,
+                  .th or .pyth); or a directory (DIR/) in the layout of --format. [required]
 """)
 
 

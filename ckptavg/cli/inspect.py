@@ -50,9 +50,9 @@ def inspect(
 ) -> None:
     """Show what checkpoints hold; nothing in them is run.
 
-    PATH is a checkpoint, or a directory of them. Of a directory, show which files `average` would
-    take, and why not the others; with rules such as --last or --lr-minima, those that they take.
-    What their learning rates and distances mean for an average comes below.
+    PATH is a checkpoint, or a directory of them. For a directory, a table shows which files
+    `average` would take, and why not the others. Rules such as --last or --lr-minima narrow the
+    choice. Below the table stands what learning rates and distances mean for an average.
     """
     from ckptavg.formats.paths import as_paths
     from ckptavg.formats.statedict import as_key

@@ -36,8 +36,8 @@ _BY_STEP = parse("""
 --steps LIST|RANGE       Steps to take: 100,200,300 or 100:1000:100.
 --cycle N                Take the checkpoints that end a cycle of N steps, counted from --start.
 --lr-minima              Take the checkpoints saved at local minima of the learning rate.
---lr-recorded used|next  Learning rate that checkpoints record: the last one used, or the next one
-                         (trainers that save after scheduler.step()).
+--lr-recorded used|next  Whether checkpoints record the last learning rate that was used, or the
+                         next one, as trainers do that save after scheduler.step().
                          [default: as the checkpoints show]
 """)
 _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _LAST, _EVERY, _UNIT, KEY = parse("""
@@ -49,11 +49,11 @@ _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _LAST, _EVERY, _UNIT, KEY = parse(
 --last N         Take the last N checkpoints.
 --every N        Take every N-th checkpoint, counted back from the last.
 --unit global_step|step|epoch
-                 What steps are counted in.  [default: the first that all checkpoints record]
+                 Unit of steps.  [default: the first that all checkpoints record]
 --key NAME       State dict to take, where a file holds several.
 """)
 [KEYS] = parse("""
---key KEY  State dict to take, where a torch file holds several; repeatable, and '*' is all of them.
+--key KEY  State dict to take, where a torch file holds several; '*' takes all. Repeatable.
 """)
 SELECTION = (*_BY_STEP, _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _EVERY, _UNIT)
 CANDIDATES = (*_BY_STEP, _LAST, _EVERY, _UNIT)  # for commands that compute metrics themselves
@@ -142,17 +142,17 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
                         [default: model(batch); model(batch[0]) of a list or tuple;
                         model(**batch) of a dict]
 --metric loss|accuracy|SPEC
-                        Mean cross-entropy (or the loss that the model returns), share of
-                        correct predictions, or a function of the model and the batches that returns
-                        a number, or several by name.
+                        loss is the mean cross-entropy, or the loss that the model returns; accuracy
+                        is the share of correct predictions. SPEC is a function of the model and the
+                        batches that returns a number, or a dict of them.
                         [default: loss and accuracy]
 --device NAME           Device of the model.  [default: a GPU if there is one]
 --seed SEED             Seed of Python's, numpy's and torch's random numbers.  [default: 0]
 """)
 MAX_SAMPLES, IGNORE = parse("""
 --max-samples N  Stop after the batch that reaches N examples.
---ignore REGEX   Do not load tensors whose names match; the model keeps its own, and an output those
-                 of the checkpoint. Repeatable.
+--ignore REGEX   Do not load tensors whose names match: the model keeps its own. An output keeps
+                 those of the checkpoint. Repeatable.
 """)
 
 # The refresh: the fields of `RefreshOptions`.
@@ -160,10 +160,10 @@ HOW_TO_REFRESH = parse("""
 --estimator paper|torch|exact
                         How the statistics of the batches are combined.  [default: paper]
 --memory-format auto|channels_last|contiguous
-                        Memory format of images; auto is channels_last for convolutional models on
-                        the CPU, and with --amp.  [default: auto]
---train-mode norm|full  What is in training mode during the pass: the norm layers, or the whole
-                        model.  [default: norm]
+                        Memory format of images. auto takes channels_last for convolutional models
+                        on the CPU, and with --amp.  [default: auto]
+--train-mode norm|full  Part of the model that is in training mode during the pass: the norm layers,
+                        or all of it.  [default: norm]
 """)
 _PASS = (
     FORWARD,
@@ -175,9 +175,9 @@ _PASS = (
     MAX_SAMPLES,
     *parse("""
 --amp bf16           Run the model in bfloat16 (torch.autocast); the statistics stay in float32.
---tol TOL            Stop when two standard errors of every layer's mean are below TOL standard
-                     deviations, and those of its standard deviation below a factor of 1 + TOL;
-                     after at least 2,048 examples.
+--tol TOL            Stop when the statistics are certain enough, after at least 2,048 examples. In
+                     every layer two standard errors of the mean are then below TOL standard
+                     deviations, and those of the standard deviation below a factor of 1 + TOL.
 --strict             Fail at a batch that gives NaN or Inf, instead of leaving it out.
 """),
     *(DEVICE, SEED),

@@ -49,12 +49,12 @@ def soup(
     output: str,
     **params: Any,  # noqa: ANN401 - the fields of `SoupOptions`
 ) -> None:
-    """Average the checkpoints that make the average no worse on held-out data.
+    """Average those checkpoints that do not make the average worse on held-out data.
 
-    CHECKPOINT is a checkpoint, or a directory of them. They are tried in the order of their own
-    metric, best first. Each is kept if the uniform average with it does not get worse: the greedy
-    soup of Wortsman et al. 2022. --model and --loader name your own code, which is imported and
-    run; batches are (inputs, targets).
+    This is the greedy soup of Wortsman et al. 2022. CHECKPOINT is a checkpoint, or a directory of
+    them. They are tried in the order of their own metric, best first. Each is kept if the uniform
+    average with it does not get worse. --model and --loader name your own code, which is imported
+    and run; batches are (inputs, targets).
     """
     from ckptavg.evaluation.soup import SoupOptions
     from ckptavg.evaluation.soup import soup as run

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _LAST, _WEIGHTS, _NO_MEMBERS = parse("""
 --last N|all,...  Windows: the last N checkpoints, or all of them.  [default: 3,5,10,all]
 --weights SCHEME  Schemes, as in `average`: uniform,ema:0.9,decay:linear.  [default: uniform]
---no-members      Evaluate no checkpoint by itself but the last one.
+--no-members      Of the checkpoints by themselves, evaluate the last one only.
 """)
 _TEST_LOADER, _TEST_LOADER_ARG = parse("""
---test-loader SPEC           Batches that choose nothing: there the best average is compared with
-                             the last and with the best checkpoint.
+--test-loader SPEC           Batches that have no part in the choice. On them the best average is
+                             compared with the last and with the best checkpoint.
 --test-loader-arg KEY=VALUE  Keyword argument for the test loader; repeatable.
 """)
 _OUTPUT, _CSV, _PLOT, _JOURNAL = parse("""
@@ -34,7 +34,7 @@ _OUTPUT, _CSV, _PLOT, _JOURNAL = parse("""
                   [default: nothing is written]
 --csv OUT         CSV file for the table.
 --plot PICTURE    PNG, SVG or PDF file for a plot of the metric against the window.
---journal DIR     Directory that keeps each evaluation: a sweep that was stopped goes on from it.
+--journal DIR     Directory that keeps each evaluation, so that a stopped sweep can go on.
 """)
 
 

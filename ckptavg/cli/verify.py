@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 def verify(
     console: Console, output: str, inputs: tuple[str, ...], key: str | None, threads: int | None
 ) -> None:
-    """Verify that an average is what it says of itself.
+    """Make an average again from its checkpoints, and compare every bit.
 
-    OUTPUT is an average that ckptavg made, INPUT its checkpoints as they were given to `average`.
-    These must be the ones that OUTPUT names; they are averaged again, into a temporary file beside
-    OUTPUT, and compared with it bit for bit.
+    OUTPUT is an average that ckptavg made, and INPUT its checkpoints as they were given to
+    `average`. They must be those that OUTPUT records. The new average is a temporary file beside
+    OUTPUT.
     """
     from ckptavg.verify import verify as run
 

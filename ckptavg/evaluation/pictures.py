@@ -74,7 +74,7 @@ def draw_sweep(sweep: Sweep, path: Path) -> None:
             best.count, best.metrics[metric], "*", color="black", markersize=12,
             label=f"best of {len(sweep.averages)}",
         )  # fmt: skip
-        counts = sorted({row.count for row in sweep.averages})
+        counts = sorted({1, *(row.count for row in sweep.averages)})
         panel.set_xscale("log")
         panel.set_xticks(counts, [str(count) for count in counts])
         panel.minorticks_off()

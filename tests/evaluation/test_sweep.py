@@ -434,7 +434,10 @@ class TestCommand:
             row.metrics["loss"] for row in (*found.averages, *found.checkpoints)
         ]
         assert {row["kind"] for row in rows} == {"average", "checkpoint"}
-        assert Path("p.svg").read_text().startswith("<?xml")
+        picture = Path("p.svg").read_text()
+        assert picture.startswith("<?xml")
+        for text in (1, 2, 4, 6, "uniform", "best of 3"):  # 1 is the last checkpoint by itself
+            assert f"<!-- {text} -->" in picture
         assert sorted(os.listdir()) == ["p.svg", "run", "t.csv", "train.py"]
 
     def test_a_metric_that_an_average_does_not_have_is_empty_in_csv(self, states):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -91,7 +90,6 @@ def turn(tensor: DTensor) -> DTensor:
 def main(rank: int, folder: Path) -> None:
     """What each process does."""
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # torch 2.7 warns of what newer versions do otherwise
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )

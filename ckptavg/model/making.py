@@ -200,7 +200,7 @@ def make_batches(
             value.prepare_data()
             value.setup(stage)
             value = _only_loader(getattr(value, method)(), f"{name_of(spec)}.{method}()")
-    if not hasattr(value, "__iter__") or isinstance(value, type):
+    if not hasattr(value, "__iter__") or isinstance(value, type | torch.nn.Module):
         raise _no_batches(value, name_of(spec), is_training=is_training)
     batches: Iterable[Any] = value
     return batches
@@ -209,7 +209,7 @@ def make_batches(
 def _no_batches(value: object, name: str, *, is_training: bool) -> RefreshError:
     """The error about what is not a loader: often it is a dataset."""
     kind = type(value).__name__
-    if not isinstance(value, type) and hasattr(value, "__getitem__"):
+    if hasattr(value, "__getitem__") and not isinstance(value, type | torch.nn.Module):
         shuffle = ", shuffle=True" if is_training else ""
         loader = f"torch.utils.data.DataLoader(dataset, batch_size=...{shuffle})"
         return RefreshError(

@@ -159,9 +159,7 @@ def _hint_of_pattern(path: Path) -> str | None:
     if not count:
         return "as a pattern it matches nothing"
     remedy = f"as a pattern it matches {count}: leave out the quotes, and the shell expands it"
-    if has_magic(str(path.parent)):
-        return remedy
-    return f"{remedy}; or name {printable(path.parent)} with `include` '{printable(path.name)}'"
+    return remedy if has_magic(str(path.parent)) else f"{remedy}; or name {printable(path.parent)}/"
 
 
 def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:

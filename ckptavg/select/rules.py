@@ -352,7 +352,10 @@ def _no_metric(checkpoints: Sequence[Checkpoint], rules: Selection) -> Selection
     else:
         names, where = metric_names(rules.metrics), f"{printable(rules.metrics)} has"
     if not names:
-        remedy = "name a file that has one with `metrics`, and the metric with `metric`"
+        remedy = (
+            "name a file that has one with `metrics`, such as `ckptavg evaluate --json` prints, "
+            "and the metric with `metric`"
+        )
         return SelectionError(f"`best` needs a metric, and {where} none", remedy=remedy)
     metric = next((name for name in names if mode_of(name)), names[0])
     mode = "" if rules.mode or mode_of(metric) else ", and `mode` min or `mode` max"

@@ -6,7 +6,6 @@ system calls release the interpreter's lock, so several threads share the chunks
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import queue
@@ -106,7 +105,7 @@ class _Pool:
         self._chunks, self._sinks, self._allow_nonfinite = chunks, sinks, allow_nonfinite
         self._turn, self._beginning = threading.Lock(), threading.Event()
         self._stopping = threading.Event()
-        self._large_tensor = threading.Lock()
+        self._large = threading.Lock(), _Buffers()
         self._reports: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -162,7 +161,7 @@ class _Pool:
     def _work(self) -> None:
         self._beginning.wait()
         try:
-            worker = _Worker(self._sinks, self._large_tensor, self._allow_nonfinite)
+            worker = _Worker(self._sinks, self._large, self._allow_nonfinite)
             with np.errstate(all="ignore"):
                 unreported = 0
                 while (chunk := self._next_chunk()) is not None:
@@ -184,38 +183,57 @@ class _Pool:
             return next(self._chunks, None)
 
 
+class _Buffers:
+    """Memory that is used again: the system's allocator gives large arrays back late."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, AnyArray] = {}
+
+    def get(self, purpose: Hashable, dtype: np.dtype[Any], count: int) -> AnyArray:
+        """Uninitialised memory for `count` values: the same memory for the same purpose."""
+        held, size = self._held.get(purpose), count * dtype.itemsize
+        if held is None or held.nbytes < size:
+            self._held.pop(purpose, None)
+            # A whole number of elements of every dtype.
+            held = np.empty(-(-size // _WIDEST) * _WIDEST, np.uint8)
+            self._held[purpose] = held
+        return held[:size].view(dtype)
+
+
 class _Worker:
     """The work of one thread, with buffers that are used for every chunk.
 
     Args:
         sinks: one for each output.
-        large_tensor: a lock that is held while a large strided tensor is in memory.
+        large: the buffers for large strided tensors, which all threads share, and their lock.
         allow_nonfinite: accept NaN and Inf in the inputs.
     """
 
     def __init__(
         self,
         sinks: Sequence[Sink],
-        large_tensor: threading.Lock,
+        large: tuple[threading.Lock, _Buffers],
         allow_nonfinite: bool,  # noqa: FBT001
     ) -> None:
-        self._sinks, self._large_tensor = sinks, large_tensor
+        self._sinks, self._large = sinks, large
         self._allow_nonfinite = allow_nonfinite
-        self._buffers: dict[Hashable, AnyArray] = {}
+        self._buffers = _Buffers()
 
     def carry_out(self, job: Job, start: int, count: int) -> int:
         """Carry out a chunk of a job, and return the number of bytes written."""
         if job.strided:
-            is_large = count * job.dtype.itemsize > _LARGE
-            with self._large_tensor if is_large else contextlib.nullcontext():
-                return self._carry_out_strided(job)
+            if count * job.dtype.itemsize <= _LARGE:
+                return self._carry_out_strided(job, self._buffers)
+            lock, buffers = self._large
+            with lock:
+                return self._carry_out_strided(job, buffers)
         if job.copy:
             values = self._read(job.inputs[0], start, count)
             return sum(self._write(job, mean, start, values) for mean in job.means)
         chunk = _Chunk(
             job,
             partial(self._read, start=start, count=count),
-            partial(self._buffer, count=count),
+            partial(self._buffers.get, count=count),
             start,
             self._allow_nonfinite,
         )
@@ -224,18 +242,9 @@ class _Worker:
             for mean, total in zip(job.means, chunk.sums(), strict=True)
         )
 
-    def _buffer(self, purpose: Hashable, dtype: np.dtype[Any], count: int) -> AnyArray:
-        """Uninitialised memory for `count` values: the same memory for the same purpose."""
-        held, size = self._buffers.get(purpose), count * dtype.itemsize
-        if held is None or held.nbytes < size:
-            # A whole number of elements of every dtype.
-            held = np.empty(-(-size // _WIDEST) * _WIDEST, np.uint8)
-            self._buffers[purpose] = held
-        return held[:size].view(dtype)
-
     def _read(self, entry: StoredTensor, start: int, count: int) -> AnyArray:
         dtype = entry.tensor.dtype
-        values = self._buffer("raw", dtype.numpy, count)
+        values = self._buffers.get("raw", dtype.numpy, count)
         entry.part.read_into(entry.tensor.offset + start * dtype.itemsize, bytes_of(values))
         return values
 
@@ -249,17 +258,17 @@ class _Worker:
             sink.write(place.tensor.offset, span.data)
         return len(data) * (len(mean.targets) + len(mean.scattered))
 
-    def _carry_out_strided(self, job: Job) -> int:
+    def _carry_out_strided(self, job: Job, buffers: _Buffers) -> int:
         """Carry out a job with a strided tensor, and return the number of bytes written.
 
         Inputs are read in slabs along the axis of the first input's widest stride, in which slabs
         are almost contiguous. Results are held in full.
         """
         like = job.inputs[0].tensor
-        if job.copy:
-            values = np.ascontiguousarray(read_view(job.inputs[0].part, like))
-            return sum(self._write(job, mean, 0, values) for mean in job.means)
-        results = [np.empty(like.shape, job.dtype.numpy) for _ in job.means]
+        results = [
+            buffers.get(f"result {number}", job.dtype.numpy, job.count).reshape(like.shape)
+            for number in range(1 if job.copy else len(job.means))
+        ]
         axis = like.widest_axis
         rows = max(1, CHUNK * like.shape[axis] // job.count)
         if any(entry.tensor.widest_axis != axis for entry in job.inputs):
@@ -271,13 +280,16 @@ class _Worker:
             def read(entry: StoredTensor, first: int = first) -> AnyArray:
                 return read_view(entry.part, entry.tensor.slab(axis, first, first + rows))
 
+            if job.copy:
+                results[0][place] = read(job.inputs[0])
+                continue
             allocate = new_arrays(results[0][place].shape)
             chunk = _Chunk(job, read, allocate, None, self._allow_nonfinite)
             for mean, total, result in zip(job.means, chunk.sums(), results, strict=True):
                 result[place] = chunk.result(mean, total)
         return sum(
-            self._write(job, mean, 0, result)
-            for mean, result in zip(job.means, results, strict=True)
+            self._write(job, mean, 0, results[0 if job.copy else number])
+            for number, mean in enumerate(job.means)
         )
 
 

@@ -16,22 +16,21 @@ _HEAD = """# Command reference
 
 This page is made from `ckptavg --help` by `python docs/make_cli.py`; a test fails when it is stale.
 
-Results go to stdout, messages and progress to stderr; `--json` prints one JSON document on stdout
+Results go to stdout, messages and progress to stderr. `--json` prints one JSON document on stdout
 and nothing else there.
 
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | the data, the model or the surroundings are at fault: one line says what and where |
+| 1 | the data, the model or the system is at fault: an error says what and where |
 | 2 | wrong usage |
-| 130 | interrupted (SIGINT) |
-| 143 | terminated (SIGTERM) |
+| 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM |
 
 ## Configuration
 
 `[tool.ckptavg]` in the `pyproject.toml` of the working directory, or in the file that `--config`
-names, supplies defaults. Keys are the long options without their dashes; a key in `[tool.ckptavg]`
-is for every command that has such an option, one in `[tool.ckptavg.COMMAND]` for that command.
+names, supplies defaults. Keys are the long options without their dashes. A key in `[tool.ckptavg]`
+is for every command that has such an option, and one in `[tool.ckptavg.COMMAND]` for that command.
 
 ```toml
 [tool.ckptavg]
@@ -42,13 +41,13 @@ loader = "train.py:train_loader"
 expect = 5
 ```
 
-`model` and `loader` in the common table are for `bn-refresh` and `landscape`; `average` refreshes
-as well only where its own table or its command line has them, and `evaluate`, `soup` and `sweep`
-take the model and not the loader, which is that of the training. Nothing beside a checkpoint is
-ever read as configuration.
+`model` and `loader` in the common table are for `bn-refresh` and `landscape`. `evaluate`, `soup`
+and `sweep` take the model from it, but not the loader, which gives training data. `average`
+refreshes only if its own table or its command line has both. Nothing beside a checkpoint is ever
+read as configuration.
 
-An option on the command line that has no effect in the combination at hand is wrong usage, and the
-message names both options; a default from the configuration is ignored there.
+An option on the command line that has no effect beside the others is wrong usage, and the message
+names both options. A default from the configuration is ignored there.
 
 ## Completion in the shell
 

@@ -171,12 +171,8 @@ def layers_to_keep(
 def _was_frozen(layer: str, checkpoint: Checkpoint, known: Collection[str]) -> bool:
     """Whether a layer is known to be frozen, or by the checkpoint's provenance."""
     provenance = checkpoint.provenance or {}
-    entry = provenance.get("norm_stats")
-    if not isinstance(entry, dict):
-        entry = {}
-    recorded = entry.get("frozen")
-    if not isinstance(recorded, list):
-        recorded = []
+    entry = provenance.get("norm_stats", {})
+    recorded = entry.get("frozen", [])
     # A container keeps the wrapper's prefix, which the average's names do not have. Names in an
     # average of several state dicts begin with the place of one.
     key = provenance.get("key", checkpoint.key)

@@ -348,11 +348,10 @@ def _provenance(made: dict[str, Any] | None) -> str:
     """What ckptavg wrote into a checkpoint about itself; empty if it did not make it."""
     if made is None:
         return ""
-    sources, statistics = made.get("sources"), made.get("norm_stats")
+    sources, statistics = made.get("sources"), made.get("norm_stats", {})
     count = len(sources) if isinstance(sources, list) else 0
-    statistics = statistics if isinstance(statistics, dict) else {"state": "unknown"}
-    state = statistics.get("state")
-    if isinstance(statistics.get("stale"), list):
+    state = statistics.get("state", "unknown")
+    if "stale" in statistics:
         state = f"{state} (stale: {listed(statistics['stale'])})"
     scheme = made.get("scheme")
     average = f"{scheme} average of {plural(count, 'checkpoint')}, " if scheme != "none" else ""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptavg.errors import FormatError
-from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import Memory, Part
 from ckptavg.formats.paths import is_remote
+from ckptavg.formats.provenances import read_provenance
 from ckptavg.formats.tensors import AnyArray, Place, Tensor, bytes_of
 
 if TYPE_CHECKING:
@@ -161,13 +161,8 @@ class Checkpoint:
     @property
     def provenance(self) -> dict[str, Any] | None:
         """The entry of ckptavg in the metadata; None where ckptavg did not write the file."""
-        if PROVENANCE not in self.metadata:
-            return None
-        try:
-            entry = from_text(self.metadata[PROVENANCE])
-        except (ValueError, RecursionError):
-            return None
-        return entry if isinstance(entry, dict) else None
+        text = self.metadata.get(PROVENANCE)
+        return None if text is None else read_provenance(text)
 
     def renamed(self, new_name: Callable[[str], str]) -> Checkpoint:
         """The same checkpoint with other names of tensors and entries."""

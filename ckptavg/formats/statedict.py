@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ckptavg.errors import FormatError, NoStateDictError, SelectionError, printable
+from ckptavg.errors import FormatError, NoStateDictError, SelectionError, listed, printable
 from ckptavg.formats.pickled import ModuleReader, Placeholder, is_module, is_tensor
 from ckptavg.formats.words import is_average, words_in
 
@@ -247,7 +247,7 @@ def is_trainers_average(found: StateDicts, name: str) -> bool:
 def without_names(path: Path, *names: str) -> SelectionError:
     """The error for a file that is a state dict, where one of several is asked for."""
     return SelectionError(
-        f"no state dict {', '.join(map(repr, names))} in it: the whole file is one, without a name",
+        f"no state dict {listed(map(repr, names))} in it: the whole file is one, without a name",
         path=path,
         remedy="use another command without `key` for it",
     )
@@ -304,7 +304,7 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
     if key is not None and list(found) == [""]:
         raise without_names(path, key)
     if key is not None:
-        message = f"no state dict {key!r} in it; there are: {names}"
+        message = f"no state dict {printable(repr(key))} in it; there are: {names}"
         raise SelectionError(message, path=path, choices=tuple(found))
     weights = weights_beside_average(found)
     if weights is not None:

@@ -95,10 +95,8 @@ class Plan:
             if len(frozen) == len(layers):
                 return {"state": "frozen"}
             return {"state": "stale", "frozen": frozen} if frozen else {"state": "stale"}
-        entry = (recipe.last.provenance or {}).get("norm_stats")
-        if isinstance(entry, dict) and isinstance(entry.get("state"), str):
-            return entry
-        return {"state": "kept"}
+        entry: dict[str, Any] = (recipe.last.provenance or {}).get("norm_stats", {})
+        return entry if "state" in entry else {"state": "kept"}
 
     @property
     def bytes_to_read(self) -> int:

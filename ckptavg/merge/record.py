@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg import __version__
 from ckptavg.errors import SelectionError, VerificationError, printable
+from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.merge.recipe import COPY, AverageOptions
 from ckptavg.merge.weights import Weights
 
@@ -50,9 +51,11 @@ class Record:
             VerificationError: there is none, or it is damaged.
         """
         entry = average.provenance
-        if entry is None:
+        if PROVENANCE not in average.metadata:
             raise VerificationError("was not made by ckptavg", path=average.path)
         damaged = VerificationError("has a damaged provenance", path=average.path)
+        if entry is None:
+            raise damaged
         members, state = entry.get("sources"), entry.get("norm_stats", {})
         divisor, options = entry.get("divisor"), entry.get("options", {})
         if (
@@ -61,9 +64,7 @@ class Record:
             or not all(map(_is_member, members))
             or not _is_number(divisor)
             or not divisor
-            or not isinstance(state, dict)
             or not isinstance(options, dict)
-            or not _is_key(entry.get("key"))
         ):
             raise damaged
         try:
@@ -110,7 +111,6 @@ def _is_member(entry: object) -> bool:
         and isinstance(entry.get("bytes"), int)
         and isinstance(entry.get("header_sha256"), str)
         and isinstance(entry.get("content"), str | None)
-        and _is_key(entry.get("key"))
         and isinstance(entry.get("sha256"), str | dict | None)
         and _is_step(entry.get("step"))
         and _is_number(entry.get("weight"))
@@ -120,12 +120,6 @@ def _is_member(entry: object) -> bool:
 
 def _names_of(key: str | list[str] | None) -> tuple[str, ...] | None:
     return (key,) if isinstance(key, str) else None if key is None else tuple(key)
-
-
-def _is_key(value: object) -> bool:
-    """Whether it is the name of a state dict, a list of several, or None."""
-    names = value if isinstance(value, list) else [value or ""]
-    return bool(names) and all(isinstance(name, str) for name in names)
 
 
 def _is_step(value: object) -> bool:

@@ -111,6 +111,9 @@ def verify(
         )
     places = {key: place for place, key in members[-1].models.items()}
     if record.kept is not None:  # one of several state dicts, or some
+        if not places.keys() >= set(record.kept):
+            problem = "records state dicts that its checkpoints do not have"
+            raise VerificationError(problem, path=record.path)
         start = "" if average.has_several_models else places[record.kept[0]]
         average = average.renamed(lambda name: start + name)
     average, *alike = with_new_weight_norm([average, *members])

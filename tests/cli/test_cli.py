@@ -351,7 +351,8 @@ _DEEP = json.loads('{"a":' * 900 + "1" + "}" * 900)
         {"norm_stats": []}, {"norm_stats": {"state": []}}, {"norm_stats": {"state": None}},
         {"norm_stats": {"state": "stale", "frozen": 1}}, {"norm_stats": {"stale": [[]]}},
         {"norm_stats": math.nan}, {"key": [[]]}, {"key": {}}, {"sources": [{"key": [{}]}]},
-        {"sources": [{"key": 10**400}]}, {"key": "x" * 100_000}, {"sources": _DEEP}, {"roles": _DEEP}, {"sources": []},
+        {"sources": [{"key": 10**400}]}, {"key": "x" * 100_000}, {"sources": []},
+        {"sources": _DEEP}, {"roles": _DEEP},
     ],
     ids=lambda change: str(change)[:40],
 )  # fmt: skip

@@ -1219,6 +1219,14 @@ class TestUsersObjects:
                 {"loader": "train.py:stack", "loader_args": {"size": 3}},
                 "train.py:stack is no callable: there is nothing to pass size to",
             ),
+            (
+                {"loader_args": {"absent": 3}},
+                r"train.py:batches does not take absent \(`loader_arg`\); it takes size",
+            ),
+            (
+                {"model_args": {"absent": 3}},
+                r"train.py:Net does not take absent \(`model_arg`\); it takes width, drop",
+            ),
         ],
         ids=str,
     )
@@ -1246,8 +1254,6 @@ class TestUsersObjects:
             ({"model": "train.py:raising"}, ZeroDivisionError),
             ({"model": "train.py:exits"}, SystemExit),
             ({"loader": "train.py:raising"}, ZeroDivisionError),
-            ({"loader_args": {"absent": 3}}, TypeError),
-            ({"model_args": {"absent": 3}}, TypeError),
             ({"forward": "train.py:raising"}, TypeError),
         ],
         ids=str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -51,9 +52,18 @@ class _TerminatedError(BaseException):
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    for other in (signal.SIGTERM, signal.SIGHUP):  # a second one must not disturb the clean-up
-        signal.signal(other, signal.SIG_IGN)
+    _disregard_signals()
     raise _TerminatedError(number)
+
+
+def _disregard_signals() -> None:
+    """Let nothing disturb the end any more.
+
+    Not by SIG_IGN: python complains of a signal that had arrived before it was ignored.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) * 2:
+        with contextlib.suppress(KeyboardInterrupt, _TerminatedError):  # of one that had arrived
+            signal.signal(number, lambda *_: None)
 
 
 def main() -> None:
@@ -61,7 +71,11 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
             signal.signal(number, _on_signal)
-    sys.exit(_run())
+    code = _run()
+    _disregard_signals()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # python, while it ends, has handlers no more
+    sys.exit(code)
 
 
 def _run() -> int:
@@ -72,11 +86,10 @@ def _run() -> int:
     except PeerError:
         return _ERROR  # the process that failed says why
     except BaseException as error:  # noqa: BLE001 - an unknown one is raised again
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the end
+        _disregard_signals()
         # In an import an interruption may come out as another exception.
         cause = error.__cause__ or error.__context__
         return _explain(cause if isinstance(cause, KeyboardInterrupt) else error)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code if isinstance(code, int) else 0
 
 

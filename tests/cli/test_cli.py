@@ -158,24 +158,30 @@ class TestExitCodes:
         ],
     )
     def test_signals_leave_nothing_behind(self, tmp_path, number, code, word):
-        returned, errors = self.signalled(tmp_path, number, signal.SIG_DFL)
+        returned, errors = self.signalled(tmp_path, signal.SIG_DFL, number)
         assert returned == code
         assert errors.strip() == f"ckptavg: {word}"
         assert os.listdir(tmp_path) == ["ckpts"]
 
+    @pytest.mark.parametrize("second", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_changes_nothing(self, tmp_path, second):
+        returned, errors = self.signalled(tmp_path, signal.SIG_DFL, signal.SIGHUP, second)
+        assert (returned, errors) == (129, "ckptavg: terminated\n")
+        assert os.listdir(tmp_path) == ["ckpts"]
+
     def test_under_nohup_a_run_goes_on_when_the_terminal_is_closed(self, tmp_path):
-        returned, errors = self.signalled(tmp_path, signal.SIGHUP, signal.SIG_IGN)
+        returned, errors = self.signalled(tmp_path, signal.SIG_IGN, signal.SIGHUP)
         assert (returned, errors) == (0, "")
         assert sorted(os.listdir(tmp_path)) == ["ckpts", "o.safetensors"]
 
     @staticmethod
-    def signalled(tmp_path, number, hangup):
-        """Hold a run at its threads' first write until a signal has come.
+    def signalled(tmp_path, hangup, *numbers):
+        """Hold a run at its threads' first write until signals have come, all at once.
 
         Args:
             tmp_path: where it runs.
-            number: the signal.
             hangup: what the run begins with for SIGHUP, whatever the tests were started with.
+            numbers: the signals.
 
         Returns:
             Its exit code and what it said.
@@ -206,7 +212,8 @@ class TestExitCodes:
         )
         assert child.stdout is not None
         assert child.stdout.readline() == "writing\n"
-        child.send_signal(number)
+        for number in (signal.SIGSTOP, *numbers, signal.SIGCONT):
+            child.send_signal(number)
         _, errors = child.communicate("x", timeout=60)
         return child.returncode, errors
 

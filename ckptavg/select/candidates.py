@@ -23,6 +23,7 @@ log = logging.getLogger("ckptavg")
 _FOLDERS_OF_HINT = 4
 _DEPTH_OF_HINT = 3
 _MOST_NAMES = 10
+_Visit = tuple["Path", int]  # a folder, without links, and the levels that were left
 _LEVELS = 2  # of folders with a number: `iter_0001000/mp_rank_00/model.pt`
 
 
@@ -74,7 +75,7 @@ def _candidates_in(folder: Path) -> list[Path]:
     A directory with weights is a checkpoint unless numbered checkpoints are in it. Its own weights
     are then those that a Trainer saved at the end.
     """
-    candidates = [*_entries_of(folder, _LEVELS)]
+    candidates = [*_entries_of(folder, _LEVELS, set())]
     if is_checkpoint_directory(folder):
         tops = {entry: entry.relative_to(folder).parts[0] for entry in candidates}
         numbered = [entry for entry, top in tops.items() if _is_numbered(top, folder)]
@@ -86,30 +87,32 @@ def _candidates_in(folder: Path) -> list[Path]:
     return candidates if any(not is_no_checkpoint(each.name) for each in candidates) else []
 
 
-def _entries_of(folder: Path, levels: int) -> Iterator[Path]:
-    """The candidates in a directory, and in its numbered folders down to so many levels."""
+def _entries_of(folder: Path, levels: int, known: set[_Visit]) -> Iterator[Path]:
+    """The candidates in a directory, and in its numbered folders down to so many levels.
+
+    Each folder is looked into once for a level, whatever links lead to it.
+    """
     # A folder of samples may have a million files: they are not even sorted.
     entries = [each for each in folder.iterdir() if is_suffix(each.suffix) or each.is_dir()]
     for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
         try:
             if not entry.name.startswith("."):
-                yield from _below(entry, levels)
+                yield from _below(entry, levels, known)
         except PermissionError:
             log.info("left out %s: no permission to read it", printable(entry.name))
 
 
-def _below(entry: Path, levels: int) -> Iterator[Path]:
+def _below(entry: Path, levels: int, known: set[_Visit]) -> Iterator[Path]:
     """The entry if it is a candidate, else the candidates in it."""
     is_folder = entry.is_dir()
     if is_checkpoint_directory(entry) if is_folder else is_suffix(entry.suffix):
         yield entry
-    elif is_folder and levels and parse_name(entry.name).numbers and not _leads_upwards(entry):
-        yield from _entries_of(entry, levels - 1)
-
-
-def _leads_upwards(entry: Path) -> bool:
-    """Whether a folder is a link to a folder that contains it."""
-    return not is_remote(entry) and entry.parent.resolve().is_relative_to(entry.resolve())
+    elif is_folder and levels and parse_name(entry.name).numbers:
+        place = entry if is_remote(entry) else entry.resolve()
+        leads_upwards = not is_remote(entry) and entry.parent.resolve().is_relative_to(place)
+        if (place, levels) not in known and not leads_upwards:
+            known.add((place, levels))
+            yield from _entries_of(entry, levels - 1, known)
 
 
 def _is_numbered(name: str, folder: Path) -> bool:

@@ -89,6 +89,14 @@ class TestDirectory:
         folders = [f"{tmp_path}/version_{version}/checkpoints" for version in range(2)]
         assert str(caught.value).endswith(f"name a directory that has some: {', '.join(folders)}")
 
+    def test_with_links_to_each_other_are_looked_through_once(self, tmp_path):
+        for name, other in (("a", "b"), ("b", "a")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / f"epoch_{name}1.pt").write_bytes(b"")
+            for number in range(9):
+                (tmp_path / name / f"step_{number}").symlink_to(tmp_path / other)
+        assert len(find_candidates([tmp_path / "a"])) <= 3
+
     def test_with_links_to_itself_is_looked_through_once(self, tmp_path):
         for number in range(40):
             (tmp_path / f"link_{number}").symlink_to(tmp_path)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +20,8 @@ from tests.helpers import outcome, run, save_dcp
 from tests.oracle import naive_mean, same_bits, save_run
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
+
+KINDS = ("a.safetensors", "b.pt", "training.pt", "legacy.pt", "dcp")
 
 
 def state() -> dict[str, Any]:
@@ -63,7 +66,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("output", ["out.safetensors", "out.pt", "out/"])
-@pytest.mark.parametrize("kind", ["a.safetensors", "b.pt", "training.pt", "legacy.pt", "dcp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_names_and_bytes_stay(tmp_path, kind, output):
     values = state()
     path = save(kind, values, tmp_path)
@@ -209,12 +212,19 @@ class TestRefusals:
 
 
 def test_it_works_without_torch(tmp_path):
-    from tests.helpers import process
-
-    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
-    code = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'ckptavg'"
-    assert code
-    done = process("convert", tmp_path / "a.safetensors", "-o", tmp_path / "o.pt")
-    assert done.returncode == 0
-    with safe_open(tmp_path / "a.safetensors", "pt") as opened:
-        assert same_bits(torch.load(tmp_path / "o.pt")["w"], opened.get_tensor("w"))
+    values = state()
+    inputs = {kind: save(kind, values, tmp_path).as_posix() for kind in KINDS}
+    code = (
+        "import sys; sys.modules['torch'] = None; import ckptavg\n"
+        f"for kind, path in {inputs!r}.items():\n"
+        "    for end in ('.safetensors', '.pt', '/'):\n"
+        "        ckptavg.convert(path, f'{kind}-out{end}')\n"
+        "    ckptavg.convert(path, f'{kind}-dcp/', format='dcp')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for kind in inputs:
+        ckptavg.convert(tmp_path / f"{kind}-dcp", tmp_path / f"{kind}-again.pt")
+        for name in ("out.safetensors", "out.pt", "out", "again.pt"):
+            result = load(tmp_path / f"{kind}-{name}")
+            assert result.keys() == values.keys()
+            assert all(same_bits(result[each], value) for each, value in values.items())

@@ -25,7 +25,7 @@ _FOLDERS = ("pytorch_model", "checkpoint")
 
 def matches(path: Path) -> bool:
     """Whether the directory has files as the engine names them."""
-    return bool(_files(path))
+    return bool(_files(path)) or is_partitioned(path.iterdir())
 
 
 def _files(path: Path) -> list[Path]:
@@ -38,8 +38,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
-    """Describe the weights; FormatError if they are spread over several files."""
+    """Describe the weights; FormatError if they are spread over several files, or missing."""
     files = _files(path)
+    if not files:
+        what = "is missing, which says where the weights are"
+        raise FormatError(what, path=path / "*_model_states.pt")
     if is_partitioned(files):
         return open_partitions(path, files[0].parent, key)
     joined = open_groups(path, files[0], key) if len(files) == 1 else None

@@ -78,6 +78,7 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         ranks = len({name.rank for name in files.values()})
         notice = "%s: joined the shards of %d ranks; they do not record whether there were more"
         log.info(notice, printable(path), ranks)
+        _mention_last_missing(files)
     return replace(
         first,
         path=path,
@@ -121,6 +122,28 @@ def _check_names(files: Mapping[Path, ShardName]) -> bool:
     return is_of_fsdp
 
 
+def _mention_last_missing(files: Mapping[Path, ShardName]) -> None:
+    """Warn of the files that the last ranks lack: tensors are shorter without them, not torn.
+
+    A rank without a part of the tensors writes none, so that it is no error.
+    """
+    ranks = max(name.rank for name in files.values())
+    for path, name in files.items():
+        last = max(each.rank for each in files.values() if each.model == name.model)
+        if name.rank == last < ranks:
+            log.warning(
+                "%s is not there, and others of that rank are: if it is missing, tensors are too "
+                "short",
+                printable(_with_numbers(path, last + 1, name)),
+            )
+
+
+def _with_numbers(path: Path, rank: int, name: ShardName) -> Path:
+    """The file of a rank beside another's."""
+    file = f"shard-{rank:05}-model-{name.model:05}-of-{name.models:05}.safetensors"
+    return path.with_name(file)
+
+
 def _first_missing(start: int, numbers: Iterable[int]) -> int:
     """The first number from `start` on that is not among others."""
     present = set(numbers)
@@ -135,6 +158,7 @@ class _Joined:
         self._first: tuple[Checkpoint, Place] | None = None
         self._extents: list[int] = []
         self._boxes: dict[Region, Box] = {}
+        self._repeated: tuple[Checkpoint, Region] | None = None
 
     def add(self, shard: Checkpoint, *, may_repeat: bool) -> None:
         """Add the piece in a file; FormatError if it does not go with those before.
@@ -161,10 +185,10 @@ class _Joined:
         ends = [start + size for start, size in zip(place.corner, tensor.shape, strict=True)]
         self._extents = [max(pair) for pair in zip(self._extents or ends, ends, strict=True)]
         region = (place.corner, tensor.shape)
-        if region in self._boxes and not may_repeat:
-            twin = self._boxes[region].source.path.name
-            what = f"has the piece at {list(place.corner)} that {twin} has too"
-            raise FormatError(what, path=shard.path, tensor=self._name)
+        if region in self._boxes:
+            self._repeated = self._repeated or (shard, region)
+            if not may_repeat:
+                raise self._repetition()
         if 0 not in tensor.shape:
             self._boxes.setdefault(region, Box(shard.parts[0], place.corner, tensor))
 
@@ -182,15 +206,31 @@ class _Joined:
         if not is_possible(shape, dtype.itemsize):
             raise FormatError("has no valid shape", path=first.path, tensor=self._name)
         if fault := misfit(shape, list(self._boxes)):
-            gap = _first_missing(1, (name.rank for name in files.values()))
-            is_gap = place.shape is None and gap < max(name.rank for name in files.values())
+            if fault.number is None and self._repeated:
+                raise self._repetition(", and others are missing")
             raise FormatError(
                 fault.message,
                 path=path if fault.number is None else boxes[fault.number].source.path,
                 tensor=self._name,
-                remedy=f"shard-{gap:05}-... is not there" if is_gap else None,
+                remedy=_gap(first.path, files) if place.shape is None else None,
             )
         return Pieces(dtype, shape, boxes)
+
+    def _repetition(self, more: str = "") -> FormatError:
+        """The error about the first file whose piece is in a file before it."""
+        assert self._repeated is not None  # noqa: S101
+        shard, (corner, sizes) = self._repeated
+        twin = self._boxes[corner, sizes].source.path.name
+        what = f"has the piece at {list(corner)} that {twin} has too{more}"
+        return FormatError(what, path=shard.path, tensor=self._name)
+
+
+def _gap(path: Path, files: Mapping[Path, ShardName]) -> str | None:
+    """Which file of a rank is not there, of those that share tensors with a file."""
+    name = files[path]
+    rank = _first_missing(1, (each.rank for each in files.values() if each.model == name.model))
+    is_gap = rank <= max(each.rank for each in files.values())
+    return f"{_with_numbers(path, rank, name).name} is not there" if is_gap else None
 
 
 def _described(tensor: Tensor, place: Place) -> str:

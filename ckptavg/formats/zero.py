@@ -41,7 +41,7 @@ _TOOL = "join the files with the zero_to_fp32.py that DeepSpeed leaves beside th
 
 
 def is_partitioned(files: Iterable[Path]) -> bool:
-    """Whether files are named as stage 3 names them."""
+    """Whether files are named as ZeRO names those of its ranks."""
     return any(_FILE.fullmatch(file.name) for file in files)
 
 
@@ -111,6 +111,7 @@ def _joined(
     is_stage_3: bool,
 ) -> Checkpoint:
     """The checkpoint of joined parameters, and of buffers and others that are whole in a file."""
+    _refuse_copies(optimizers, pieces)
     first = models[0]
     module = first.mapping("module")
     chosen = choose(path, {"module": module}, key)
@@ -145,6 +146,20 @@ def _joined(
         names=tuple(module),
         other_entries={name: value for name, value in module.items() if name not in values},
     )
+
+
+def _refuse_copies(optimizers: Sequence[_Optimizer], pieces: Mapping[str, Pieces]) -> None:
+    """Raise a FormatError if two ranks have the same contents: the files do not record their ranks.
+
+    Those of which nothing is read may be the same: they have nothing but padding.
+    """
+    used = {box.source.path for each in pieces.values() for box in each.boxes}
+    known: dict[object, str] = {}
+    for each in optimizers:
+        path = each.archive.file.path
+        twin = known.setdefault(each.checksums, path.name) if path in used else path.name
+        if twin != path.name and any(checksum for checksum, _ in each.checksums):
+            raise FormatError(f"has the same contents as {twin}: is it a copy?", path=path)
 
 
 def _files(folder: Path, names: Iterable[str], kind: str) -> list[Path]:
@@ -236,12 +251,15 @@ class _Optimizer:
     Attributes:
         archive: the file.
         pickle_digest: the pickle's SHA-256.
+        checksums: those of all records, with their sizes; 0 where torch was told to write none.
         state: the optimizer's state dict.
     """
 
     def __init__(self, path: Path) -> None:
         self.archive = Archive(open_source(path))
         self.pickle_digest = hashlib.sha256(self.archive.content("data.pkl")).digest()
+        records = self.archive.records.values()
+        self.checksums = tuple((each.CRC, each.file_size) for each in records)
         root: Any = self.archive.load()
         state = root.get("optimizer_state_dict") if isinstance(root, Mapping) else None
         self.state: Mapping[Any, Any] = state if isinstance(state, Mapping) else {}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import ckptavg
 from ckptavg.errors import FormatError
 from ckptavg.formats import open_checkpoint
-from tests.helpers import assert_same, refusal, save_torch
+from tests.helpers import assert_same, outcome, refusal, save_torch
 from tests.oracle import assert_mean
 
 REAL = Path(__file__).parent / "zero3"
@@ -58,6 +58,16 @@ class TestRealDirectories:
         with pytest.raises(FormatError, match=name):
             ckptavg.average([folder, STEPS[0]], tmp_path / "out.safetensors")
         assert not (tmp_path / "out.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        "folder", [STEPS[1], STAGES_1_2 / "stage2"], ids=lambda each: each.name
+    )
+    def test_with_one_rank_s_file_for_another_are_refused(self, tmp_path, folder):
+        folder = Path(shutil.copytree(folder, tmp_path / "x"))
+        first, second, _ = sorted(folder.glob("*optim_states.pt"))
+        shutil.copy(first, second)
+        message = f"/{second.name}: has the same contents as {first.name}: is it a copy?"
+        assert refusal(folder) == message
 
     def test_of_a_rank_more_or_of_two_saves_are_refused(self, tmp_path):
         folder = Path(shutil.copytree(STEPS[0], tmp_path / "x"))
@@ -113,6 +123,16 @@ class TestRealDirectoriesOfStages1And2:
         last.unlink()
         assert "is of another number of ranks than 2" in refusal(folder)
 
+    def test_need_the_model_s_file(self, tmp_path):
+        folder = Path(shutil.copytree(STAGES_1_2 / "stage2", tmp_path / "x"))
+        (folder / "mp_rank_00_model_states.pt").unlink()
+        message = "/*_model_states.pt: is missing, which says where the weights are"
+        assert refusal(folder) == message
+        code, _, said = outcome("convert", folder, "-o", tmp_path / "out.safetensors")
+        assert code == 1
+        assert f"{folder}{message}" in said
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
     def test_have_weights_of_16_bits_where_no_optimizer_is_left(self, tmp_path):
         folder = Path(shutil.copytree(STAGES_1_2 / "stage2", tmp_path / "x"))
         for path in folder.glob("*optim_states.pt"):
@@ -154,19 +174,19 @@ def test_pieces_that_span_groups_and_padding(tmp_path):
 
 
 def test_a_rank_may_have_nothing_but_padding(tmp_path):
-    for rank in range(4):
-        # Two elements of `w`, which has five, and one of `v`, which has one; the rest is padding.
-        flat = torch.tensor([2.0 * rank, 2.0 * rank + 1, 9])
+    for rank in range(6):
+        # Two elements of `w`, which has seven, and one of `v`, which has one; the rest is padding.
+        flat = torch.tensor([2.0 * rank, 2.0 * rank + 1, 9]) if rank < 4 else torch.zeros(3)
         model = {
             "module": {"w": torch.empty(0), "v": torch.empty(0)},
             "buffer_names": [],
-            "param_shapes": [{"w": torch.Size([5]), "v": torch.Size([1])}],
+            "param_shapes": [{"w": torch.Size([7]), "v": torch.Size([1])}],
         }
-        optimizer = {"fp32_flat_groups": [flat], "partition_count": 4}
+        optimizer = {"fp32_flat_groups": [flat], "partition_count": 6}
         name = f"zero_pp_rank_{rank}_mp_rank_00_"
         save_torch(model, tmp_path / f"{name}model_states.pt")
         save_torch({"optimizer_state_dict": optimizer}, tmp_path / f"{name}optim_states.pt")
-    wanted = {"w": torch.arange(5.0), "v": torch.full((1,), 9.0)}
+    wanted = {"w": torch.arange(7.0), "v": torch.full((1,), 9.0)}
     assert_same(open_checkpoint(tmp_path), wanted)
 
 

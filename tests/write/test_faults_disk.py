@@ -90,6 +90,10 @@ def test_a_file_that_cannot_be_read_from_any_byte_on_is_named(stage, every):
             continue  # the user's code: Python's traceback is shown
         fault = Fault(kinds=("read",), number=number, act="fail", value=errno.EIO, sticky=True)
         root, done = stage.play(fault)
+        if done.code == 0:  # it was read for the command that is proposed after the average
+            assert reads[number - 1].path.endswith("config.json")
+            assert stage.output(root) == stage.new
+            continue
         failed = [call.path for call in done.calls if call.kind == "read"][number - 1 :]
         refused(stage, root, done, os.strerror(errno.EIO))
         # What is read back of the output has no name yet, or a temporary one.

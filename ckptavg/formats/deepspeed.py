@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import FormatError
-from ckptavg.formats.files import open_file
+from ckptavg.formats.files import is_suffix, open_file
 from ckptavg.formats.zero import is_partitioned, open_groups, open_partitions
 
 if TYPE_CHECKING:
@@ -24,8 +24,11 @@ _FOLDERS = ("pytorch_model", "checkpoint")
 
 
 def matches(path: Path) -> bool:
-    """Whether the directory has files as the engine names them."""
-    return bool(_files(path)) or is_partitioned(path.iterdir())
+    """Whether the directory has files as the engine names them, or partitions and nothing else."""
+    if _files(path):
+        return True
+    others = [entry for entry in path.iterdir() if is_suffix(entry.suffix)]
+    return is_partitioned(others) and all(each.name.endswith("_states.pt") for each in others)
 
 
 def _files(path: Path) -> list[Path]:

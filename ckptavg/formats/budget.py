@@ -43,7 +43,8 @@ AT_A_TIME = 1_000  # opcodes
 CALLS_OF_TENSOR = 4
 
 ITEM = 8  # bytes of a reference, on the stack and in the memo
-ENTRY = 64  # bytes of an entry of a dict or a set
+ENTRY = 64  # bytes of an entry of a dict
+MEMBER = 200  # of a member of a set, which is copied while the set is made
 _TEXT, _NUMBER, _CALL = 64, 40, 80
 _LINE = 200  # and much time
 COSTS = {

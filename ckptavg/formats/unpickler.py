@@ -263,14 +263,14 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         items = self.pop_mark()
         target = self.stack[-1]
         if isinstance(target, set):
-            self.budget.memory += budget.ENTRY * len(items)
+            self.budget.memory += budget.MEMBER * len(items)
             target |= as_set(items)
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 
     def _frozenset(self) -> None:
         items = self.pop_mark()  # first, as it gives `append` another stack
-        self.budget.memory += budget.ENTRY * len(items)
+        self.budget.memory += budget.MEMBER * len(items)
         self.append(frozenset(as_set(items)))
 
     def _bytearray8(self) -> None:

@@ -106,9 +106,9 @@ def _explain(error: BaseException) -> int:
         case _TerminatedError():
             text, code = "terminated", 128 + int(error.args[0])
         case UserCodeError():
-            click.echo(
-                shown("".join(traceback.format_exception(error.__cause__))), err=True, nl=False
-            )
+            if error.__cause__ is not None:
+                lines = traceback.format_exception(error.__cause__)
+                click.echo(shown("".join(lines)), err=True, nl=False)
             text = f"error: {error}"
         case CkptAvgError():
             text = f"error: {error}"

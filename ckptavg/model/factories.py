@@ -49,17 +49,32 @@ def _summary(error: BaseException) -> str:
 
     Backquotes would make an option out of a name in it.
     """
-    text = str(error).replace("`", "'")
-    if "Original Traceback" not in text:
-        return text
-    lines = text.rstrip().splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
-    message = "\n".join(lines[max(frames, default=0) + 1 :])
-    return f"{message} (in a worker process)"
+    text = _text(error).replace("`", "'")
+    if "Original Traceback" in text:
+        lines = text.rstrip().splitlines()
+        frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+        message = "\n".join(lines[max(frames, default=0) + 1 :])
+        text = f"{message} (in a worker process)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
+
+def _text(error: BaseException) -> str:
+    """What an exception says. Its own `__str__` may fail."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - the user's own
+        return "(its message cannot be shown)"
+
+
+_LONGEST = 2_000  # characters of a message
 
 # What a user's exception and its message tell about the mistake, and what to do.
 _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
+    (
+        SystemExit,
+        "^2$",
+        "argparse has no arguments in an import: give required options a default, or parse in main",
+    ),
     (
         SystemExit,
         "",
@@ -105,7 +120,7 @@ _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
 
 def _remedy(error: BaseException) -> str | None:
     for kind, pattern, remedy in _REMEDIES:
-        if isinstance(error, kind) and re.search(pattern, str(error)):
+        if isinstance(error, kind) and re.search(pattern, _text(error)[:_LONGEST]):
             return remedy
     return None
 

@@ -326,7 +326,6 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             verdict.metric = in_name if recorded is None else recorded
     if rules.best is None:
         return
-    mode = certain_mode(metric, rules.mode)
     left = _remaining(verdicts)
     values = [verdict.metric for verdict in left]
     if all(value is None for value in values):
@@ -336,7 +335,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             remedy=(f"recorded are: {known}; " if known else "")
             + "name a file that has it with `metrics`",
         )
-    winners = indices_of_best(values, rules.best, mode)
+    winners = indices_of_best(values, rules.best, certain_mode(metric, rules.mode))
     if len(winners) < rules.best:
         log.info("only %d of the best %d by %s are there", len(winners), rules.best, metric)
     for place, verdict in enumerate(left):

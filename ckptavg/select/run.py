@@ -202,8 +202,15 @@ def log_averages(run: Run) -> None:
         and each.checkpoint is not None
         and (each.kind == "average" or each.checkpoint.is_trainers_average or is_average(each.name))
     ]
-    if averages and run.error is None:
+    if not averages or run.error is not None:
+        return
+    if len(averages) == sum(each.is_open for each in run.candidates):
         log.info("these are averages already: %s", listed(averages))
+    else:
+        log.warning(
+            "these are averages already: %s; what they are made of counts twice if it is here too",
+            listed(averages),
+        )
 
 
 def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:

@@ -239,7 +239,8 @@ class TestUserCode:
     @pytest.mark.parametrize(
         ("error", "remedy"),
         [
-            (SystemExit(2), r"belongs under `if __name__ == \"__main__\":`"),
+            (SystemExit(1), r"belongs under `if __name__ == \"__main__\":`"),
+            (SystemExit(2), "argparse has no arguments"),
             (
                 ImportError("attempted relative import with no known parent package"),
                 "package.module",
@@ -272,6 +273,20 @@ class TestUserCode:
     def test_says_what_to_do(self, error, remedy):
         with pytest.raises(UserCodeError, match=remedy), user_code("importing it"):
             raise error
+
+    def test_shortens_what_has_no_end(self):
+        with pytest.raises(UserCodeError) as caught, user_code("it"):
+            raise AssertionError("target " * 200_000)
+        assert len(str(caught.value)) < 3_000
+
+    def test_does_without_a_message_that_cannot_be_made(self):
+        class Wordless(Exception):  # noqa: N818
+            def __str__(self):
+                raise RuntimeError
+
+        expected = pytest.raises(UserCodeError, match=r"it raised Wordless: \(its message cannot")
+        with expected, user_code("it"):
+            raise Wordless
 
     def test_makes_no_options_of_what_the_user_quotes(self):
         expected = pytest.raises(UserCodeError, match=r"raised ValueError: pass 'labels'$")

@@ -82,11 +82,12 @@ def _show_run(
     rules = Selection(**fields_of(Selection, params))
     run = find_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
     log_averages(run)
-    if run.error is None:
-        verdicts = select(run, rules)
-    else:
+    verdicts = select(run, rules) if run.error is None else []
+    if run.error is not None:
         opened = [each.checkpoint for each in run.candidates if each.is_open]
-        verdicts = [Verdict(each, "step", reason=_BESIDE_ERROR) for each in opened if each]
+        for each in filter(None, opened):
+            unit, step = each.step or ("step", None)
+            verdicts.append(Verdict(each, unit, step, reason=_BESIDE_ERROR))
     members = [_member(verdict) for verdict in verdicts]
     others = [_other(each) for each in run.candidates if each.reason]
     all_series = run.series
@@ -156,7 +157,7 @@ def _other(candidate: Candidate) -> dict[str, Any]:
 
 
 _MOST_NAMES = 2  # of series in one row
-_BESIDE_ERROR = "beside an error"
+_BESIDE_ERROR = "the error below stops the average"
 _PLURALS = {"checkpoint": "checkpoints", "copy": "copies", "piece": "pieces"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
-from ckptavg.errors import CkptAvgError, listed, said_once
+from ckptavg.errors import CkptAvgError, said_once
 from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name, units_of
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_paths
@@ -30,7 +29,7 @@ from ckptavg.model.making import (
 )
 from ckptavg.model.modes import start_training
 from ckptavg.options import Options, takes_fields_of
-from ckptavg.select.members import log_left_out
+from ckptavg.select.members import log_left_out, warn_of_stale
 from ckptavg.select.metrics import indices_of_best, mode_of
 from ckptavg.select.order import timeline
 from ckptavg.select.rules import Selection, chosen, select
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
     from ckptavg.options import Progress
     from ckptavg.select.rules import Verdict
     from ckptavg.select.run import Run
-
-
-log = logging.getLogger("ckptavg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,23 +156,8 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
             if options.progress is not None:
                 options.progress(1, len(verdicts))
         if options.refresh is None:
-            _warn_of_stale(checkpoints)
+            warn_of_stale(checkpoints)
     return evaluations
-
-
-def _warn_of_stale(checkpoints: Sequence[Checkpoint]) -> None:
-    """Warn of averages whose norm statistics no data have passed through."""
-    stale = []
-    for checkpoint in checkpoints:
-        match checkpoint.provenance:
-            case {"norm_stats": {"state": "stale" | "partly refreshed"}}:
-                stale.append(checkpoint.name)
-    if stale:
-        log.warning(
-            "BatchNorm statistics are stale in %s, which looks worse than it is: refresh them with "
-            "`ckptavg bn-refresh`",
-            listed(stale),
-        )
 
 
 def _as_named(run: Run, verdicts: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:

@@ -118,7 +118,13 @@ def _mismatch(
     lines += [f"{printable(name)}: in {where}, missing in the model" for name in unused]
     lines += unlike.values()
     fitting = {inner: name for inner, name in names.items() if inner not in unexpected}
-    hint = " (`model_arg` can give it other sizes)" if unlike else ""
+    hint = ""
+    if unlike:
+        training = checkpoint.training
+        kept = "; `container` last keeps the hyper-parameters of what is averaged"
+        is_bare = checkpoint.is_average and not training.hyper_parameters
+        is_bare &= checkpoint.path.suffix == ".ckpt"
+        hint = f" (`model_arg` can give it other sizes{kept if is_bare else ''})"
     if fitting and not unlike:
         others = [*fitting, *fitting.values()]
         pattern = pattern_of([*missing, *unused], others) or "REGEX"

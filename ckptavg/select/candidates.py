@@ -80,7 +80,8 @@ def _candidates_in(folder: Path) -> list[Path]:
         tops = {entry: entry.relative_to(folder).parts[0] for entry in candidates}
         numbered = [entry for entry, top in tops.items() if _is_numbered(top, folder)]
         kept = {tops[entry] for entry in numbered} or _weight_files(folder)
-        others = [*dict.fromkeys(top for top in tops.values() if top not in kept)]
+        beside = dict.fromkeys(top for top in tops.values() if top not in kept)
+        others = [name for name in beside if not is_no_checkpoint(name)]
         if others:
             log.info("left out: %s", listed(others, _MOST_NAMES))
         return numbered

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptavg.errors import CkptAvgError
+    from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.select.series import Candidate, CandidateKind, Series
 
 log = logging.getLogger("ckptavg")
@@ -212,3 +213,18 @@ def log_left_out(candidates: Sequence[Candidate]) -> None:
         names = [each.name for each in left_out if each.kind == kind]
         if names:
             log.info("%s: %s", text, listed(names, _MOST_NAMES))
+
+
+def warn_of_stale(checkpoints: Iterable[Checkpoint]) -> None:
+    """Warn of averages whose norm statistics no data have passed through."""
+    stale = []
+    for checkpoint in checkpoints:
+        match checkpoint.provenance:
+            case {"norm_stats": {"state": "stale" | "partly refreshed"}}:
+                stale.append(checkpoint.name)
+    if stale:
+        log.warning(
+            "BatchNorm statistics are stale in %s, which looks worse than it is: refresh them with "
+            "`ckptavg bn-refresh`",
+            listed(stale),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -137,7 +138,8 @@ def _open(candidate: Candidate, key: Key) -> None:
         else:
             candidate.leave_out("damaged", error.message)
             if isinstance(error, FormatError) and not is_named and error.remedy is None:
-                error.remedy = "if it is not a checkpoint, leave it out with `exclude`"
+                name = shlex.quote(printable(candidate.path.name))
+                error.remedy = f"leave it out with `exclude` {name}"
             candidate.fault = error
         return
     candidate.checkpoint = replace(checkpoint, name_in_run=candidate.name)

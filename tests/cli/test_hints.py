@@ -288,3 +288,11 @@ def test_that_an_input_is_an_average_is_said_where_it_is_averaged_again(swa):
     assert said.count("\n") == 1
     assert notice in outcome("average", "ckpts", swa, "-o", "again.safetensors")[2]
     assert notice in outcome("inspect", "ckpts", swa)[2]
+
+
+def test_a_damaged_file_is_left_out_by_the_option_that_is_named(swa):
+    damaged = max(Path("ckpts").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    code, _, said = outcome("average", "ckpts", "-o", "out.pt")
+    assert code == 1
+    assert f"leave it out with --exclude {damaged.name}" in said

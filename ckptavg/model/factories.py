@@ -38,32 +38,28 @@ def user_code(what: str) -> Iterator[None]:
     except CkptAvgError:
         raise
     except (Exception, SystemExit) as error:
-        text = f"{what} raised {type(error).__name__}: {_summary(error)}"
+        message = _message(error)
+        plain = message.replace("`", "'")  # backquotes would make an option out of a name in it
         is_import = what.startswith("importing")
-        remedy = None if isinstance(error, SystemExit) and not is_import else _remedy(error)
-        raise UserCodeError(text, remedy=remedy) from error
+        is_known = is_import or not isinstance(error, SystemExit)
+        raise UserCodeError(
+            f"{what} raised {type(error).__name__}: {plain}",
+            remedy=_remedy(error, message) if is_known else None,
+        ) from error
 
 
-def _summary(error: BaseException) -> str:
-    """The message of an exception, without the traceback of a loader's worker that it may quote.
-
-    Backquotes would make an option out of a name in it.
-    """
-    text = _text(error).replace("`", "'")
+def _message(error: BaseException) -> str:
+    """What an exception says, without the traceback of a loader's worker that it may quote."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - its `__str__` is the user's own
+        return "(its message cannot be shown)"
     if "Original Traceback" in text:
         lines = text.rstrip().splitlines()
         frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
         message = "\n".join(lines[max(frames, default=0) + 1 :])
         text = f"{message} (in a worker process)"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def _text(error: BaseException) -> str:
-    """What an exception says. Its own `__str__` may fail."""
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001 - the user's own
-        return "(its message cannot be shown)"
 
 
 _LONGEST = 2_000  # characters of a message
@@ -118,9 +114,9 @@ _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
 )
 
 
-def _remedy(error: BaseException) -> str | None:
+def _remedy(error: BaseException, message: str) -> str | None:
     for kind, pattern, remedy in _REMEDIES:
-        if isinstance(error, kind) and re.search(pattern, _text(error)[:_LONGEST]):
+        if isinstance(error, kind) and re.search(pattern, message):
             return remedy
     return None
 

@@ -296,3 +296,20 @@ def test_a_damaged_file_is_left_out_by_the_option_that_is_named(swa):
     code, _, said = outcome("average", "ckpts", "-o", "out.pt")
     assert code == 1
     assert f"leave it out with --exclude {damaged.name}" in said
+
+
+def test_steps_are_shown_beside_an_error(swa):
+    for epoch in (1, 2):
+        torch.save({"epoch": epoch, "model": {"w": torch.ones(3)}}, f"mine_{epoch}.pt")
+    Path("mine_2.pt").write_bytes(Path("mine_2.pt").read_bytes()[:-200])
+    _, shown, _ = outcome("inspect", "--json", "mine_1.pt", "mine_2.pt")
+    [good] = [row for row in json.loads(shown)["checkpoints"] if row["path"].endswith("_1.pt")]
+    assert good["step"] == 1
+
+
+def test_an_average_without_hyper_parameters_is_said_to_be_so(swa):
+    assert outcome("average", "ckpts", "-o", "swa.ckpt")[0] == 0
+    model = ("--model", "mine.py:Net", "--model-arg", "width=3")
+    code, _, said = outcome("bn-refresh", "swa.ckpt", *model, "--loader", "mine.py:decorated")
+    assert code == 1
+    assert "--container last keeps the hyper-parameters" in said

@@ -300,7 +300,7 @@ def _refuse_unfit(
     Raises:
         UnfitBatchError: it cannot.
     """
-    values, splits = _input(args, kwargs), vars(module).get("num_splits", 1)
+    values, splits = _input(args, kwargs), getattr(module, "num_splits", 1)
     splits = splits if isinstance(splits, int) and module.training else 1
     if values is None or not values.dim():
         return

@@ -79,7 +79,7 @@ def _store(layers: Mapping[str, NormLayer], calls: Mapping[str, int], moments: M
             continue
         assert layer.running_mean is not None and layer.running_var is not None  # noqa: S101, PT018
         for buffer, values in ((layer.running_mean, mean), (layer.running_var, variance)):
-            if not float(values.to(buffer.dtype).abs().max()) < math.inf:
+            if not bool(torch.isfinite(values.to(buffer.dtype)).all()):
                 raise RefreshError(
                     f"the statistics of layer {printable(repr(name))} are too large for "
                     f"{buffer.dtype}",

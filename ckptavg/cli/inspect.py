@@ -82,12 +82,12 @@ def _show_run(
     rules = Selection(**fields_of(Selection, params))
     run = find_run(paths, key=key, exclusion_reason=rules.exclusion_reason)
     log_averages(run)
-    verdicts = select(run, rules) if run.error is None else []
-    if run.error is not None:
+    if run.error is None:
+        verdicts = select(run, rules)
+    else:
         opened = [each.checkpoint for each in run.candidates if each.is_open]
-        for each in filter(None, opened):
-            unit, step = each.step or ("step", None)
-            verdicts.append(Verdict(each, unit, step, reason=_BESIDE_ERROR))
+        steps = [(each, each.step or ("step", None)) for each in opened if each]
+        verdicts = [Verdict(each, unit, step, reason=_BESIDE_ERROR) for each, (unit, step) in steps]
     members = [_member(verdict) for verdict in verdicts]
     others = [_other(each) for each in run.candidates if each.reason]
     all_series = run.series
@@ -200,9 +200,8 @@ def _joined(series: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first, *others = series
     if not others:
         return first
-    names, count = [row["name"] for row in series], sum(row["count"] for row in series)
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return {**first, "name": ", ".join(names[:_MOST_NAMES]) + more, "count": count, "steps": None}
+    name = listed((row["name"] for row in series), _MOST_NAMES)
+    return {**first, "name": name, "count": sum(row["count"] for row in series), "steps": None}
 
 
 def _say_choice(

@@ -15,6 +15,7 @@ from ckptavg.formats.files import is_suffix, open_file
 from ckptavg.formats.zero import is_partitioned, open_groups, open_partitions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -25,24 +26,25 @@ _FOLDERS = ("pytorch_model", "checkpoint")
 
 def matches(path: Path) -> bool:
     """Whether the directory has files as the engine names them, or partitions and nothing else."""
-    if _files(path):
+    entries = list(path.iterdir())
+    if _files(entries):
         return True
-    others = [entry for entry in path.iterdir() if is_suffix(entry.suffix)]
+    others = [entry for entry in entries if is_suffix(entry.suffix)]
     return is_partitioned(others) and all(each.name.endswith("_states.pt") for each in others)
 
 
-def _files(path: Path) -> list[Path]:
-    entries = list(path.iterdir())
+def _files(entries: Sequence[Path]) -> list[Path]:
+    """The files with weights among the entries of a directory, and in the engine's own folder."""
     folders = [entry for entry in entries if entry.name in _FOLDERS and entry.is_dir()]
     if len(folders) == 1:
-        entries += folders[0].iterdir()
+        entries = [*entries, *folders[0].iterdir()]
     files = [entry for entry in entries if entry.name.endswith("model_states.pt")]
     return sorted(files, key=lambda entry: entry.name)
 
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     """Describe the weights; FormatError if they are spread over several files, or missing."""
-    files = _files(path)
+    files = _files(list(path.iterdir()))
     if not files:
         what = "is missing, which says where the weights are"
         raise FormatError(what, path=path / "*_model_states.pt")

@@ -118,13 +118,11 @@ def _mismatch(
     lines += [f"{printable(name)}: in {where}, missing in the model" for name in unused]
     lines += unlike.values()
     fitting = {inner: name for inner, name in names.items() if inner not in unexpected}
-    hint = ""
-    if unlike:
-        training = checkpoint.training
-        kept = "; `container` last keeps the hyper-parameters of what is averaged"
-        is_bare = checkpoint.is_average and not training.hyper_parameters
-        is_bare &= checkpoint.path.suffix == ".ckpt"
-        hint = f" (`model_arg` can give it other sizes{kept if is_bare else ''})"
+    is_bare = not checkpoint.training.hyper_parameters and checkpoint.path.suffix == ".ckpt"
+    more = ""
+    if is_bare and checkpoint.is_average:
+        more = "; `container` last keeps the hyper-parameters of what is averaged"
+    hint = f" (`model_arg` can give it other sizes{more})" if unlike else ""
     if fitting and not unlike:
         others = [*fitting, *fitting.values()]
         pattern = pattern_of([*missing, *unused], others) or "REGEX"

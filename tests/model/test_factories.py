@@ -274,6 +274,13 @@ class TestUserCode:
         with pytest.raises(UserCodeError, match=remedy), user_code("importing it"):
             raise error
 
+    def test_says_what_to_do_about_an_error_deep_in_a_worker(self):
+        frames = "".join(f'  File "part_{n}.py", line 1, in f\n    f()\n' for n in range(200))
+        text = f"Caught it.\nOriginal Traceback (most recent call last):\n{frames}"
+        with pytest.raises(UserCodeError, match="enable_grad") as caught, user_code("it"):
+            raise RuntimeError(f"{text}RuntimeError: element 0 of tensors does not require grad")
+        assert "part_" not in str(caught.value)
+
     def test_shortens_what_has_no_end(self):
         with pytest.raises(UserCodeError) as caught, user_code("it"):
             raise AssertionError("target " * 200_000)

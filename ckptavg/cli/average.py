@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _ROLES = {
     "averaged": "averaged",
-    "last": "taken from the last checkpoint",
+    "last": "copied from the last checkpoint",
     "kept": "the same in all",
     "joined": "LoRA factors side by side",
     "skipped": "skipped",

@@ -100,9 +100,9 @@ def _show_run(
         _say_members(console, members, unit)
     error = None if run.error is None else with_options(str(run.error))
     if error and not any(each.kind == "damaged" for each in run.candidates):
-        console.say("none is taken: " + error.partition(":\n")[0])
-    taken = [verdict.checkpoint for verdict in verdicts if verdict.is_chosen]
-    sentences = advice(run.checkpoints, taken) if run.error is None else []
+        console.say("none is selected: " + error.partition(":\n")[0])
+    selected = [verdict.checkpoint for verdict in verdicts if verdict.is_chosen]
+    sentences = advice(run.checkpoints, selected) if run.error is None else []
     for sentence in ("", *sentences) if sentences else ():
         console.say(with_options(sentence))
     if plot is not None:
@@ -129,8 +129,8 @@ def _plot(console: Console, members: Sequence[dict[str, Any]], unit: str, path: 
         raise SelectionError("no checkpoint records a step and a learning rate: nothing to plot")
     from ckptavg.evaluation.pictures import draw_schedule
 
-    steps, rates, taken = ([row[name] for row in known] for name in ("step", "rate", "taken"))
-    draw_schedule(steps, rates, taken, unit, path)
+    steps, rates, selected = ([row[name] for row in known] for name in ("step", "rate", "selected"))
+    draw_schedule(steps, rates, selected, unit, path)
     console.say(f"  wrote {printable(path)}")
 
 
@@ -143,7 +143,7 @@ def _member(verdict: Verdict) -> dict[str, Any]:
         "rate": rate,
         "metric": verdict.metric,
         "bytes": verdict.checkpoint.size,
-        "taken": verdict.is_chosen and verdict.fault is None,
+        "selected": verdict.is_chosen and verdict.fault is None,
         "reason": verdict.reason or str(verdict.fault or ""),
     }
 
@@ -153,7 +153,7 @@ def _other(candidate: Candidate) -> dict[str, Any]:
     from ckptavg.formats.paths import shown
 
     unknown = dict.fromkeys(("step", "rate", "metric", "bytes"))
-    return {"path": shown(candidate.path), **unknown, "taken": False, "reason": candidate.reason}
+    return {"path": shown(candidate.path), **unknown, "selected": False, "reason": candidate.reason}
 
 
 _MOST_NAMES = 2  # of series in one row
@@ -173,23 +173,30 @@ def _series(series: Series, others: Sequence[Series], run: Run) -> dict[str, Any
         "count": len(series.candidates),
         "steps": series.steps,
         "what": what,
-        "taken": series.is_of_members and run.error is None,
+        "selected": series.is_of_members and run.error is None,
         "reason": reason,
     }
 
 
 def _say_series(console: Console, series: Sequence[dict[str, Any]]) -> None:
     """Show the series; what is left out for the same reason is one line."""
-    rows = [("series", "files", "steps", "what", "taken", "why not")]
+    rows = [("series", "files", "steps", "what", "selected", "why not")]
     alike = defaultdict[tuple[str, str], list[dict[str, Any]]](list)
     for row in series:
         is_left_out = row["reason"] and row["what"] != "members"
         alike[row["what"], row["reason"] if is_left_out else row["name"]].append(row)
     for row in map(_joined, alike.values()):
         steps = "-" if row["steps"] is None else "{:,} to {:,}".format(*row["steps"])
-        taken = "yes" if row["taken"] else "no"
+        selected = "yes" if row["selected"] else "no"
         rows.append(
-            (printable(row["name"]), cell(row["count"]), steps, row["what"], taken, row["reason"])
+            (
+                printable(row["name"]),
+                cell(row["count"]),
+                steps,
+                row["what"],
+                selected,
+                row["reason"],
+            )
         )
     console.say_table(rows)
     console.say("")
@@ -208,19 +215,19 @@ def _say_choice(
     console: Console, members: Sequence[dict[str, Any]], unit: str, metric: str
 ) -> None:
     """Show which members the rules take, and why not the others."""
-    rows = [("path", unit, "rate", metric, "bytes", "taken", "why not")]
+    rows = [("path", unit, "rate", metric, "bytes", "selected", "why not")]
     rows += [
         (
             printable(row["path"]),
             cell(row["step"]),
             *(cell(row["rate"], ".4g"), cell(row["metric"], ".4g"), size(row["bytes"])),
-            *("yes" if row["taken"] else "no", printable(row["reason"])),
+            *("yes" if row["selected"] else "no", printable(row["reason"])),
         )
         for row in members
     ]
     console.say_table(rows)
-    count = sum(row["taken"] for row in members)
-    console.say(f"{count} of {plural(len(members), 'checkpoint')} taken")
+    count = sum(row["selected"] for row in members)
+    console.say(f"{count} of {plural(len(members), 'checkpoint')} selected")
 
 
 def _say_members(console: Console, members: Sequence[dict[str, Any]], unit: str) -> None:

@@ -45,7 +45,7 @@ class TestAverage:
         assert result.stderr == ""
         assert result.stdout.splitlines() == [
             "averaged 3 checkpoints: step_0.safetensors to step_2.safetensors",
-            "  9 tensors: 7 averaged, 1 the same in all, 1 taken from the last checkpoint",
+            "  9 tensors: 7 averaged, 1 the same in all, 1 copied from the last checkpoint",
             f"  wrote {out} ({size(out.stat().st_size)})",
             STALE,
             f"  ckptavg bn-refresh '{out}' --model FILE.py:MODEL --loader FILE.py:LOADER",
@@ -299,7 +299,7 @@ class TestInspect:
             *("the", "state", "of", "the", "training,", "by", "its", "name"),
         ]
         series = json.loads(run("inspect", ckpts, "--json").stdout)["series"]
-        left_out = [row["name"] for row in series if not row["taken"]]
+        left_out = [row["name"] for row in series if not row["selected"]]
         assert left_out == ["optim_#.pt", *names[2:]]
 
     def test_a_damaged_file_does_not_hide_the_others(self, ckpts):

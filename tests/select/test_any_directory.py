@@ -75,7 +75,7 @@ def test_the_mean_of_the_plain_series_or_an_error(template, numbers, others):
                 put(folder / name, value + 0.5, is_weightless=word.kind == "no weights")
         shown = CliRunner().invoke(cli, ["inspect", "--json", str(folder)])
         rows = json.loads(shown.stdout)["checkpoints"] if shown.exit_code == 0 else []
-        taken = [row["path"] for row in rows if row["taken"]]
+        taken = [row["path"] for row in rows if row["selected"]]
         try:
             summary = ckptavg.average(folder, out)
         except CkptAvgError as error:

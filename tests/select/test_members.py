@@ -80,7 +80,7 @@ def refusal(folder: Path) -> str:
     text = str(caught.value)
     assert len(text.splitlines()) <= 20
     inspected = json.loads(run("inspect", "--json", folder).stdout)
-    assert not any(row["taken"] for row in inspected["series"] + inspected["checkpoints"])
+    assert not any(row["selected"] for row in inspected["series"] + inspected["checkpoints"])
     assert inspected["error"] == text.replace("`include`", "--include").replace(
         "`exclude`", "--exclude"
     )
@@ -543,7 +543,7 @@ class TestInspect:
         ]
         assert series["avg_2.pt"]["what"] == "average"
         assert series["best.pt"]["what"] == "pointer"
-        assert [row["step"] for row in rows["checkpoints"] if row["taken"]] == [
+        assert [row["step"] for row in rows["checkpoints"] if row["selected"]] == [
             1_000_000_000,
             1_250_000_000,
             1_500_000_000,

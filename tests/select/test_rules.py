@@ -377,7 +377,7 @@ class TestInspect:
     def test_says_which_are_taken_and_why_not_the_others(self, run):
         rows = self.rows(run, "--last", "2", "--best", "4", "--metric", "val_loss")
         by_step = {row["step"]: row for row in rows}
-        assert [step for step, row in by_step.items() if row["taken"]] == [800, 900]
+        assert [step for step, row in by_step.items() if row["selected"]] == [800, 900]
         assert by_step[100]["reason"] == "not among the best 4 (val_loss 0.6)"
         assert by_step[100]["metric"] == pytest.approx(0.6)
         assert by_step[600]["reason"] == "not among the last 2"
@@ -393,7 +393,7 @@ class TestInspect:
         result = helpers.run("inspect", run, "--last", "2")
         series, members = result.output.split("\n\n")[:2]
         head, row = (" ".join(line.split()) for line in series.splitlines())
-        assert head == "series files steps what taken why not"
+        assert head == "series files steps what selected why not"
         assert row == "step_#.pt 10 100 to 1,000 members yes"
         lines = members.splitlines()
         assert lines[0].split() == [
@@ -402,11 +402,11 @@ class TestInspect:
             "rate",
             "metric",
             "bytes",
-            "taken",
+            "selected",
             "why",
             "not",
         ]
-        assert "2 of 10 checkpoints taken" in lines[-1]
+        assert "2 of 10 checkpoints selected" in lines[-1]
         assert len({line.index(" no ") for line in lines if " no " in line}) == 1
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ckptavg.average import write_averages
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats import is_checkpoint_directory, open_checkpoint
 from ckptavg.formats.paths import as_path, remote_errors
 from ckptavg.formats.statedict import as_key
-from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
+from ckptavg.merge.recipe import COPY, AverageOptions, ConvertOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.options import takes_fields_of
 from ckptavg.select.candidates import find_candidates
@@ -18,47 +17,12 @@ from ckptavg.select.pieces import is_piece, remedy_by_name
 from ckptavg.select.run import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
     from ckptavg.formats.statedict import Key
-    from ckptavg.options import Progress
     from ckptavg.write.provenance import Summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """How a checkpoint is converted; the fields are those of `AverageOptions`.
-
-    Attributes:
-        key: name of the state dict to convert, where the file holds several; a list of names, or
-            `*` for all, converts several of a torch file.
-        dtype: dtype of floating tensors in the output, by torch's name; None to keep each dtype.
-        skip: regular expressions; tensors whose names match are left out.
-        format: format of an output that is a directory: `huggingface` or `dcp`.
-        max_shard_size: most bytes of tensors in a file of a directory; None for the input's shards,
-            or for one file with `dcp`.
-        drop_aliases: write tied tensors once, and record the other names in the metadata.
-        force: replace an existing output.
-        fsync: wait until the output is on the disk.
-        dry_run: write nothing, and return what would be written.
-        threads: the number of threads; None for the number that `average` takes.
-        progress: called as bytes are written.
-    """
-
-    key: str | Sequence[str] | None = None
-    dtype: str | None = None
-    skip: Sequence[str] = ()
-    format: Literal["huggingface", "dcp"] = "huggingface"
-    max_shard_size: int | None = None
-    drop_aliases: bool = False
-    force: bool = False
-    fsync: bool = True
-    dry_run: bool = False
-    threads: int | None = None
-    progress: Progress | None = None
 
 
 @takes_fields_of(ConvertOptions)

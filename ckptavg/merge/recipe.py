@@ -31,7 +31,62 @@ _RECORDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AverageOptions(Options):
+class ConvertOptions(Options):
+    """The options of a conversion.
+
+    Attributes:
+        key: name of the state dict to take, where a torch file holds several; a list of names, or
+            `*` for all, takes several in one go.
+        dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
+        skip: regular expressions of the names of tensors that are not in the output.
+        format: of an output that is a directory: `huggingface` is what `from_pretrained` takes,
+            `dcp` what `torch.distributed.checkpoint` loads.
+        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' shards, or
+            for one file of `dcp`.
+        drop_aliases: write tied tensors once, and record the other names in the metadata.
+        force: replace an existing output.
+        fsync: wait until the output is on the disk.
+        dry_run: write nothing, and return what would be written.
+        threads: the number of threads; None for the processors that this process may use, 4 at
+            most, or for 8 threads if bytes come over a network.
+        progress: called as bytes are written.
+    """
+
+    key: str | Sequence[str] | None = None
+    dtype: str | None = None
+    skip: Sequence[str] = ()
+    format: Literal["huggingface", "dcp"] = "huggingface"
+    max_shard_size: int | None = None
+    drop_aliases: bool = False
+    force: bool = False
+    fsync: bool = True
+    dry_run: bool = False
+    threads: int | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            SelectionError: a value is unknown.
+        """
+        super().__post_init__()
+        if self.dtype is not None and (
+            self.dtype not in BY_NAME or BY_NAME[self.dtype].kind != "float"
+        ):
+            raise SelectionError(f"unknown floating dtype {self.dtype!r}")
+        self._check_choice("format", "huggingface", "dcp")
+        for name in ("threads", "max_shard_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SelectionError(f"`{name}` is at least 1, not {value}")
+
+    def _check_choice(self, name: str, first: str, second: str) -> None:
+        if (value := getattr(self, name)) not in (first, second):
+            raise SelectionError(f"{name} is {first!r} or {second!r}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions(ConvertOptions):
     """The options of an average.
 
     Attributes:
@@ -40,11 +95,7 @@ class AverageOptions(Options):
         normalize: divide by the sum of the weights.
         update: fold the other checkpoints into the earlier uniform average among the inputs.
         expect: the number of checkpoints that there must be; None for any.
-        key: name of the state dict to average, where a torch file holds several; a list of names,
-            or `*` for all, averages several in one go.
         keep_prefix: leave the prefix of a wrapper (`module.`, `_orig_mod.`) on the names.
-        dtype: torch's name of the output's floating dtype; None to keep that of each tensor.
-        skip: regular expressions of the names of tensors that are not in the output.
         take_last: regular expressions of the names of tensors that are the last checkpoint's.
         ints: `equal` refuses integer tensors that differ; `last` uses the last checkpoint's.
         norm_stats: `average` averages running statistics; `last` uses the last checkpoint's.
@@ -54,18 +105,7 @@ class AverageOptions(Options):
         allow_nonfinite: accept NaN and Inf.
         container: `weights` writes a state dict alone. `last` writes the last checkpoint's torch
             file, with the average in place of its weights.
-        format: of an output that is a directory: `huggingface` is what `from_pretrained` takes,
-            `dcp` what `torch.distributed.checkpoint` loads.
-        max_shard_size: bytes of tensors in a file of a directory; None for the inputs' shards, or
-            for one file of `dcp`.
-        drop_aliases: write tied tensors once, and record the other names in the metadata.
         hash: record the SHA-256 of the checkpoints' files.
-        force: replace an existing output.
-        fsync: wait until the output is on the disk.
-        dry_run: write nothing, and return what would be written.
-        threads: the number of threads; None for the processors that this process may use, 4 at
-            most, or for 8 threads if bytes come over a network.
-        progress: called as bytes are written.
         hash_progress: called as bytes are hashed.
         ranks: the processes that share the work, on a file system that all of them see; each calls
             the function with the same arguments.
@@ -76,25 +116,14 @@ class AverageOptions(Options):
     normalize: bool = True
     update: bool = False
     expect: int | None = None
-    key: str | Sequence[str] | None = None
     keep_prefix: bool = False
-    dtype: str | None = None
-    skip: Sequence[str] = ()
     take_last: Sequence[str] = ()
     ints: Literal["equal", "last"] = "equal"
     norm_stats: Literal["average", "last"] = "average"
     lora: Literal["separate", "exact"] = "separate"
     allow_nonfinite: bool = False
     container: Literal["weights", "last"] = "weights"
-    format: Literal["huggingface", "dcp"] = "huggingface"
-    max_shard_size: int | None = None
-    drop_aliases: bool = False
     hash: bool = False
-    force: bool = False
-    fsync: bool = True
-    dry_run: bool = False
-    threads: int | None = None
-    progress: Progress | None = None
     hash_progress: Progress | None = None
     ranks: Ranks = ALONE
 
@@ -105,22 +134,10 @@ class AverageOptions(Options):
             SelectionError: a value is unknown, or two values contradict each other.
         """
         super().__post_init__()
-        if self.dtype is not None and (
-            self.dtype not in BY_NAME or BY_NAME[self.dtype].kind != "float"
-        ):
-            raise SelectionError(f"unknown floating dtype {self.dtype!r}")
-        for name, choices in (
-            ("ints", ("equal", "last")),
-            ("norm_stats", ("average", "last")),
-            ("lora", ("separate", "exact")),
-            ("container", ("weights", "last")),
-            ("format", ("huggingface", "dcp")),
-        ):
-            if (value := getattr(self, name)) not in choices:
-                raise SelectionError(f"{name} is {choices[0]!r} or {choices[1]!r}, not {value!r}")
-        for name in ("threads", "max_shard_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SelectionError(f"`{name}` is at least 1, not {value}")
+        self._check_choice("ints", "equal", "last")
+        self._check_choice("norm_stats", "average", "last")
+        self._check_choice("lora", "separate", "exact")
+        self._check_choice("container", "weights", "last")
         if self.update and (self.lora == "exact" or not self.normalize):
             raise SelectionError("only a mean of the weights themselves can be updated")
         if self.container == "last" and self.dtype is not None:

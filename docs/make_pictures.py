@@ -1,7 +1,7 @@
 """Draw the pictures of the site: `python docs/make_pictures.py`, in about three minutes of a core.
 
 They show the run of `docs/tutorial.md`, which is trained for this, and the table of `ckptavg demo`
-in the README.
+in `docs/study/README.md`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def finish(figure: Figure, name: str) -> None:
 
 def draw_demo() -> None:
     """Accuracies of the table that `ckptavg demo` prints."""
-    page = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    page = (DOCS / "study" / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^(\S.*?) {2,}([\d.]+) % +[\d.]+$", page, re.MULTILINE)
     names, values = [name for name, _ in rows], [float(value) for _, value in rows]
     colours = [GREEN if name.endswith("refreshed BN statistics") else GREY for name in names]

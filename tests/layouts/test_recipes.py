@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests.console import console_blocks, play
 from tests.held_out import naive_metrics
 from tests.oracle import StateDict, assert_mean
 from tests.recipes import assert_metrics, assert_statistics
@@ -38,6 +41,10 @@ def test_lightning(recipe):
     last, refreshed = files["ckpts/last.ckpt"], files["refreshed.ckpt"]
     assert refreshed["optimizer_states"].__class__ is last["optimizer_states"].__class__
     assert refreshed["global_step"] == last["global_step"] == 240
+    outputs = ["swa.ckpt", "refreshed.ckpt"]
+    play_page("lightning", outputs)
+    shutil.copy("lightning_module.py", "lit.py")
+    play_readme("bn-refresh swa.ckpt", outputs)
 
 
 def test_transformers(recipe):
@@ -70,6 +77,9 @@ def test_transformers(recipe):
         return naive_classification(scores, labels)
 
     assert_metrics(printed, states, measure)
+    play_page("transformers", ["swa", "refreshed"])
+    shutil.copy("hf_trainer.py", "train.py")
+    play_readme("bn-refresh swa/", ["swa"])
 
 
 def test_graphs(recipe):
@@ -94,6 +104,25 @@ def test_graphs(recipe):
         return naive_classification(scores, [int(graph.y) for graph in module.data(2, 400)])
 
     assert_metrics(printed, states, measure)
+
+
+def play_page(page: str, outputs: Iterable[str]) -> None:
+    """Run the console blocks of a recipe's page in the folder in which the recipe has run."""
+    remove(outputs)
+    for block in console_blocks(f"docs/recipes/{page}.md"):
+        assert list(play(block))
+
+
+def play_readme(command: str, outputs: Iterable[str]) -> None:
+    """Run the README's console block with this command there."""
+    remove(outputs)
+    [block] = [each for each in console_blocks("README.md") if command in each]
+    assert len(list(play(block))) == 2
+
+
+def remove(outputs: Iterable[str]) -> None:
+    for path in map(Path, outputs):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def naive_classification(scores: list[torch.Tensor], labels: list[int]) -> dict[str, float]:

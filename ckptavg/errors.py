@@ -20,6 +20,7 @@ _USER = re.compile(r"(://)[^/\s]*@")
 # The query is optional here. If it were required, a name full of `://` would take quadratic time.
 _QUERY = re.compile(r"(://[^?\n]*)(?:\?\S*)?")
 _LONGEST_NAME = 300
+_LONGEST_MESSAGE = 2_000
 _MOST_DIFFERENCES = 16
 
 
@@ -40,6 +41,26 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     every = list(map(printable, names))
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
+
+
+def described(error: BaseException) -> str:
+    """The class of an exception of any code, and what it says."""
+    message = message_of(error).replace("`", "'")  # backquotes would make an option of a name
+    return f"{type(error).__name__}: {message}"
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says, without the traceback of a loader's worker that it may quote."""
+    try:
+        text = str(error)
+    except (Exception, SystemExit):  # noqa: BLE001 - its `__str__` may be the user's own
+        return "(its message cannot be shown)"
+    if "Original Traceback" in text:
+        lines = text.rstrip().splitlines()
+        frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+        message = "\n".join(lines[max(frames, default=0) + 1 :])
+        text = f"{message} (in a worker process)"
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
 
 
 @contextlib.contextmanager

@@ -55,8 +55,13 @@ def run(*arguments: object, code: int = 0) -> Result:
     return result
 
 
-def outcome(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command as a shell has them, without a process."""
+def outcome(*arguments: object, is_expected: bool = True) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command as a shell has them, without a process.
+
+    Args:
+        arguments: the words of the command.
+        is_expected: whether an exception that the package does not expect is a bug of it.
+    """
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch("sys.argv", ["ckptavg", *map(str, arguments)]),
@@ -67,6 +72,7 @@ def outcome(*arguments: object) -> tuple[int, str, str]:
     ):
         cli.main()
     assert isinstance(end.value.code, int)
+    assert not (is_expected and "ckptavg: error: unexpected " in err.getvalue()), err.getvalue()
     return end.value.code, out.getvalue(), err.getvalue()
 
 

@@ -26,7 +26,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.formats.statedict import place_of
 from ckptavg.formats.tensors import is_norm_statistic
-from ckptavg.model.factories import load_object, user_code
+from ckptavg.model.factories import load_function, user_code
 from ckptavg.model.feeding import Feed, limited
 from ckptavg.model.loading import check_ignore, load_weights, unwrapped
 from ckptavg.model.making import import_all, make_batches, make_model, random_state_kept
@@ -125,7 +125,7 @@ def _refreshed(
             ends_early = options.tol is not None  # the loader is checked whole, not its first batch
             Feed(batches, options.ranks, max_samples=options.max_samples, ends_early=ends_early)
             batches = list(islice(limited(batches), 1))
-        forward = load_object(options.forward) if options.forward else None
+        forward = load_function(options.forward) if options.forward else None
     report = refresh_norm(
         model, batches, forward=forward, kept=kept,
         ranks=options.ranks, progress=options.progress, **options.keywords,

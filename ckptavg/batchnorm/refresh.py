@@ -30,6 +30,7 @@ from ckptavg.batchnorm.storing import store
 from ckptavg.batchnorm.totals import PassTotals, until_converged
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
+from ckptavg.model.arguments import called
 from ckptavg.model.batches import count_examples, default_forward, on_device
 from ckptavg.model.factories import user_code
 from ckptavg.model.feeding import Feed, known_length
@@ -142,7 +143,7 @@ def refresh_norm(
             def run_model(batch: Any) -> None:  # noqa: ANN401 - whatever the loader yields
                 captured.take()  # what is left of a batch that failed
                 with user_code("the forward pass"), _precision(amp, target_device):
-                    (forward or default_forward)(model, batch)
+                    called(forward or default_forward, "the forward pass", model=model, batch=batch)
 
             share = on_device(iter(feed), target_device)
             for number, batch in until_converged(share, local, ranks, tol):

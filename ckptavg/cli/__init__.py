@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import traceback
+import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -24,12 +26,14 @@ from ckptavg.cli.options import model_of_transformers
 from ckptavg.cli.soup import soup
 from ckptavg.cli.sweep import sweep
 from ckptavg.cli.verify import verify
-from ckptavg.errors import CkptAvgError, PeerError, UserCodeError
+from ckptavg.errors import CkptAvgError, PeerError, UserCodeError, described
 
 if TYPE_CHECKING:
     from types import FrameType
 
 _ERROR, _INTERRUPTED = 1, 130
+_LONGEST_PART = 8_000  # characters at the beginning and at the end of a traceback
+_WHOSE = "if the traceback ends in your code, look there; else it is a bug of ckptavg"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -68,6 +72,8 @@ def _disregard_signals() -> None:
 
 def main() -> None:
     """Run the command line and leave with the exit code that `docs/cli.md` lists."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **keywords: shown(formatted(*args, **keywords))
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # under nohup SIGHUP is ignored
             signal.signal(number, _on_signal)
@@ -85,7 +91,9 @@ def _run() -> int:
         code = cli(arguments, standalone_mode=False)
     except PeerError:
         return _ERROR  # the process that failed says why
-    except BaseException as error:  # noqa: BLE001 - an unknown one is raised again
+    except SystemExit:  # of click, where it completes words in a shell
+        raise
+    except BaseException as error:  # noqa: BLE001 - an unknown one is shown with its traceback
         _disregard_signals()
         # In an import an interruption may come out as another exception.
         cause = error.__cause__ or error.__context__
@@ -107,8 +115,7 @@ def _explain(error: BaseException) -> int:
             text, code = "terminated", 128 + int(error.args[0])
         case UserCodeError():
             if error.__cause__ is not None:
-                lines = traceback.format_exception(error.__cause__)
-                click.echo(shown("".join(lines)), err=True, nl=False)
+                _show_traceback(error.__cause__)
             text = f"error: {error}"
         case CkptAvgError():
             text = f"error: {error}"
@@ -119,9 +126,18 @@ def _explain(error: BaseException) -> int:
         case OSError() | MemoryError() | ModuleNotFoundError(name="torch"):
             text = f"error: {_of_surroundings(error)}"
         case _:
-            raise error
+            _show_traceback(error)
+            text = f"error: unexpected {described(error)}; {_WHOSE}"
     say_on_stderr(text)
     return code
+
+
+def _show_traceback(error: BaseException) -> None:
+    """Print the traceback of an exception; the middle of a long one is left out."""
+    text = "".join(traceback.format_exception(error)).rstrip("\n")
+    if len(text) > 2 * _LONGEST_PART:
+        text = f"{text[:_LONGEST_PART]}\n...\n{text[-_LONGEST_PART:]}"
+    click.echo(shown(text), err=True)
 
 
 def _of_surroundings(error: OSError | MemoryError | ModuleNotFoundError) -> str:
@@ -137,7 +153,9 @@ def _of_surroundings(error: OSError | MemoryError | ModuleNotFoundError) -> str:
 
 def _show(error: click.ClickException) -> int:
     """Print a usage error; returns the exit code."""
-    error.show()
+    text = io.StringIO()
+    error.show(text)
+    click.echo(shown(text.getvalue()), err=True, nl=False)
     if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
         click.echo("It may also be set in [tool.ckptavg] of pyproject.toml.", err=True)
         if error.param.name == "model" and error.ctx is not None:

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from ckptavg.cli.console import Console
+from ckptavg.errors import UserCodeError, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,6 +78,7 @@ class Command(click.Command):
 
         Raises:
             click.UsageError: an option on the command line has no effect.
+            UserCodeError: the user's code ended the program.
         """
         for where, applies, options in self._no_effect:
             for name in options:
@@ -89,7 +91,10 @@ class Command(click.Command):
                 ctx.params.pop(name, None)
         as_json, quiet = ctx.params.pop("json"), ctx.params.pop("quiet")
         ctx.params["console"] = Console(as_json=as_json, quiet=quiet)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except SystemExit as error:  # ours end by returning, or by other exceptions
+            raise UserCodeError(f"code of yours raised {described(error)}") from error
 
 
 def fields_of(kind: type, params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

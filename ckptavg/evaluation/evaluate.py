@@ -17,7 +17,7 @@ from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_paths
 from ckptavg.merge.roles import frozen_layers
 from ckptavg.model.batches import default_forward, moved
-from ckptavg.model.factories import load_object, name_of, user_code
+from ckptavg.model.factories import load_function, name_of, user_code
 from ckptavg.model.feeding import limited
 from ckptavg.model.loading import check_ignore, load_weights
 from ckptavg.model.making import (
@@ -215,7 +215,7 @@ class Evaluator:
         check_ignore(options.ignore, self._model, checkpoints)
         self._random = RandomState()
         self._passing = _passing_buffers(self._model)
-        self._forward: Forward | None = load_object(options.forward) if options.forward else None
+        self._forward: Forward | None = load_function(options.forward) if options.forward else None
         forward = self._forward or default_forward
         self._measure = measure_of(options.metric, forward)
         self._measure_units = units_of(options.metric, forward)

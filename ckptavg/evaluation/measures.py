@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from ckptavg.batchnorm.moments import in_float64
 from ckptavg.errors import CkptAvgError, printable
+from ckptavg.model.arguments import called
 from ckptavg.model.batches import attribute_of
-from ckptavg.model.factories import load_object, name_of, user_code
+from ckptavg.model.factories import load_function, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,14 +64,12 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
             return {name: each.mean for name, each in metrics.items() if metric in (None, name)}
 
         return measure
-    function = load_object(metric)
-    if not callable(function):
-        raise CkptAvgError(f"{name_of(metric)} is a {type(function).__name__}, not a function")
+    function = load_function(metric)
     own_name = metric_name(metric)
 
     def call(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        with user_code(name_of(metric)):
-            returned = function(model, batches)
+        what = f"{name_of(metric)}(model, batches)"
+        returned = called(function, what, model=model, batches=batches)
         named = dict(returned) if isinstance(returned, Mapping) else {own_name: returned}
         if not named:
             raise CkptAvgError(f"{name_of(metric)} returned a dict without metrics")
@@ -183,8 +182,7 @@ def classification(
     losses, hits = list[Units](), list[Units]()
     misfit = None
     for batch in batches:
-        with user_code("the forward pass"):
-            outputs = forward(model, batch)
+        outputs = called(forward, "the forward pass", model=model, batch=batch)
         targets = _targets(batch)
         counted = targets != _IGNORED
         own_loss = attribute_of(outputs, "loss")

@@ -55,10 +55,9 @@ class Plane:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the three are on a line, or two of them the same."""
-        scale = float(max(self.gram[0, 0], self.gram[1, 1]))
-        least = min(float(self.gram[0, 0]), float(self.gram[1, 1]), self._height**2)
-        return least <= _FLAT * scale
+        """Whether the three are on a line, two of them the same, or one of them not finite."""
+        first, second = float(self.gram[0, 0]), float(self.gram[1, 1])
+        return not first or not min(first, second, self._height**2) > _FLAT * max(first, second)
 
     def coefficients(self, x: float, y: float) -> tuple[float, float, float]:
         """The combination of the three weights that is at a point of the plane."""
@@ -97,7 +96,10 @@ def plane(
         space = explorer.space
         basis = Plane(space.gram())
         if basis.is_flat:
-            raise SelectionError("the three checkpoints are on one line, and make no plane")
+            problem = (
+                "the three checkpoints make no plane: they are on one line, or have NaN or Inf"
+            )
+            raise SelectionError(problem)
         xs = _axis([x for x, _ in basis.corners], size)
         ys = _axis([y for _, y in basis.corners], size)
         places = [space.place(number) for number in range(3)]

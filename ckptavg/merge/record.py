@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ckptavg import __version__
 from ckptavg.errors import SelectionError, VerificationError, printable
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.merge.recipe import COPY, AverageOptions
-from ckptavg.merge.weights import Weights
+from ckptavg.merge.weights import Weights, explicit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,12 +69,13 @@ class Record:
             raise damaged
         try:
             checked = AverageOptions(**options)
+            numbers = explicit([each["weight"] for each in members], len(members), normalize=False)
         except (SelectionError, TypeError) as error:
             raise damaged from error
         if checked.recorded != options:
             raise damaged
         scheme = str(entry.get("scheme"))
-        weights = Weights(tuple(member["weight"] for member in members), float(divisor))
+        weights = replace(numbers, divisor=float(divisor))
         return Record(
             average.path, scheme, tuple(members), weights, checked, str(entry.get("version")),
             _names_of(entry.get("key")), state.get("state") in ("refreshed", "partly refreshed"),

@@ -7,9 +7,9 @@ import logging
 import reprlib
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import RefreshError, listed, printable
+from ckptavg.errors import CkptAvgError, RefreshError, UserCodeError, listed, printable
 from ckptavg.formats.pickled import Placeholder
-from ckptavg.model.factories import name_of
+from ckptavg.model.factories import name_of, user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -99,6 +99,45 @@ def wrong_arguments(
         return None
     remedy = f"it takes {listed(accepted)}" if accepted else "it takes no arguments"
     return RefreshError(f"{name} does not take {listed(unknown)} (`{option}`)", remedy=remedy)
+
+
+def called(function: Callable[..., Any], what: str, **given: object) -> Any:  # noqa: ANN401
+    """What a function of the user's returns.
+
+    Args:
+        function: the function.
+        what: what messages call it.
+        given: its arguments, in their order; a function may give them other names.
+
+    Raises:
+        CkptAvgError: it takes more or fewer.
+        UserCodeError: it raised.
+    """
+    try:
+        with user_code(what):
+            return function(*given.values())
+    except UserCodeError as error:
+        # Not before the call: a decorator may change the arguments of which the signature tells.
+        takes = _refused(function, given) if isinstance(error.__cause__, TypeError) else None
+        if takes is None:
+            raise
+        raise CkptAvgError(
+            f"{name_of(function)} is called with {' and '.join(given)}, and takes {takes}",
+            remedy=f"define it as {name_of(function)}({', '.join(given)})",
+        ) from error
+
+
+def _refused(function: Callable[..., object], given: Mapping[str, object]) -> str | None:
+    """The names of a function's parameters, if they cannot be those arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*given.values())
+    except TypeError:
+        return listed(signature.parameters) or "nothing"
+    return None
 
 
 def _missing(parameters: Mapping[str, inspect.Parameter], given: Collection[str]) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ckptavg.errors import CkptAvgError, UserCodeError, listed
+from ckptavg.errors import CkptAvgError, UserCodeError, described, listed, message_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -38,31 +38,14 @@ def user_code(what: str) -> Iterator[None]:
     except CkptAvgError:
         raise
     except (Exception, SystemExit) as error:
-        message = _message(error)
-        plain = message.replace("`", "'")  # backquotes would make an option out of a name in it
+        message = message_of(error)
         is_import = what.startswith("importing")
         is_known = is_import or not isinstance(error, SystemExit)
         raise UserCodeError(
-            f"{what} raised {type(error).__name__}: {plain}",
+            f"{what} raised {described(error)}",
             remedy=_remedy(error, message) if is_known else None,
         ) from error
 
-
-def _message(error: BaseException) -> str:
-    """What an exception says, without the traceback of a loader's worker that it may quote."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - its `__str__` is the user's own
-        return "(its message cannot be shown)"
-    if "Original Traceback" in text:
-        lines = text.rstrip().splitlines()
-        frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
-        message = "\n".join(lines[max(frames, default=0) + 1 :])
-        text = f"{message} (in a worker process)"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-_LONGEST = 2_000  # characters of a message
 
 # What a user's exception and its message tell about the mistake, and what to do.
 _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
@@ -161,6 +144,20 @@ def load_object(spec: object) -> Any:  # noqa: ANN401 - the user's own
                 raise CkptAvgError(f"{place} has no {attribute!r}", remedy=remedy)
             found = getattr(found, name)
     return found
+
+
+def load_function(spec: object) -> Callable[..., Any]:
+    """Import the function that a spec names.
+
+    Raises:
+        CkptAvgError: it is no function, or there is none.
+        UserCodeError: its module raised while it was imported.
+    """
+    function = load_object(spec)
+    if not callable(function):
+        raise CkptAvgError(f"{name_of(spec)} is a {type(function).__name__}, not a function")
+    called: Callable[..., Any] = function
+    return called
 
 
 def _others(found: object, name: str) -> list[str]:

@@ -1254,7 +1254,6 @@ class TestUsersObjects:
             ({"model": "train.py:raising"}, ZeroDivisionError),
             ({"model": "train.py:exits"}, SystemExit),
             ({"loader": "train.py:raising"}, ZeroDivisionError),
-            ({"forward": "train.py:raising"}, TypeError),
         ],
         ids=str,
     )

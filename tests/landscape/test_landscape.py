@@ -319,6 +319,16 @@ class TestPlane:
             plane(PATHS, Path("o"), options())
         with pytest.raises(SelectionError, match="on one line"):
             plane([PATHS[0], PATHS[1], PATHS[1]], Path("o"), options())
+        with pytest.raises(SelectionError, match="on one line"):
+            plane([PATHS[0]] * 3, Path("o"), options())
+
+    def test_three_of_which_one_is_not_finite_make_none(self):
+        save_file(
+            {name: value * float("nan") for name, value in combined(0, 0, 1).items()},
+            "w2.safetensors",
+        )
+        with pytest.raises(SelectionError, match="or have NaN or Inf"):
+            plane(PATHS, Path("o"), options())
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_is_through_three(self, count):

@@ -108,8 +108,11 @@ def write_refreshed(
             force=options.force, fsync=options.fsync, ranks=options.ranks,
             progress=progress,
         )  # fmt: skip
-    both = of_both(summary, target, report)
-    return replace(both, output=str(Path(output))), report
+    # What was written is the file of the refresh.
+    size = sum(file.stat().st_size for file in (target, *target.rglob("*")) if file.is_file())
+    state = report.state if report.layers else summary.norm_stats
+    refreshed = replace(summary, output=str(Path(output)), norm_stats=state, bytes_written=size)
+    return refreshed, report
 
 
 @contextlib.contextmanager
@@ -118,10 +121,3 @@ def _shared_folder_beside(path: Path, ranks: Ranks) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(temporary_beside(path, folder=True)) if ranks.rank == 0 else path
         yield ranks.gather(made)[0]
-
-
-def of_both(summary: Summary, output: Path, report: RefreshReport) -> Summary:
-    """The average's summary, made to speak of the file that the refresh has written."""
-    state = report.state if report.layers else summary.norm_stats
-    size = sum(file.stat().st_size for file in (output, *output.rglob("*")) if file.is_file())
-    return replace(summary, output=str(output), norm_stats=state, bytes_written=size)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptavg.average import open_run, write_averages
-from ckptavg.batchnorm.files import refresh_checkpoint
-from ckptavg.batchnorm.together import of_both
+from ckptavg.batchnorm.together import write_refreshed
 from ckptavg.errors import SelectionError, printable, said_once
 from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator
 from ckptavg.formats import SUFFIXES, open_checkpoint
@@ -151,17 +150,13 @@ def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupO
         members, value, uniform = trials.members, trials.value, trials.uniform()
         del trials  # with its model: the refresh makes one of its own
         trial.unlink(missing_ok=True)
-        last = replace(averaging, force=options.force)
+        last = replace(averaging, force=options.force, fsync=options.fsync)
         report = None
         if options.refresh is None:
-            summary = _write(run, members, output, replace(last, fsync=options.fsync))
+            summary = _write(run, members, output, last)
         else:
-            summary = _write(run, members, output, last, folder=folder)
-            report = refresh_checkpoint(
-                Path(summary.output), output, **vars(options.refresh),
-                members=members, is_optional=True, force=options.force, fsync=options.fsync,
-            )  # fmt: skip
-            summary = of_both(summary, target, report)
+            recipe, last = _recipe(run, members, last)
+            summary, report = write_refreshed(run, recipe, output, last, options.refresh)
     return Soup(options.metric_name, mode, tuple(steps), value, uniform, summary, report)
 
 
@@ -180,14 +175,18 @@ def _read(
 
 
 def _write(
-    run: Run,
-    members: Collection[Checkpoint],
-    output: PathLike,
-    options: AverageOptions,
-    *,
-    folder: Path | None = None,
+    run: Run, members: Collection[Checkpoint], output: PathLike, options: AverageOptions
 ) -> Summary:
-    """Write the uniform average of some of a run's checkpoints, in the order of training.
+    """Write the uniform average of some of a run's checkpoints."""
+    recipe, options = _recipe(run, members, options)
+    [summary] = write_averages(run, [recipe], [output], options)
+    return summary
+
+
+def _recipe(
+    run: Run, members: Collection[Checkpoint], options: AverageOptions
+) -> tuple[Recipe, AverageOptions]:
+    """The uniform average of some of a run's checkpoints, in the order of training.
 
     A dry run is of all candidates, in which patterns must match; some members may lack the names.
     """
@@ -199,9 +198,7 @@ def _write(
             for patterns in (options.skip, options.take_last)
         )
         options = replace(options, skip=skip, take_last=take_last)
-    recipe = Recipe(SCHEME, ordered, uniform(len(ordered)))
-    [summary] = write_averages(run, [recipe], [output], options, folder=folder)
-    return summary
+    return Recipe(SCHEME, ordered, uniform(len(ordered))), options
 
 
 class _Trials:

@@ -180,8 +180,9 @@ class Space:
         count = len(self._checkpoints) - 1
         total = np.zeros((count, count))
         for first, *others in self._real(self._checkpoints):
-            gaps = np.stack([other - first for other in others])
-            total += gaps @ gaps.T
+            with np.errstate(invalid="ignore"):  # Inf and NaN: the caller looks for them
+                gaps = np.stack([other - first for other in others])
+                total += gaps @ gaps.T
         return total
 
     def _real(self, checkpoints: Sequence[Checkpoint]) -> Iterator[list[Floats]]:

@@ -1,4 +1,4 @@
-"""Words in the names of files and state dicts that tell what these are: one table of them."""
+"""The words in names of files and state dicts that say what these are, in one table."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Word(NamedTuple):
     example: str
 
 
-_STATE = "state of the training, if it is the whole name but for numbers"
-_RANK = "a number behind it counts the pieces of one model"
+_STATE = "state of the training, if the name has nothing else but numbers"
+_RANK = "a number after it counts the pieces of one model"
 _AVERAGE = "an average that the training or a tool made"
-_COPY = "a copy or a link of another checkpoint, or a later save without a number"
+_COPY = "a copy of or a link to another checkpoint, or a later save without a number"
 _START = "the weights that the training started from"
-_RUN = "a number behind it counts trainings, not checkpoints"
+_RUN = "a number after it counts trainings, not checkpoints"
 
 WORDS = (
     Word("tmp", "unfinished", "a save that was interrupted", "tmp-checkpoint-12"),
@@ -56,7 +56,7 @@ WORDS = (
     Word("part", "piece", _RANK, "model-rank-0-part-0.safetensors"),
     Word("gpu", "piece", _RANK, "checkpoint_gpu_0.pt"),
     Word("consolidated", "piece", _RANK, "consolidated.00.pth"),
-    Word("of", "piece", "numbers around it count the pieces", "model-00001-of-00002.safetensors"),
+    Word("of", "piece", "the numbers around it count the pieces", "model-00001-of-00002.safetensors"),
     Word("ema", "average", _AVERAGE, "ema_0.9999_001000.pt"),
     Word("swa", "average", _AVERAGE, "swa_model.pt"),
     Word("avg", "average", _AVERAGE, "avg_2.pt"),
@@ -83,7 +83,7 @@ WORDS = (
     Word("fold", "run", _RUN, "fold_1/checkpoint_final.pth"),
     Word("trial", "run", _RUN, "trial_7/epoch_3.pt"),
     Word("version", "run", _RUN, "version_1.ckpt"),
-    Word("v", "run", "Lightning's second file of one name, at the end of it", "epoch=3-v1.ckpt"),
+    Word("v", "run", "at the end: Lightning's second file of that name", "epoch=3-v1.ckpt"),
 )  # fmt: skip
 """What the words say; docs/members.md shows this table."""
 

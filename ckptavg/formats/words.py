@@ -56,7 +56,7 @@ WORDS = (
     Word("part", "piece", _RANK, "model-rank-0-part-0.safetensors"),
     Word("gpu", "piece", _RANK, "checkpoint_gpu_0.pt"),
     Word("consolidated", "piece", _RANK, "consolidated.00.pth"),
-    Word("of", "piece", "the numbers around it count the pieces", "model-00001-of-00002.safetensors"),
+    Word("of", "piece", "numbers around it count the pieces", "model-00001-of-00002.safetensors"),
     Word("ema", "average", _AVERAGE, "ema_0.9999_001000.pt"),
     Word("swa", "average", _AVERAGE, "swa_model.pt"),
     Word("avg", "average", _AVERAGE, "avg_2.pt"),

@@ -65,12 +65,19 @@ def __getattr__(name: str) -> object:
 
     try:
         return getattr(import_module(_MODULES[name]), name)
-    except ImportError as error:
-        if error.name != "torch":
+    except Exception as error:
+        from ckptavg.errors import problem_of_torch  # noqa: PLC0415
+
+        problem = problem_of_torch(error)
+        if problem is None:
             raise
         # An AttributeError, so that `hasattr` and `help` work.
-        message = f"ckptavg.{name} runs a model, and torch is not installed: pip install torch"
-        raise AttributeError(message) from error
+        raise AttributeError(f"ckptavg.{name} runs a model, and {problem}") from error
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that are not imported yet."""
+    return __all__
 
 
 class _Package(ModuleType):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,6 +63,17 @@ def message_of(error: BaseException) -> str:
         message = "\n".join(lines[max(frames, default=0) + 1 :])
         text = f"{message} (in a worker process)"
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
+
+
+def problem_of_torch(error: BaseException) -> str | None:
+    """What is wrong with torch, if its import raised the exception; None for others."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return "torch is not installed; pip install torch"
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    modules = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames}
+    if sys.modules.get("torch") is None and "torch" in modules:
+        return f"torch cannot be imported ({described(error)}); install it again"
+    return None
 
 
 @contextlib.contextmanager

@@ -33,27 +33,51 @@ def test_the_public_names_are_there():
         _ = ckptavg.nonsense
 
 
-def test_without_torch_what_needs_it_says_so(tmp_path):
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "import ckptavg, pydoc\n"
-        "print([name for name in ckptavg.__all__ if not hasattr(ckptavg, name)])\n"
-        "assert 'Average the checkpoints' in pydoc.render_doc(ckptavg)\n"
-        "try: ckptavg.refresh_norm\n"
-        "except AttributeError as error: print(error)\n"
-        "from ckptavg.cli import main\n"
-        "sys.argv[1:] = ['bn-refresh', 'x.pt', '-o', 'y.pt', '--model', 'a:b', '--loader', 'a:b']\n"
-        "main()"
-    )
+def test_the_public_names_are_listed_before_they_are_used():
+    code = "import ckptavg; print(*dir(ckptavg))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ckptavg.__all__
+
+
+@pytest.mark.parametrize(
+    ("torch", "error"),
+    [
+        (None, ""),
+        (
+            "raise ImportError('undefined symbol: \x1b[31m')",
+            r"ImportError: undefined symbol: \x1b[31m",
+        ),
+        ("import absent", "ModuleNotFoundError: No module named 'absent'"),
+        ("raise OSError('cannot open libcudart.so.12')", "OSError: cannot open libcudart.so.12"),
+        ("torch.version", "NameError: name 'torch' is not defined"),
+    ],
+    ids=["none", "of another build", "without what it needs", "without a library", "cut off"],
+)
+def test_without_torch_what_needs_it_says_so(tmp_path, torch, error):
+    problem = f"torch cannot be imported ({error}); install it again"
+    if torch is None:
+        problem = "torch is not installed; pip install torch"
+    lines = [
+        "import sys, ckptavg, pydoc",
+        f"sys.path.insert(0, {str(tmp_path)!r})",
+        "print([name for name in dir(ckptavg) if not hasattr(ckptavg, name)])",
+        "assert 'Average the checkpoints' in pydoc.render_doc(ckptavg)",
+        "try: ckptavg.refresh_norm",
+        "except AttributeError as error: print(ascii(str(error)))",
+        "from ckptavg.cli import main",
+        "sys.argv[1:] = ['bn-refresh', 'x.pt', '-o', 'y.pt', '--model', 'a:b', '--loader', 'a:b']",
+        "main()",
+    ]
+    if torch is None:
+        lines.insert(1, "sys.modules['torch'] = None")
+    else:
+        (tmp_path / "torch.py").write_text(torch)
+    code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr == (
-        "ckptavg: error: this runs a model, and torch is not installed; pip install torch\n"
-    )
+    assert done.stderr == f"ckptavg: error: this runs a model, and {problem}\n"
     lacking, message = done.stdout.splitlines()
     assert lacking == "['evaluate', 'refresh_checkpoint', 'refresh_norm', 'soup', 'sweep']"
-    assert message == (
-        "ckptavg.refresh_norm runs a model, and torch is not installed: pip install torch"
-    )
+    assert f"ckptavg.refresh_norm runs a model, and {problem}" in message.replace("\\\\", "\\")
 
 
 def test_constraints_pin_every_dependency():

@@ -26,7 +26,7 @@ from ckptavg.cli.options import model_of_transformers
 from ckptavg.cli.soup import soup
 from ckptavg.cli.sweep import sweep
 from ckptavg.cli.verify import verify
-from ckptavg.errors import CkptAvgError, PeerError, UserCodeError, described
+from ckptavg.errors import CkptAvgError, PeerError, UserCodeError, described, problem_of_torch
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -123,11 +123,12 @@ def _explain(error: BaseException) -> int:
             # The reader of our output has left: stdout must not be flushed again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
-        case OSError() | MemoryError() | ModuleNotFoundError(name="torch"):
-            text = f"error: {_of_surroundings(error)}"
         case _:
-            _show_traceback(error)
-            text = f"error: unexpected {described(error)}; {_WHOSE}"
+            problem = _of_surroundings(error)
+            if problem is None:
+                _show_traceback(error)
+                problem = f"unexpected {described(error)}; {_WHOSE}"
+            text = f"error: {problem}"
     say_on_stderr(text)
     return code
 
@@ -140,15 +141,17 @@ def _show_traceback(error: BaseException) -> None:
     click.echo(shown(text), err=True)
 
 
-def _of_surroundings(error: OSError | MemoryError | ModuleNotFoundError) -> str:
-    """What the system has refused, or lacks."""
+def _of_surroundings(error: BaseException) -> str | None:
+    """What the system has refused, or lacks; None for other errors."""
+    if problem := problem_of_torch(error):
+        return f"this runs a model, and {problem}"
     match error:
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror or error}"
         case MemoryError():
             return "out of memory; fewer --threads take less"
-    return "this runs a model, and torch is not installed; pip install torch"
+    return None
 
 
 def _show(error: click.ClickException) -> int:

@@ -29,7 +29,7 @@ from ckptavg.select.members import log_left_out
 from ckptavg.select.order import remedy_without_order
 from ckptavg.select.run import Run, find_run, log_averages, log_other_state_dicts
 from ckptavg.write.digests import hash_checkpoints
-from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.layouts import destination, lay_out, with_container
 from ckptavg.write.provenance import Summary, carried_on, provenance, summarise
 from ckptavg.write.writing import check_outputs, check_parent, check_room, check_vacant, write
 
@@ -203,6 +203,14 @@ def write_averages(
         CkptAvgError: as `average` does.
     """
     members = all_members(run, recipes)
+    given, options = options, with_container(options, outputs[0], recipes[0].members)
+    if options is not given:
+        log.info(
+            "%s is a checkpoint of Lightning's: all but its weights is from %s; "
+            "`container=weights` writes the weights alone",
+            printable(Path(outputs[0]).name),
+            printable(recipes[0].last.name),
+        )
     read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
     if as_key(options.key) is None:
         log_other_state_dicts(members)

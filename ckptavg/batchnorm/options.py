@@ -86,7 +86,7 @@ class RefreshCheckpointOptions(RefreshOptions):
         key: which state dict to take where the file holds several.
         in_place: let a file that is not ours be replaced.
         container: `last` writes the whole torch file with the new statistics in it, `weights` the
-            state dict alone. In place it is always the whole.
+            state dict alone; None as in `average`. In place it is always the whole.
         format: of an output that is a directory, as in `average`. In place it is what it was.
         max_shard_size: bytes of tensors in a file of a directory; None for the checkpoint's own.
         is_optional: write an unchanged copy if the model has no norm layer to refresh, instead of
@@ -102,7 +102,7 @@ class RefreshCheckpointOptions(RefreshOptions):
 
     key: str | None = None
     in_place: bool = False
-    container: Literal["weights", "last"] = "weights"
+    container: Literal["weights", "last"] | None = None
     format: Literal["huggingface", "dcp"] = "huggingface"
     max_shard_size: int | None = None
     is_optional: bool = False
@@ -121,5 +121,5 @@ class RefreshCheckpointOptions(RefreshOptions):
             RefreshError: there is one.
         """
         super().__post_init__()
-        if self.container not in ("weights", "last"):
+        if self.container not in (None, "weights", "last"):
             raise RefreshError(f"`container` is weights or last, not {self.container!r}")

@@ -17,7 +17,7 @@ from ckptavg.merge.engine import default_threads
 from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import COPY, AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
-from ckptavg.write.layouts import destination, lay_out
+from ckptavg.write.layouts import destination, lay_out, with_container
 from ckptavg.write.provenance import carried_on, source_entries
 from ckptavg.write.writing import check_outputs, write
 
@@ -68,11 +68,14 @@ class Rewriting:
             container = "last"  # the same file but for its norm statistics
         if self.replaces and checkpoint.container == "dcp":
             format_ = "dcp"
-        self._options = AverageOptions(
-            container=container, format=format_, max_shard_size=options.max_shard_size,
-            force=options.force or self.replaces, fsync=options.fsync,
+        where = output or checkpoint.path
+        given = AverageOptions(
+            key=options.key, container=container, format=format_,
+            max_shard_size=options.max_shard_size, force=options.force or self.replaces,
+            fsync=options.fsync,
         )  # fmt: skip
-        self._target = destination(output or checkpoint.path, checkpoint, self._options)
+        self._options = with_container(given, where, [checkpoint])
+        self._target = destination(where, checkpoint, self._options)
         self.is_container = self._target.kind == "container"
         if self.replaces:
             _check_same_kind(checkpoint, self._target)

@@ -70,7 +70,7 @@ FORCE, CONTAINER, FORMAT, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 -f --force                Replace an existing output.
 --container weights|last  Write the weights alone, or the last checkpoint's whole torch file
                           (optimizer, hyper-parameters) with the new weights.
-                          [default: weights]
+                          [default: last for a .ckpt of Lightning's checkpoints, else weights]
 --format huggingface|dcp  Write a directory for from_pretrained, or for
                           torch.distributed.checkpoint.  [default: huggingface]
 --max-shard-size SIZE     Largest size of a file in a directory, such as 5GB.

@@ -276,7 +276,7 @@ class _Trials:
 
     def _average(self, members: Collection[Checkpoint], options: AverageOptions) -> float:
         """The metric of the average of some of the candidates."""
-        _write(self._run, members, self._trial, options)
+        _write(self._run, members, self._trial, replace(options, container="weights"))
         return self._evaluated(open_checkpoint(self._trial))
 
     def _evaluated(self, checkpoint: Checkpoint) -> float:

@@ -96,7 +96,7 @@ class SweepOptions(EvaluateOptions):
     test_loader: Loader | None = None
     test_loader_args: Mapping[str, Any] = field(default_factory=dict)
     output: PathLike | None = None
-    container: Literal["weights", "last"] = "weights"
+    container: Literal["weights", "last"] | None = None
     journal: PathLike | None = None
     force: bool = False
     fsync: bool = True

@@ -104,7 +104,8 @@ class AverageOptions(ConvertOptions):
             configuration has to come along.
         allow_nonfinite: accept NaN and Inf.
         container: `weights` writes a state dict alone. `last` writes the last checkpoint's torch
-            file, with the average in place of its weights.
+            file, with the average in place of its weights. None is `last` for a `.ckpt` of
+            Lightning's checkpoints, and else `weights`.
         hash: record the SHA-256 of the checkpoints' files.
         hash_progress: called as bytes are hashed.
         ranks: the processes that share the work, on a file system that all of them see; each calls
@@ -122,7 +123,7 @@ class AverageOptions(ConvertOptions):
     norm_stats: Literal["average", "last"] = "average"
     lora: Literal["separate", "exact"] = "separate"
     allow_nonfinite: bool = False
-    container: Literal["weights", "last"] = "weights"
+    container: Literal["weights", "last"] | None = None
     hash: bool = False
     hash_progress: Progress | None = None
     ranks: Ranks = ALONE
@@ -137,7 +138,8 @@ class AverageOptions(ConvertOptions):
         self._check_choice("ints", "equal", "last")
         self._check_choice("norm_stats", "average", "last")
         self._check_choice("lora", "separate", "exact")
-        self._check_choice("container", "weights", "last")
+        if self.container is not None:
+            self._check_choice("container", "weights", "last")
         if self.update and (self.lora == "exact" or not self.normalize):
             raise SelectionError("only a mean of the weights themselves can be updated")
         if self.container == "last" and self.dtype is not None:

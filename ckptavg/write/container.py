@@ -34,6 +34,7 @@ log = logging.getLogger("ckptavg")
 _CENTRAL_SIZE, _LENGTHS = 46, 28  # of an entry in the zip's directory
 # The weights in files whose `state_dict` is an average: see `statedict.weights_beside_average`.
 _BESIDE_AVERAGE = ("current_model_state", "ema_state_dict")
+_WEIGHTS_ALONE = "write the weights alone, with `container=weights`"
 _DESCRIPTOR = b"PK\7\x08"
 _HAS_DESCRIPTOR = 1 << 3
 
@@ -104,7 +105,7 @@ def _add_twins(
                 "is not in its state_dict as it is among its weights",
                 path=path,
                 tensor=tensor.names[0],
-                remedy="write the weights alone, without `container`",
+                remedy=_WEIGHTS_ALONE,
             )
         places += [place for place in others if place != places[0]]
 
@@ -157,7 +158,7 @@ def _spans(
                 "container cannot hold their averages apart",
                 path=path,
                 tensor=name,
-                remedy="write the weights alone, without `container`",
+                remedy=_WEIGHTS_ALONE,
             )
     return [(start, end) for start, end, _ in spans]
 

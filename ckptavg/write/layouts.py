@@ -53,6 +53,30 @@ class Destination:
     kind: Kind
 
 
+def with_container(
+    options: AverageOptions, output: str | os.PathLike[str], members: Sequence[Checkpoint]
+) -> AverageOptions:
+    """The options, with `container="last"` where a `.ckpt` is made of Lightning's checkpoints.
+
+    Lightning loads no weights alone. An average that a container cannot hold stays as it was asked
+    for: one in another dtype, of fewer tensors, or of another state dict.
+    """
+    path = _local(output)
+    if (
+        not (options.container or options.dtype or options.skip or options.key)
+        and all(map(_is_of_lightning, members))
+        and path.suffix == ".ckpt"
+        and _kind(output, path, members[-1], options) == "torch"
+    ):
+        return replace(options, container="last")
+    return options
+
+
+def _is_of_lightning(checkpoint: Checkpoint) -> bool:
+    is_file = checkpoint.container == "torch" and checkpoint.path.suffix == ".ckpt"
+    return is_file and checkpoint.training.epochs_from_zero
+
+
 def destination(
     output: str | os.PathLike[str], last: Checkpoint, options: AverageOptions
 ) -> Destination:
@@ -91,10 +115,10 @@ def destination(
             if is_file
             else "end its name with a slash for such a directory, or name the files of one model",
         )
-    if kind == "torch" and path.suffix == ".ckpt" and last.training.epochs_from_zero:
+    is_checkpoint = path.suffix == ".ckpt" and options.container is None
+    if is_checkpoint and kind == "torch" and _is_of_lightning(last):
         log.info(
-            "%s has the weights alone, which Lightning's load_from_checkpoint does not take; "
-            "with `container=last` it has the rest too",
+            "%s has the weights alone, which Lightning's load_from_checkpoint does not take",
             printable(path.name),
         )
     return Destination(path, kind)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 COMMANDS = """
-ckptavg average ckpts -o swa.ckpt --container last --start 50%
-ckptavg bn-refresh swa.ckpt -o refreshed.ckpt --container last \
+ckptavg average ckpts -o swa.ckpt --start 50%
+ckptavg bn-refresh swa.ckpt -o refreshed.ckpt \
     --model lightning_module.py:LitModel --loader lightning_module.py:Data
 ckptavg evaluate ckpts/last.ckpt swa.ckpt refreshed.ckpt \
     --model lightning_module.py:LitModel --loader lightning_module.py:Data

@@ -33,6 +33,15 @@ pytestmark = [
 ]
 
 
+def forward(model: Net, batch: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = model.layers(batch)
+    return result
+
+
+def size(model: Net, _batches: object) -> float:
+    return float(sum(value.square().sum() for value in model.parameters()))
+
+
 def load(path: Path) -> dict[str, Any]:
     return dict(torch.load(path, weights_only=False))
 
@@ -99,11 +108,34 @@ class TestTrainer:
         assert_mean(result, states)
         Net(8).load_state_dict(result, strict=True)
 
-    def test_weights_alone_are_said_to_be_no_lightning_checkpoint(self, trained, tmp_path):
-        result = run("average", trained, "-o", tmp_path / "out.ckpt")
-        assert "with --container last it has the rest too" in result.stderr
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("--dtype", "float16"),
+            ("--skip", "num_batches_tracked"),
+            ("--key", "state_dict"),
+            ("--container", "weights"),
+        ],
+    )
+    def test_weights_alone_are_said_to_be_no_lightning_checkpoint(
+        self, arguments, trained, tmp_path
+    ):
+        result = run("average", trained, "-o", tmp_path / "out.ckpt", *arguments)
+        is_asked_for = arguments[0] == "--container"
+        notice = "out.ckpt has the weights alone, which Lightning's load_from_checkpoint does not"
+        assert (notice in result.stderr) is not is_asked_for
         with pytest.raises(KeyError, match="pytorch-lightning_version"):
             Net.load_from_checkpoint(tmp_path / "out.ckpt")
+
+    def test_a_file_that_is_none_of_lightning_s_leaves_the_weights_alone(self, trained, tmp_path):
+        ckptavg.convert(epochs(trained)[0], tmp_path / "converted.ckpt")
+        assert load(tmp_path / "converted.ckpt").keys() == Net(8).state_dict().keys()
+        plain = {"state_dict": Net(8).state_dict(), "epoch": 99, "global_step": 99}
+        torch.save(plain, tmp_path / "plain.ckpt")
+        ckptavg.average([*epochs(trained), tmp_path / "plain.ckpt"], tmp_path / "out.ckpt")
+        assert load(tmp_path / "out.ckpt").keys() == Net(8).state_dict().keys()
+        ckptavg.average(trained, f"{tmp_path}/folder.ckpt/")
+        assert (tmp_path / "folder.ckpt" / "model.safetensors").is_file()
 
     def test_the_last_one_s_copy_counts_once(self, trained, tmp_path):
         assert (trained / "last.ckpt").is_file()
@@ -121,8 +153,25 @@ class TestContainer:
     @pytest.fixture
     def out(self, trained, tmp_path):
         out = tmp_path / "swa.ckpt"
-        run("average", trained, "-o", out, "--container", "last")
+        result = run("average", trained, "-o", out)
+        assert "all but its weights is from epoch=2-step=9.ckpt; --container weights" in (
+            result.stderr
+        )
         return out
+
+    def test_is_what_container_last_writes(self, trained, out, tmp_path):
+        ckptavg.average(trained, tmp_path / "last.ckpt", container="last")
+        assert out.read_bytes() == (tmp_path / "last.ckpt").read_bytes()
+        assert ckptavg.verify(out, [trained]).sources == 3
+
+    def test_is_refreshed_to_another_and_has_the_mean_of_a_soup(self, trained, out, tmp_path):
+        options: dict[str, Any] = {"model": Net, "loader": batches, "forward": forward}
+        ckptavg.refresh_checkpoint(out, tmp_path / "new.ckpt", **options)
+        model = Net.load_from_checkpoint(tmp_path / "new.ckpt", weights_only=False)
+        before = Net.load_from_checkpoint(out, weights_only=False).state_dict()
+        assert differ([before, model.state_dict()])
+        ckptavg.soup(trained, tmp_path / "soup.ckpt", metric=size, mode="min", **options)
+        Net.load_from_checkpoint(tmp_path / "soup.ckpt", weights_only=False)
 
     def test_is_loaded_with_the_mean_and_the_hyper_parameters(self, trained, out):
         model = Net.load_from_checkpoint(out, weights_only=False)

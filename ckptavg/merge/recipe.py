@@ -160,7 +160,7 @@ class AverageOptions(ConvertOptions):
         changed = {
             each.name: getattr(self, each.name)
             for each in fields(self)
-            if each.name in _RECORDED and getattr(self, each.name) != each.default
+            if each.name in _RECORDED and getattr(self, each.name) not in (each.default, "weights")
         }
         return {
             k: list(value) if isinstance(value, tuple) else value for k, value in changed.items()

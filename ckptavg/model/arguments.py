@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import reprlib
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import CkptAvgError, RefreshError, UserCodeError, listed, printable
@@ -22,7 +23,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-class _Attributes(dict[str, Any]):
+class HyperParameters(dict[str, Any]):
     """A dict whose values are attributes as well, as those of an `argparse.Namespace` are."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -39,7 +40,8 @@ def complete_arguments(
 
     Args:
         function: returns the model. It is given the hyper-parameters that are parameters of it; a
-            class with `**kwargs` is given all of them.
+            class with `**kwargs` is given all of them. Of one argument that has them all, such as
+            `args`, it is given what is in it if that is no parameter.
         given: the user's arguments, which take precedence.
         checkpoints: the first one that records hyper-parameters is used.
 
@@ -53,17 +55,25 @@ def complete_arguments(
     kinds = {each.kind for each in parameters.values()}
     takes_all = isinstance(function, type) and inspect.Parameter.VAR_KEYWORD in kinds
     source = next((each for each in checkpoints if each.training.hyper_parameters), None)
+    values = source.training.hyper_parameters if source else {}
+    if len(values) == 1:
+        [(name, inner)] = ((name, _contents(value)) for name, value in values.items())
+        if isinstance(inner, dict):
+            is_argument = name in parameters or takes_all
+            values = {name: HyperParameters(inner)} if is_argument else inner
     recorded = {
-        name: value
-        for name, value in (source.training.hyper_parameters if source else {}).items()
+        name: _contents(value)
+        for name, value in values.items()
         if isinstance(name, str)
         and name not in given
         and (name in parameters or (takes_all and name != "self"))
     }
-    objects = {
-        name: kind for name, value in recorded.items() if (kind := next(_objects(value), None))
+    objects = dict(item for name, value in recorded.items() for item in _objects_of(name, value))
+    plain = {
+        name: _without(objects, name, value)
+        for name, value in recorded.items()
+        if name not in objects
     }
-    plain = {name: _usable(value) for name, value in recorded.items() if name not in objects}
     if source is not None and recorded:
         _log_arguments(name_of(function), source.name, plain, objects)
     if missing := _missing(parameters, [*given, *plain]):
@@ -156,17 +166,32 @@ def _as_options(option: str, names: Iterable[str]) -> str:
     return " ".join(f"`{option}` {name}=VALUE" for name in names)
 
 
-def _usable(value: object) -> object:
-    """A recorded value as a model expects it: dicts have attributes."""
-    value = _contents(value)
-    return _Attributes(value) if isinstance(value, dict) else value
-
-
 def _contents(value: object) -> object:
     """A value; of an `argparse.Namespace` the dict of its attributes."""
-    if isinstance(value, Placeholder) and value.origin == "argparse.Namespace":
-        return value.state if isinstance(value.state, dict) else value
+    match value:
+        case Placeholder(origin="argparse.Namespace", state=dict(attributes)):
+            return HyperParameters(attributes)
     return value
+
+
+def _objects_of(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """The names of values that are no plain data, or have some in them, and a class of each.
+
+    A namespace is given without those of its attributes. Any other value is given as it is, or not.
+    """
+    if isinstance(value, HyperParameters):
+        for key, each in value.items():
+            yield from ((f"{name}.{key}", kind) for kind in islice(_objects(each), 1))
+    else:
+        yield from ((name, kind) for kind in islice(_objects(value), 1))
+
+
+def _without(objects: Collection[str], name: str, value: object) -> object:
+    """A recorded value as a model expects it: dicts have attributes, none of which is an object."""
+    if not isinstance(value, dict):
+        return value
+    plain = {key: each for key, each in value.items() if f"{name}.{key}" not in objects}
+    return HyperParameters(plain)
 
 
 def _objects(value: object) -> Iterator[str]:

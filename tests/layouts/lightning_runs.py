@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -22,16 +23,10 @@ class Schedule:
         self.rates = rates
 
 
-class Net(lightning.LightningModule):
-    """A norm layer, an optimizer with state, and a hyper-parameter of an unknown class."""
+class Layers(lightning.LightningModule):
+    """A norm layer, and an optimizer with state."""
 
-    def __init__(
-        self,
-        width: int = 8,
-        schedule: Schedule | None = None,  # noqa: ARG002 - a hyper-parameter
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+    def make_layers(self, width: int) -> None:
         self.layers = nn.Sequential(
             nn.Linear(8, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 6)
         )
@@ -42,6 +37,37 @@ class Net(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class Net(Layers):
+    """It has a hyper-parameter of an unknown class."""
+
+    def __init__(
+        self,
+        width: int = 8,
+        schedule: Schedule | None = None,  # noqa: ARG002 - a hyper-parameter
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.make_layers(width)
+
+
+class SavesNamespace(Layers):
+    """Its only argument is a namespace, which it saves by itself."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.save_hyperparameters(args)
+        self.make_layers(args.width)
+
+
+class SavesArguments(Layers):
+    """It saves the namespace as one of its arguments."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.make_layers(args.width)
 
 
 class ShardedNet(Net):

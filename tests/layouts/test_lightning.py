@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import subprocess
@@ -19,7 +20,14 @@ import ckptavg
 from ckptavg.formats import open_checkpoint
 from tests.helpers import run
 from tests.layouts.libraries import differ
-from tests.layouts.lightning_runs import Net, Schedule, batches, trainer
+from tests.layouts.lightning_runs import (
+    Net,
+    SavesArguments,
+    SavesNamespace,
+    Schedule,
+    batches,
+    trainer,
+)
 from tests.oracle import assert_mean
 
 pytestmark = [
@@ -40,6 +48,10 @@ def forward(model: Net, batch: torch.Tensor) -> torch.Tensor:
 
 def size(model: Net, _batches: object) -> float:
     return float(sum(value.square().sum() for value in model.parameters()))
+
+
+def width_of(model: Net) -> int:
+    return len(model.state_dict()["layers.0.weight"])
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -147,6 +159,27 @@ class TestTrainer:
         with pytest.raises(AttributeError):
             load(trained / "last.ckpt")
         ckptavg.average(trained, tmp_path / "out.ckpt", container="last")
+
+
+class TestNamespaces:
+    @pytest.mark.parametrize("kind", [SavesNamespace, SavesArguments])
+    def test_are_given_to_the_model_without_the_objects_in_them(self, kind, tmp_path, caplog):
+        args = argparse.Namespace(width=5, data=Path("x"), device=torch.device("cpu"))
+        trainer(tmp_path, epochs=1).fit(kind(args), batches())
+        name = load(tmp_path / "last.ckpt")["hparams_name"]
+        assert name == {SavesNamespace: "args", SavesArguments: "kwargs"}[kind]
+        options: dict[str, Any] = {"loader": batches, "metric": lambda model, _: width_of(model)}
+        caplog.set_level("INFO", "ckptavg")
+        caplog.clear()
+        for model in (kind, Net):
+            [result] = ckptavg.evaluate(tmp_path / "last.ckpt", model=model, **options)
+            assert [*result.metrics.values()] == [5]
+        left_out = "args.data (pathlib.PosixPath), args.device (torch.device)"
+        notice = f"{kind.__name__} is given what last.ckpt records: args={{'width': 5}}"
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{notice}; it is not given objects, which are not read: {left_out}",
+            "Net is given what last.ckpt records: width=5",
+        ]
 
 
 class TestContainer:

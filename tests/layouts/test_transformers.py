@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptavg
 from tests.helpers import outcome, run
-from tests.layouts.libraries import differ, llama, tokenizer, trainer
+from tests.layouts.libraries import Sentences, differ, llama, tokenizer, trainer
 from tests.oracle import StateDict, assert_mean
 
 INDEX = "model.safetensors.index.json"
@@ -49,6 +49,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(trained: Path) -> list[Path]:
     return [trained / f"checkpoint-{step}" for step in (4, 8, 12)]
+
+
+def test_evaluate_prints_the_loss_of_the_trainer(trained, checkpoints):
+    loader = torch.utils.data.DataLoader(Sentences(), batch_size=8)
+    [result] = ckptavg.evaluate(checkpoints[-1], model=llama, loader=loader)
+    loss = trainer(trained, load(checkpoints[-1])).evaluate(Sentences())["eval_loss"]
+    assert result.metrics == {"loss": pytest.approx(loss, rel=1e-5)}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _HEAD = """# Command reference
 
-This page is made from `ckptavg --help` by `python docs/make_cli.py`; a test fails when it is stale.
+`python docs/make_cli.py` makes this page from `ckptavg --help`.
 
 Results go to stdout, messages and progress to stderr. `--json` prints one JSON document on stdout
 and nothing else there.
@@ -22,7 +22,7 @@ and nothing else there.
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | the data, the model or the system is at fault: an error says what and where |
+| 1 | a problem with the data, the model or the system: an error says what and where |
 | 2 | wrong usage |
 | 129, 130, 143 | ended by SIGHUP, SIGINT, SIGTERM |
 
@@ -41,13 +41,12 @@ loader = "train.py:train_loader"
 expect = 5
 ```
 
-`model` and `loader` in the common table are for `bn-refresh` and `landscape`. `evaluate`, `soup`
-and `sweep` take the model from it, but not the loader, which gives training data. `average`
-refreshes only if its own table or its command line has both. Nothing beside a checkpoint is ever
-read as configuration.
+`bn-refresh` and `landscape` use `model` and `loader` of the common table. `evaluate`, `soup` and
+`sweep` use its model only, since its loader returns training data. `average` refreshes only if its
+own table or the command line has both.
 
-An option on the command line that has no effect beside the others is wrong usage, and the message
-names both options. A default from the configuration is ignored there.
+An option on the command line that has no effect with the others is wrong usage, and the message
+names both options. A default that has no effect is ignored.
 
 ## Completion in the shell
 

@@ -378,7 +378,7 @@ class TestCommand:
             run(*arguments)
         for name in ("o.safetensors", "p.safetensors"):
             result = run("verify", name, "run")
-            assert "3 tensors: statistics of data" in result.stdout
+            assert "3 tensors: refreshed statistics" in result.stdout
 
     def test_a_refreshed_directory_is_recorded_by_its_own_name(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

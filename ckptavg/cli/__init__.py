@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _ERROR, _INTERRUPTED = 1, 130
 _LONGEST_PART = 8_000  # characters at the beginning and at the end of a traceback
-_WHOSE = "if the traceback ends in your code, look there; else it is a bug of ckptavg"
+_WHOSE = "if the traceback ends in your code, look there; otherwise it is a bug in ckptavg"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,8 +41,8 @@ _WHOSE = "if the traceback ends in your code, look there; else it is a bug of ck
 def cli() -> None:
     """Average model checkpoints offline, and refresh their BatchNorm statistics.
 
-    Stochastic Weight Averaging (Izmailov et al. 2018) after the fact, on the files that a training
-    run left behind.
+    This is Stochastic Weight Averaging (Izmailov et al. 2018) after the training, on the
+    checkpoints that it saved.
     """
 
 
@@ -150,7 +150,7 @@ def _of_surroundings(error: BaseException) -> str | None:
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror or error}"
         case MemoryError():
-            return "out of memory; fewer --threads take less"
+            return "out of memory; use fewer --threads"
     return None
 
 
@@ -176,4 +176,4 @@ def _propose_model(context: click.Context) -> None:
     ]
     saved = [folder for path in paths for folder in sorted(path.glob("checkpoint-*"))]
     if proposed := model_of_transformers(*paths, *saved):
-        click.echo(f"transformers makes the model with {shown(proposed)}", err=True)
+        click.echo(f"To make the model with transformers: {shown(proposed)}", err=True)

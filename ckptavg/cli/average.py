@@ -31,7 +31,7 @@ _ROLES = {
     "averaged": "averaged",
     "last": "copied from the last checkpoint",
     "kept": "the same in all",
-    "joined": "LoRA factors side by side",
+    "joined": "LoRA factors concatenated",
     "skipped": "skipped",
 }
 _SUM_TO_1 = ("ema:", "power:", "decay:")
@@ -39,31 +39,30 @@ _SUM_TO_1 = ("ema:", "power:", "decay:")
 _HOW_WEIGHTED = parse("""
 --weights SCHEME           uniform, linear, ema:DECAY, power:SIGMA_REL, decay:linear|cosine|1-sqrt;
                            or a number for each checkpoint (0.2,0.3,0.5); or PATH=NUMBER,...
-                           Several schemes, or several numbers for --last, make an average for each
+                           Several schemes, or several numbers for --last, make one average for each
                            combination, in the directory OUTPUT.  [default: uniform]
 --no-normalize             Do not divide by the sum of the weights.
---update                   Add the other inputs to an earlier uniform average, which is one of the
-                           inputs.
+--update                   Add the inputs to an earlier uniform average, which must be among them.
 """)
 _HOW_EACH_TENSOR = parse("""
---ints equal|last          Require equal integer tensors, or take those of the last checkpoint.
+--ints equal|last          Require equal integer tensors, or copy those of the last checkpoint.
                            [default: equal]
---norm-stats average|last  Average running_mean and running_var, or take those of the last
+--norm-stats average|last  Average running_mean and running_var, or copy those of the last
                            checkpoint.  [default: average]
 --lora separate|exact      Average the factors A and B of LoRA adapters separately, or their
-                           products exactly (the ranks add up).  [default: separate]
+                           products exactly (ranks add up).  [default: separate]
 --allow-nonfinite          Accept NaN and Inf in the inputs.
 """)
 _OUTPUT, _KEEP_PREFIX, _HASH = parse("""
 -o --output PATH           Where the average goes: a .safetensors file; a torch file (.pt, .pth,
                            .bin, .ckpt, .tar, .th or .pyth); or a directory (DIR/) in the layout of
                            --format. [required]
---keep-prefix              Keep the prefixes module. and _orig_mod. of names.
---hash                     Record SHA-256 of the checkpoints, for `ckptavg verify`. They are read
-                           once more for it.
+--keep-prefix              Keep the prefixes module. and _orig_mod. in names.
+--hash                     Record the SHA-256 of each checkpoint, for `ckptavg verify`. This reads
+                           them once more.
 """)
 [_EXPECT] = parse("""
---expect N    Fail unless N checkpoints are taken.
+--expect N    Fail unless N checkpoints are selected.
 """)
 
 
@@ -79,7 +78,7 @@ _NO_EFFECT = (
         ["unit"],
     ),
     NoEffect(
-        "with --weights ema, power and decay, which sum to 1",
+        "with --weights ema, power and decay, which always sum to 1",
         lambda params: all(scheme.name.startswith(_SUM_TO_1) for scheme in params["weights"]),
         ["normalize"],
     ),
@@ -121,11 +120,11 @@ def average(
 ) -> None:
     """Average checkpoints into one.
 
-    INPUT is a directory of checkpoints, a checkpoint, or a URL of either. Checkpoints are
-    .safetensors, files of torch.save, and directories of Hugging Face's libraries or of
+    INPUT is a directory of checkpoints, a checkpoint, or a URL of either. A checkpoint is a
+    .safetensors file, a torch file, or a directory written by a Hugging Face library or
     torch.distributed.checkpoint. With --model and --loader the BatchNorm statistics are refreshed
-    as well. Under `torchrun --no-python` the processes share the work, on a file system that all of
-    them see.
+    as well. Under `torchrun --no-python` the processes share the work; they need a common file
+    system.
     """
     refreshes = params.get("model") is not None
     if not refreshes:
@@ -139,9 +138,11 @@ def average(
     fields["select"] = Selection(**fields_of(Selection, params))
     several = len(params["weights"]) > 1 or len(params["last"] or ()) > 1
     if several and refreshes:
-        raise click.UsageError("several averages are refreshed one at a time, with bn-refresh")
+        raise click.UsageError(
+            "--model refreshes one average only; refresh several with bn-refresh, one at a time"
+        )
     if several and params["update"]:
-        raise click.UsageError("--update makes one average: one --last and one of --weights")
+        raise click.UsageError("--update makes one average, from one --last and one --weights")
     with (
         console.ranks(only_torchrun=True) as ranks,
         console.progress("hashing", "B") as fields["hash_progress"],

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from ckptavg.evaluation.judging import Judge
 
 _EVAL_LOADER, _EVAL_LOADER_ARG, _KEEP_BETTER = parse("""
---eval-loader SPEC           Held-out batches, to evaluate with before and after the refresh.
+--eval-loader SPEC           Held-out batches, to evaluate before and after the refresh.
 --eval-loader-arg KEY=VALUE  Keyword argument for the held-out loader; repeatable.
---keep-better                Keep the old statistics if they are better.
+--keep-better                Keep the old statistics if they have the better metric.
 """)
 _EVALUATION = (_EVAL_LOADER_ARG, options.METRIC, _KEEP_BETTER, options.MODE)
 _OUTPUT, _IN_PLACE = parse("""
 -o --output PATH  Where the result goes.  [default: the checkpoint itself, if ckptavg made it]
---in-place        Replace a checkpoint that ckptavg did not make; all else in it stays.
+--in-place        Replace the checkpoint even if ckptavg did not make it.
 """)
 
 
@@ -61,8 +61,8 @@ def bn_refresh(
 ) -> None:
     """Reset a checkpoint's norm statistics with one pass of training data.
 
-    --model and --loader name your own code, which is imported and run. All tensors but the
-    running statistics stay as they are, byte for byte. Under `torchrun --no-python` the processes
+    --model and --loader name your own code, which is imported and run. Only the running statistics
+    change; everything else in the checkpoint stays. Under `torchrun --no-python` the processes
     share the pass.
     """
     from ckptavg.batchnorm.files import refresh_checkpoint
@@ -90,7 +90,7 @@ def bn_refresh(
 
 
 def _judge(params: Mapping[str, Any]) -> Judge | None:
-    """What evaluates the checkpoint before and after; None without held-out batches."""
+    """The judge that evaluates before and after the refresh; None without held-out batches."""
     if params["eval_loader"] is None:
         return None
     from ckptavg.evaluation.evaluate import EvaluationOptions
@@ -116,4 +116,6 @@ def _say_verdict(console: Console, verdict: Verdict) -> None:
         before = cell(verdict.before.get(name), ".5g")
         console.say(f"  {printable(name)}: {before} before, {after:.5g} after")
     if verdict.kept == "old":
-        console.say(f"  by {printable(verdict.metric)} the old statistics are better, and are kept")
+        console.say(
+            f"  the old statistics have the better {printable(verdict.metric)}, and are kept"
+        )

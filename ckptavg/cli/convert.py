@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 [_OUTPUT] = parse("""
--o --output PATH  Where it goes: a .safetensors file; a torch file (.pt, .pth, .bin, .ckpt, .tar,
-                  .th or .pyth); or a directory (DIR/) in the layout of --format. [required]
+-o --output PATH  Where the result goes: a .safetensors file; a torch file (.pt, .pth, .bin, .ckpt,
+                  .tar, .th or .pyth); or a directory (DIR/) in the layout of --format. [required]
 """)
 
 
@@ -42,9 +42,9 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout.
 
-    INPUT is a checkpoint in any layout that `average` reads. The names and bytes of tensors stay
-    as they are, unless --dtype or --skip is given. Of a training checkpoint the weights are
-    written, not the optimizer's state.
+    INPUT is a checkpoint in any layout that `average` reads. The names and bytes of its tensors
+    do not change, unless --dtype or --skip is given. The optimizer state of a training checkpoint
+    is not written.
     """
     without_blas_threads()
     from ckptavg.convert import convert as run

@@ -23,9 +23,9 @@ _SEED = variant(options.SEED, type=click.IntRange(0, 2**32 - 1))
 @click.command(cls=Command, groups={RUNNING: (_SEED, *options.COMMON)})
 @click.argument("directory", type=path_or_url, default="ckptavg-demo", metavar="[DIR]")
 def demo(console: Console, directory: Path, seed: int) -> None:
-    """Train a small network, average its checkpoints, and show what that is worth.
+    """Train a small network, average its checkpoints, and show what that gains.
 
-    This takes one to three minutes in one thread, and downloads nothing. Everything is left in DIR
+    This takes one to three minutes in one thread, and downloads nothing. All files are in DIR
     (ckptavg-demo by default), which must be new or empty.
     """
     from ckptavg.demo.run import run
@@ -40,7 +40,7 @@ def demo(console: Console, directory: Path, seed: int) -> None:
 
 
 def _say(console: Console, report: DemoReport) -> None:
-    """Print what each model is worth, and how the loss rises around them."""
+    """Print the metrics of each model, and how the loss rises around them."""
     console.say(
         f"MNIST-1D: {report.train_examples:,} training examples, {report.label_noise:.0%} of the "
         f"labels wrong; {report.test_examples:,} clean test examples; {report.epochs} epochs\n"
@@ -57,6 +57,6 @@ def _say(console: Console, report: DemoReport) -> None:
         f"{slower} around the average.\nIt has risen by less in {rise.lower} of {rise.directions} "
         f"directions.\n  {', '.join(report.pictures)}"
     )
-    console.say(f"\nEverything is in {report.directory}. Its average and refresh again, by hand:")
+    console.say(f"\nAll files are in {report.directory}. To average and refresh by hand:")
     for command in report.commands:
         console.say(f"  {command}")

@@ -36,10 +36,10 @@ def evaluate(
 ) -> None:
     """Evaluate checkpoints on held-out data.
 
-    CHECKPOINT is a checkpoint, or a directory of them. The model is made once, put in eval mode,
-    and given the weights of one checkpoint after the other. --model and --loader name your own
-    code, which is imported and run; batches are (inputs, targets), or dicts with labels. `average
-    --best N --metrics FILE` reads what --json prints.
+    CHECKPOINT is a checkpoint, or a directory of them. The model is made once, and loads the
+    weights of each checkpoint in eval mode. --model and --loader name your own code, which is
+    imported and run. Batches are (inputs, targets), or dicts with labels. `average --best N
+    --metrics FILE` reads the output of --json.
     """
     from ckptavg.evaluation.evaluate import EvaluateOptions, winners
     from ckptavg.evaluation.evaluate import evaluate as run

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 [_PLOT] = parse("""
---plot PICTURE  PNG, SVG or PDF file for a plot of the recorded learning rates, in place of an older
-                one.
+--plot PICTURE  PNG, SVG or PDF file for a plot of the recorded learning rates. An existing file is
+                replaced.
 """)
 
 
@@ -51,8 +51,8 @@ def inspect(
     """Show what checkpoints hold; nothing in them is run.
 
     PATH is a checkpoint, or a directory of them. For a directory, a table shows which files
-    `average` would take, and why not the others. Rules such as --last or --lr-minima narrow the
-    choice. Below the table stands what learning rates and distances mean for an average.
+    `average` would use, and why not the others. Options such as --last or --lr-minima narrow the
+    choice. Below the table, `inspect` says what learning rates and distances mean for an average.
     """
     from ckptavg.formats.paths import as_paths
     from ckptavg.formats.statedict import as_key
@@ -326,7 +326,7 @@ def _say_one(console: Console, content: dict[str, Any]) -> None:
     lines = {
         "container": f"{content['container']}, {size(content['file_bytes'])}",
         "state dict": printable(content["state_dict"]) or "the whole file",
-        "others": f"{others} (take one with --key)" if others else "",
+        "others": f"{others} (choose one with --key)" if others else "",
         "models": ", ".join(map(printable, content["models"])),
         "tensors": f"{content['tensors']:,}, with {content['elements']:,} elements, "
         f"{size(content['tensor_bytes'])}",

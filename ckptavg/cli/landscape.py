@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @click.group()
 def landscape() -> None:
-    """Evaluate around weights, and between them.
+    """Evaluate around checkpoints, and between them.
 
-    Does the average lie in a wider, flatter region? Each point is a model with weights of its own,
-    whose BatchNorm statistics are refreshed before it is evaluated.
+    Does the average lie in a wider, flatter region? Each point is a model whose BatchNorm
+    statistics are refreshed before it is evaluated.
     """
 
 
@@ -36,9 +36,9 @@ _LOADER, _TEST_LOADER, _TEST_LOADER_ARG, _OUTPUT, _FORCE, _NO_REFRESH, _NO_PLOTS
                              an iterable, or a callable that returns it. [required]
 --test-loader SPEC           Held-out batches, for the metric on test data.
 --test-loader-arg KEY=VALUE  Keyword argument for the held-out loader; repeatable.
--o --output PATH             Directory of the results. A run that was stopped goes on from what is
-                             there. [required]
--f --force                   Discard the points that are there.
+-o --output PATH             Directory for the results. A stopped run continues with the points
+                             saved there. [required]
+-f --force                   Discard the saved points.
 --no-refresh                 Combine the statistics like weights, instead of refreshing them.
 --no-plots                   Do not draw plots.
 """)
@@ -68,9 +68,9 @@ _NO_EFFECT = (
     ),
 )
 _RAYS = parse("""
---directions N       Number of random directions, the same from each checkpoint.  [default: 10]
+--directions N       Number of random directions, the same for each checkpoint.  [default: 10]
 --distances NUMBERS  Distances along each direction: 0,1,2 or FIRST:LAST:COUNT.
-                     [default: 11 up to twice the distance of the first two checkpoints]
+                     [default: 11, up to twice the distance between the first two checkpoints]
 """)
 _SEGMENT = parse("""
 --positions NUMBERS  Points on the line, 0 for the first checkpoint and 1 for the second: 0,0.5,1 or
@@ -83,7 +83,7 @@ _PLANE = parse("""
 
 
 def _settings(points: Sequence[click.Option]) -> dict[str, Any]:
-    """What the commands have in common, beside the options that say which points they evaluate."""
+    """What the commands share: everything but the options for their points."""
     return {
         "cls": Command,
         "groups": {"Which points": points, **_COMMON},

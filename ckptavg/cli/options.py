@@ -30,30 +30,30 @@ CHECKPOINTS = click.argument(
 
 # Which checkpoints: the fields of `Selection`, in the order in which they apply.
 _BY_STEP = parse("""
---include GLOB           Take only checkpoints whose names match; repeatable.
+--include GLOB           Select only checkpoints whose names match; repeatable.
 --exclude GLOB           Leave out checkpoints whose names match; repeatable.
 --start STEP|PERCENT     Step to begin at, or share of the training, such as 75%.
---steps LIST|RANGE       Steps to take: 100,200,300 or 100:1000:100.
---cycle N                Take the checkpoints that end a cycle of N steps, counted from --start.
---lr-minima              Take the checkpoints saved at local minima of the learning rate.
---lr-recorded used|next  Whether checkpoints record the last learning rate that was used, or the
-                         next one, as trainers do that save after scheduler.step().
-                         [default: as the checkpoints show]
+--steps LIST|RANGE       Steps to select: 100,200,300 or 100:1000:100.
+--cycle N                Select the last checkpoint of each cycle of N steps, counted from --start.
+--lr-minima              Select the checkpoints saved at local minima of the learning rate.
+--lr-recorded used|next  Learning rate that checkpoints record: the last used one, or the next one
+                         if the trainer saves after scheduler.step().
+                         [default: as detected]
 """)
 _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _LAST, _EVERY, _UNIT, KEY = parse("""
---best N         Take the N checkpoints with the best --metric.
+--best N         Select the N checkpoints with the best --metric.
 --metric NAME    Metric for --best: recorded in the checkpoints, in their names, or in --metrics.
 --mode min|max   Whether a low or a high metric is better.  [default: by its name]
 --metrics FILE   CSV or JSON file with the metric of each checkpoint.
---last N,...     Take the last N checkpoints.
---last N         Take the last N checkpoints.
---every N        Take every N-th checkpoint, counted back from the last.
+--last N,...     Select the last N checkpoints.
+--last N         Select the last N checkpoints.
+--every N        Select every N-th checkpoint, counted back from the last.
 --unit global_step|step|epoch
                  Unit of steps.  [default: the first that all checkpoints record]
---key NAME       State dict to take, where a file holds several.
+--key NAME       State dict to use, if a file holds several.
 """)
 [KEYS] = parse("""
---key KEY  State dict to take, where a torch file holds several; '*' takes all. Repeatable.
+--key KEY  State dict to use, if a torch file holds several; '*' uses all. Repeatable.
 """)
 SELECTION = (*_BY_STEP, _BEST, _METRIC, MODE, METRICS, _SEVERAL_LAST, _EVERY, _UNIT)
 CANDIDATES = (*_BY_STEP, _LAST, _EVERY, _UNIT)  # for commands that compute metrics themselves
@@ -82,10 +82,10 @@ DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 SKIP, TAKE_LAST, DTYPE, DROP_ALIASES = parse(f"""
 --skip REGEX    Leave out the tensors whose names match; repeatable.
 --take-last REGEX
-                Take the tensors whose names match from the last checkpoint; repeatable.
+                Copy the tensors whose names match from the last checkpoint; repeatable.
 --dtype {"|".join(DTYPES)}
                 Dtype of floating tensors.  [default: as in the input]
---drop-aliases  Write tied tensors once, and name the others in the metadata.
+--drop-aliases  Write tied tensors once, and their other names into the metadata.
 """)
 
 
@@ -151,7 +151,7 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 """)
 MAX_SAMPLES, IGNORE = parse("""
 --max-samples N  Stop after the batch that reaches N examples.
---ignore REGEX   Do not load tensors whose names match: the model keeps its own. An output keeps
+--ignore REGEX   Do not load tensors whose names match: the model keeps its own, and an output
                  those of the checkpoint. Repeatable.
 """)
 
@@ -160,7 +160,7 @@ HOW_TO_REFRESH = parse("""
 --estimator paper|torch|exact
                         How the statistics of the batches are combined.  [default: paper]
 --memory-format auto|channels_last|contiguous
-                        Memory format of images. auto takes channels_last for convolutional models
+                        Memory format of images. auto uses channels_last for convolutional models
                         on the CPU, and with --amp.  [default: auto]
 --train-mode norm|full  Part of the model that is in training mode during the pass: the norm layers,
                         or all of it.  [default: norm]
@@ -175,10 +175,10 @@ _PASS = (
     MAX_SAMPLES,
     *parse("""
 --amp bf16           Run the model in bfloat16 (torch.autocast); the statistics stay in float32.
---tol TOL            Stop when the statistics are certain enough, after at least 2,048 examples. In
-                     every layer two standard errors of the mean are then below TOL standard
-                     deviations, and those of the standard deviation below a factor of 1 + TOL.
---strict             Fail at a batch that gives NaN or Inf, instead of leaving it out.
+--tol TOL            Stop once two standard errors are small in every layer: below TOL standard
+                     deviations for the mean, and below a factor of 1 + TOL for the standard
+                     deviation. Not before 2,048 examples.
+--strict             Fail if a batch gives NaN or Inf, instead of leaving it out.
 """),
     *(DEVICE, SEED),
 )
@@ -197,10 +197,10 @@ EVALUATION = (
     *(MODEL_ARG, LOADER_ARG, IGNORE, FORWARD, MAX_SAMPLES, DEVICE, SEED),
 )
 _REFRESH_LOADER, *_ABOUT_REFRESH = parse("""
---refresh-loader SPEC           Training batches to refresh the statistics with, before each
+--refresh-loader SPEC           Training batches, to refresh the statistics before each
                                 evaluation.
 --refresh-loader-arg KEY=VALUE  Keyword argument for the loader of the refresh; repeatable.
---refresh-max-samples N         Stop a refresh after the batch that reaches N examples.
+--refresh-max-samples N         Stop the refresh after the batch that reaches N examples.
 """)
 EVALUATION_REFRESH = (_REFRESH_LOADER, *_ABOUT_REFRESH, *HOW_TO_REFRESH)
 EVALUATION_NO_EFFECT = (
@@ -228,9 +228,9 @@ def evaluation_fields(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_of_transformers(*folders: Path) -> str:
-    """The options that make the model of what transformers wrote to one of some directories.
+    """The options that make the model of the first directory that transformers wrote.
 
-    Empty if it wrote to none of them. What is behind a URL is not looked at.
+    Empty if it wrote none of them. URLs are not opened.
     """
     from ckptavg.formats.huggingface import architecture
     from ckptavg.formats.paths import is_remote

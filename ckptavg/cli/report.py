@@ -45,6 +45,6 @@ def _say_errors(console: Console, report: RefreshReport) -> None:
             f"{printable(std.name)}"
         )
     if report.converged:
-        console.say(f"  that is within {report.tol:g}: the pass ended here")
+        console.say(f"  both are within {report.tol:g}: the pass ended here")
     elif report.converged is not None:
-        console.say(f"  the data ended before that was within {report.tol:g}")
+        console.say(f"  the data ended before both were within {report.tol:g}")

@@ -24,8 +24,8 @@ _METRIC, _METRICS, _OUTPUT = parse("""
 --metric loss|accuracy|SPEC
                   Mean cross-entropy, share of correct predictions, or a function of the model and
                   the batches that returns a number. [required]
---metrics FILE    CSV or JSON file with the metric of each checkpoint, such as `evaluate --json`
-                  prints: then only the first checkpoint and the averages are evaluated.
+--metrics FILE    CSV or JSON file with the metric of each checkpoint, such as the output of
+                  `evaluate --json`. Then only the first checkpoint and the averages are evaluated.
 -o --output PATH  Where the soup goes, as in `average`. [required]
 """)
 
@@ -49,12 +49,12 @@ def soup(
     output: str,
     **params: Any,  # noqa: ANN401 - the fields of `SoupOptions`
 ) -> None:
-    """Average those checkpoints that do not make the average worse on held-out data.
+    """Average the checkpoints that do not make the average worse on held-out data.
 
     This is the greedy soup of Wortsman et al. 2022. CHECKPOINT is a checkpoint, or a directory of
-    them. They are tried in the order of their own metric, best first. Each is kept if the uniform
-    average with it does not get worse. --model and --loader name your own code, which is imported
-    and run; batches are (inputs, targets).
+    them. Checkpoints are tried in the order of their metric, best first. Each is kept unless it
+    makes the uniform average worse. --model and --loader name your own code, which is imported and
+    run. Batches are (inputs, targets).
     """
     from ckptavg.evaluation.soup import SoupOptions
     from ckptavg.evaluation.soup import soup as run
@@ -67,7 +67,7 @@ def soup(
 
 
 def _say(console: Console, result: Soup, output: str) -> None:
-    """Print what became of each candidate, and what the soup is worth."""
+    """Print which checkpoints were kept, and the metric of the soup."""
     name = printable(result.metric)
     header = ("checkpoint", name, f"{name} of the soup with it", "kept")
     console.say_table([header, *map(_row, result.steps)])

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _LAST, _WEIGHTS, _NO_MEMBERS = parse("""
 --last N|all,...  Windows: the last N checkpoints, or all of them.  [default: 3,5,10,all]
 --weights SCHEME  Schemes, as in `average`: uniform,ema:0.9,decay:linear.  [default: uniform]
---no-members      Of the checkpoints by themselves, evaluate the last one only.
+--no-members      Evaluate no single checkpoints, except the last one.
 """)
 _TEST_LOADER, _TEST_LOADER_ARG = parse("""
---test-loader SPEC           Batches that have no part in the choice. On them the best average is
-                             compared with the last and with the best checkpoint.
+--test-loader SPEC           Batches that are not used to choose. They compare the best average
+                             with the last checkpoint and with the best one.
 --test-loader-arg KEY=VALUE  Keyword argument for the test loader; repeatable.
 """)
 _OUTPUT, _CSV, _PLOT, _JOURNAL = parse("""
@@ -34,7 +34,7 @@ _OUTPUT, _CSV, _PLOT, _JOURNAL = parse("""
                   [default: nothing is written]
 --csv OUT         CSV file for the table.
 --plot PICTURE    PNG, SVG or PDF file for a plot of the metric against the window.
---journal DIR     Directory that keeps each evaluation, so that a stopped sweep can go on.
+--journal DIR     Directory to save each evaluation in, so that a stopped sweep can continue.
 """)
 
 
@@ -68,10 +68,10 @@ def sweep(
 ) -> None:
     """Evaluate averages of several windows and schemes on held-out data, and find the best.
 
-    CHECKPOINT is a checkpoint, or a directory of them. Each combination of --last and --weights is
-    averaged in memory, refreshed, and evaluated, from one read of the checkpoints. --model and the
-    loaders name your own code, which is imported and run. Under `torchrun --no-python` the
-    processes share the evaluations.
+    CHECKPOINT is a checkpoint, or a directory of them, which are read once. Each combination of
+    --last and --weights is averaged in memory, refreshed, and evaluated. --model and the loaders
+    name your own code, which is imported and run. Under `torchrun --no-python` the processes share
+    the evaluations.
     """
     if plot is not None:
         import ckptavg.evaluation.pictures  # noqa: F401 - fails now, and not after all evaluations
@@ -123,8 +123,8 @@ def _say(console: Console, result: Sweep) -> None:
     console.say_table(rows)
     best, name = result.best, printable(result.metric)
     console.say(
-        f"* best of {plural(len(result.averages), 'average')} by {name}, picked among them on the "
-        f"same data: {best.metrics[result.metric]:.5g}"
+        f"* best of {plural(len(result.averages), 'average')} by {name}, which was measured on the "
+        f"data that chose it: {best.metrics[result.metric]:.5g}"
     )
     if result.test:
         units = result.test[0].difference.units
@@ -133,7 +133,7 @@ def _say(console: Console, result: Sweep) -> None:
         console.say_table([_comparison(each) for each in result.test])
     elif len(result.averages) > 1:
         console.say(
-            "  other data may not agree: --test-loader compares it with the checkpoints there"
+            "  it may be worse on other data: compare it with the checkpoints by --test-loader"
         )
     for sentence in result.advice:
         console.say(with_options(sentence))

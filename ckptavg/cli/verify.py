@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 [_KEY] = parse("""
---key NAME  State dict of OUTPUT that is the average, where it holds several.
+--key NAME  State dict of OUTPUT that is the average, if it holds several.
 """)
 
 
@@ -29,8 +29,8 @@ def verify(
 ) -> None:
     """Make an average again from its checkpoints, and compare every bit.
 
-    OUTPUT is an average that ckptavg made, and INPUT its checkpoints as they were given to
-    `average`. They must be those that OUTPUT records. The new average is a temporary file beside
+    OUTPUT is an average that ckptavg made. INPUT are its checkpoints, as they were given to
+    `average`; they must be those that OUTPUT records. The new average is a temporary file beside
     OUTPUT.
     """
     from ckptavg.verify import verify as run
@@ -54,11 +54,11 @@ def _say(console: Console, verification: Verification) -> None:
     by_hash = f", {hashed} of them by SHA-256" if hashed else ""
     scheme = "" if verification.scheme == COPY else f" ({printable(verification.scheme)})"
     console.say(
-        f"  {plural(verification.sources, 'checkpoint')}{scheme}: those that it was made of, "
-        f"by sizes and headers{by_hash}"
+        f"  {plural(verification.sources, 'checkpoint')}{scheme}: the recorded ones, "
+        f"by size and header{by_hash}"
     )
-    console.say(f"  {plural(verification.compared, 'tensor')}: made again, and equal in every bit")
+    console.say(f"  {plural(verification.compared, 'tensor')}: made again, equal in every bit")
     if verification.refreshed:
         console.say(
-            f"  {plural(verification.refreshed, 'tensor')}: statistics of data, not made again"
+            f"  {plural(verification.refreshed, 'tensor')}: refreshed statistics, not compared"
         )

@@ -237,7 +237,7 @@ class TestInspect:
             str(path),
             f"  container    torch, {size(path.stat().st_size)}",
             "  state dict   state_dict",
-            "  others       state_dict_ema (take one with --key)",
+            "  others       state_dict_ema (choose one with --key)",
             "  tensors      7, with 22 elements, 92 B",
             "  dtypes       float32 (6), int64 (1)",
             "  training     global_step 70, epoch 3, learning_rate 0.125",

@@ -160,7 +160,7 @@ class TestKeepBetter:
         bad = (*MODEL, "--loader", "train.py:unlike")
         output = run("-o", "o.pt", *bad, *EVAL, *metric, "--keep-better")
         name = "right" if metric else "loss"
-        assert f"  by {name} the old statistics are better, and are kept" in output
+        assert f"  the old statistics have the better {name}, and are kept" in output
         assert output.splitlines()[-1] == "  wrote o.pt"
         for name, value in load("a.pt").items():
             assert torch.equal(load()[name], value)
@@ -284,4 +284,4 @@ class TestOptions:
         save(train.trained(), stale=True)
         lines = run("-o", "o.pt", *REFRESH, "--tol", "0.001").splitlines()
         assert lines[2].startswith("  remaining error: mean ")
-        assert lines[3] == "  the data ended before that was within 0.001"
+        assert lines[3] == "  the data ended before both were within 0.001"

@@ -416,7 +416,10 @@ class TestCommand:
             span = [f"{row.count}:", row.oldest, "to", row.newest]
             assert line.split() == [row.scheme, last, *span, value, *star]
         assert lines[7].split()[:3] == ["last", "checkpoint", "step_5.pt"]
-        assert "best of 6 averages by loss, picked among them on the same data" in result.stdout
+        assert (
+            "best of 6 averages by loss, which was measured on the data that chose it"
+            in result.stdout
+        )
         assert "on the test loader (83 examples), with 95 % intervals:" in result.stdout
         assert "of their norm apart" in result.stdout
         assert "  wrote best.safetensors (" in result.stdout

@@ -505,7 +505,7 @@ def test_the_command_that_average_proposes_makes_the_model(user_folder):
     for name, inputs in (("bn-refresh", "my swa"), ("evaluate", "run"), ("evaluate", "my swa")):
         code, _, said = outcome(name, inputs)
         assert code == 2
-        proposed = said.splitlines()[-1].removeprefix("transformers makes the model with ")
+        proposed = said.splitlines()[-1].removeprefix("To make the model with transformers: ")
         options = shlex.split(proposed)
         assert options[:2] == expected
     assert outcome("evaluate", "my swa", *options, "--loader", "data.py:loader")[0] == 0

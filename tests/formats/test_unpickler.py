@@ -264,7 +264,8 @@ def test_a_placeholder_keeps_what_it_was_to_be_made_of():
     rebuilt = built(pickle.dumps(Rebuilt()))
     assert rebuilt.state == {"state": 1}
     path = built(pickle.dumps(pathlib.PurePosixPath("/a/b"), 2))
-    assert path.arguments == ("/", "a", "b")
+    # Its parts; from Python 3.14 on, its text.
+    assert path.arguments in (("/", "a", "b"), ("/a/b",))
 
 
 def test_a_nested_class_and_an_enum_member_are_placeholders_of_their_own_name():

@@ -493,14 +493,22 @@ def test_an_interruption_that_an_import_made_another_error_of_is_one(monkeypatch
     assert outcome("inspect", "x") == (130, "", "ckptavg: interrupted\n")
 
 
-def test_an_interruption_before_the_command_line_is_there_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "terminated"),
+        (signal.SIGHUP, "terminated"),
+    ],
+)
+def test_a_signal_before_the_command_line_is_there_is_one_line(number, word):
     code = (
         "import builtins, os, signal, sys; plain = builtins.__import__\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored\n"
         "def slow(name, *rest):\n"
-        "    if name == 'ckptavg.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"    if name == 'ckptavg.cli': os.kill(os.getpid(), {int(number)})\n"
         "    return plain(name, *rest)\n"
         "builtins.__import__ = slow; from ckptavg.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "ckptavg: interrupted\n")
+    assert (done.returncode, done.stderr) == (128 + number, f"ckptavg: {word}\n")

@@ -19,6 +19,7 @@ from ckptavg.errors import (
     OutputError,
     SelectionError,
     VerificationError,
+    listed,
     printable,
     without_notices,
 )
@@ -252,7 +253,7 @@ def _check_hashes(
         if isinstance(digests, dict) and isinstance(recorded, dict):
             names = sorted(digests.keys() | recorded.keys())
             changed = [name for name in names if digests.get(name) != recorded.get(name)]
-            where += f", {', '.join(map(printable, changed))}"
+            where += f", {listed(changed)}"
         faults.append(f"{where}: has another SHA-256 than it had")
     if faults:
         raise _mismatch(record, faults)

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -72,6 +73,9 @@ def _disregard_signals() -> None:
 
 def main() -> None:
     """Run the command line and leave with the exit code that `docs/cli.md` lists."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: no file that is opened later must take its place
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as it runs
     formatted = warnings.formatwarning
     warnings.formatwarning = lambda *args, **keywords: shown(formatted(*args, **keywords))
     for number in (signal.SIGTERM, signal.SIGHUP):

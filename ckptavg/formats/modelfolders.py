@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import FormatError, SelectionError
+from ckptavg.errors import FormatError, SelectionError, listed
 from ckptavg.formats import dcp, deepspeed
 from ckptavg.formats.files import open_file
 from ckptavg.formats.jsontext import read_any_json
@@ -182,7 +182,7 @@ def check_weights(file: Path) -> None:
     variants = {_variant(name) for name in _names_in(file.parent) if _OF_VARIANT.fullmatch(name)}
     if len(variants) > 1:
         raise SelectionError(
-            f"has several variants of the weights: {', '.join(sorted(variants))}",
+            f"has several variants of the weights: {listed(sorted(variants))}",
             path=file.parent,
             remedy="name the files to average",
         )

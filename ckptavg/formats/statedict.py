@@ -300,7 +300,7 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
     if not found:
         raise NoStateDictError("no state dict found in it", path=path)
     top = "the tensors at the top" if len(found) > 1 else "the whole file"
-    names = ", ".join(printable(name) or top for name in found)
+    names = listed((name or top for name in found), 20)
     if key is not None and list(found) == [""]:
         raise without_names(path, key)
     if key is not None:

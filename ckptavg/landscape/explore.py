@@ -213,7 +213,7 @@ class Explorer:
                 else:
                     found[f"{data} {name}"] = value
         if not found or (known is not None and known.keys() != found.keys()):
-            names = ", ".join(map(printable, found)) or "none"
+            names = listed(found) or "none"
             raise SelectionError(f"{options.evaluation.metric} returned other metrics: {names}")
         return found
 

@@ -190,7 +190,7 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
 
 
 def _no_checkpoint(inputs: Sequence[Path], candidates: Sequence[Candidate]) -> SelectionError:
-    where = ", ".join(map(printable, inputs)) or "no input"
+    where = listed(inputs) or "no input"
     reasons = [f"; {printable(each.name)}: {each.reason}" for each in candidates]
     return SelectionError(f"no checkpoint found in {where}{''.join(reasons[-1:])}")
 
@@ -222,10 +222,10 @@ def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
         log.info(
             "read %s; there is also %s, which `key` chooses",
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
-            ", ".join(printable(name) or "the top ('')" for name in last.other_keys),
+            listed((name or "the top ('')" for name in last.other_keys), 20),
         )
     # Earlier averages are left out here: they are always bare state dicts.
     keys = {each.key for each in checkpoints if not each.is_average}
     if len(keys) > 1:
-        names = ", ".join(sorted(printable(key) or "the whole file" for key in keys))
+        names = listed(sorted(str(key) or "the whole file" for key in keys))
         log.warning("the checkpoints' state dicts have different names: %s", names)

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from ckptavg.errors import FormatError, printable
+from ckptavg.errors import FormatError, listed, printable
 from ckptavg.formats import huggingface
 from ckptavg.formats.jsontext import read_json
 from ckptavg.formats.modelfolders import model_folders
@@ -92,7 +92,7 @@ def _configuration_above(path: Path) -> dict[str, Path]:
     }
     log.info(
         "%s has no config.json: brought along from the directory above it: %s",
-        printable(path.name), ", ".join(map(printable, along)),
+        printable(path.name), listed(along, 20),
     )  # fmt: skip
     return along
 
@@ -113,11 +113,10 @@ def mention_weights_left_behind(last: Checkpoint) -> None:
             name = entry.relative_to(last.path).as_posix()
             is_known = name in known or name in folders or is_no_checkpoint(entry.name)
             if not is_known and _has_weights(entry):
-                left.append(printable(name))
+                left.append(name)
     if left:
-        log.warning(
-            "not averaged and not brought along, though it has weights: %s", ", ".join(left)
-        )
+        names = listed(left, 20)
+        log.warning("not averaged and not brought along, though it has weights: %s", names)
 
 
 def _has_weights(entry: Path) -> bool:

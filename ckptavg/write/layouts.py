@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptavg.errors import OutputError, printable
+from ckptavg.errors import OutputError, listed, printable
 from ckptavg.formats import SUFFIXES
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.paths import as_path, is_remote
@@ -106,7 +106,7 @@ def destination(
     is_file = last.container == "torch"
     kinds = ("torch", "container") if is_file else ("directory",)
     if last.has_several_models and kind not in kinds:
-        places = ", ".join(printable(place) for place in last.models.values())
+        places = listed(last.models.values())
         raise OutputError(
             f"only {'a torch file' if is_file else 'a Hugging Face directory'} holds the models in "
             f"{printable(last.name)}: {places}",

@@ -119,5 +119,5 @@ def mention_kept(last: Checkpoint, names: Iterable[str]) -> None:
 
 def mention_left_out(names: Iterable[str]) -> None:
     """Report the entries of a state dict that an output has no place for."""
-    if shown := ", ".join(map(printable, names)):
+    if shown := listed(names, 20):
         log.info("left out entries that are not tensors: %s", shown)

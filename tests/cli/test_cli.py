@@ -438,6 +438,18 @@ class TestConfiguration:
         run("average", ckpts, "-o", "o.safetensors")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["average ckpts -o o.pt", "inspect ckpts --json"])
+def test_closed_streams_are_no_error(ckpts, command, closed):
+    program = f"exec {sys.executable} -m ckptavg {command} {closed}"
+    done = subprocess.run(["sh", "-c", program], cwd=ckpts.parent, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if command.startswith("average"):
+        assert torch.load(ckpts.parent / "o.pt").keys() == random_state_dicts(1)[0].keys() | {
+            "bn.running_mean"
+        }
+
+
 def test_help_imports_neither_numpy_nor_torch():
     code = (
         "import sys; sys.argv = ['ckptavg', '--help']\n"

@@ -45,7 +45,7 @@ OF_A_MEMBER: dict[str, list[Any]] = {
     "bytes": [INF, -1, True, "1", None, 10**400],
     "weight": [INF, "1", 0, None, 1.7e308, -1.7e308, 10**300],
     "content": [5],
-    "sha256": [5, {RED: "x"}],
+    "sha256": [{str(n): "x" for n in range(2_000)}, 5, {RED: "x"}],
     "key": [5, RED, [{}], 10**400],
     "name": [5, RED, "../../etc/passwd", "", "/", "x/" * 10_000],
     "header_sha256": [5],

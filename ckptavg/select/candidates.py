@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from glob import glob, has_magic
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ckptavg.errors import SelectionError, listed, printable
+from ckptavg.errors import SelectionError, listed, printable, without_notices
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, is_suffix, shards
 from ckptavg.formats.modelfolders import NUMBERED, has_trainer_state
 from ckptavg.formats.paths import is_remote, remote_errors
@@ -69,13 +70,20 @@ def _joined(inputs: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def _candidates_in(folder: Path) -> list[Path]:
+def _candidates_in(folder: Path, known: set[_Visit] | None = None) -> list[Path]:
     """The candidates in a directory, in natural order; empty if it is a checkpoint itself.
 
     A directory with weights is a checkpoint unless numbered checkpoints are in it. Its own weights
     are then those that a Trainer saved at the end.
+
+    Args:
+        folder: the directory.
+        known: folders that are not looked into again; those that are looked into are added.
     """
-    candidates = [*_entries_of(folder, _LEVELS, set())]
+    unreadable: list[str] = []
+    candidates = [*_entries_of(folder, _LEVELS, set() if known is None else known, unreadable)]
+    if unreadable:
+        log.info("left out %s: no permission to read it", listed(unreadable))
     if is_checkpoint_directory(folder):
         tops = {entry: entry.relative_to(folder).parts[0] for entry in candidates}
         numbered = [entry for entry, top in tops.items() if _is_numbered(top, folder)]
@@ -88,22 +96,25 @@ def _candidates_in(folder: Path) -> list[Path]:
     return candidates if any(not is_no_checkpoint(each.name) for each in candidates) else []
 
 
-def _entries_of(folder: Path, levels: int, known: set[_Visit]) -> Iterator[Path]:
+def _entries_of(
+    folder: Path, levels: int, known: set[_Visit], unreadable: list[str]
+) -> Iterator[Path]:
     """The candidates in a directory, and in its numbered folders down to so many levels.
 
-    Each folder is looked into once for a level, whatever links lead to it.
+    Each folder is looked into once for a level, whatever links lead to it. Names of entries that
+    cannot be looked into are added to `unreadable`.
     """
     # A folder of samples may have a million files: they are not even sorted.
     entries = [each for each in folder.iterdir() if is_suffix(each.suffix) or each.is_dir()]
     for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
         try:
             if not entry.name.startswith("."):
-                yield from _below(entry, levels, known)
+                yield from _below(entry, levels, known, unreadable)
         except PermissionError:
-            log.info("left out %s: no permission to read it", printable(entry.name))
+            unreadable.append(entry.name)
 
 
-def _below(entry: Path, levels: int, known: set[_Visit]) -> Iterator[Path]:
+def _below(entry: Path, levels: int, known: set[_Visit], unreadable: list[str]) -> Iterator[Path]:
     """The entry if it is a candidate, else the candidates in it."""
     is_folder = entry.is_dir()
     if is_checkpoint_directory(entry) if is_folder else is_suffix(entry.suffix):
@@ -113,7 +124,7 @@ def _below(entry: Path, levels: int, known: set[_Visit]) -> Iterator[Path]:
         leads_upwards = not is_remote(entry) and entry.parent.resolve().is_relative_to(place)
         if (place, levels) not in known and not leads_upwards:
             known.add((place, levels))
-            yield from _entries_of(entry, levels - 1, known)
+            yield from _entries_of(entry, levels - 1, known, unreadable)
 
 
 def _is_numbered(name: str, folder: Path) -> bool:
@@ -137,8 +148,9 @@ def _hint(folder: Path) -> str:
 
     If several folders have one file each in the same place, the remedy is a pattern of these files.
     """
-    inside = _folders_with_candidates(folder, _DEPTH_OF_HINT, set())
-    folders = list(islice(inside, _FOLDERS_OF_HINT))
+    inside = _folders_with_candidates(folder, _DEPTH_OF_HINT, set(), set())
+    with without_notices():
+        folders = list(islice(inside, _FOLDERS_OF_HINT))
     if folders:
         first, *others = _candidates_in(folders[0])
         parts = folders[0].relative_to(folder).parts
@@ -166,13 +178,16 @@ def _hint_of_pattern(path: Path) -> str | None:
     return remedy if has_magic(str(path.parent)) else f"{remedy}; or name {printable(path.parent)}/"
 
 
-def _folders_with_candidates(folder: Path, depth: int, known: set[Path]) -> Iterator[Path]:
+def _folders_with_candidates(
+    folder: Path, depth: int, known: set[Path], inner: set[_Visit]
+) -> Iterator[Path]:
     """The folders below one that have candidates, each once, whatever links lead to it."""
-    if is_remote(folder) or not folder.is_dir() or folder.resolve() in known:
-        return
-    known.add(folder.resolve())
-    if _candidates_in(folder):
-        yield folder
-    elif depth:
-        for entry in sorted(folder.iterdir()):
-            yield from _folders_with_candidates(entry, depth - 1, known)
+    with contextlib.suppress(PermissionError):
+        if is_remote(folder) or not folder.is_dir() or folder.resolve() in known:
+            return
+        known.add(folder.resolve())
+        if _candidates_in(folder, inner):
+            yield folder
+        elif depth:
+            for entry in sorted(folder.iterdir()):
+                yield from _folders_with_candidates(entry, depth - 1, known, inner)

@@ -73,7 +73,7 @@ def put_back(path: Path) -> None:
 
 def _name_aside(path: Path) -> Path:
     """Where a directory is moved that is replaced in two steps. It is the same in every run."""
-    return path.with_name(f".ckptavg-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.old")
+    return path.parent / f".ckptavg-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.old"
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -109,6 +109,19 @@ class TestDirectory:
         ):
             find_candidates([tmp_path])
 
+    def test_whose_folders_all_link_to_each_other_is_searched_once(self, tmp_path, monkeypatch):
+        """For the error about it, too, which names folders that have checkpoints."""
+        for number in range(12):
+            (tmp_path / f"a{number}").mkdir()
+            for other in range(12):
+                (tmp_path / f"a{number}" / f"b{other}").symlink_to(f"../a{other}")
+        listed = []
+        iterdir = Path.iterdir
+        monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iterdir(path))
+        with pytest.raises(SelectionError, match="no checkpoint found"):
+            find_candidates([tmp_path])
+        assert len(listed) < 5_000  # of 144 links, at three levels
+
     def test_with_one_file_in_each_of_its_folders_is_an_error_that_names_them(self, tmp_path):
         for value, name in enumerate("ab"):
             save(tmp_path / "run" / name / "model.pt", float(value))
@@ -184,6 +197,14 @@ class TestEntries:
         monkeypatch.setattr(Path, "iterdir", refusing)
         result = run("average", tmp_path / "run", "-o", tmp_path / "out.safetensors")
         assert "left out step_2: no permission to read it" in result.stderr
+        for number in range(20):
+            save(tmp_path / "run" / f"step_{3 + number}" / "step_2" / "model.safetensors")
+        result = run("average", tmp_path / "run", "-o", tmp_path / "again.safetensors")
+        assert result.stderr.count("step_2") <= 5
+        with pytest.raises(SelectionError, match="no checkpoint found"):
+            find_candidates(
+                [save(tmp_path / "deep" / "step_2" / "model.safetensors").parent.parent]
+            )
 
     @pytest.mark.parametrize(
         "name",

@@ -171,6 +171,10 @@ class TestForce:
         modes = [stat.S_IMODE((out / name).stat().st_mode) for name in ("", *sorted(WHOLE)[2:])]
         assert modes == [0o711, 0o600, 0o640]
 
+    def test_nothing_is_put_back_for_the_top_of_the_file_system(self):
+        """Which a link may lead to: it has no name to move it aside by."""
+        replacement.put_back(Path("/"))
+
     def test_replaces_what_a_link_leads_to(self, ckpts, tmp_path):
         real = tmp_path / "elsewhere" / "real"
         real.parent.mkdir()

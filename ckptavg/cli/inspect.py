@@ -157,6 +157,7 @@ def _other(candidate: Candidate) -> dict[str, Any]:
 
 
 _MOST_NAMES = 2  # of series in one row
+_MOST_DAMAGES = 20  # that are shown
 _BESIDE_ERROR = "the error below stops the average"
 _PLURALS = {"checkpoint": "checkpoints", "copy": "copies", "piece": "pieces"}
 
@@ -254,9 +255,11 @@ def _show_content(console: Console, path: Path, key: Key) -> None:
 
 
 def _raise_damages(failures: Sequence[CkptAvgError]) -> None:
-    """Say what is wrong with each file, and raise the last of these errors."""
-    for failure in failures[:-1]:
+    """Say what is wrong with each file, of many with the first; raise the last of these errors."""
+    for failure in failures[:-1][:_MOST_DAMAGES]:
         say_on_stderr(f"error: {failure}")
+    if (more := len(failures) - 1 - _MOST_DAMAGES) > 0:
+        say_on_stderr(f"error: {plural(more, 'more file')} cannot be read")
     if failures:
         raise failures[-1]
 

@@ -301,6 +301,17 @@ class TestInspect:
         left_out = [row["name"] for row in series if not row["selected"]]
         assert left_out == ["optim_#.pt", *names[2:]]
 
+    def test_of_many_damaged_files_the_first_are_named(self, ckpts):
+        for number in range(100, 200):
+            (ckpts / f"step_{number}.safetensors").write_bytes(b"damaged")
+        code, _, said = outcome("inspect", ckpts)
+        assert code == 1
+        *first, rest, last = said.splitlines()
+        assert all(f"step_{number}.safetensors" in line for number, line in enumerate(first, 100))
+        assert len(first) == 20
+        assert rest == "ckptavg: error: 79 more files cannot be read"
+        assert "step_199.safetensors" in last
+
     def test_a_damaged_file_does_not_hide_the_others(self, ckpts):
         (ckpts / "step_1.safetensors").write_bytes(b"\xff" * 100)
         code, told, said = outcome("inspect", ckpts)

@@ -117,7 +117,12 @@ class TestDirectory:
                 (tmp_path / f"a{number}" / f"b{other}").symlink_to(f"../a{other}")
         listed = []
         iterdir = Path.iterdir
-        monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iterdir(path))
+
+        def noting(path: Path) -> object:
+            listed.append(path)
+            return iterdir(path)
+
+        monkeypatch.setattr(Path, "iterdir", noting)
         with pytest.raises(SelectionError, match="no checkpoint found"):
             find_candidates([tmp_path])
         assert len(listed) < 5_000  # of 144 links, at three levels

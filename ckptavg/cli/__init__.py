@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -73,6 +74,7 @@ def _disregard_signals() -> None:
 
 def main() -> None:
     """Run the command line and leave with the exit code that `docs/cli.md` lists."""
+    gc.set_threshold(10_000)  # by default it goes again and again through 100,000 tensors
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed: no file that is opened later must take its place
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as it runs

@@ -22,7 +22,7 @@ from ckptavg.formats.tensors import BY_CODE, Place, Tensor, is_possible
 from ckptavg.formats.words import parse_shard_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from ckptavg.formats.parts import Part
@@ -67,8 +67,9 @@ def open_checkpoint(file: Part, key: Key) -> Checkpoint:
         ) from error
     except OSError as error:
         raise CkptAvgError(f"cannot read it: {error.strerror or error}", path=path) from error
-    check_count(len(library.keys()), path)  # their entries may be spelled with escapes
-    tensors = _list_tensors(path, library, _LENGTH + len(header))
+    names = library.offset_keys()
+    check_count(len(names), path)  # their entries may be spelled with escapes
+    tensors = _list_tensors(path, library, names, _LENGTH + len(header))
     metadata: dict[str, str] = library.metadata() or {}
     return Checkpoint(
         path=path,
@@ -152,10 +153,15 @@ def _open_with_library(file: Part, header: bytes) -> Any:  # noqa: ANN401 - unty
         return safe_open(copy.name, "numpy")
 
 
-def _list_tensors(path: Path, library: Any, offset: int) -> dict[str, Tensor]:  # noqa: ANN401
+def _list_tensors(
+    path: Path,
+    library: Any,  # noqa: ANN401
+    names: Iterable[str],
+    offset: int,
+) -> dict[str, Tensor]:
     """The tensors in the order of their bytes, of which the first is at `offset`."""
     tensors = []
-    for name in library.offset_keys():
+    for name in names:
         entry = library.get_slice(name)
         code, shape = entry.get_dtype(), tuple(entry.get_shape())
         dtype = BY_CODE.get(code)

@@ -188,21 +188,22 @@ def bytes_of(array: AnyArray) -> memoryview:
 
 
 _NORM_STATISTICS = ("running_mean", "running_var")
+_NORM_STATE = (*_NORM_STATISTICS, "num_batches_tracked")
 
 
-def _entry(name: str) -> str:
-    """The last part of a name, which a module gives to a tensor of its own."""
-    return name.replace("/", ".").rpartition(".")[2]
+def _is_entry(name: str, entries: tuple[str, ...]) -> bool:
+    """Whether the last part of a name, which a module gives to its own tensor, is one of these."""
+    return name.endswith(entries) and name.replace("/", ".").rpartition(".")[2] in entries
 
 
 def is_norm_statistic(name: str) -> bool:
     """Whether a tensor is the running mean or the running variance of a norm layer."""
-    return _entry(name) in _NORM_STATISTICS
+    return _is_entry(name, _NORM_STATISTICS)
 
 
 def is_norm_state(name: str) -> bool:
     """Whether a tensor is a running statistic of a norm layer, or counts its batches."""
-    return _entry(name) in (*_NORM_STATISTICS, "num_batches_tracked")
+    return _is_entry(name, _NORM_STATE)
 
 
 def norm_layers(names: Iterable[str]) -> set[str]:
@@ -244,4 +245,4 @@ def power_iteration_vectors(tensors: Mapping[str, object]) -> frozenset[str]:
 
 def is_extra_state(name: str) -> bool:
     """Whether a tensor is the opaque state of a module, such as an fp8 recipe."""
-    return _entry(name) == "_extra_state"
+    return _is_entry(name, ("_extra_state",))

@@ -6,7 +6,7 @@ A layout says where the bytes of each tensor go, before the first of them is wri
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -195,32 +195,11 @@ class Job:
                 terms.append((entry, [*means_by_weight.items()]))
         return terms
 
-    @cached_property
+    @property
     def strided(self) -> bool:
         """Whether an input or a result is strided. The job is then a single tensor."""
         return any(mean.scattered for mean in self.means) or any(
             entry.tensor.strides is not None for entry in self.inputs
-        )
-
-    def is_continued_by(self, other: Job) -> bool:
-        """Whether another job does the same with the bytes that follow this one's in all files."""
-        if (
-            (self.dtype, self.copy, len(self.inputs), len(self.means))
-            != (other.dtype, other.copy, len(other.inputs), len(other.means))
-            or self.strided
-            or other.strided
-        ):  # fmt: skip
-            return False
-        for mine, theirs in zip(self.inputs, other.inputs, strict=True):
-            if mine.part is not theirs.part or mine.tensor.dtype is not theirs.tensor.dtype:
-                return False
-            end = mine.tensor.offset + self.count * mine.tensor.dtype.itemsize
-            if theirs.tensor.offset != end:
-                return False
-        size = self.count * self.dtype.itemsize
-        return all(
-            len(mine.targets) == 1 and theirs == replace(mine, targets=(mine.targets[0] + size,))
-            for mine, theirs in zip(self.means, other.means, strict=True)
         )
 
     @staticmethod

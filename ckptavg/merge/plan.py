@@ -6,7 +6,8 @@ Everything that can be refused from headers alone is refused here, before any ou
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import ValueRangeError
@@ -42,8 +43,9 @@ class PlannedTensor(OutputTensor):
         """Whether its bytes are copied unchecked. The floats of a model are checked for NaN."""
         if self.role == "kept":
             return self.dtype is self.tensor.dtype
-        is_opaque = is_extra_state(self.names[0]) or not self.tensor.dtype.averaged
-        return self.role == "last" and is_opaque
+        if self.role != "last":
+            return False
+        return not self.tensor.dtype.averaged or is_extra_state(self.names[0])
 
     @property
     def is_variance(self) -> bool:
@@ -125,45 +127,77 @@ class Plan:
         Args:
             layouts: where each output has the tensors.
         """
-        merged: Job | None = None
+        first, count, before = -1, 0, -1
         for position, planned in enumerate(self.tensors):
-            for job in self._jobs_of(position, layouts) if planned.nbytes else ():
-                if merged is not None and merged.is_continued_by(job):
-                    merged = replace(merged, count=merged.count + job.count)
-                    continue
-                if merged is not None:
-                    yield merged
-                merged = job
-        if merged is not None:
-            yield merged
+            if not planned.nbytes:
+                continue
+            if before < 0 or not self._are_neighbours(before, position, layouts):
+                yield from self._jobs_of(first, count, layouts) if count else ()
+                first, count = position, 0
+            count += planned.nbytes // planned.dtype.itemsize
+            before = position
+        yield from self._jobs_of(first, count, layouts) if count else ()
         for output, layout in enumerate(layouts):
             for copied, target in layout.copies:
                 yield Job.copy_of(copied, target, output)
 
-    def _jobs_of(self, position: int, layouts: Sequence[Layout]) -> Iterator[Job]:
-        """One job for a mean in all outputs; else one for each checkpoint that outputs copy."""
-        planned = self.tensors[position]
-        outputs_by_members: dict[tuple[Checkpoint, ...], list[int]] = {}
+    def _are_neighbours(self, before: int, after: int, layouts: Sequence[Layout]) -> bool:
+        """Whether the same is done with two tensors, of which one follows the other everywhere."""
+        one, other = self.tensors[before], self.tensors[after]
+        return (
+            (one.role, one.dtype, one.is_copied) == (other.role, other.dtype, other.is_copied)
+            and not (self._has_negative_weights and one.is_variance != other.is_variance)
+            and all(
+                _is_followed(member.tensors[one.names[0]], member.tensors[other.names[0]])
+                for members in self._inputs(one.role)
+                for member in members
+            )
+            and all(
+                layout.targets[after] == tuple(t + one.nbytes for t in layout.targets[before][:1])
+                and len(layout.targets[before]) == 1
+                and layout.scattered.keys().isdisjoint((before, after))
+                for layout in layouts
+            )
+        )
+
+    @cached_property
+    def _has_negative_weights(self) -> bool:
+        return any(min(weights.values) < 0 for weights in self.weights)
+
+    def _inputs(self, role: Role) -> dict[tuple[Checkpoint, ...], list[int]]:
+        """The outputs, by the checkpoints from which they have the tensors of a role."""
+        outputs: dict[tuple[Checkpoint, ...], list[int]] = {}
         for output in range(len(self.weights)):
-            if planned.role == "averaged":
+            if role == "averaged":
                 members = self.members
-            elif planned.role == "kept":
+            elif role == "kept":
                 members = self.members[-1:]
             else:
                 members = (self._last(output),)
-            outputs_by_members.setdefault(members, []).append(output)
-        for members, outputs in outputs_by_members.items():
+            outputs.setdefault(members, []).append(output)
+        return outputs
+
+    def _jobs_of(self, first: int, count: int, layouts: Sequence[Layout]) -> Iterator[Job]:
+        """One job for a mean in all outputs; else one for each checkpoint that outputs copy.
+
+        Args:
+            first: the position of the first of neighbouring tensors.
+            count: the number of their elements.
+            layouts: where each output has the tensors.
+        """
+        planned = self.tensors[first]
+        for members, outputs in self._inputs(planned.role).items():
             inputs = []
             for member in members:
                 tensor = member.tensors[planned.names[0]]
                 inputs.append(StoredTensor(member.parts[tensor.part], tensor))
             yield Job(
                 inputs=tuple(inputs),
-                count=planned.nbytes // planned.dtype.itemsize,
+                count=count,
                 copy=planned.is_copied,
                 dtype=planned.dtype,
-                means=tuple(self._mean(position, output, layouts[output]) for output in outputs),
-                number=position,
+                means=tuple(self._mean(first, output, layouts[output]) for output in outputs),
+                number=first,
             )
 
     def _mean(self, position: int, output: int, layout: Layout) -> Mean:
@@ -225,6 +259,15 @@ def make_plan(
     dtype = BY_NAME[options.dtype] if options.dtype else None
     tensors = tuple(_planned_tensors(members, roles, dtype))
     return Plan(tuple(members), tuple(weights), tensors, skipped)
+
+
+def _is_followed(tensor: Tensor, other: Tensor) -> bool:
+    """Whether another tensor of the same dtype begins where a contiguous one ends."""
+    return (
+        (tensor.strides, tensor.part, tensor.dtype) == (other.strides, other.part, other.dtype)
+        and tensor.strides is None
+        and tensor.offset + tensor.nbytes == other.offset
+    )
 
 
 def _planned_tensors(

@@ -23,6 +23,7 @@ from ckptavg.write.temporary import locked, temporary_beside
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
+    from io import FileIO
 
     from ckptavg.merge.jobs import Checksum, Layout
 
@@ -85,8 +86,8 @@ class Output:
                 (self.temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 self._open(name, os.O_CREAT)
                 _reserve(self._fds[name], file.size)
-            for offset, blob in file.blobs:
-                self._write(name, offset, memoryview(blob))
+                for offset, blob in file.blobs:
+                    _write(self._fds[name], offset, memoryview(blob))
 
     def _join_files(self) -> None:
         try:
@@ -116,13 +117,10 @@ class Output:
         self._write(self._names[number], offset - self._bases[number], data)
 
     def _write(self, name: str, offset: int, data: memoryview) -> None:
-        fd, size = self._fds[name], len(data)
         with self._explained(name):
-            while len(data):
-                count = os.pwrite(fd, data, offset)
-                data, offset = data[count:], offset + count
+            _write(self._fds[name], offset, data)
         if self._fsync:
-            self._syncer.add(fd, size)
+            self._syncer.add(self._fds[name], len(data))
 
     def finish(self) -> None:
         """Bring the files to the disk and close them.
@@ -145,11 +143,12 @@ class Output:
             OutputError: the disk fails, or something else has got the name meanwhile.
         """
         for name, file in self._layout.files.items():
-            for checksum in file.checksums:
-                with self._explained(name):
-                    crc = _crc(self.temporary / name, checksum)
-                for target in checksum.targets:
-                    self._write(name, target, memoryview(crc.to_bytes(4, "little")))
+            if file.checksums:
+                with self._explained(name), (self.temporary / name).open("rb", buffering=0) as made:
+                    for checksum in file.checksums:
+                        crc = memoryview(_crc(made, checksum).to_bytes(4, "little"))
+                        for target in checksum.targets:
+                            _write(self._fds[name], target, crc)
         self.finish()
         with self._explained():
             self._rename()
@@ -211,15 +210,20 @@ def _reserve(fd: int, size: int) -> None:
     os.truncate(fd, size)
 
 
-def _crc(path: Path, checksum: Checksum) -> int:
+def _write(fd: int, offset: int, data: memoryview) -> None:
+    while len(data):
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _crc(file: FileIO, checksum: Checksum) -> int:
     crc, left = 0, checksum.size
-    with path.open("rb", buffering=0) as file:
-        file.seek(checksum.start)
-        while left:
-            data = file.read(min(_PIECE, left))
-            if not data:
-                raise OSError(errno.EIO, "it was shortened meanwhile")
-            crc, left = zlib.crc32(data, crc), left - len(data)
+    file.seek(checksum.start)
+    while left:
+        data = file.read(min(_PIECE, left))
+        if not data:
+            raise OSError(errno.EIO, "it was shortened meanwhile")
+        crc, left = zlib.crc32(data, crc), left - len(data)
     return crc
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ckptavg.merge.jobs import Checksum
@@ -101,8 +102,9 @@ class Zip:
         Returns:
             Where each of those entries is now.
         """
-        start = self.end
-        places = [self._put(entry) for entry in (*entries, *self._entries)]
+        start, all_entries = self.end, [*entries, *self._entries]
+        places = [*accumulate(map(len, all_entries), initial=start)][:-1]
+        self._put(b"".join(all_entries))
         for entry, header, begin, nbytes in self._reserved:
             central = places[len(entries) + entry]
             targets = header + CRC_IN_LOCAL, central + CRC_IN_CENTRAL

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import ckptavg
 from ckptavg.errors import CkptAvgError
@@ -135,6 +137,23 @@ def test_tied_tensors_beside_others_in_one_storage(tmp_path):
     result = torch.load(tmp_path / "out.pt")
     for name in ("a", "b", "c", "tied"):
         assert same_bits(result[name], naive_mean([state[name] for state in states])), name
+
+
+def test_of_many_neighbours_one_job_is_made(tmp_path, monkeypatch):
+    """A job for each of 100,000 tensors takes longer than to average them."""
+    made = []
+
+    def counted(**fields: Any) -> Job:
+        made.append(fields)
+        return Job(**fields)
+
+    monkeypatch.setattr("ckptavg.merge.plan.Job", counted)
+    model = torch.nn.Sequential(*(torch.nn.BatchNorm1d(2) for _ in range(50)))
+    for step in range(2):
+        state = {name: torch.rand(2) for name in model.state_dict() if "tracked" not in name}
+        save_file(state, tmp_path / f"{step}.safetensors")
+    ckptavg.average(tmp_path, tmp_path / "out.safetensors")
+    assert [fields["count"] for fields in made] == [50 * 4 * 2]
 
 
 @settings(max_examples=50, deadline=None)

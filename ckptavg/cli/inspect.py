@@ -266,7 +266,7 @@ def _raise_damages(failures: Sequence[CkptAvgError]) -> None:
 
 def _state_dicts(path: Path, key: Key) -> list[Checkpoint]:
     """The state dict that `average` would take, or all of a file where that is unclear."""
-    from ckptavg.formats import open_checkpoint
+    from ckptavg.formats import dcp, open_checkpoint
     from ckptavg.formats.statedict import ALL
 
     try:
@@ -274,9 +274,11 @@ def _state_dicts(path: Path, key: Key) -> list[Checkpoint]:
     except SelectionError as error:
         if not error.choices:
             raise
+        # There can be a hundred, and opening each would read all of them.
+        if path.is_dir() and dcp.matches(path):
+            return dcp.open_each(path, error.choices)
         if path.is_dir():
             return [open_checkpoint(path, key=choice) for choice in error.choices]
-    # A file can have a hundred, and is read as a whole each time.
     return _each_state_dict(open_checkpoint(path, key=(ALL,)))
 
 

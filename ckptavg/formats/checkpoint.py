@@ -145,7 +145,11 @@ class Checkpoint:
 
     def model_of(self, name: str) -> str:
         """The place of a model, with which a name begins."""
-        return max((place for place in self.models if name.startswith(place)), key=len)
+        end = len(name)
+        while (end := name.rfind("/", 0, end)) >= 0:
+            if name[: end + 1] in self.models:
+                return name[: end + 1]
+        return ""
 
     @property
     def step(self) -> tuple[str, int] | None:
@@ -271,12 +275,14 @@ def without_wrappers(checkpoint: Checkpoint, *, keep_prefix: bool) -> tuple[Chec
     Returns:
         The checkpoint and what was removed from names; empty where that was nothing.
     """
-    wrapped: dict[str, str] = {}
-    names = list(checkpoint.tensors)
-    for model in checkpoint.models:
-        of_model = {name for name in names if checkpoint.model_of(name) == model}
+    by_model: dict[str, set[str]] = {model: set() for model in checkpoint.models}
+    for name in checkpoint.tensors:
+        by_model[checkpoint.model_of(name)].add(name)
+    wrapped, kept = {}, set[str]()
+    for model, of_model in by_model.items():
         wrapped[model], inside = _with_wrappers(model, of_model)
-        names = [name for name in names if name in inside or name not in of_model]
+        kept |= inside
+    names = [name for name in checkpoint.tensors if name in kept]
     wrappers = dict.fromkeys(start.removeprefix(model) for model, start in wrapped.items())
     is_compiled = any(_COMPILED in name for name in names)
     if not any(wrappers) and not is_compiled:

@@ -25,6 +25,7 @@ from ckptavg.formats.torchpickle import readable, scalars
 from ckptavg.formats.torchzip import Archive
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import TrainingRecord
@@ -49,9 +50,19 @@ def matches(path: Path) -> bool:
 
 def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     """Describe the model's part of the state dict that was saved."""
+    [checkpoint] = open_each(path, (key,))
+    return checkpoint
+
+
+def open_each(path: Path, keys: Sequence[str | None]) -> list[Checkpoint]:
+    """Describe several state dicts of a directory, of which the metadata are read once."""
     if not (path / METADATA).exists():
         raise FormatError(f"has shards and no {METADATA}: was the saving interrupted?", path=path)
     metadata = Metadata(path)
+    return [_describe(path, metadata, key) for key in keys]
+
+
+def _describe(path: Path, metadata: Metadata, key: str | None) -> Checkpoint:
     shards = Shards(path, metadata)
     state_dicts, key = _state_dicts(metadata, key)
     chosen = choose(path, state_dicts, key)

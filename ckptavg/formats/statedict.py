@@ -66,11 +66,12 @@ def find_state_dicts(root: object, path: Path | None = None, key: Key = None) ->
     if not key and root.keys() >= {"state", "param_groups"}:
         return {}  # an optimizer's state dict
     finder.search(root)
-    if len(finder.found) > _MOST_STATE_DICTS and not key:
+    names = (key,) if isinstance(key, str) else key or ()
+    if len(finder.found) > _MOST_STATE_DICTS and (not any(names) or ALL in names):
         message = f"has more than {_MOST_STATE_DICTS} state dicts in it"
         raise SelectionError(message, path=path, remedy="take one with `key`")
     found = finder.at_the_top(root) | finder.found
-    for name in (key,) if isinstance(key, str) else key or ():
+    for name in names:
         if name and name not in found:
             found |= finder.at_path(root, name)
     distinct = {id(value): value for value in found.values()}

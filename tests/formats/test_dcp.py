@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -25,12 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 import ckptavg
 from ckptavg import cli
 from ckptavg.errors import FormatError, SelectionError
-from ckptavg.formats import open_checkpoint
+from ckptavg.formats import dcp, dcpfiles, open_checkpoint
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.parts import check_unchanged
 from ckptavg.formats.paths import as_path
 from tests.gloo import save_all, whole_state
-from tests.helpers import save_dcp
+from tests.helpers import outcome, save_dcp
 from tests.oracle import StateDict, naive_mean, random_state_dicts, same_bits
 
 # In which order `tests.gloo` saves them: each is another step.
@@ -265,6 +266,23 @@ class TestNames:
         assert_holds(checkpoint, state["model"])
         assert checkpoint.other_keys == ("ema",)
         assert_holds(open_checkpoint(tmp_path / "c", key="ema"), state["ema"])
+
+    def test_are_shown_without_reading_the_metadata_for_each(self, tmp_path, monkeypatch):
+        save_dcp({f"net_{n}": {"w": torch.ones(n + 1)} for n in range(9)}, tmp_path / "c")
+        read = []
+
+        def counted(directory: Path) -> object:
+            read.append(directory)
+            return dcpfiles.Metadata(directory)
+
+        monkeypatch.setattr(dcp, "Metadata", counted)
+        code, shown, _ = outcome("inspect", tmp_path / "c", "--json")
+        contents = json.loads(shown)["checkpoints"]
+        assert code == 0
+        assert {each["state_dict"]: each["elements"] for each in contents} == {
+            f"net_{n}": n + 1 for n in range(9)
+        }
+        assert len(read) == 2  # once to find out that it is unclear which is meant
 
     @pytest.mark.parametrize(
         "names",

@@ -13,6 +13,7 @@ from torch import nn
 import ckptavg
 from ckptavg.errors import CkptAvgError, MismatchError, OutputError, SelectionError
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
 from tests.helpers import outcome
 from tests.oracle import assert_mean, same_bits
 
@@ -78,6 +79,26 @@ class TestSeveral:
             assert result[key]._metadata == saved[-1][key]._metadata
         make_generator().load_state_dict(result["generator"], strict=True)
         make_discriminator().load_state_dict(result["discriminator"], strict=True)
+
+    def test_more_than_anybody_has_are_refused_and_not_cut_off(self):
+        save([{f"model_{number}": {"w": torch.ones(2)} for number in range(101)}] * 2)
+        with pytest.raises(SelectionError, match="more than 100 state dicts"):
+            average(key="*")
+        assert list(average(key=["model_100", "model_7"])) == ["model_100", "model_7"]
+
+    def test_of_a_hundred_each_name_is_looked_up_a_few_times(self, monkeypatch):
+        state = {f"{number}.w": torch.ones(1) for number in range(10)}
+        save([{f"model_{number}": state for number in range(100)}] * 2)
+        calls = []
+
+        def counted(self: Checkpoint, name: str) -> str:
+            calls.append(name)
+            return model_of(self, name)
+
+        model_of = Checkpoint.model_of
+        monkeypatch.setattr(Checkpoint, "model_of", counted)
+        assert len(average(key="*")) == 100
+        assert len(calls) < 10 * 2 * 1_000
 
     @pytest.mark.parametrize("key", [KEYS, "*"])
     def test_in_a_container_all_else_is_the_last_one_s(self, key):

@@ -6,6 +6,7 @@ prints what came of it as JSON.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -21,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ckptavg.errors import FormatError
+from ckptavg.formats import budget
 from ckptavg.formats.budget import PickleError
 from ckptavg.formats.parts import open_source
 from ckptavg.formats.statedict import find_state_dicts
 from ckptavg.formats.torchlegacy import LegacyFile
-from ckptavg.formats.unpickler import load
+from ckptavg.formats.unpickler import InertUnpickler, load, run
 
 SECONDS = 20  # of a core
 MEMORY = 300 << 20
@@ -242,21 +244,65 @@ BUDGETS: dict[str, Callable[[], bytes]] = {
     "sets without end": lambda: b"(" + pickle.EMPTY_SET * 30_000_000,
     "lists without end": lambda: b"(" + pickle.EMPTY_LIST * 30_000_000,
     "dicts without end": lambda: b"(" + pickle.EMPTY_DICT * 30_000_000,
-    "marks without end": lambda: pickle.MARK * 49_000_000,
-    "None without end": lambda: b"(" + pickle.NONE * 49_000_000,
-    "MEMOIZE without end": lambda: b"N" + pickle.MEMOIZE * 49_000_000,
+    "marks without end": lambda: pickle.MARK * 31_000_000,
+    "None without end": lambda: b"(" + pickle.NONE * 31_000_000,
+    "MEMOIZE without end": lambda: b"N" + pickle.MEMOIZE * 31_000_000,
     "a memo with gaps": lambda: b"N" + b"".join(map(put, range(5, 6_000_000, 2))),
     "tensors of one storage without end": lambda: (
         named("torch._utils", "_rebuild_tensor") + b"q\0" + STORAGE + b"q\1("
         + b"h\0(h\1K\0))tR" * 2_000_000
     ),
     "calls without end": lambda: named("m", "f") + b"q\0(" + b"h\0)R" * 5_000_000,
-    "a text that takes four bytes a character": lambda: text("x" * 49_000_000 + "\U0001f600"),
+    "globals without end": lambda: b"cm\nf\n" * 5_000_000,
+    "storages without end": lambda: text("x" * 10_000_000) + STORAGE[:-1] + b"q\0"
+    + b"h\0Q" * 1_200_000,
+    "a text that takes four bytes a character": lambda: text("x" * 31_000_000 + "\U0001f600"),
     "a string of Python 2 that is all escapes": lambda: (
-        pickle.BINSTRING + struct.pack("<i", 49_000_000) + b"\xff" * 49_000_000
+        pickle.BINSTRING + struct.pack("<i", 31_000_000) + b"\xff" * 31_000_000
     ),
 }  # fmt: skip
 """Bodies that each take more than a pickle of its size needs."""
+_CALL, _SET_UP = named("m", "f") + b"q\0(", named("torch._utils", "_rebuild_tensor") + b"q\0"
+NEARLY: dict[str, tuple[bytes, Callable[[int], bytes]]] = {
+    "None": (b"(", lambda _: pickle.NONE),
+    "lists": (b"(", lambda _: pickle.EMPTY_LIST),
+    "dicts": (b"(", lambda _: pickle.EMPTY_DICT),
+    "sets": (b"(", lambda _: pickle.EMPTY_SET),
+    "bytearrays": (b"(", lambda _: pickle.BYTEARRAY8 + struct.pack("<Q", 1) + b"a"),
+    "floats": (b"(", lambda _: pickle.BINFLOAT + bytes(8)),
+    "texts": (b"(", lambda _: text("\U0001f600")),
+    "strings of Python 2": (b"(", lambda _: pickle.SHORT_BINSTRING + b"\1\xff"),
+    "lines": (b"(", lambda _: b"Va\n"),
+    "items": (b"}", lambda _: b"NNs"),
+    "keys": (b"}(", lambda index: pickle.BININT + struct.pack("<i", index) + b"N"),
+    "puts": (b"N", lambda _: put(0)),
+    "globals": (b"(", lambda _: b"cm\nf\n"),
+    "calls": (_CALL, lambda _: b"h\0)R"),
+    "instances": (b"(", lambda _: b"(im\nf\n"),
+    "ordered dicts": (_CALL.replace(b"m\nf", b"collections\nOrderedDict"), lambda _: b"h\0)R"),
+    "storages": (STORAGE[:-1] + b"q\0(", lambda _: b"h\0Q"),
+    "tensors": (_SET_UP + STORAGE + b"q\1(", lambda _: b"h\0(h\1K\0))tR"),
+}
+"""What to begin with, and what to go on with as long as the limits allow."""
+
+
+def nearly_too_much(kind: str) -> bytes:
+    """A pickle that comes up to the limits, behind a text that makes it as long as it may be."""
+    begin, go_on = NEARLY[kind]
+    few = 10_000
+    machine = InertUnpickler(io.BytesIO(stop(begin + b"".join(map(go_on, range(few))) + b"N")))
+    run(machine)
+    spent = machine.budget
+    counts = [
+        budget._OPCODES.most / spent.opcodes,
+        budget._CALLS.most / max(spent.calls, 1),
+        budget._MEMORY.most / spent.memory,
+        budget.LARGEST_PICKLE / (few * len(go_on(0))),
+    ]
+    body = begin + b"".join(map(go_on, range(int(0.98 * few * min(counts))))) + b"N"
+    return stop(text("x" * (budget.LARGEST_PICKLE - len(body) - 100)) + body)
+
+
 BOMBS = {kind: stop(body) for kind, body in BODIES.items()}
 TELLING = (
     *("LONG_BINPUT", "BINBYTES8", "deep dicts", "DAG as key", "DAG to be printed"),

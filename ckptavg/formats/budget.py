@@ -1,10 +1,11 @@
 """What a pickle may take of time and memory, in proportion to its bytes, and at most in all.
 
-A training checkpoint with the Adam state of 10,000 tensors has a pickle of 3.5 MB. It takes 1.2
-million opcodes, 240,000 calls (a tensor counts as four) and 32 MB of memory; with a group of the
-optimizer for each tensor 44 MB, and with the module and the optimizer as objects 67 MB, 2.2 million
-opcodes and 390,000 calls. The most that is allowed is three to seven times that. With more room,
-hostile pickles would take more than 300 MB before they are refused.
+A training checkpoint with the Adam state of 10,000 tensors has a pickle of 3.3 MB. It takes 1.2
+million opcodes, 300,000 calls and 30 MB of memory; with a group of the optimizer for each tensor
+42 MB, and with the module and the optimizer as objects 51 MB, 1.8 million opcodes and 365,000
+calls. The most that is allowed is three to seven times that. 100,000 tensors alone take less than
+half of it. What comes up to the limits takes 3 seconds of a core, and with the bytes of the file
+and of the texts in it less than 300 MB.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 from ckptavg.errors import FormatError
 
-LARGEST_PICKLE = 50_000_000
+LARGEST_PICKLE = 32_000_000
 
 
 class PickleError(FormatError):
@@ -34,28 +35,29 @@ class Limit(NamedTuple):
     most: int
 
 
-# What torch writes has at most half an opcode for each byte, a tenth of a call, and 10 bytes of
-# memory. Opcodes of one byte and nothing else are refused when 8 million were read.
-_OPCODES = Limit(2_000_000, 0.75, 10_000_000)
+# What torch writes has at most half an opcode for each byte, a tenth of a call, and 12 bytes of
+# memory. A call takes a microsecond, as much as five to ten opcodes.
+_OPCODES = Limit(2_000_000, 0.75, 8_000_000)
 _CALLS = Limit(300_000, 0.125, 1_600_000)
-_MEMORY = Limit(64 << 20, 20, 210 << 20)
+_MEMORY = Limit(64 << 20, 24, 180 << 20)
 AT_A_TIME = 1_000  # opcodes
-CALLS_OF_TENSOR = 4
+CALLS_OF_TENSOR, CALLS_OF_STORAGE = 4, 2
 
 ITEM = 8  # bytes of a reference, on the stack and in the memo
 ENTRY = 64  # bytes of an entry of a dict
+ENTRY_OF_MANY, MANY = 96, 1_000  # of a large one, while it grows
 MEMBER = 200  # of a member of a set, which is copied while the set is made
 _TEXT, _NUMBER, _CALL = 64, 40, 80
 _LINE = 200  # and much time
 COSTS = {
-    pickle.MARK: 128, pickle.EMPTY_LIST: 64, pickle.LIST: 64, pickle.APPEND: 32,
-    pickle.TUPLE: 64, pickle.TUPLE1: 56, pickle.TUPLE2: 64, pickle.TUPLE3: 72,
-    pickle.EMPTY_DICT: 72, pickle.DICT: 72,
+    pickle.MARK: 128, pickle.EMPTY_LIST: 80, pickle.LIST: 80, pickle.APPEND: 32,
+    pickle.TUPLE: 72, pickle.TUPLE1: 72, pickle.TUPLE2: 80, pickle.TUPLE3: 88,
+    pickle.EMPTY_DICT: 88, pickle.DICT: 88,
     pickle.EMPTY_SET: 224, pickle.FROZENSET: 224, pickle.BINPERSID: 56,
     pickle.BINUNICODE: _TEXT, pickle.SHORT_BINUNICODE: _TEXT, pickle.BINUNICODE8: _TEXT,
     pickle.UNICODE: _LINE, pickle.STRING: _LINE, pickle.BINSTRING: _TEXT,
     pickle.SHORT_BINSTRING: _TEXT, pickle.BINBYTES: _TEXT, pickle.SHORT_BINBYTES: _TEXT,
-    pickle.BINBYTES8: _TEXT, pickle.BYTEARRAY8: _TEXT,
+    pickle.BINBYTES8: _TEXT, pickle.BYTEARRAY8: 96,
     pickle.BINFLOAT: _NUMBER, pickle.BININT: _NUMBER, pickle.BININT2: _NUMBER,
     pickle.FLOAT: _LINE, pickle.INT: _LINE, pickle.LONG: _LINE,
     pickle.LONG1: _TEXT, pickle.LONG4: _TEXT,

@@ -6,6 +6,7 @@ A few are functions of this module, and all others inert placeholders.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptavg.errors import printable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Sizes = Iterable[int]
 _WIDEST_KEY = 64  # bits
+_PLAIN_KEYS = {str, float, bytes, Placeholder, DType, NoneType}
 _MOST_AXES = 1_000
 
 
@@ -47,7 +49,7 @@ def _key(key: object) -> object:
     Hashing a tuple of tuples of tuples can take for ever, and big integers or tuples of numbers can
     be made to have one hash. So scalars are keys as they are, and everything else by identity.
     """
-    if isinstance(key, str | float | bytes | Placeholder | DType | None):
+    if type(key) in _PLAIN_KEYS:
         return key
     if isinstance(key, int) and key.bit_length() <= _WIDEST_KEY:
         return key
@@ -144,13 +146,12 @@ def _size(_unpickler: object, numbers: object = ()) -> object:
 
 def _entries(unpickler: Unpickler, items: Collection[Any]) -> Any:  # noqa: ANN401
     """What a dict or a set is to be made of, once the budget has its entries."""
-    unpickler.budget.spend(memory=budget.ENTRY * len(items))
+    unpickler.budget.spend(memory=budget.ENTRY_OF_MANY * len(items))
     return items
 
 
 def _attribute(unpickler: Unpickler, owner: object, name: object) -> object:
     """A nested class, a member of an enumeration, a bound method."""
-    unpickler.budget.spend(calls=1)
     if not isinstance(name, str):  # a tuple of tuples of tuples takes for ever to hash
         refuse("an attribute whose name is not a string")
     return unpickler.find_class(getattr(owner, "origin", "?"), name)

@@ -282,7 +282,11 @@ def without_state_dict(path: Path, root: object) -> NoStateDictError:
         if isinstance(value, Mapping) and id(value) not in known:
             known.add(id(value))
             few = itertools.islice(value.items(), _MOST_MAPPINGS)
-            waiting += [(name, f"{name}.{k}" if name else str(k), inner) for k, inner in few]
+            inside = ((str(key)[:_LONGEST_NAME], inner) for key, inner in few)
+            waiting += [
+                (name, f"{name}.{key}"[:_LONGEST_NAME] if name else key, inner)
+                for key, inner in inside
+            ]
     return NoStateDictError("no state dict found in it", path=path)
 
 

@@ -74,7 +74,7 @@ class LegacyUnpickler(InertUnpickler):
 
     def persistent_load(self, pid: object) -> object:
         """Return the storage or the module's class that a persistent id names."""
-        self.budget.spend(calls=1)
+        self.budget.spend(calls=budget.CALLS_OF_STORAGE)
         match pid:
             case ("module", kind, _file, _source):
                 return kind

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import struct
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn
 
@@ -29,7 +30,8 @@ _MOST_GLOBALS = 10_000
 _LONGEST_GLOBAL = 1_000
 _LONGEST_LINE = 1 << 20
 _MOST_ARGUMENTS = 100
-_COPIED = (str, bytes, bytearray, tuple, list, dict, set, frozenset)
+_COPIED = {str, bytes, bytearray, tuple, list, dict, StateOrderedDict, set, frozenset}
+_UINT4 = struct.Struct("<I")
 _NARROW = bytes(range(0xC4))  # the bytes of UTF-8 for characters that each take one in memory
 
 
@@ -131,6 +133,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
 
     def find_class(self, module: str, name: str) -> object:
         """Return what stands for a global. Nothing is imported."""
+        self.budget.spend(calls=1)
         if (module, name) not in self._globals:
             if len(self._globals) >= _MOST_GLOBALS:
                 refuse("too many kinds of objects")
@@ -141,7 +144,7 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
 
     def persistent_load(self, pid: object) -> object:
         """Return the storage that `("storage", type, key, device, size)` names."""
-        self.budget.spend(calls=1)
+        self.budget.spend(calls=budget.CALLS_OF_STORAGE)
         match pid:
             case ("storage", kind, str(key), _, int()):
                 return Storage(key, kind if isinstance(kind, DType) else None)
@@ -159,7 +162,10 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         if len(arguments) > _MOST_ARGUMENTS:  # the call copies them
             refuse("a call with too many arguments")
         # Calls copy, and the arguments can be the same big list each time.
-        items = sum(len(part) for part in arguments if isinstance(part, _COPIED))
+        items = 0
+        for part in arguments:
+            if type(part) in _COPIED:
+                items += len(part)
         self.budget.spend(calls=1, memory=budget.ITEM * items)
         return function(self, *arguments)
 
@@ -186,34 +192,41 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
         self._remember(self.read(1)[0])
 
     def _long_binput(self) -> None:
-        self._remember(int.from_bytes(self.read(4), "little"))
+        [index] = _UINT4.unpack(self.read(4))
+        if index == len(self._memo):
+            self._memo.append(self.stack[-1])
+        else:
+            self._remember(index)
 
     def _binget(self) -> None:
         self._recall(self.read(1)[0])
 
     def _long_binget(self) -> None:
-        self._recall(int.from_bytes(self.read(4), "little"))
+        [index] = _UINT4.unpack(self.read(4))
+        self._recall(index)
 
     def _frame(self) -> None:
         self.read(8)  # how much is to be read at once
 
     def _binunicode(self) -> None:
-        self._text(int.from_bytes(self.read(4), "little"))
+        [size] = _UINT4.unpack(self.read(4))
+        self._text(size)
 
     def _binunicode8(self) -> None:
         self._text(int.from_bytes(self.read(8), "little"))
 
     def _text(self, size: int) -> None:
         data = self.read(size)
-        if not data.isascii() and data.translate(None, _NARROW):
+        if not data.isascii():
             # Each character takes up to four bytes, and more while it is read.
-            self.budget.spend(memory=12 * len(data))
+            is_wide = bool(data.translate(None, _NARROW))
+            self.budget.spend(calls=1, memory=12 * len(data) * is_wide)
         self.append(str(data, "utf-8", "surrogatepass"))
 
     def _decode_string(self, value: bytes) -> str:
         """The text of a string of Python 2, in which any byte may become four characters."""
         if not value.isascii():
-            self.budget.spend(memory=30 * len(value))
+            self.budget.spend(calls=1, memory=30 * len(value))
         return value.decode(self.encoding, self.errors)
 
     def _reduce(self) -> None:
@@ -254,8 +267,10 @@ class InertUnpickler(pickle._Unpickler):  # noqa: SLF001 - the pure-Python one h
     def _put(self, items: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
-            self.budget.memory += budget.ENTRY * max(len(items) // 2, 2)
-            fill(target, zip(items[::2], items[1::2], strict=True))
+            pairs = iter(items)
+            fill(target, zip(pairs, pairs, strict=True))
+            each = budget.ENTRY if len(target) < budget.MANY else budget.ENTRY_OF_MANY
+            self.budget.memory += each * max(len(items) // 2, 2)
         elif not isinstance(target, Placeholder):
             refuse(f"an item for a {type(target).__name__}")
 

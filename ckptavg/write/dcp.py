@@ -125,11 +125,12 @@ class _Items:
             start, nbytes = archive.reserve("data/0", tensor.nbytes), tensor.nbytes
         archive.add("version", b"3\n")
         archive.finish()
-        # The bytes before the tensor are written at once, and so are those behind it.
+        # The bytes between two tensors are written at once.
         before = b"".join(blob for offset, blob in archive.blobs if offset < start)
         behind = b"".join(blob for offset, blob in archive.blobs if offset >= start)
         begin = self.size
-        self._blobs += [(begin, before), (begin + start + nbytes, behind)]
+        at, last = self._blobs.pop() if self._blobs else (begin, b"")
+        self._blobs += [(at, last + before), (begin + start + nbytes, behind)]
         self._checksums += (
             Checksum(begin + each.start, each.size, tuple(begin + to for to in each.targets))
             for each in archive.checksums

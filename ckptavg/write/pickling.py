@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,6 +121,8 @@ class StoredEntry(NamedTuple):
 
 _DCP = "torch.distributed.checkpoint.metadata"
 _DCP_VERSION = "1.0.0"
+# Of the class before it, up to the first of its attributes.
+_NEW_OBJECT = pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT + pickle.MARK
 
 
 def pickle_dcp(entries: Sequence[StoredEntry], provenance: str | None) -> bytes:
@@ -131,28 +134,37 @@ def pickle_dcp(entries: Sequence[StoredEntry], provenance: str | None) -> bytes:
         entries: what is stored, each tensor in one piece.
         provenance: the text.
     """
-    memo = _Memo()
+    memo, pickled = _Memo(), io.BytesIO()
+    pickled.write(pickle.PROTO + b"\2" + _global(_DCP, "Metadata") + _NEW_OBJECT)
+
+    def write(name: str, *value: bytes) -> None:
+        pickled.write(_text(name))
+        pickled.writelines(value)
+
+    def write_dict(name: str, pairs: Iterable[bytes]) -> None:
+        write(name, pickle.EMPTY_DICT, pickle.MARK)
+        pickled.writelines(pairs)
+        pickled.write(pickle.SETITEMS)
+
     # In the order of the pickle, as the memo demands.
-    fields = {
-        "state_dict_metadata": _dict(
-            _text(each.name) + _description(each.tensor, memo) for each in entries
-        ),
-        "planner_data": _dict(_text(each.name) + _place(each.place) for each in entries),
-        "storage_data": _dict(
-            _index(each, memo) + _storage_info(each.item, memo) for each in entries
-        ),
-        "storage_meta": _object(
-            _global(_DCP, "StorageMeta"),
-            checkpoint_id=pickle.NONE,
-            save_id=pickle.NONE,
-            load_id=pickle.NONE,
-            modules=pickle.EMPTY_LIST,
-        ),
-        "version": _text(_DCP_VERSION),
-    }
+    write_dict(
+        "state_dict_metadata",
+        (_text(each.name) + _description(each.tensor, memo) for each in entries),
+    )
+    write_dict("planner_data", (_text(each.name) + _place(each.place) for each in entries))
+    write_dict(
+        "storage_data", (_index(each, memo) + _storage_info(each.item, memo) for each in entries)
+    )
+    no_ids = dict.fromkeys(("checkpoint_id", "save_id", "load_id"), pickle.NONE)
+    write(
+        "storage_meta",
+        _object(_global(_DCP, "StorageMeta"), **no_ids, modules=pickle.EMPTY_LIST),
+    )
+    write("version", _text(_DCP_VERSION))
     if provenance is not None:
-        fields[PROVENANCE] = _text(provenance)
-    return pickle_one(_object(_global(_DCP, "Metadata"), **fields))
+        write(PROVENANCE, _text(provenance))
+    pickled.write(pickle.SETITEMS + pickle.BUILD + pickle.STOP)
+    return pickled.getvalue()
 
 
 class _Memo:
@@ -221,16 +233,10 @@ def _place(place: Iterable[str | int]) -> bytes:
     return pickle.MARK + b"".join(keys) + pickle.TUPLE
 
 
-def _dict(pairs: Iterable[bytes]) -> bytes:
-    """A dict of pickled pairs of key and value."""
-    return b"".join((pickle.EMPTY_DICT, pickle.MARK, *pairs, pickle.SETITEMS))
-
-
 def _object(kind: bytes, **attributes: bytes) -> bytes:
     """An object of a class that has no state but its attributes."""
     state = (opcodes for name, each in attributes.items() for opcodes in (_text(name), each))
-    start = pickle.EMPTY_TUPLE, pickle.NEWOBJ, pickle.EMPTY_DICT, pickle.MARK
-    return b"".join((kind, *start, *state, pickle.SETITEMS, pickle.BUILD))
+    return b"".join((kind, _NEW_OBJECT, *state, pickle.SETITEMS, pickle.BUILD))
 
 
 class _NotPlainError(Exception):

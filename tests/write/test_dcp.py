@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tracemalloc
 import warnings
 from functools import partial
 from pathlib import Path
@@ -497,3 +498,18 @@ def test_torch_is_not_needed(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert same_bits(unpacked(tmp_path / "out")["w"], torch.ones(2))
+
+
+def test_a_tensor_takes_little_memory_beside_what_is_written(tmp_path):
+    """Of each tensor 0.8 kB of zip and 0.4 kB of metadata are written."""
+    count = 3_000
+    state = {f"model.layers.{number}.weight": torch.ones(4) for number in range(count)}
+    save_file(state, tmp_path / "x.safetensors")
+    ckptavg.convert(tmp_path / "x.safetensors", tmp_path / "first/", format="dcp")  # imports
+    tracemalloc.start()
+    try:
+        ckptavg.convert(tmp_path / "x.safetensors", tmp_path / "second/", format="dcp")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_800 * count

@@ -94,7 +94,7 @@ def find_recipe(
     if base is not None:
         paths = [path for path in paths if path != base.path]
         if not paths:
-            raise SelectionError("there is nothing to fold into it", path=base.path)
+            raise SelectionError("there are no checkpoints to add to it", path=base.path)
     run = open_run(paths, options)
     [recipe] = recipes_of(run, schemes, options.select, options)
     return run, recipe if base is None else fold(base, recipe)
@@ -117,14 +117,16 @@ def average_many(
         CkptAvgError: as `average` does.
     """
     if options.update or options.lora == "exact":
-        raise SelectionError("an update, and exact LoRA averages, are made one at a time")
+        raise SelectionError("`update` and `lora=exact` make one average at a time")
     if "://" in os.fspath(directory):
         raise OutputError("outputs are written on this machine only", path=str(directory))
     folder = Path(directory)
     is_file_name = folder.suffix in SUFFIXES and not folder.is_dir()
     if is_file_name or (os.path.lexists(folder) and not folder.is_dir()):
         raise OutputError(
-            "several averages go into a directory", path=folder, remedy="give it another name"
+            "several averages need a directory as the output",
+            path=folder,
+            remedy="give it another name",
         )
     run = open_run(inputs, options)
     recipes = recipes_of(run, schemes_of(options.weights), options.select, options)
@@ -365,4 +367,4 @@ def _check_outputs(run: Run, layouts: Sequence[Layout], options: AverageOptions)
     except OutputError as error:
         if not options.dry_run:
             raise
-        log.warning("it would fail: %s", error)
+        log.warning("the average would fail: %s", error)

@@ -76,7 +76,9 @@ class Ranks:
         try:
             dist.all_gather_object(values, value, group=self._group)
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise CkptAvgError(f"another process is gone: {str(error).splitlines()[0]}") from error
+            raise CkptAvgError(
+                f"lost the connection to another process: {str(error).splitlines()[0]}"
+            ) from error
         return values
 
     def has_failed_peer(self) -> bool:
@@ -206,7 +208,7 @@ def _join_group() -> Ranks:
     except (RuntimeError, ValueError) as error:
         size = os.environ["WORLD_SIZE"]
         raise CkptAvgError(
-            f"RANK and WORLD_SIZE={size} are set, and the {size} processes did not come together: "
+            f"RANK and WORLD_SIZE={size} are set, and the {size} processes did not connect: "
             f"{str(error).splitlines()[0]}",
             remedy="start it with torchrun --no-python, or unset RANK to run it alone",
         ) from error

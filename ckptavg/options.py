@@ -35,7 +35,9 @@ class Options:
             value = getattr(self, name)
             texts = (value,) if isinstance(value, str) else value
             if not isinstance(texts, tuple | list) or not all(isinstance(t, str) for t in texts):
-                raise SelectionError(f"`{name}` is a text, or a list of texts, not {value!r}")
+                raise SelectionError(
+                    f"`{name}` must be a string or a list of strings, not {value!r}"
+                )
             object.__setattr__(self, name, tuple(texts))
 
 

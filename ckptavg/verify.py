@@ -100,7 +100,7 @@ def verify(
     paths = as_paths(inputs)
     if not paths:
         raise VerificationError(
-            "is verified against its members", path=average.path, remedy="name them as well"
+            "can only be verified with its members", path=average.path, remedy="name them as well"
         )
     members = _find_members(paths, record)
     hashed = _check_hashes(members, record, threads, hash_progress)
@@ -225,11 +225,11 @@ def _open_member(path: Path, entry: dict[str, Any], record: Record) -> Checkpoin
     if not record.is_copy:
         member, _ = without_wrappers(member, keep_prefix=record.options.keep_prefix)
     if member.size != entry["bytes"]:
-        raise VerificationError(f"has {member.size} bytes, and had {entry['bytes']}", path=path)
+        raise VerificationError(f"has {member.size} bytes, but had {entry['bytes']}", path=path)
     if member.digest != entry["header_sha256"]:
-        raise VerificationError("has another header than it had", path=path)
+        raise VerificationError("has another header than recorded", path=path)
     if entry.get("content") not in (None, fingerprint(member)):
-        raise VerificationError("has other values than it had", path=path)
+        raise VerificationError("has other values than recorded", path=path)
     return member
 
 
@@ -297,7 +297,7 @@ def _averaged_again(
         for made in Path(output).rglob(CONFIG):
             path = record.path / made.relative_to(output)
             if not path.is_file() or path.read_bytes() != made.read_bytes():
-                raise VerificationError("is not what its members give", path=path)
+                raise VerificationError("differs from that of its members", path=path)
         yield (
             _open_several(Path(output), record)
             if is_of_state_dicts
@@ -342,10 +342,10 @@ def _compare(
                 # Aliases of tied tensors may be left out: the metadata name the one that is kept.
                 if average.metadata.get(name) in average.tensors.keys() & set(names):
                     continue
-                raise VerificationError("is not in it", path=record.path, tensor=name)
+                raise VerificationError("is missing from it", path=record.path, tensor=name)
             if (recorded.dtype, recorded.shape) != (tensor.dtype, tensor.shape):
                 raise VerificationError(
-                    f"is {recorded.dtype.name} {list(recorded.shape)} in it, and its checkpoints "
+                    f"is {recorded.dtype.name} {list(recorded.shape)} in it, but its checkpoints "
                     f"give {tensor.dtype.name} {list(tensor.shape)}",
                     path=record.path, tensor=name, remedy=record.remedy,
                 )  # fmt: skip
@@ -358,7 +358,7 @@ def _compare(
         compared += 1
     for name in sorted(average.tensors.keys() - again.tensors.keys()):
         raise VerificationError(
-            "is in it, and not in its checkpoints", path=record.path, tensor=name
+            "is in it, but not in its checkpoints", path=record.path, tensor=name
         )
     return compared, skipped
 
@@ -378,6 +378,6 @@ def _compare_values(average: Checkpoint, again: Checkpoint, name: str, record: R
             values = [value.tobytes().hex() for value in values]
         element = (start + first) // dtype.itemsize
         raise VerificationError(
-            f"element {element} is {values[0]}, and its checkpoints give {values[1]}",
+            f"element {element} is {values[0]}, but its checkpoints give {values[1]}",
             path=record.path, tensor=name, remedy=record.remedy,
         )  # fmt: skip

@@ -823,7 +823,7 @@ class TestOutput:
     def test_a_dry_run_warns_of_what_would_fail(self, tmp_path, caplog):
         save_run(tmp_path / "run", random_state_dicts(2))
         ckptavg.average(tmp_path / "run", tmp_path / "no" / "out.safetensors", dry_run=True)
-        assert "it would fail: " in caplog.text
+        assert "the average would fail: " in caplog.text
         assert "there is no directory" in caplog.text
 
     @pytest.mark.parametrize(
@@ -840,7 +840,7 @@ class TestOutput:
     )
     def test_an_unknown_ending_is_an_error_that_names_a_better_one(self, tmp_path, name, better):
         save_run(tmp_path / "run", random_state_dicts(2))
-        with pytest.raises(OutputError, match=f"stands for no format.* name it {tmp_path}/"):
+        with pytest.raises(OutputError, match=f"is not that of a format.* name it {tmp_path}/"):
             ckptavg.average(tmp_path / "run", tmp_path / name)
         with pytest.raises(OutputError, match=re.escape(f"/{better};")):
             ckptavg.average(tmp_path / "run", tmp_path / name)

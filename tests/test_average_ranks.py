@@ -337,7 +337,7 @@ class TestRefresh:
         assert len(list(tmp_path.iterdir())) == 1  # the average waits for its statistics
         os.kill(job.processes[rank].pid, number)
         outputs = job.finish(*codes)
-        assert "another process is gone" in outputs[0][1]
+        assert "lost the connection to another process" in outputs[0][1]
         assert "Traceback" not in "".join(error for _, error in outputs)
         assert list(tmp_path.iterdir()) == []
 

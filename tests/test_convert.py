@@ -191,7 +191,7 @@ class TestRefusals:
             ({"max_shard_size": 10}, "o.pt", "shards need a directory"),
             ({"force": True}, "b.pt", "is itself one of the checkpoints"),
             ({}, "taken.pt", "exists"),
-            ({}, "o.xyz", "stands for no format"),
+            ({}, "o.xyz", "is not that of a format"),
         ],
     )
     def test_leave_nothing_behind(self, tmp_path, options, output, message):

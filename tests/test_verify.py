@@ -176,7 +176,7 @@ class TestVerify:
         part = opened.parts[place.part]
         flip(Path(part.path), getattr(part, "start", 0) + place.offset + 4 * 7)
         with pytest.raises(
-            VerificationError, match=r"element 7 is .*, and its checkpoints"
+            VerificationError, match=r"element 7 is .*, but its checkpoints"
         ) as caught:
             ckptavg.verify(out, [tmp_path / "run"])
         assert caught.value.tensor == tensor
@@ -199,7 +199,9 @@ class TestVerify:
     @pytest.mark.usefixtures("run")
     def test_without_checkpoints_nothing_can_be_verified(self, tmp_path):
         ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
-        with pytest.raises(VerificationError, match=r"is verified against its members; name them"):
+        with pytest.raises(
+            VerificationError, match=r"can only be verified with its members; name them"
+        ):
             ckptavg.verify(tmp_path / "o.safetensors", [])
 
     @pytest.mark.usefixtures("run")
@@ -283,9 +285,9 @@ class TestVerify:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda state: state.pop("one"), "one: is not in it"),
-            (lambda state: state.update(more=torch.ones(1)), "more: is in it, and not in its"),
-            (lambda state: state.update(one=torch.ones(2)), r"is float32 \[2\] in it, and its che"),
+            (lambda state: state.pop("one"), "one: is missing from it"),
+            (lambda state: state.update(more=torch.ones(1)), "more: is in it, but not in its"),
+            (lambda state: state.update(one=torch.ones(2)), r"is float32 \[2\] in it, but its che"),
             (lambda state: state.update(one=torch.ones(1).half()), "is float16"),
         ],
     )
@@ -461,7 +463,7 @@ class TestMembers:
         ckptavg.average(tmp_path / "run", tmp_path / "o.safetensors")
         state = load_file(run[1])
         save_file({name: value + 1 for name, value in state.items()}, run[1])
-        with pytest.raises(MismatchError, match=f"{run[1]}: has other values than it had"):
+        with pytest.raises(MismatchError, match=f"{run[1]}: has other values than recorded"):
             ckptavg.verify(tmp_path / "o.safetensors", [tmp_path / "run"])
 
     def test_a_changed_shard_is_named(self, tmp_path):
@@ -540,7 +542,7 @@ class TestWhatDiffers:
         metadata["ckptavg"] = json.dumps(entry)
         for change in ({"running_mean": torch.zeros(5)}, {"running_var": torch.zeros(4).char()}):
             save_file({**load_file(out), **change}, tmp_path / "x.safetensors", metadata=metadata)
-            with pytest.raises(VerificationError, match="in it, and its checkpoints give"):
+            with pytest.raises(VerificationError, match="in it, but its checkpoints give"):
                 ckptavg.verify(tmp_path / "x.safetensors", [tmp_path / "run"])
 
     @pytest.mark.parametrize("drop", [True, False])
@@ -559,7 +561,7 @@ class TestWhatDiffers:
         state.pop("b", None)
         for aliases in ({"b": "c"}, {"b": ""}):
             save_file(state, out, metadata={**metadata, **aliases})
-            with pytest.raises(VerificationError, match="b: is not in it"):
+            with pytest.raises(VerificationError, match="b: is missing from it"):
                 ckptavg.verify(out, [tmp_path / "run"])
 
     def test_integers_that_could_not_be_averaged_are_not_passed_over(self, tmp_path):

@@ -311,4 +311,4 @@ def _refuse_unfit(
         if isinstance(module, _InstanceNorm) and values.dim() != module._get_no_batch_dim():  # type: ignore[no-untyped-call]  # noqa: SLF001
             needed *= len(values)
         if values.numel() // splits <= needed:
-            raise UnfitBatchError("less than two values per channel in a norm layer")
+            raise UnfitBatchError("fewer than two values per channel in a norm layer")

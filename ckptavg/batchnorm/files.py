@@ -209,8 +209,9 @@ def _warn_of_uncounted(layers: Mapping[str, NormLayer], loaded: Loaded) -> None:
     ]
     if uncounted:
         log.warning(
-            "%d refreshed layers have no num_batches_tracked in the checkpoint, as frozen layers "
-            "of torchvision have none: if they were frozen, use `skip_layers` (the first is %s)",
+            "%d refreshed layers have no num_batches_tracked in the checkpoint, like frozen "
+            "layers of torchvision; if they were frozen, leave them out with `skip_layers` (the "
+            "first is %s)",
             len(uncounted),
             printable(repr(uncounted[0])),
         )
@@ -232,8 +233,8 @@ def _statistics(
                 dtype = checkpoint.tensors[name].dtype
                 if name in values:
                     raise RefreshError(
-                        f"{printable(name)!r} was loaded into several layers, whose statistics "
-                        "are now unlike",
+                        f"{printable(name)!r} was loaded into several layers, whose new "
+                        "statistics differ",
                         remedy="refresh one of them, and leave out the others with `skip_layers`",
                     )
                 if not _fits(array, dtype):

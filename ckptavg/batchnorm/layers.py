@@ -129,7 +129,7 @@ def nothing_refreshed(kept: Sequence[KeptLayer]) -> RefreshError:
     may_choose = any(each.reason in OVERRULED for each in kept)
     return RefreshError(
         f"no norm layer was refreshed: {why}",
-        remedy="`layers` refreshes frozen ones that it names" if may_choose else None,
+        remedy="`layers` refreshes frozen layers by name" if may_choose else None,
     )
 
 
@@ -165,8 +165,8 @@ def _refuse_shared(chosen: Mapping[str, NormLayer], selectable: Mapping[str, Nor
         other = owners.setdefault(place_of(layer.running_mean), name)
         if other != name and not chosen.keys().isdisjoint((name, other)):
             raise RefreshError(
-                f"layer {printable(repr(name))} has its running statistics in common with "
-                f"{printable(repr(other))}",
+                f"layers {printable(repr(name))} and {printable(repr(other))} share running "
+                "statistics",
                 remedy="use one layer twice, or leave out both with `skip_layers`",
             )
 

@@ -122,4 +122,4 @@ class RefreshCheckpointOptions(RefreshOptions):
         """
         super().__post_init__()
         if self.container not in (None, "weights", "last"):
-            raise RefreshError(f"`container` is weights or last, not {self.container!r}")
+            raise RefreshError(f"`container` must be weights or last, not {self.container!r}")

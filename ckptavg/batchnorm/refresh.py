@@ -74,7 +74,7 @@ def refresh_norm(
     layers are in training mode (dropout is off), a smaller last batch counts for less, and an
     exception leaves the model as it was. `BatchNorm` and `InstanceNorm` layers that track
     statistics are refreshed, subclasses among them. Layers that are frozen, by their class or by
-    the model's own `train()`, are not. A batch with less than two values per channel in a layer is
+    the model's own `train()`, are not. A batch with fewer than two values per channel in a layer is
     left out.
 
     Args:
@@ -119,7 +119,7 @@ def refresh_norm(
         if tol is not None and not 0 < tol < math.inf:
             raise RefreshError(f"the tolerance cannot be {tol}", remedy="0.01 is usual")
         if max_samples is not None and max_samples < 1:
-            raise RefreshError(f"`max_samples` is at least 1, not {max_samples}")
+            raise RefreshError(f"`max_samples` must be at least 1, not {max_samples}")
         kept = (*kept_in_eval(model), *kept)
         chosen, kept = layers_to_refresh(model, layers=layers, skip_layers=skip_layers, kept=kept)
         if not chosen:
@@ -190,7 +190,9 @@ def _check_choices(estimator: str, memory_format: str, train_mode: str, amp: str
         ("amp", amp, (*get_args(Precision), None)),
     ):
         if value not in choices:
-            raise RefreshError(f"`{name}` is one of {', '.join(map(str, choices))}, not {value!r}")
+            raise RefreshError(
+                f"`{name}` must be one of {', '.join(map(str, choices))}, not {value!r}"
+            )
 
 
 def _channels(layers: Mapping[str, NormLayer], estimator: EstimatorName) -> Channels:

@@ -82,7 +82,7 @@ class RefreshReport:
         estimator: which statistics were computed.
         batches: batches that were used.
         samples: examples in them.
-        skipped: batches that were left out, having less than two values per channel somewhere.
+        skipped: batches that were left out, having fewer than two values per channel somewhere.
         layers: one for each layer that was refreshed, in the model's order.
         kept: the layers that keep their running statistics, with the reason.
         nonfinite: batches that were left out for NaN or Inf.

@@ -89,7 +89,7 @@ class Rewriting:
         inputs = () if self.replaces else [part.path for part in checkpoint.parts]
         check_outputs([layout], force=self._options.force, inputs=inputs)
         if self._target.kind in ("safetensors", "torch") and checkpoint.other_content:
-            log.info("only the state dict is written, not what else %s holds", checkpoint.path.name)
+            log.info("only the state dict is written, not the rest of %s", checkpoint.path.name)
 
     def write(self, refreshed: Checkpoint, entry: dict[str, Any]) -> None:
         """Write the checkpoint as it is now, with that provenance."""
@@ -199,8 +199,8 @@ def _check_in_place(checkpoint: Checkpoint, *, allowed: bool, named: bool) -> No
         )
     if checkpoint.path.is_dir() and not _has_plain_weights(checkpoint):
         raise OutputError(
-            "is a directory that holds more than weights, or not in safetensors files: it cannot "
-            "be replaced",
+            "cannot be replaced: it is a directory with more than weights, or with weights in "
+            "other files than safetensors",
             path=checkpoint.path,
             remedy="write another directory with `output`",
         )

@@ -56,8 +56,8 @@ def average_and_refresh(
     key = as_key(options.key)
     if isinstance(key, tuple):
         raise SelectionError(
-            "a refresh is of one state dict, and `key` names several",
-            remedy="average them without a model, and refresh each with `refresh_checkpoint`",
+            "a refresh needs one state dict, but `key` names several",
+            remedy="average them without `model`, then refresh one `key` at a time",
         )
     with options.ranks.together():
         check_vacant(Path(output), force=options.force)

@@ -80,8 +80,8 @@ class PassTotals:
         culprit = next(name for name, flags in by_layer if bool(flags.any()))
         if strict:
             raise RefreshError(
-                f"batch number {number}: the statistics of layer {printable(repr(culprit))} came "
-                "out NaN or Inf",
+                f"batch number {number}: the statistics of layer {printable(repr(culprit))} are "
+                "NaN or Inf",
                 remedy="look for NaN in the data, or for weights that overflow",
             )
         self.nonfinite.append(number)
@@ -112,7 +112,7 @@ class PassTotals:
                     remedy="seed the loader alike in all of them",
                 )
             log.warning(
-                "the processes draw different batches: unless that is the augmentation alone, some "
+                "the processes draw different batches: unless only the augmentation differs, some "
                 "examples count twice and others not at all"
             )
         return PassTotals(
@@ -160,7 +160,7 @@ class PassTotals:
         if self.nonfinite:
             raise RefreshError(
                 "no batch could be used: the statistics of layer "
-                f"{printable(repr(self.culprit))} came out NaN or Inf in each",
+                f"{printable(repr(self.culprit))} are NaN or Inf in each",
                 remedy="look for NaN in the data, or for weights that overflow",
             )
         if self.unfit:
@@ -170,7 +170,7 @@ class PassTotals:
             )
         raise RefreshError(
             "the loader gave no batches",
-            remedy="if it was used up before, name a callable that makes it anew",
+            remedy="if it can be iterated only once, name a callable that returns a new one",
         )
 
 

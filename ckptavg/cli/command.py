@@ -94,7 +94,7 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except SystemExit as error:  # ours end by returning, or by other exceptions
-            raise UserCodeError(f"code of yours raised {described(error)}") from error
+            raise UserCodeError(f"your code raised {described(error)}") from error
 
 
 def fields_of(kind: type, params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

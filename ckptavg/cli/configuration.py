@@ -92,7 +92,9 @@ def _read(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         if not stat.S_ISREG(file.stat().st_mode) or file.stat().st_size > _LARGEST:
-            raise click.UsageError(f"configuration: {file}: is no file of at most {_LARGEST} bytes")
+            raise click.UsageError(
+                f"configuration: {file}: is not a file of at most {_LARGEST} bytes"
+            )
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise click.UsageError(f"configuration: {file}: {error.strerror}") from error

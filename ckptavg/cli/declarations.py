@@ -54,7 +54,7 @@ def _counts(text: str) -> tuple[int | None, ...]:
     """Positive numbers, each once: `5`, or `3,5,10`; None for `all`."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"0*[1-9][0-9]{0,17}|all", part) for part in parts):
-        raise click.BadParameter(f"{text!r} is not a positive number, or several such as 3,5,10")
+        raise click.BadParameter(f"{text!r} is neither a positive number nor a list such as 3,5,10")
     return tuple(dict.fromkeys(None if part == "all" else int(part) for part in parts))
 
 
@@ -80,7 +80,7 @@ def _picture(text: str) -> Path:
     """The path of a picture that can be drawn."""
     path = Path(text)
     if path.suffix.lower() not in {".png", ".svg", ".pdf"}:
-        raise click.BadParameter(f"{text!r} ends neither with .png nor with .svg nor with .pdf")
+        raise click.BadParameter(f"{text!r} does not end with .png, .svg or .pdf")
     return path
 
 

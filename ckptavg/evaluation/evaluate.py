@@ -318,7 +318,7 @@ class Evaluator:
         if len(metrics) != 1:
             what = name_of(self._options.metric or "the evaluation")
             raise CkptAvgError(
-                f"{what} returned {len(metrics)} metrics, and one is needed",
+                f"{what} returned {len(metrics)} metrics, but one is needed",
                 remedy="let it return a number",
             )
         return next(iter(metrics.values()))
@@ -336,8 +336,8 @@ class Evaluator:
         batches = make_batches(spec, arguments, is_training=is_training, option=option)
         if isinstance(batches, Iterator) and any(batches is used for used in self._used):
             raise CkptAvgError(
-                f"{name_of(spec)} can be gone through only once, and is needed for each checkpoint",
-                remedy="name a callable that makes it anew",
+                f"{name_of(spec)} can be iterated only once, but each checkpoint needs it",
+                remedy="name a callable that returns a new one",
             )
         self._used.append(batches)
         return batches

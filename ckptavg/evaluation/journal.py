@@ -121,7 +121,7 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     stack.callback(os.close, fd)
     if not wait_for_lock(fd):
-        raise OutputError("another run is at work here", path=folder)
+        raise OutputError("another run is using it", path=folder)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -152,7 +152,7 @@ def _prepare(path: Path, task: dict[str, Any], *, force: bool, results: Sequence
             raise OutputError(
                 "has points of other checkpoints, options or code",
                 path=path.parent,
-                remedy="name another directory" + ", or `force` replaces them" * bool(results),
+                remedy="name another directory" + ", or replace them with `force`" * bool(results),
             )
 
 

@@ -60,7 +60,7 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
             if misfit is not None and metric == "accuracy":
                 raise misfit
             if misfit is not None and metric is None:
-                log.info("there is no accuracy: %s", misfit.message)
+                log.info("accuracy is not computed: %s", misfit.message)
             return {name: each.mean for name, each in metrics.items() if metric in (None, name)}
 
         return measure
@@ -204,8 +204,8 @@ def classification(
             losses.append(_by_example(each, counted))
     if not sum(each.counts.sum() for each in losses):
         raise CkptAvgError(
-            "the loader gave no examples to evaluate with",
-            remedy="if it was used up before, name a callable that makes it anew",
+            "the loader returned no examples to evaluate",
+            remedy="if it can be iterated only once, name a callable that returns a new one",
         )
     loss = {"loss": Units.joined(losses)}
     return loss if misfit else loss | {"accuracy": Units.joined(hits)}, misfit

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise CkptAvgError(
         f"plots need matplotlib, which cannot be imported: {error}",
-        remedy="pip install 'ckptavg[plots]', or do without them with `plots=False`",
+        remedy="pip install 'ckptavg[plots]', or leave them out with `plots=False`",
     ) from error
 
 if TYPE_CHECKING:

@@ -255,8 +255,8 @@ class _Trials:
             steps.append(_step(checkpoint, own, value, kept=is_kept))
         if not self.members:
             raise SelectionError(
-                f"{printable(self._options.metric_name)} is no finite number for any of "
-                f"{len(alone)} checkpoints, so there is no first one"
+                f"{printable(self._options.metric_name)} is not finite for any of "
+                f"{len(alone)} checkpoints, so the soup cannot start"
             )
         unable = [pair for pair in pairs if not math.isfinite(pair[1])]
         return steps + [_step(*pair, math.nan, kept=False) for pair in unable]

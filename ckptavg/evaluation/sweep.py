@@ -140,7 +140,7 @@ def sweep(inputs: PathLike | Iterable[PathLike], options: SweepOptions) -> Sweep
         best = best_of(averages, options.metric_name, mode)
         if best is None:
             name = printable(options.metric_name)
-            raise SelectionError(f"{name} is no finite number for any of {len(averages)} averages")
+            raise SelectionError(f"{name} is not finite for any of {len(averages)} averages")
         result = Sweep(
             metric=options.metric_name, mode=mode, best=best,
             averages=tuple(averages), checkpoints=tuple(checkpoints),
@@ -196,9 +196,9 @@ def _check(
     stale = any(plan.norm_stats(recipe)["state"] == "stale" for recipe in recipes)
     if stale and options.refresh is None:
         raise SelectionError(
-            "the averages' norm statistics are stale, and averages evaluated with them look worse "
-            "than they are",
-            remedy="name training batches to refresh them with: `refresh_loader`",
+            "the averages' norm statistics are stale, so the averages would look worse than they "
+            "are",
+            remedy="give training batches to refresh them: `refresh_loader`",
         )
     if options.output is None:
         return
@@ -386,7 +386,7 @@ def _test_metrics(
     try:
         units = evaluator.measured_units(*where)
     except UserCodeError as error:
-        log.warning("no interval: the metric cannot be computed of one batch: %s", error.__cause__)
+        log.warning("no interval: the metric cannot be computed for one batch: %s", error.__cause__)
         units = {}
     if options.metric in BUILT_IN:
         return {name: each.mean for name, each in units.items()}, units

@@ -43,7 +43,7 @@ def open_checkpoint(path: Path, *, key: Key = None) -> Checkpoint:
             raise SelectionError(
                 "is a directory: only a torch file holds several state dicts",
                 path=path,
-                remedy="take one with `key`",
+                remedy="choose one with `key`",
             )
         for module in DIRECTORIES:
             if module.matches(path):

@@ -111,7 +111,7 @@ def _state_dicts(metadata: Metadata, key: str | None) -> tuple[StateDicts, str |
         kept, left_out = tree, []
     if left_out:
         example = left_out[0]
-        log.info("left out %d tensors of the training's state, such as %s", len(left_out), example)
+        log.info("left out %d tensors of the training state, such as %s", len(left_out), example)
     key = key.removesuffix(".") if key else key
     found = find_state_dicts(kept, metadata.file.path, key)
     names = [str(name) for name, value in kept.items() if is_tensor(value)]

@@ -58,6 +58,6 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
         raise FormatError(
             f"has the weights in {len(files)} pieces ({files[0].name}, ...)",
             path=path,
-            remedy="put them together with the tools of the trainer that wrote them",
+            remedy="join them with the tools of the trainer that wrote them",
         )
     return replace(checkpoint, path=path)

@@ -78,7 +78,7 @@ def open_shard(path: Path, key: Key) -> Checkpoint:
     if not head:
         problem = "is empty: was the disk full when it was written?"
     elif not head.translate(None, _TEXT) and not _ZIP_MAGIC.startswith(head):
-        raise NoStateDictError("is a text file, no checkpoint", path=path)
+        raise NoStateDictError("is a text file, not a checkpoint", path=path)
     elif head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         problem = "is a tar archive, not a torch file"
     else:

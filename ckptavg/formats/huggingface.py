@@ -148,7 +148,7 @@ def _open_shards(index: Path, key: str | None) -> Checkpoint:
         first_name = first_names.setdefault(opened.parts[0].identity, shard)
         if first_name != shard:
             raise FormatError(
-                f"is the same file as {printable(first_name)}: a shard twice", path=file
+                f"is the same file as {printable(first_name)}: the same shard twice", path=file
             )
         _check_names(file, index.name, names[shard], opened.tensors.keys())
         tensors |= {name: replace(tensor, part=part) for name, tensor in opened.tensors.items()}
@@ -181,10 +181,14 @@ def _check_names(
 ) -> None:
     """Raise a FormatError if a shard has other tensors than the index says."""
     for tensor in sorted(expected - actual):
-        raise FormatError(f"is not in it, though {index} says so", path=file, tensor=tensor)
+        raise FormatError(
+            f"is missing from it, although {index} lists it", path=file, tensor=tensor
+        )
     for tensor in sorted(actual - expected):
         raise FormatError(
-            f"is in it, and {index} does not say so: in two shards?", path=file, tensor=tensor
+            f"is in it, but {index} lists it elsewhere: is it in two shards?",
+            path=file,
+            tensor=tensor,
         )
 
 
@@ -196,11 +200,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("is no index: without a weight_map", path=index)
+        raise FormatError("is not an index: it has no weight_map", path=index)
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not is_inside(shard):
             raise FormatError(
-                f"names {printable(shard)!r}, which is no file of its directory",
+                f"names {printable(shard)!r}, which is not a file in its directory",
                 path=index,
                 tensor=tensor,
             )

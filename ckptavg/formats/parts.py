@@ -100,7 +100,7 @@ class File(Part):
         except OSError as error:
             raise CkptAvgError(f"cannot read it: {error.strerror}", path=self.path) from error
         except ValueError as error:
-            raise CkptAvgError("has a name that no file can have", path=self.path) from error
+            raise CkptAvgError("is not a possible file name", path=self.path) from error
         try:
             yield descriptor
         finally:
@@ -288,9 +288,9 @@ class RemoteFile(Part):
     def _check(self, piece: bytes, start: int, end: int) -> None:
         if len(piece) > end - start:
             raise CkptAvgError(
-                "is sent whole when a piece of it is asked for",
+                "cannot be read in pieces: the server ignores ranges",
                 path=self.path,
-                remedy="download it, or serve it with a server that supports ranges",
+                remedy="download it, or use a server that supports ranges",
             )
         if len(piece) < end - start:
             raise self._truncated(start + len(piece), end - start - len(piece))

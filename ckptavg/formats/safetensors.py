@@ -123,11 +123,12 @@ def _steps(metadata: Mapping[str, str]) -> dict[str, int]:
 
 def _read_header(file: Part) -> bytes:
     if file.size < _LENGTH:
-        raise FormatError(f"is no safetensors file: {file.size} bytes", path=file.path)
+        raise FormatError(f"is not a safetensors file: {file.size} bytes", path=file.path)
     length = int.from_bytes(file.read(0, _LENGTH), "little")
     if length > min(_LONGEST_HEADER, file.size - _LENGTH):
         raise FormatError(
-            f"header of {length} bytes in a file of {file.size}: truncated, or no safetensors file",
+            f"header of {length} bytes in a file of {file.size}: truncated, or not a safetensors "
+            "file",
             path=file.path,
         )
     header = file.read(_LENGTH, length)

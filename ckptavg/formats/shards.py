@@ -63,7 +63,7 @@ def open_checkpoint(path: Path, key: str | None) -> Checkpoint:
     first = shards[0]
     if is_of_fsdp and len(shards) > 1 and not any(shard.shard_places for shard in shards):
         raise FormatError(
-            "does not say how its tensors were spread over the ranks",
+            "does not record how its tensors are split among the ranks",
             path=first.path,
             remedy="join the files with `python -m verl.model_merger merge`",
         )
@@ -104,7 +104,7 @@ def _check_names(files: Mapping[Path, ShardName]) -> bool:
     for (before, earlier), (later, other) in itertools.pairwise(files.items()):
         if (other.ranks, other.models) != (earlier.ranks, earlier.models) or other == earlier:
             raise FormatError(
-                f"is of another save than {before.name}",
+                f"is from another save than {before.name}",
                 path=later,
                 remedy="move the files of one of them elsewhere",
             )
@@ -115,7 +115,7 @@ def _check_names(files: Mapping[Path, ShardName]) -> bool:
             raise FormatError("is missing", path=path)
         if len(others) >= name.ranks:
             last, _ = others[-1]
-            raise FormatError(f"is of none of {name.ranks} ranks", path=last)
+            raise FormatError(f"is not from any of {name.ranks} ranks", path=last)
     elif (missing := _first_missing(1, (each.model for each in files.values()))) <= name.models:
         pattern = f"shard-*-model-{missing:05}-of-{name.models:05}.safetensors"
         raise FormatError("is missing", path=file.with_name(pattern))
@@ -132,8 +132,8 @@ def _mention_last_missing(files: Mapping[Path, ShardName]) -> None:
         last = max(each.rank for each in files.values() if each.model == name.model)
         if name.rank == last < ranks:
             log.warning(
-                "%s is not there, and others of that rank are: if it is missing, tensors are too "
-                "short",
+                "%s does not exist, but other files of that rank do: if it was lost, tensors are "
+                "too short",
                 printable(_with_numbers(path, last + 1, name)),
             )
 
@@ -177,7 +177,7 @@ class _Joined:
             first_place.shape,
         ):
             raise FormatError(
-                f"has a piece of {_described(tensor, place)}, and {first.path.name} one of "
+                f"has a piece of {_described(tensor, place)}, but {first.path.name} one of "
                 f"{_described(other, first_place)}",
                 path=shard.path,
                 tensor=self._name,

@@ -41,7 +41,7 @@ def as_key(names: str | Sequence[str] | None) -> Key:
     """
     several = (names,) if isinstance(names, str) else tuple(names or ())
     if not all(isinstance(name, str) for name in several):
-        raise SelectionError(f"`key` is a text, or a list of texts, not {names!r}")
+        raise SelectionError(f"`key` must be a string or a list of strings, not {names!r}")
     if len(several) == 1 and several[0] != ALL:
         return several[0]
     return several or None
@@ -69,7 +69,7 @@ def find_state_dicts(root: object, path: Path | None = None, key: Key = None) ->
     names = (key,) if isinstance(key, str) else key or ()
     if len(finder.found) > _MOST_STATE_DICTS and (not any(names) or ALL in names):
         message = f"has more than {_MOST_STATE_DICTS} state dicts in it"
-        raise SelectionError(message, path=path, remedy="take one with `key`")
+        raise SelectionError(message, path=path, remedy="choose one with `key`")
     found = finder.at_the_top(root) | finder.found
     for name in names:
         if name and name not in found:
@@ -184,7 +184,7 @@ def check_kind(path: Path, root: object, found: StateDicts) -> None:
     """Raise an error for weights in other files, and for an object in a state dict's place."""
     if is_deepspeed(root) and (path.name.startswith("zero_pp_rank_") or _is_partitioned(root)):
         raise FormatError(
-            "holds no whole weights: DeepSpeed's ZeRO stage 3 spread them over other files",
+            "has no complete weights: DeepSpeed's ZeRO stage 3 split them among other files",
             path=path,
             remedy="name the directory with the files of all ranks, or join them with the "
             "zero_to_fp32.py that DeepSpeed leaves beside the checkpoint",
@@ -194,7 +194,7 @@ def check_kind(path: Path, root: object, found: StateDicts) -> None:
     for value in map(root.get, _PLAIN) if isinstance(root, Mapping) else [root]:
         if isinstance(value, Placeholder):
             raise SelectionError(
-                f"holds a whole {printable(value.origin)} object, no state dict",
+                f"holds a whole {printable(value.origin)} object, not a state dict",
                 path=path,
                 remedy="load it where its class can be imported, and save its state_dict()",
             )
@@ -248,9 +248,9 @@ def is_trainers_average(found: StateDicts, name: str) -> bool:
 def without_names(path: Path, *names: str) -> SelectionError:
     """The error for a file that is a state dict, where one of several is asked for."""
     return SelectionError(
-        f"no state dict {listed(map(repr, names))} in it: the whole file is one, without a name",
+        f"no state dict {listed(map(repr, names))} in it: the whole file is one",
         path=path,
-        remedy="use another command without `key` for it",
+        remedy="leave `key` out for this file",
     )
 
 
@@ -322,8 +322,8 @@ def choose(path: Path, found: StateDicts, key: str | None) -> str:
     raise SelectionError(
         f"several state dicts in it: {names}",
         path=path,
-        remedy="take one with `key`"
+        remedy="choose one with `key`"
         + (" ('' is the top)" if "" in found else "")
-        + ("" if path.is_dir() else "; an average may take several"),
+        + ("" if path.is_dir() else "; `average` accepts several"),
         choices=tuple(found),
     )

@@ -77,7 +77,7 @@ class Archive:
         at_top = (name for name in self.records if name.count("/") == 1)
         folders = [name.removesuffix("data.pkl") for name in at_top if name.endswith("/data.pkl")]
         if len(folders) != 1:
-            raise FormatError("is a zip, but no torch checkpoint", path=file.path)
+            raise FormatError("is a zip, but not a torch checkpoint", path=file.path)
         [self.prefix] = folders
         if self.content("byteorder") not in (b"", b"little"):
             raise big_endian(file.path)

@@ -171,12 +171,12 @@ def _files(folder: Path, names: Iterable[str], kind: str) -> list[Path]:
     found: dict[int, str] = {}
     for name, match in sorted(known.items()):
         if match[3] == kind and found.setdefault(int(match[2]), name) != name:
-            what = f"is of another save than {found[int(match[2])]}"
+            what = f"is from another save than {found[int(match[2])]}"
             raise FormatError(what, path=folder / name)
     for rank in range(max(int(match[2]) for match in known.values()) + 1):
         if rank not in found:
             name = f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
-            raise FormatError("is missing, a part of the weights", path=folder / name)
+            raise FormatError("is missing; it has a part of the weights", path=folder / name)
     return [folder / found[rank] for rank in sorted(found)]
 
 
@@ -302,7 +302,7 @@ class _Flat:
         self.count = self._starts[-1]
         for file, tensor in tensors:
             if len(tensor.shape) != 1 or tensor.strides is not None:
-                raise FormatError("has a tensor of weights that is not flat", path=file.path)
+                raise FormatError("has a partition of the weights that is not flat", path=file.path)
 
     def check_count(self, count: int, path: Path) -> None:
         """Raise a FormatError about a file if there are not so many elements."""

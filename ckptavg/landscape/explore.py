@@ -124,7 +124,8 @@ class Explorer:
         left = [name for number, name in own.items() if number not in first_names]
         if left:
             log.warning(
-                "not moved, since the checkpoint has no floating tensor of that name: %s",
+                "these parameters do not move, since the checkpoint has no floating tensors of "
+                "their names: %s",
                 listed(left),
             )
         return list(first_names.values()), aliases

@@ -73,7 +73,8 @@ class Space:
         self._vectors = power_iteration_vectors(checkpoints[0].tensors)
         if self._vectors:
             log.info(
-                "%d vectors of spectral norm are those of the checkpoint with the largest part",
+                "%d vectors of spectral norm are copied from the checkpoint with the largest "
+                "weight",
                 len(self._vectors),
             )
         parameters = [name for name in parameters if name not in self._vectors]

@@ -88,9 +88,9 @@ def plane(
         UserCodeError: the model, the loader or a function of the user's raised.
     """
     if len(paths) != 3:  # noqa: PLR2004
-        raise SelectionError(f"a plane is through 3 checkpoints, not {len(paths)}")
+        raise SelectionError(f"a plane needs 3 checkpoints, not {len(paths)}")
     if size < 2:  # noqa: PLR2004
-        raise SelectionError(f"a grid has at least 2 points along each axis, not {size}")
+        raise SelectionError(f"a grid needs at least 2 points along each axis, not {size}")
     with options.ranks.together():
         explorer = Explorer(paths, folder, options)
         space = explorer.space

@@ -109,7 +109,7 @@ def _distances(space: Space, count: int) -> list[float]:
     farthest = 2 * space.apart if space.apart else _BY_ITSELF * space.norm()
     if not 0 < farthest < math.inf:
         raise SelectionError(
-            f"the distances are unknown: twice that of the parameters is {farthest:g}",
+            f"there are no default distances: twice that of the parameters is {farthest:g}",
             remedy="set them with `distances`",
         )
     return [*map(float, np.linspace(0.0, farthest, count))]

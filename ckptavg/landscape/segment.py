@@ -44,7 +44,7 @@ def segment(
         UserCodeError: the model, the loader or a function of the user's raised.
     """
     if len(paths) != 2:  # noqa: PLR2004
-        raise SelectionError(f"a segment is between 2 checkpoints, not {len(paths)}")
+        raise SelectionError(f"a segment needs 2 checkpoints, not {len(paths)}")
     along = tuple(dict.fromkeys(positions))
     with options.ranks.together():
         explorer = Explorer(paths, folder, options)

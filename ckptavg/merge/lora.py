@@ -83,7 +83,7 @@ class _Factor:
                     "has values that are NaN or Inf",
                     path=stored.part.path,
                     tensor=self.name,
-                    remedy="`allow_nonfinite` lets it pass",
+                    remedy="`allow_nonfinite` accepts it",
                 )
 
     def _read(self) -> Iterator[AnyArray]:
@@ -178,7 +178,9 @@ def check_adapters(members: Sequence[Checkpoint]) -> None:
         log.warning(
             "adapters are averaged tensor by tensor, which is not the average of what they add to "
             "the weights; %s",
-            f"that cannot be averaged: {reason}" if reason else "`lora=exact` averages that",
+            f"that average cannot be computed: {reason}"
+            if reason
+            else "`lora=exact` computes that average",
         )
 
 

@@ -225,7 +225,7 @@ class Plan:
             where + error.message,
             path=error.path,
             tensor=self.tensors[position].names[0],
-            remedy="`allow_nonfinite` lets it pass" if error.path is not None else None,
+            remedy="`allow_nonfinite` accepts it" if error.path is not None else None,
         )
 
 

@@ -78,7 +78,7 @@ class ConvertOptions(Options):
         self._check_choice("format", "huggingface", "dcp")
         for name in ("threads", "max_shard_size"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise SelectionError(f"`{name}` is at least 1, not {value}")
+                raise SelectionError(f"`{name}` must be at least 1, not {value}")
 
     def _check_choice(self, name: str, first: str, second: str) -> None:
         if (value := getattr(self, name)) not in (first, second):

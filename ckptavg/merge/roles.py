@@ -134,7 +134,7 @@ def _refuse_differing_integers(first: Checkpoint, differing: Mapping[str, Checkp
     if problems:
         raise MismatchError(
             "integer tensors differ, and integers are not averaged "
-            "(`ints=last` takes them from the last checkpoint):",
+            "(`ints=last` copies them from the last checkpoint):",
             problems,
         )
 
@@ -185,7 +185,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
             is_scaled and tensor.count > 1 and _may_be_codes(name, tensor)
         ):
             raise FormatError(
-                "is quantised: codes and scales do not average apart",
+                "is quantised: codes and scales cannot be averaged separately",
                 path=checkpoint.path,
                 tensor=name,
                 remedy="average the checkpoints before they are quantised",

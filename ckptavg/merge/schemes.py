@@ -59,8 +59,8 @@ class Scheme:
         """
         if self.needs_steps and (steps is None or len(steps) != len(paths)):
             raise SelectionError(
-                f"{self.name} needs the training step of each checkpoint, and not all have one",
-                remedy="ema:DECAY needs their order alone",
+                f"{self.name} needs the training step of each checkpoint, but not all have one",
+                remedy="ema:DECAY needs only their order",
             )
         return self.formula(steps or (), paths, normalize)
 
@@ -123,7 +123,7 @@ def _pair(text: str) -> tuple[str, float]:
     path, _, weight = text.rpartition("=")
     number = _number(weight)
     if number is None or not math.isfinite(number) or not path_parts(path):
-        raise SelectionError(f"the weight of a path is PATH=NUMBER, not {text!r}")
+        raise SelectionError(f"the weight of a path must be PATH=NUMBER, not {text!r}")
     return path, number
 
 

@@ -33,7 +33,7 @@ def find_base(averages: Sequence[Checkpoint]) -> Checkpoint:
     """
     if len(averages) != 1:
         raise SelectionError(
-            f"`update` needs one earlier average among the inputs, and there are {len(averages)}",
+            f"`update` needs one earlier average among the inputs, but there are {len(averages)}",
             remedy="name the average and the checkpoints to add to it",
         )
     [base] = averages

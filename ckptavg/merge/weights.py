@@ -94,7 +94,7 @@ def ema(count: int, decay: float) -> Weights:
         SelectionError: the decay is not in [0, 1].
     """
     if not 0 <= decay <= 1:
-        raise SelectionError(f"the decay of ema is from 0 to 1, not {format_number(decay)}")
+        raise SelectionError(f"the decay of ema must be from 0 to 1, not {format_number(decay)}")
     values = [(1 - decay) * decay ** (count - number) for number in range(1, count + 1)]
     values[0] = decay ** (count - 1)
     return _summing_to_one(values)
@@ -138,9 +138,9 @@ def power_exponent(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel < _MOST_SIGMA_REL:
         raise SelectionError(
-            f"the sigma_rel of power is above 0 and below {_MOST_SIGMA_REL:.4f}, "
+            f"the sigma_rel of power must be above 0 and below {_MOST_SIGMA_REL:.4f}, "
             f"not {format_number(sigma_rel)}",
-            remedy="uniform averages all alike" if sigma_rel >= _MOST_SIGMA_REL else None,
+            remedy="uniform gives all the same weight" if sigma_rel >= _MOST_SIGMA_REL else None,
         )
     low, high = 0.0, 1 / sigma_rel
     while low < (middle := (low + high) / 2) < high:
@@ -160,13 +160,13 @@ def _increasing(steps: Sequence[float]) -> list[float]:
         wrong = next(time for time in times if not 0 < time < math.inf)
         raise SelectionError(
             f"power needs steps that count from 1, not a checkpoint at step {wrong:g}",
-            remedy="leave that checkpoint out, or take ema:DECAY",
+            remedy="leave that checkpoint out, or use ema:DECAY",
         )
     for earlier, later in pairwise(times):
         if earlier >= later:
             raise SelectionError(
                 f"power needs steps that increase, not {later:g} after {earlier:g}",
-                remedy="leave one of the two out, or take ema:DECAY",
+                remedy="leave one of the two out, or use ema:DECAY",
             )
     return times
 
@@ -187,7 +187,7 @@ def decay(count: int, shape: str) -> Weights:
         SelectionError: there is no such shape.
     """
     if shape not in _DECAYS:
-        raise SelectionError(f"decay is one of {', '.join(_DECAYS)}, not {shape!r}")
+        raise SelectionError(f"decay must be one of {', '.join(_DECAYS)}, not {shape!r}")
     if shape == "linear":
         # All differences are 1 / (k + 1). A mean does not round them.
         return Weights((1.0,) * count, float(count))
@@ -262,7 +262,7 @@ def _place_of(path: str, paths: Sequence[str]) -> int:
             choices=some,
         )
     raise SelectionError(
-        f"the weight of {printable(path)} fits none of the checkpoints: {listed}", choices=some
+        f"the weight of {printable(path)} matches none of the checkpoints: {listed}", choices=some
     )
 
 
@@ -287,7 +287,7 @@ def _checked(numbers: tuple[float, ...], *, normalize: bool) -> Weights:
     if abs(total) <= len(numbers) * sys.float_info.epsilon * size:
         raise SelectionError(
             "weights sum to zero, so there is nothing to divide by",
-            remedy="`normalize=False` takes them as they are",
+            remedy="`normalize=False` does not divide",
         )
     return Weights(numbers, total)
 

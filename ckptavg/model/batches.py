@@ -118,7 +118,7 @@ def default_forward(model: torch.nn.Module, batch: Any) -> object:  # noqa: ANN4
             what = f"a {type(batch).__name__} that begins with {what}"
         raise RefreshError(
             f"the loader yields {what}, and it is unclear how the model is called with it",
-            remedy="say so with `forward`, a function of the model and the batch",
+            remedy="give `forward`, a function of the model and the batch",
         )
     return model(given)
 

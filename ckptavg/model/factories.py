@@ -261,7 +261,7 @@ def _without_training(place: str) -> Iterator[None]:
 
     def refuse(*_: object) -> None:
         raise UserCodeError(
-            f"importing {place} begins a training, which would write over its checkpoints",
+            f"importing {place} starts a training, which would overwrite its checkpoints",
             remedy='put the training under `if __name__ == "__main__":`',
         )
 

@@ -52,8 +52,8 @@ def limited(
                 return
         if count > patience and max_samples is None and not is_bounded:
             log.warning(
-                "the loader has given %s batches%s, and no end is in sight: if it has none, "
-                "interrupt the pass, and say where to stop with `max_samples`",
+                "the loader has returned %s batches%s, and has not ended: if it is endless, "
+                "interrupt the pass, and limit it with `max_samples`",
                 f"{patience:,}", "" if known is None else f", though its length is {known:,}",
             )  # fmt: skip
             is_bounded = True
@@ -86,11 +86,11 @@ def _is_ordered(sampler: object) -> bool:
 def _warn_of_order(*, ends_early: bool) -> None:
     log.warning(
         "the loader does not shuffle%s",
-        ", and the pass may end before it does: the statistics are of the first examples, "
-        "which may be alike (shuffle=True)"
+        ", and the pass may end before the data do: the first examples may be similar (use "
+        "shuffle=True)"
         if ends_early
-        else ": if the data are sorted, by class for example, the statistics come out wrong "
-        "(shuffle=True)",
+        else ": if the data are sorted, for example by class, the statistics are wrong (use "
+        "shuffle=True)",
     )
 
 
@@ -165,20 +165,21 @@ class Feed:
         if is_endless and any(isinstance(part, IterableDataset) for part in parts):
             raise RefreshError(
                 "the loader is an IterableDataset without a length, and may be endless",
-                remedy="say where to stop with `max_samples`",
+                remedy="limit the pass with `max_samples`",
             )
         if any(map(_is_ordered, parts)):
             _warn_of_order(ends_early=ends_early or _is_cut_short(batches, max_samples))
         if dealt is not None and ranks.size == 1:
             log.warning(
-                "the loader gives one part of %d of the data, and no other process has the rest",
+                "the loader returns one of %d parts of the data, and no other process reads the "
+                "rest",
                 dealt[0],
             )
         elif dealt is not None and dealt != (ranks.size, ranks.rank):
             raise RefreshError(
                 f"the loader is for process {dealt[1]} of {dealt[0]}, and this is process "
                 f"{ranks.rank} of {ranks.size}",
-                remedy="pass a plain DataLoader: ckptavg divides its batches among the processes",
+                remedy="pass a plain DataLoader: ckptavg splits its batches among the processes",
             )
         self._shares = ranks.size > 1 and _can_share(batches)
         self._is_dealt = ranks.size > 1 and dealt is not None
@@ -220,7 +221,7 @@ class Feed:
 
     def _dealt_out(self) -> Numbered:
         """What a sampler has left for this process; the limit is taken to be the same for all."""
-        log.info("the loader has dealt the batches out to the processes")
+        log.info("the loader splits the batches among the processes itself")
         own = (
             (number * self._size + self._rank, batch)
             for number, batch in enumerate(

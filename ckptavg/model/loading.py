@@ -254,7 +254,7 @@ def _needed(
     ]
     if missing and _are_of_adapter_alone(checkpoint_names) and not has_lora(missing):
         log.info(
-            "the checkpoint holds an adapter alone: %d other tensors of the model stay as they are",
+            "the checkpoint holds only an adapter: %d other tensors of the model stay as they are",
             len(missing),
         )
         return []

@@ -164,7 +164,7 @@ def _network_of(value: object, name: str) -> torch.nn.Module:
     for attribute in ("model", "module_"):  # of most; of skorch
         inner = attribute_of(value, attribute)
         if isinstance(inner, torch.nn.Module):
-            log.info("%s is a %s: took its attribute '%s'", name, type(value).__name__, attribute)
+            log.info("%s is a %s: using its attribute '%s'", name, type(value).__name__, attribute)
             return inner
     if isinstance(value, torch.nn.Module):
         return value
@@ -213,11 +213,11 @@ def _no_batches(value: object, name: str, *, is_training: bool) -> RefreshError:
         shuffle = ", shuffle=True" if is_training else ""
         loader = f"torch.utils.data.DataLoader(dataset, batch_size=...{shuffle})"
         return RefreshError(
-            f"{name} is a dataset ({kind}), which gives examples and no batches",
+            f"{name} is a dataset ({kind}), which returns examples, not batches",
             remedy=f"name a function that returns {loader}",
         )
     return RefreshError(
-        f"{name} is a {kind}, which gives no batches",
+        f"{name} is a {kind}, which returns no batches",
         remedy="let it be an iterable of batches, such as a DataLoader, or return one",
     )
 
@@ -236,7 +236,7 @@ def _only_loader(returned: Any, what: str) -> Any:  # noqa: ANN401 - the user's 
     if len(loaders) > 1:
         raise RefreshError(
             f"{what} returns {len(loaders)} loaders",
-            remedy="name a function that returns the one that is meant",
+            remedy="name a function that returns one of them",
         )
     return loaders[0]
 

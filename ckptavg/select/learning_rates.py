@@ -199,7 +199,7 @@ def rates_and_minima(
     _check_first(names, rates)
     is_known = any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
     if recorded is None and not is_known and len(set(values)) > 1:
-        log.info("the recorded learning rates count as the ones used: see `lr_recorded`")
+        log.info("the recorded learning rates count as those of the last update: see `lr_recorded`")
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
     lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:

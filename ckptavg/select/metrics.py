@@ -176,7 +176,7 @@ def _read_rows(path: Path) -> list[tuple[str, object]]:
     try:
         text = file.read(0, file.size).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise FormatError("is neither CSV nor JSON: no text", path=path) from error
+        raise FormatError("is neither CSV nor JSON: it is not text", path=path) from error
     return _read_json(path, text) if text[:1] in ("{", "[") else _read_csv(path, text)
 
 
@@ -186,7 +186,7 @@ def _column(path: Path, rows: list[tuple[str, object]], metric: str) -> list[tup
     if not tables:
         return rows
     if len(tables) < len(rows):
-        raise FormatError("has values beside objects with metrics", path=path)
+        raise FormatError("mixes values with objects of metrics", path=path)
     known = sorted({key for _, table in tables for key in table})
     if metric not in known:
         raise SelectionError(
@@ -211,10 +211,10 @@ def _read_csv(path: Path, text: str) -> list[tuple[str, object]]:
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline="")) if any(line)]
     except csv.Error as error:
-        raise FormatError(f"is no valid CSV: {printable(error)}", path=path) from error
+        raise FormatError(f"is not valid CSV: {printable(error)}", path=path) from error
     rows = [[cell.strip() for cell in line] for line in lines]
     if not rows or not rows[0][1:]:
-        raise FormatError("is no CSV with names and values", path=path)
+        raise FormatError("is not a CSV with names and values", path=path)
     _, first, *others = rows[0]
     if others or (first and _number(first) is None):
         header = rows[0][1:]
@@ -241,5 +241,5 @@ def _read_json(path: Path, text: str) -> list[tuple[str, object]]:
                 if isinstance(place, str) and os.path.abspath(place) != name:  # noqa: PTH100
                     rows.append((os.path.abspath(place), metrics))  # noqa: PTH100
             case _:
-                raise FormatError('has an entry without "checkpoint": its name', path=path)
+                raise FormatError('has an entry without "checkpoint", its name', path=path)
     return rows

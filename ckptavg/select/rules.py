@@ -103,9 +103,9 @@ class Selection(Options):
         numbers += [("last", count) for count in self.counts]
         for name, number in numbers:
             if number is not None and number < 1:
-                raise SelectionError(f"`{name}` is at least 1, not {number}")
+                raise SelectionError(f"`{name}` must be at least 1, not {number}")
         if self.mode not in (None, "min", "max"):
-            raise SelectionError(f"`mode` is 'min' or 'max', not {self.mode!r}")
+            raise SelectionError(f"`mode` must be 'min' or 'max', not {self.mode!r}")
 
     @property
     def counts(self) -> tuple[int | None, ...]:
@@ -206,9 +206,9 @@ def chosen(verdicts: Sequence[Verdict]) -> list[Verdict]:
     if not left:
         last = verdicts[-1]
         raise SelectionError(
-            f"the rules leave out all {len(verdicts)} checkpoints, such as "
+            f"the selection leaves out all {len(verdicts)} checkpoints, such as "
             f"{printable(last.checkpoint.name)} ({last.reason})",
-            remedy="`ckptavg inspect` with the same rules says why for each",
+            remedy="`ckptavg inspect` with the same options says why",
         )
     for verdict in left:
         if verdict.fault is not None:
@@ -239,9 +239,7 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
     _require_steps(verdicts, times, "start")
     if percent := _PERCENT.fullmatch(start):
         if Fraction(percent[1]) > 100:  # noqa: PLR2004
-            raise SelectionError(
-                f"`start` is a share of the training, and {start} is more than all"
-            )
+            raise SelectionError(f"`start` must be at most 100%, not {start}")
         # A fraction is exact: 55 % of 100 is 55, not 55.00000000000001.
         threshold = Fraction(percent[1]) * max(times.done) / 100
         for verdict, done in zip(verdicts, times.done, strict=True):
@@ -249,7 +247,7 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
                 verdict.reject(f"before {start}")
         return next((done for done in times.done if done >= threshold), 0)
     if not _NUMBER.fullmatch(start):
-        raise SelectionError(f"`start` is a step or a share such as 75%, not {start!r}")
+        raise SelectionError(f"`start` must be a step or a share such as 75%, not {start!r}")
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step < int(start):
             verdict.reject(f"before {times.unit} {int(start)}")
@@ -263,7 +261,7 @@ def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> No
     if ends := _RANGE.fullmatch(steps):
         stride = int(ends[3] or 1)
         if stride < 1:
-            raise SelectionError(f"`steps` {steps}: the stride is at least 1")
+            raise SelectionError(f"`steps` {steps}: the stride must be at least 1")
         wanted = range(int(ends[1]), int(ends[2]) + 1, stride)
     elif all(map(_NUMBER.fullmatch, steps.split(","))):
         wanted = {int(number) for number in steps.split(",")}
@@ -275,7 +273,7 @@ def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> No
             )
     else:
         raise SelectionError(
-            f"`steps` is a list such as 100,200 or a range such as 100:1000:100, not {steps!r}"
+            f"`steps` must be a list such as 100,200 or a range such as 100:1000:100, not {steps!r}"
         )
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step not in wanted:
@@ -337,7 +335,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
         )
     winners = indices_of_best(values, rules.best, certain_mode(metric, rules.mode))
     if len(winners) < rules.best:
-        log.info("only %d of the best %d by %s are there", len(winners), rules.best, metric)
+        log.info("there are only %d of the best %d by %s", len(winners), rules.best, metric)
     for place, verdict in enumerate(left):
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"
@@ -383,7 +381,7 @@ def _apply_last(verdicts: Sequence[Verdict], counts: Iterable[int | None]) -> No
     if not left:
         return
     if len(left) < last:
-        log.info("only %d of the last %d are there", len(left), last)
+        log.info("there are only %d of the last %d", len(left), last)
     for verdict in left[:-last]:
         verdict.reject(f"not among the last {last}")
 

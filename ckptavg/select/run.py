@@ -210,7 +210,7 @@ def log_averages(run: Run) -> None:
         log.info("these are averages already: %s", listed(averages))
     else:
         log.warning(
-            "these are averages already: %s; what they are made of counts twice if it is here too",
+            "these are averages already: %s; if their members are here too, these count twice",
             listed(averages),
         )
 
@@ -220,7 +220,7 @@ def log_other_state_dicts(checkpoints: Sequence[Checkpoint]) -> None:
     last = checkpoints[-1]
     if last.other_keys:
         log.info(
-            "read %s; there is also %s, which `key` chooses",
+            "using %s; `key` can choose %s instead",
             f"the state dict {printable(last.key)!r}" if last.key else "the tensors at the top",
             listed((name or "the top ('')" for name in last.other_keys), 20),
         )

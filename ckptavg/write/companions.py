@@ -47,7 +47,7 @@ def files_along(last: Checkpoint) -> dict[str, Path]:
     """
     if last.container != "huggingface":
         log.warning(
-            "%s has no configuration that could come along: the directory has weights alone",
+            "%s has no configuration to copy: the output has only weights",
             printable(last.path.name),
         )
         return {}
@@ -56,7 +56,7 @@ def files_along(last: Checkpoint) -> dict[str, Path]:
         along |= _files_in(last.path, folder)
     if _HEAD in along:
         log.warning(
-            "%s is a pickled classifier, which is not averaged: it is that of %s; fit it again",
+            "%s is a pickled classifier, which is copied from %s and not averaged; fit it again",
             _HEAD, printable(last.name),
         )  # fmt: skip
     return along
@@ -73,7 +73,7 @@ def _files_in(path: Path, folder: str) -> dict[str, Path]:
             along |= {f"{prefix}{name}/{file.name}": file for file in inside if file.is_file()}
         elif name == _HEAD or not _LEFT_BEHIND.fullmatch(name):
             if not entry.is_file():
-                raise FormatError("is no regular file, or a link to nothing", path=entry)
+                raise FormatError("is not a regular file, or is a broken link", path=entry)
             along[prefix + name] = entry
     return along
 
@@ -91,7 +91,7 @@ def _configuration_above(path: Path) -> dict[str, Path]:
         if entry.is_file() and _CONFIGURATION.fullmatch(entry.name)
     }
     log.info(
-        "%s has no config.json: brought along from the directory above it: %s",
+        "%s has no config.json; copied from the directory above it: %s",
         printable(path.name), listed(along, 20),
     )  # fmt: skip
     return along
@@ -116,7 +116,7 @@ def mention_weights_left_behind(last: Checkpoint) -> None:
                 left.append(name)
     if left:
         names = listed(left, 20)
-        log.warning("not averaged and not brought along, though it has weights: %s", names)
+        log.warning("has weights, but is neither averaged nor copied: %s", names)
 
 
 def _has_weights(entry: Path) -> bool:

@@ -74,7 +74,7 @@ def lay_out_container(
     if torchzip.matches(file.path, file.read(0, 4)):
         layout, end = _lay_out_zip(file, spans, metadata)
     else:
-        log.info("a file as torch wrote it before 1.6 has no place for what the average is made of")
+        log.info("a file in torch's format from before 1.6 has no place for the provenance")
         layout, end = FileLayout(file.size), file.size
     scattered = {
         position: tuple(StoredTensor(file, place) for place in each if place.strides is not None)
@@ -102,7 +102,7 @@ def _add_twins(
         kind = places[0].dtype, places[0].shape
         if not others or any((place.dtype, place.shape) != kind for place in others):
             raise OutputError(
-                "is not in its state_dict as it is among its weights",
+                "differs in dtype or shape between its state_dict and its weights",
                 path=path,
                 tensor=tensor.names[0],
                 remedy=_WEIGHTS_ALONE,
@@ -154,8 +154,8 @@ def _spans(
     for (_, end, name), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise OutputError(
-                f"shares bytes with {printable(other)} in the last checkpoint, so that its "
-                "container cannot hold their averages apart",
+                f"shares bytes with {printable(other)} in the last checkpoint, so its file cannot "
+                "hold separate averages",
                 path=path,
                 tensor=name,
                 remedy=_WEIGHTS_ALONE,

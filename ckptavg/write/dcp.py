@@ -61,7 +61,7 @@ def lay_out_dcp(
     mention_kept(last, pickles)
     if last.container == "dcp" and last.other_content:
         log.info(
-            "only the weights are written, not what else %s holds, such as an optimizer's state",
+            "only the weights are written, not the rest of %s, such as an optimizer's state",
             printable(last.name),
         )
     files: dict[str, FileLayout] = {}

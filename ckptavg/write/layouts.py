@@ -138,7 +138,7 @@ def _kind(
         return "dcp" if is_dcp else "directory"
     if is_dcp:
         raise OutputError(
-            "is the name of a file, and dcp is a format of directories",
+            "is the name of a file, but dcp is a format of directories",
             path=path,
             remedy="let the output's name end with a slash",
         )
@@ -148,7 +148,7 @@ def _kind(
         if alike or path.suffix[1:].isalpha():  # `.5` is no ending
             better = path.with_suffix((alike or [_SAFETENSORS])[0])
         raise OutputError(
-            f"the ending {path.suffix!r} stands for no format",
+            f"the ending {path.suffix!r} is not that of a format",
             path=path,
             remedy=f"name it {printable(better)}; {' '.join(_TORCH)} stand for a torch file, and a "
             "slash at the end for a directory",
@@ -176,11 +176,11 @@ def _check_container(path: Path, last: Checkpoint) -> None:
             f"the last checkpoint, {printable(last.path)}, is no torch file whose weights could "
             "be replaced",
             path=path,
-            remedy="leave `container` out; a directory's configuration comes along anyway",
+            remedy="leave `container` out; a directory's configuration is copied anyway",
         )
     if path.suffix not in _TORCH or path.is_dir():
         raise OutputError(
-            "is no name for a torch file",
+            "is not the name of a torch file",
             path=path,
             remedy=f"let it end with one of {' '.join(_TORCH)}",
         )

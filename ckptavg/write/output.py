@@ -187,7 +187,7 @@ class Output:
         except OSError as error:
             message, remedy = f"cannot write it: {error.strerror}", None
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                message = "exists already: somebody else wrote it meanwhile"
+                message = "exists already: another process wrote it meanwhile"
                 remedy = "`force` replaces it"
             elif error.errno == errno.ENOSPC:
                 size = self._layout.files.get(name, self._layout).size
@@ -275,7 +275,9 @@ def _refuse_another(path: Path, identity: tuple[int, ...] | None) -> None:
     """
     if _identify(path) not in (None, identity):
         raise OutputError(
-            "somebody else wrote it meanwhile", path=path, remedy="start again, or name another"
+            "another process wrote it meanwhile",
+            path=path,
+            remedy="start again, or choose another output",
         )
 
 

@@ -68,7 +68,7 @@ def put_back(path: Path) -> None:
             else:
                 aside.rename(path)
                 name = printable(path)
-                log.info("put back what a run that was killed had moved aside: %s", name)
+                log.info("restored what a killed run had moved aside: %s", name)
 
 
 def _name_aside(path: Path) -> Path:

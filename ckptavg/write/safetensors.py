@@ -59,6 +59,6 @@ def _check(path: Path, name: str, tensor: OutputTensor, taken: Container[str]) -
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise OutputError("its name is no text", path=path, tensor=name) from error
+        raise OutputError("its name is not text", path=path, tensor=name) from error
     if name in taken:
-        raise OutputError("its name is taken in safetensors", path=path, tensor=name)
+        raise OutputError("its name is reserved in safetensors", path=path, tensor=name)

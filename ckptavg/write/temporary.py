@@ -138,7 +138,7 @@ def _clear(name: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_open_as(name, fd):
             remove(name)
-            log.info("took away what a run that was killed has left: %s", printable(name))
+            log.info("removed what a killed run left: %s", printable(name))
     except OSError:
         pass  # its process is alive, or it is another user's
     finally:

@@ -114,7 +114,7 @@ def _pickle_models(values: Mapping[str, bytes], last: Checkpoint) -> bytes:
 def mention_kept(last: Checkpoint, names: Iterable[str]) -> None:
     """Report the entries that an output has as the last checkpoint has them."""
     if shown := listed(names):
-        log.info("entries that are not tensors are those of %s: %s", printable(last.name), shown)
+        log.info("entries that are not tensors are copied from %s: %s", printable(last.name), shown)
 
 
 def mention_left_out(names: Iterable[str]) -> None:

@@ -172,7 +172,7 @@ def _check_file(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise OutputError("is a directory", path=path, remedy="name a file")
     if path.exists() and not path.is_file():
-        raise OutputError("is no regular file", path=path, remedy="name a file")
+        raise OutputError("is not a regular file", path=path, remedy="name a file")
     check_vacant(path, force=force)
 
 
@@ -186,7 +186,7 @@ def _check_directory(path: Path, names: Collection[str], *, force: bool) -> None
     present = _entries(folder)
     if strangers := _strangers(folder, names) if present else []:
         raise OutputError(
-            f"holds what the output would not bring ({listed(strangers)}), and would be replaced",
+            f"has files that the output does not have ({listed(strangers)}), and would be replaced",
             path=path,
             remedy="choose another output",
         )
@@ -195,7 +195,7 @@ def _check_directory(path: Path, names: Collection[str], *, force: bool) -> None
             "is a mount point, which cannot be replaced", path=path, remedy="name a directory in it"
         )
     if present and not os.access(folder, os.W_OK | os.X_OK) and folder.exists():
-        raise OutputError("is not to be written to", path=path, remedy="choose another output")
+        raise OutputError("is not writable", path=path, remedy="choose another output")
 
 
 def _entries(folder: Path) -> list[str]:
@@ -236,12 +236,12 @@ def check_parent(path: Path) -> None:
     """Check that something can be written beside a path.
 
     Raises:
-        OutputError: there is no such directory, or it is not to be written to.
+        OutputError: there is no such directory, or it is not writable.
     """
     if not path.parent.is_dir():
         raise OutputError(f"there is no directory {printable(path.parent)}", path=path)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{printable(path.parent)} is not to be written to", path=path)
+        raise OutputError(f"{printable(path.parent)} is not writable", path=path)
 
 
 def check_room(layouts: Iterable[Layout]) -> None:

@@ -725,7 +725,7 @@ class TestWhereItGoes:
         refresh_checkpoint(path, tmp_path / "o.ckpt", **options())
         found = load(tmp_path / "o.ckpt")
         assert set(found) == {f"model.{name}" for name in net.state_dict()}
-        assert "only the state dict is written, not what else run.ckpt holds" in caplog.text
+        assert "only the state dict is written, not the rest of run.ckpt" in caplog.text
 
     def test_key_takes_one_of_several(self, net, tmp_path):
         weights = nn.Sequential(OrderedDict(conv=net.conv, bn=net.bn)).state_dict()
@@ -809,7 +809,7 @@ class TestWhereItGoes:
         before = contents(folder)
         for output in (None, folder):
             with pytest.raises(
-                OutputError, match="holds more than weights, or not in safetensors files"
+                OutputError, match="more than weights, or with weights in other files"
             ):
                 refresh_checkpoint(folder, output, **options("train.py:raising"), in_place=True)
         assert contents(folder) == before
@@ -820,7 +820,7 @@ class TestWhereItGoes:
         folder = self.directory(net, tmp_path)
         (folder / name).write_text("{}")
         before = contents(folder)
-        with pytest.raises(OutputError, match=rf"would not bring \({name}\)"):
+        with pytest.raises(OutputError, match=rf"does not have \({name}\)"):
             refresh_checkpoint(folder, None, **options("train.py:raising"), in_place=True)
         assert contents(folder) == before
 
@@ -1011,7 +1011,7 @@ class TestInPlaceKeepsAllElse:
         path = tmp_path / "c.pt"
         torch.save(self.roots(net)["top, Adam"], path)
         refresh_checkpoint(path, tmp_path / "o.pt", **options())
-        assert "only the state dict is written, not what else c.pt holds" in caplog.text
+        assert "only the state dict is written, not the rest of c.pt" in caplog.text
         assert "optimizer" not in load(tmp_path / "o.pt")
 
 
@@ -1209,8 +1209,8 @@ class TestUsersObjects:
         [
             ({"model": "train.py:number"}, "train.py:number is a int, not a torch.nn.Module"),
             ({"model": "train.py:batches"}, "train.py:batches is a list, not a torch.nn.Module"),
-            ({"loader": "train.py:number"}, "train.py:number is a int, which gives no batches"),
-            ({"loader": "train.py:Net"}, "train.py:Net is a Net, which gives no batches"),
+            ({"loader": "train.py:number"}, "train.py:number is a int, which returns no batches"),
+            ({"loader": "train.py:Net"}, "train.py:Net is a Net, which returns no batches"),
             (
                 {"model": "train.py:net", "model_args": {"width": 3}},
                 "train.py:net is no callable: there is nothing to pass width to",
@@ -1342,9 +1342,9 @@ class TestAverageAndRefresh:
             ("ckpts/", {}, "is the directory of the checkpoints"),
             ("ours.safetensors", {"force": False}, "exists already"),
             ("absent/o.pt", {}, "there is no directory"),
-            ("o.npz", {}, "stands for no format"),
+            ("o.npz", {}, "is not that of a format"),
             ("o.pt", {"max_shard_size": 500}, "shards need a directory"),
-            ("full/", {}, r"holds what the output would not bring \(mine\)"),
+            ("full/", {}, r"has files that the output does not have \(mine\)"),
             ("o.pt", {"expect": 3}, "expected 3 checkpoints"),
             ("o.pt", {"refresh": {"model": "train.py:absent"}}, "has no 'absent'"),
             ("o.pt", {"refresh": {"loader": "absent.py:loader"}}, r"absent\.py"),

@@ -258,7 +258,7 @@ class TestDryRun:
             def __iter__(self):
                 return itertools.cycle(examples)
 
-        with pytest.raises(RefreshError, match="may be endless; say where to stop"):
+        with pytest.raises(RefreshError, match="may be endless; limit the pass"):
             dry(loader=DataLoader(Endless(), batch_size=16))
 
 

@@ -128,7 +128,7 @@ class TestTolerance:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"max_samples": 0}, "`max_samples` is at least 1, not 0"),
+            ({"max_samples": 0}, "`max_samples` must be at least 1, not 0"),
             ({"device": "nope"}, "there is no device 'nope'"),
         ],
     )
@@ -213,8 +213,8 @@ class TestLoaders:
         ("make_loader", "count", "said"),
         [
             (Wrong, 106, None),
-            (Wrong, 107, "106 batches, though its length is 3, and no end is in sight"),
-            (iter, 501, "500 batches, and no end is in sight"),
+            (Wrong, 107, "106 batches, though its length is 3, and has not ended"),
+            (iter, 501, "500 batches, and has not ended"),
         ],
     )
     def test_that_do_not_end_are_said_to_be_so_once(
@@ -223,7 +223,7 @@ class TestLoaders:
         monkeypatch.setattr(feeding, "_PATIENCE", 10_000 if make_loader is Wrong else 500)
         batch = torch.randn(2, 1)
         refresh_norm(nn.BatchNorm1d(1), make_loader([batch] * count))
-        lines = [each.getMessage() for each in caplog.records if "no end" in each.getMessage()]
+        lines = [each.getMessage() for each in caplog.records if "not ended" in each.getMessage()]
         assert len(lines) == (said is not None)
         assert said is None or said in lines[0]
         caplog.clear()
@@ -237,9 +237,9 @@ class TestLoaders:
     @pytest.mark.parametrize(
         ("shuffle", "limit", "warned"),
         [
-            (False, {"max_samples": 20}, "and the pass may end before it does"),
-            (False, {"tol": 0.1, "estimator": "exact"}, "and the pass may end before it does"),
-            (False, {"max_samples": 39}, "and the pass may end before it does"),
+            (False, {"max_samples": 20}, "and the pass may end before the data do"),
+            (False, {"tol": 0.1, "estimator": "exact"}, "and the pass may end before the data do"),
+            (False, {"max_samples": 39}, "and the pass may end before the data do"),
             (False, {"max_samples": 40}, "if the data are sorted"),
             (False, {}, "if the data are sorted"),
             (False, {"estimator": "torch"}, "if the data are sorted"),
@@ -309,7 +309,7 @@ class TestPrecision:
         assert_same_statistics(model, other, 0.02)
 
     def test_of_16_bits_is_no_other(self):
-        with pytest.raises(RefreshError, match="`amp` is one of bf16, None, not 'fp16'"):
+        with pytest.raises(RefreshError, match="`amp` must be one of bf16, None, not 'fp16'"):
             refresh_norm(make("mlp"), data_for("mlp"), amp="fp16")  # type: ignore[arg-type]
 
 

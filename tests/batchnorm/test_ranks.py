@@ -208,7 +208,7 @@ class TestResult:
         [(output, error), _] = run(folder, "two.pt", *arguments, size=2)
         found = json.loads(output)
         assert (found["batches"], found["samples"]) == (14, 202)  # 101 each
-        assert "the loader has dealt the batches out" in error
+        assert "the loader splits the batches among the processes" in error
         run(folder, "one.pt", "--loader", "train.py:loader", "--loader-arg", "shuffle=False",
             "--loader-arg", "size=202", "--max-samples", "202", "--estimator", "exact",
             size=1)  # fmt: skip
@@ -285,7 +285,7 @@ class TestFailure:
         job.processes[1].kill()
         outputs = job.finish(1, -9, 1)
         # Two are left: the one that notices first says so, and the other ends with it.
-        assert any("another process is gone" in error for _, error in outputs)
+        assert any("lost the connection to another process" in error for _, error in outputs)
         assert "Traceback" not in outputs[0][1]
 
     def test_to_come_is_told_with_what_to_do(self, folder):
@@ -293,7 +293,7 @@ class TestFailure:
                        "--loader", "train.py:loader")  # fmt: skip
         [(_, error)] = Job([call], folder, **variables(2), RANK="0").finish(1)
         [line] = [one for one in error.splitlines() if one.startswith("ckptavg: ")]
-        assert "the 2 processes did not come together" in line
+        assert "the 2 processes did not connect" in line
         assert line.endswith("start it with torchrun --no-python, or unset RANK to run it alone")
 
 

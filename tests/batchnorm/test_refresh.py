@@ -217,7 +217,7 @@ class TestOneValuePerChannel:
     def test_such_a_batch_is_left_out(self, estimator, notices):
         model, other = make("mlp"), make("mlp")
         report = refresh_norm(model, data_for("mlp", (16, 16, 1)), estimator=estimator)
-        assert "left out 1 batches with less than two values per channel" in notices.text
+        assert "left out 1 batches with fewer than two values per channel" in notices.text
         refresh_norm(other, data_for("mlp", (16, 16)), estimator=estimator)
         assert_same_statistics(model, other, 1e-12)
         assert (report.batches, report.samples, report.skipped) == (2, 32, 1)
@@ -324,7 +324,7 @@ class TestNotANumber:
         before = Snapshot(model)
         data = data_for(name)
         data[1].flatten()[7] = bad
-        with pytest.raises(RefreshError, match=r"batch number 1: .* layer '1\.1' came out NaN"):
+        with pytest.raises(RefreshError, match=r"batch number 1: .* layer '1\.1' are NaN"):
             refresh_norm(model, data, estimator=estimator, strict=True)
         before.check()
 
@@ -333,9 +333,7 @@ class TestNotANumber:
         model = make("conv2d")
         before = Snapshot(model)
         data = [batch * torch.nan for batch in data_for("conv2d")]
-        with pytest.raises(
-            RefreshError, match=r"no batch could be used: .* layer '1' came out NaN"
-        ):
+        with pytest.raises(RefreshError, match=r"no batch could be used: .* layer '1' are NaN"):
             refresh_norm(model, data, estimator=estimator)
         before.check()
 
@@ -1124,7 +1122,7 @@ class TestBatches:
     def test_none_at_all_is_an_error(self):
         model = make("mlp")
         before = Snapshot(model)
-        with pytest.raises(RefreshError, match=r"the loader gave no batches; .*used up"):
+        with pytest.raises(RefreshError, match=r"the loader gave no batches; .*only once"):
             refresh_norm(model, iter(()))
         before.check()
 
@@ -1384,7 +1382,7 @@ class TestReport:
 
 @pytest.mark.parametrize("option", ["estimator", "memory_format", "train_mode"])
 def test_an_unknown_choice_is_an_error(option):
-    with pytest.raises(RefreshError, match=f"`{option}` is one of .*, not 'other'"):
+    with pytest.raises(RefreshError, match=f"`{option}` must be one of .*, not 'other'"):
         refresh_norm(make("mlp"), data_for("mlp"), **{option: "other"})  # type: ignore[arg-type]
 
 

@@ -374,7 +374,7 @@ class TestConfiguration:
         [
             ("[tool.ckptavg]\nx = " + "[" * 3000 + "]" * 3000, "is nested too deeply"),
             ("[tool.ckptavg]\nexpect = " + "9" * 5000, "limit"),
-            ("#" * (1 << 20) + "\n", "is no file of at most 1048576 bytes"),
+            ("#" * (1 << 20) + "\n", "is not a file of at most 1048576 bytes"),
             ("[tool.ckptavg]\nexpect = {a = 1}\n", "Invalid value for '--expect'"),
             ("[tool.ckptavg]\nforce = 'maybe'\n", "Invalid value"),
         ],
@@ -392,7 +392,7 @@ class TestConfiguration:
         for path in (tmp_path / "fifo", "/dev/zero"):
             code, _, error = outcome("average", tmp_path, "-o", "o.pt", "--config", path)
             assert code == 2
-            assert f"configuration: {path}: is no file of at most" in error
+            assert f"configuration: {path}: is not a file of at most" in error
 
     def write(self, folder: Path, text: str, name: str = "pyproject.toml") -> Path:
         (folder / name).write_text(text)

@@ -161,14 +161,14 @@ class TestDatasets:
     @pytest.mark.parametrize("loader", ["dataset", "make_dataset"])
     def test_are_no_loaders(self, loader, swa):
         assert line(refresh(swa, loader=loader)) == (
-            f"mine.py:{loader} is a dataset (TensorDataset), which gives examples and no batches; "
+            f"mine.py:{loader} is a dataset (TensorDataset), which returns examples, not batches; "
             "name a function that returns torch.utils.data.DataLoader(dataset, batch_size=..., "
             "shuffle=True)"
         )
 
     def test_are_not_what_a_model_is(self, swa):
         assert line(refresh(swa, loader="make_model")) == (
-            "mine.py:make_model is a Net, which gives no batches; "
+            "mine.py:make_model is a Net, which returns no batches; "
             "let it be an iterable of batches, such as a DataLoader, or return one"
         )
 
@@ -280,7 +280,7 @@ class TestModelsOfTransformers:
 
 
 def test_that_an_input_is_an_average_is_said_where_it_is_averaged_again(swa):
-    notice = "warning: these are averages already: swa.safetensors; what they are made of counts"
+    notice = "warning: these are averages already: swa.safetensors; if their members are"
     specs = ("--model", "mine.py:make_model", "--loader", "mine.py:decorated")
     code, _, said = outcome("evaluate", "ckpts", swa, *specs)
     assert code == 0

@@ -278,15 +278,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("x = []", "gave no examples to evaluate with"),
+            ("x = []", "returned no examples to evaluate"),
             ("x = batches()[0][0].split(9)", "neither \\(inputs, targets\\)"),
             ("x = [(a, b.float()) for a, b in batches()]", r"targets are \(16,\) and outputs"),
             ("x = [(a, b[:, None]) for a, b in batches()]", r"\(16, 1\) and outputs \(16, 4\)"),
             ("x = [(a, b + 1) for a, b in batches()]", "from 1 to 4, and the model has 4 classes"),
             ("x = [(a, b - 1) for a, b in batches()]", "from -1 to 2, and the model has 4"),
-            ("x = [(a, b * 0 - 100) for a, b in batches()]", "gave no examples"),
+            ("x = [(a, b * 0 - 100) for a, b in batches()]", "returned no examples"),
             ("x = [{'images': a, 'labels': b} for a, b in batches()]", "yields a dict"),
-            ("x = 3", "gives no batches"),
+            ("x = 3", "returns no batches"),
         ],
     )
     def test_of_a_loader_say_what_is_wrong_with_it(self, text, message):
@@ -295,7 +295,7 @@ class TestRefusals:
             metrics(loader="own.py:x")
 
     def test_of_a_loader_that_is_used_up(self):
-        with pytest.raises(CkptAvgError, match="can be gone through only once"):
+        with pytest.raises(CkptAvgError, match="can be iterated only once"):
             metrics(loader="train.py:once")
 
     @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ class TestRefusals:
             metrics(forward="own.py:forward")
 
     def test_of_a_choice_without_any(self):
-        with pytest.raises(SelectionError, match="the rules leave out all 5 checkpoints"):
+        with pytest.raises(SelectionError, match="the selection leaves out all 5 checkpoints"):
             evaluate([Path("run")], **options(), select=Selection(start=99))
 
     @pytest.mark.parametrize("where", ["metric", "forward", "loader"])

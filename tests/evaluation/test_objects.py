@@ -133,7 +133,7 @@ def test_messages_name_objects_by_their_names(code):
 
 def test_a_generator_serves_one_checkpoint_only(code):
     batches = (batch for batch in code["batches"]())
-    with pytest.raises(ckptavg.CkptAvgError, match="can be gone through only once"):
+    with pytest.raises(ckptavg.CkptAvgError, match="can be iterated only once"):
         ckptavg.evaluate("run", model=nn.Sequential(*code["net"]()), loader=batches)
 
 

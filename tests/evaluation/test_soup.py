@@ -218,7 +218,7 @@ class TestNaN:
         for state in states:
             state["head.bias"][0] = torch.nan
         save_run(Path("run"), states, "pt")
-        with pytest.raises(SelectionError, match="loss is no finite number for any of 6"):
+        with pytest.raises(SelectionError, match="loss is not finite for any of 6"):
             made()
         assert not OUT.exists()
         assert no_litter()
@@ -352,7 +352,7 @@ class TestOutput:
     @pytest.mark.parametrize(
         ("output", "message"),
         [
-            ("soup.txt", "stands for no format"),
+            ("soup.txt", "is not that of a format"),
             ("no/soup.pt", "there is no directory"),
             ("run/step_2.pt", "is itself one of the checkpoints"),
         ],
@@ -411,12 +411,12 @@ class TestRefusals:
     def test_of_several_metrics(self):
         Path("own.py").write_text("def loss(*_):\n    return {'a': 1.0, 'b': 2.0}\n")
         with pytest.raises(
-            CkptAvgError, match=r"own\.py:loss returned 2 metrics, and one is needed"
+            CkptAvgError, match=r"own\.py:loss returned 2 metrics, but one is needed"
         ):
             made("own.py:loss")
 
     def test_of_no_metric(self):
-        with pytest.raises(CkptAvgError, match="the evaluation returned 2 metrics, and one is"):
+        with pytest.raises(CkptAvgError, match="the evaluation returned 2 metrics, but one is"):
             made(None)
 
     def test_of_checkpoints_of_two_models_come_before_anything_is_evaluated(self, train, states):
@@ -427,7 +427,7 @@ class TestRefusals:
 
     def test_of_an_empty_loader(self):
         Path("own.py").write_text("empty = []\n")
-        with pytest.raises(CkptAvgError, match="gave no examples"):
+        with pytest.raises(CkptAvgError, match="returned no examples"):
             soup([Path("run")], OUT, **options(loader="own.py:empty"))
         assert not OUT.exists()
         assert no_litter()

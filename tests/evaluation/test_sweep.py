@@ -351,7 +351,7 @@ class TestTest:
             "    return float(sum((model(x).argmax(1) != y).float().mean() for x, y in batches))\n"
         )
         found = swept(metric="own.py:loss", test_loader="train.py:batches")
-        assert "no interval: the metric cannot be computed of one batch: too few" in notices.text
+        assert "no interval: the metric cannot be computed for one batch: too few" in notices.text
         assert {each.verdict for each in found.test} == {"not told apart"}
 
 
@@ -455,8 +455,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("more", "code", "message"),
         [
-            (("--last", "0"), 2, "not a positive number"),
-            (("--plot", "x.txt"), 2, "ends neither with .png"),
+            (("--last", "0"), 2, "neither a positive number"),
+            (("--plot", "x.txt"), 2, "does not end with .png"),
             (("--test-loader-arg", "a=1"), 2, "no effect without --test-loader"),
         ],
     )

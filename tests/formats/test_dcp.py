@@ -321,7 +321,7 @@ class TestNames:
         with pytest.raises(SelectionError) as caught:
             open_checkpoint(folder)
         assert str(caught.value) == (
-            f"{folder}: several state dicts in it: the tensors at the top, dataloader; take one "
+            f"{folder}: several state dicts in it: the tensors at the top, dataloader; choose one "
             "with `key` ('' is the top)"
         )
         assert_holds(open_checkpoint(folder, key=""), weights)
@@ -591,7 +591,7 @@ def complaint(
         (item(relative_path="../c2/__0_0.distcp"), ".metadata", "outside the checkpoint"),
         (item(relative_path=""), ".metadata", "outside the checkpoint"),
         (item(relative_path="a\0b"), ".metadata", "outside the checkpoint"),
-        (item(relative_path="\ud800"), "\\ud800", "model.w: has a name that no file can have"),
+        (item(relative_path="\ud800"), "\\ud800", "model.w: is not a possible file name"),
         (item(relative_path=7), ".metadata", "outside the checkpoint"),
         (item(offset=-1), ".metadata", "no valid place in its file"),
         (item(length=10**9), "__0_0.distcp", "truncated"),

@@ -40,7 +40,7 @@ def test_is_one_line_and_nothing_else(asked, kind):
     [
         ("100,001 tensors", "has 100,001 tensors, more than the 100,000 that a file may have"),
         ("17 MB of metadata", "for 1 tensors at most 16,000,300"),
-        ("1,000 state dicts", "has more than 100 state dicts in it; take one with --key"),
+        ("1,000 state dicts", "has more than 100 state dicts in it; choose one with --key"),
     ],
 )
 def test_what_is_above_a_limit_is_told_the_limit(asked, kind, limit):

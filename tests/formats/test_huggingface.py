@@ -71,16 +71,16 @@ class TestIndex:
     def test_that_names_no_file_of_its_directory_is_an_error(self, tmp_path, shard):
         folder = save_shards(tmp_path / "x")
         write_index(folder, {"a": ONE, "b": shard})
-        with pytest.raises(FormatError, match=r"b: names .*, which is no file of its directory"):
+        with pytest.raises(FormatError, match=r"b: names .*, which is not a file in its directory"):
             open_checkpoint(folder)
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{}", "without a weight_map"),
-            ('{"weight_map": {}}', "without a weight_map"),
-            ('{"weight_map": ["a"]}', "without a weight_map"),
-            ('{"weight_map": null}', "without a weight_map"),
+            ("{}", "it has no weight_map"),
+            ('{"weight_map": {}}', "it has no weight_map"),
+            ('{"weight_map": ["a"]}', "it has no weight_map"),
+            ('{"weight_map": null}', "it has no weight_map"),
             ('["weight_map"]', "is not a JSON object"),
             ('{"weight_map": ', "is not valid JSON"),
             ("", "is not valid JSON"),
@@ -131,19 +131,21 @@ class TestShards:
         folder = save_shards(tmp_path / "x")
         (folder / TWO).unlink()
         link(folder / ONE, folder / TWO)
-        with pytest.raises(FormatError, match=f"{TWO}: is the same file as {ONE}: a shard twice"):
+        with pytest.raises(FormatError, match=f"{TWO}: is the same file as {ONE}: the same shard"):
             open_checkpoint(folder)
 
     def test_with_a_tensor_of_another_are_named(self, tmp_path):
         folder = save_shards(tmp_path / "x")
         save_file({"a": torch.ones(2), "b": torch.ones(4)}, folder / TWO)
-        with pytest.raises(FormatError, match=rf"{TWO}: a: is in it, .*: in two shards\?"):
+        with pytest.raises(FormatError, match=rf"{TWO}: a: is in it, .*: is it in two shards\?"):
             open_checkpoint(folder)
 
     def test_without_their_tensor_are_named(self, tmp_path):
         folder = save_shards(tmp_path / "x")
         save_file({"c": torch.ones(2)}, folder / TWO)
-        with pytest.raises(FormatError, match=f"{TWO}: b: is not in it, though {INDEX} says so"):
+        with pytest.raises(
+            FormatError, match=f"{TWO}: b: is missing from it, although {INDEX} lists it"
+        ):
             open_checkpoint(folder)
 
 
@@ -217,8 +219,8 @@ class TestConfiguration:
         code, _, said = outcome("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
         assert code == 1
         assert said == (
-            f"ckptavg: error: {tmp_path}/run/checkpoint-1/config.json: is no regular file, or a "
-            "link to nothing\n"
+            f"ckptavg: error: {tmp_path}/run/checkpoint-1/config.json: is not a regular file, or "
+            "is a broken link\n"
         )
         assert not (tmp_path / "out").exists()
 
@@ -313,7 +315,7 @@ class TestCompanions:
         result = run("average", tmp_path / "run", "-o", tmp_path / "out")
         [warning] = [line for line in result.stderr.splitlines() if "warning" in line]
         assert warning == (
-            "ckptavg: warning: not averaged and not brought along, though it has weights: "
+            "ckptavg: warning: has weights, but is neither averaged nor copied: "
             "2_Dense, model_1.safetensors"
         )
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]

@@ -420,7 +420,7 @@ def test_a_server_that_knows_no_ranges_is_named(tmp_path, store, monkeypatch):
 
     source = open_source(as_path(f"{url}/step_0.safetensors"))
     monkeypatch.setattr(MemoryFileSystem, "cat_file", whole)
-    message = r"step_0\.safetensors: is sent whole when a piece of it is asked for; download it"
+    message = r"step_0\.safetensors: cannot be read in pieces: the server ignores ranges; "
     with pytest.raises(CkptAvgError, match=message):
         ckptavg.average(url, tmp_path / "out.safetensors")
     with pytest.raises(CkptAvgError, match=message):

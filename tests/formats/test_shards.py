@@ -155,10 +155,10 @@ class TestDamage:
     def test_a_file_of_the_last_rank_may_be_missing(self, hf, notices):
         """Rows that are not there make a tensor shorter, and a rank without a part has no file."""
         open_checkpoint(hf)
-        assert "is not there" not in notices.text
+        assert "does not exist" not in notices.text
         (hf / THIRD).unlink()
         open_checkpoint(hf)
-        [notice] = [each for each in notices.messages if "is not there" in each]
+        [notice] = [each for each in notices.messages if "does not exist" in each]
         assert notice.startswith(str(hf / THIRD))
 
     def test_files_that_are_there_twice(self, hf, fsdp):
@@ -166,9 +166,9 @@ class TestDamage:
         assert "shard-00004-model-00001-of-00002.safetensors" in refusal(hf)
         assert f"that {SECOND} has too" in refusal(hf)
         shutil.copy(fsdp / "model_world_size_2_rank_1.pt", fsdp / "model_world_size_2_rank_01.pt")
-        assert "is of another save than" in refusal(fsdp)
+        assert "is from another save than" in refusal(fsdp)
         (fsdp / "model_world_size_2_rank_01.pt").rename(fsdp / "model_world_size_2_rank_2.pt")
-        assert refusal(fsdp) == "/model_world_size_2_rank_2.pt: is of none of 2 ranks"
+        assert refusal(fsdp) == "/model_world_size_2_rank_2.pt: is not from any of 2 ranks"
         shutil.copy(fsdp / "model_world_size_2_rank_1.pt", fsdp / "model_world_size_2_rank_0.pt")
         (fsdp / "model_world_size_2_rank_2.pt").unlink()
         assert re.fullmatch(
@@ -179,9 +179,9 @@ class TestDamage:
 
     def test_files_of_two_saves(self, saved, hf, fsdp):
         shutil.copytree(saved / "fsdp2" / "rows3", fsdp, dirs_exist_ok=True)
-        assert "is of another save than model_world_size_" in refusal(fsdp)
+        assert "is from another save than model_world_size_" in refusal(fsdp)
         shutil.copy(hf / SECOND, hf / SECOND.replace("of-00002", "of-00003"))
-        assert "is of another save than shard-" in refusal(hf)
+        assert "is from another save than shard-" in refusal(hf)
 
     @pytest.mark.parametrize("kind", ["hf", "fsdp"])
     def test_truncated_files(self, kind, request):
@@ -206,7 +206,7 @@ class TestDamage:
             (lambda t, _: t.update(grid=t["grid"].half()), "float16"),
             (lambda t, _: t.update(grid=t["grid"][:, :5].contiguous()), "lacks"),
             (lambda t, p: t.update(grid=t["grid"][0] + 0) or p["grid"].update(saved_offsets=[4]),
-             "has a piece of a tensor of float32 [6], and"),
+             "has a piece of a tensor of float32 [6], but"),
         ],
     )  # fmt: skip
     def test_pieces_that_do_not_go_together(self, hf, change, message, tmp_path):

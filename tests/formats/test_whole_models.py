@@ -297,7 +297,7 @@ def test_two_models_are_left_to_the_user(tmp_path):
 )
 def test_any_other_object_is_called_by_its_name(tmp_path, root, kind):
     message = refusal(save_torch(root, tmp_path / "x.pt"), SelectionError)
-    assert f"holds a whole {kind} object, no state dict" in message
+    assert f"holds a whole {kind} object, not a state dict" in message
     assert "save its state_dict()" in message
 
 

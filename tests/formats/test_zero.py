@@ -54,7 +54,7 @@ class TestRealDirectories:
         assert refusal(folder).startswith(f"/{path.name}: ")
         path.unlink()
         name = f"zero_pp_rank_1_mp_rank_00_{kind}_states.pt"
-        assert refusal(folder) == f"/{name}: is missing, a part of the weights"
+        assert refusal(folder) == f"/{name}: is missing; it has a part of the weights"
         with pytest.raises(FormatError, match=name):
             ckptavg.average([folder, STEPS[0]], tmp_path / "out.safetensors")
         assert not (tmp_path / "out.safetensors").exists()
@@ -77,7 +77,7 @@ class TestRealDirectories:
         assert "is of another number of ranks than 2" in refusal(folder)
         optimizer = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
         shutil.copy(folder / f"bf16_{optimizer}", folder / optimizer)
-        assert f"/{optimizer}: is of another save than bf16_{optimizer}" in refusal(folder)
+        assert f"/{optimizer}: is from another save than bf16_{optimizer}" in refusal(folder)
         model = "zero_pp_rank_1_mp_rank_01_model_states.pt"
         shutil.copy(folder / "zero_pp_rank_1_mp_rank_00_model_states.pt", folder / model)
         assert "zero_to_fp32.py" in refusal(folder)
@@ -114,10 +114,10 @@ class TestRealDirectoriesOfStages1And2:
         assert refusal(folder).startswith(f"/{path.name}: ")
         path.unlink()
         name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-        assert refusal(folder) == f"/{name}: is missing, a part of the weights"
+        assert refusal(folder) == f"/{name}: is missing; it has a part of the weights"
         path.write_bytes(content)
         shutil.copy(path, path.with_name(name))
-        assert refusal(folder) == f"/{name}: is of another save than {path.name}"
+        assert refusal(folder) == f"/{name}: is from another save than {path.name}"
         path.with_name(name).unlink()
         [last] = folder.glob("*rank_2*")
         last.unlink()

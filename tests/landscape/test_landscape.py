@@ -589,7 +589,7 @@ class TestJournal:
         folder = os.open("o", os.O_RDONLY)
         fcntl.flock(folder, fcntl.LOCK_EX)
         try:
-            with pytest.raises(OutputError, match="another run is at work here"):
+            with pytest.raises(OutputError, match="another run is using it"):
                 rays(PATHS[:1], Path("o"), options(), **self.one)
         finally:
             os.close(folder)

@@ -71,4 +71,4 @@ def test_for_other_processes_they_are_refused(make):
 @LOADERS
 def test_a_part_of_the_data_alone_is_warned_of(make, notices):
     refresh_norm(nn.BatchNorm1d(1), make(0))
-    assert "the loader gives one part of 2 of the data" in notices.text
+    assert "the loader returns one of 2 parts of the data" in notices.text

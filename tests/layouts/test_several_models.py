@@ -127,7 +127,7 @@ class TestSentenceTransformers:
             head = linear_model.LogisticRegression().fit([[0.0], [float(step)]], [0, 1])
             joblib.dump(head, tmp_path / "run" / f"checkpoint-{step}" / "model_head.pkl")
         _, _, said = outcome("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
-        assert "model_head.pkl is a pickled classifier, which is not averaged" in said
+        assert "model_head.pkl is a pickled classifier, which is copied from" in said
         found = joblib.load(tmp_path / "out" / "model_head.pkl")
         assert found.coef_ == head.coef_
 
@@ -204,7 +204,7 @@ class TestAdapters:
     def test_all_of_a_model_are_averaged(self, library, tmp_path):
         states = self.train(tmp_path / "run", library)
         _, _, said = outcome("average", tmp_path / "run", "-o", f"{tmp_path}/out/")
-        assert "not brought along" not in said
+        assert "neither averaged nor copied" not in said
         assert files(tmp_path / "out") == files(tmp_path / "run" / "checkpoint-10")
         for found, saved in zip(self.load(tmp_path / "out", library), states, strict=True):
             assert_mean(found, saved)
@@ -227,7 +227,7 @@ class TestAdapters:
         config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 5'))
         code, _, said = outcome("verify", tmp_path / "out", tmp_path / "run")
         assert code == 1
-        assert "ref/adapter_config.json: is not what its members give" in said
+        assert "ref/adapter_config.json: differs from that of its members" in said
 
     def test_checkpoints_beside_a_finished_adapter_are_the_members(self, library, tmp_path):
         states = self.train(tmp_path / "run", library)
@@ -286,7 +286,7 @@ class TestVariants:
             autoencoder().half().save_pretrained(folder, variant="fp16")
         result = run("average", tmp_path / "run", "-o", f"{tmp_path}/{output}")
         assert (
-            "not averaged and not brought along, though it has weights: "
+            "has weights, but is neither averaged nor copied: "
             "diffusion_pytorch_model.bin, diffusion_pytorch_model.fp16.safetensors" in result.stderr
         )
         if output == "out/":
@@ -380,9 +380,7 @@ def test_a_configuration_one_level_up_comes_along(tmp_path):
     libraries.tokenizer().save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "results.json").write_text("{}")
     result = run("average", tmp_path / "run", "-o", f"{tmp_path}/out/", "--dtype", "bfloat16")
-    assert "checkpoint-10 has no config.json: brought along from the directory above it" in (
-        result.stderr
-    )
+    assert "checkpoint-10 has no config.json; copied from the directory above it" in (result.stderr)
     found = type(model).from_pretrained(tmp_path / "out")
     assert_mean(found.state_dict(), states, torch.bfloat16)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

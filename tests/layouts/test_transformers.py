@@ -399,7 +399,7 @@ def outside(name: str) -> Callable[[Path], tuple[Path, str]]:
         if name.startswith(".."):
             shutil.copyfile(shard(folder, 0), folder.parents[1] / "x.safetensors")
         edit_index(folder, lambda weight_map: weight_map.update({min(weight_map): name}))
-        return folder / INDEX, "which is no file of its directory"
+        return folder / INDEX, "which is not a file in its directory"
 
     return damage
 

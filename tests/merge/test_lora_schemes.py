@@ -69,7 +69,8 @@ def test_factors_apart_are_averaged_with_a_warning(tmp_path, caplog, module, dow
     run = save(tmp_path / "run", *(factors(names, seed) for seed in range(2)))
     ckptavg.average(run, tmp_path / "out.safetensors")
     assert (
-        "not the average of what they add to the weights; `lora=exact` averages that" in caplog.text
+        "not the average of what they add to the weights; `lora=exact` computes that average"
+        in caplog.text
     )
 
 
@@ -266,7 +267,7 @@ def test_what_is_no_plain_product_is_named_and_not_recommended(tmp_path, caplog,
         ckptavg.average(run, tmp_path / "out.safetensors", lora="exact")
     assert "merge each adapter into its model" in str(caught.value)
     ckptavg.average(run, tmp_path / "out.safetensors")
-    assert f"that cannot be averaged: {run}/mine-000002.safetensors" in caplog.text
+    assert f"that average cannot be computed: {run}/mine-000002.safetensors" in caplog.text
     assert f"is a factor of {kind}, not" in caplog.text
     assert "lora=exact" not in caplog.text
 
@@ -310,7 +311,10 @@ def test_where_no_scale_is_known_the_products_are_not_averaged(tmp_path, caplog,
     with pytest.raises(FormatError, match="has no alpha"):
         ckptavg.average(run, tmp_path / "out.safetensors", lora="exact")
     ckptavg.average(run, tmp_path / "out.safetensors")
-    assert "not the average of what they add to the weights; that cannot be averaged" in caplog.text
+    assert (
+        "not the average of what they add to the weights; that average cannot be computed"
+        in caplog.text
+    )
     assert "lora=exact" not in caplog.text
 
 

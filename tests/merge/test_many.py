@@ -264,7 +264,7 @@ class TestUpdate:
         save_run(tmp_path / "other", random_state_dicts(2))
         alone = tmp_path / "alone.safetensors"
         ckptavg.average(tmp_path / "other", alone)
-        with pytest.raises(SelectionError, match="nothing to fold"):
+        with pytest.raises(SelectionError, match="no checkpoints to add"):
             ckptavg.average(alone, out, update=True)
         with pytest.raises(SelectionError, match="uniform average can be updated"):
             ckptavg.average(
@@ -352,7 +352,7 @@ def test_fewer_than_asked_for_is_said(tmp_path, caplog):
     save_run(tmp_path / "run", random_state_dicts(2))
     with caplog.at_level("INFO", "ckptavg"):
         ckptavg.average_many(tmp_path / "run", tmp_path / "out", select=Selection(last=[1, 9]))
-    assert "only 2 of the last 9 are there" in caplog.text
+    assert "there are only 2 of the last 9" in caplog.text
 
 
 def test_notices_of_the_selection_come_once_for_several_schemes(tmp_path, caplog):
@@ -364,7 +364,7 @@ def test_notices_of_the_selection_come_once_for_several_schemes(tmp_path, caplog
             weights="uniform,linear,ema:0.9",
             select=Selection(last=[1, 9]),
         )
-    assert caplog.text.count("only 2 of the last 9 are there") == 1
+    assert caplog.text.count("there are only 2 of the last 9") == 1
 
 
 def test_names_taken_meanwhile_leave_none(tmp_path, monkeypatch):

@@ -276,7 +276,9 @@ def test_one_text_stands_for_a_list_of_it(states, folder):
     assert chosen == Selection(include=["step_[12].pt"], exclude=["*_2.pt"])
     summary = ckptavg.average(folder, output, select=chosen, force=True)
     assert [source.name for source in summary.sources] == ["step_1.pt"]
-    with pytest.raises(SelectionError, match=r"`skip` is a text, or a list of texts, not \[3\]"):
+    with pytest.raises(
+        SelectionError, match=r"`skip` must be a string or a list of strings, not \[3\]"
+    ):
         ckptavg.average(folder, output, skip=[3])  # type: ignore[list-item]
 
 

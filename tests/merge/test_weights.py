@@ -305,10 +305,10 @@ class TestOwnNumbers:
     @pytest.mark.parametrize(
         ("pairs", "complaint"),
         [
-            ([("d.pt", 1)], "d.pt fits none of the checkpoints: run/a.pt, other/a.pt, run/b.pt"),
+            ([("d.pt", 1)], "d.pt matches none of the checkpoints: run/a.pt, other/a.pt, run/b.pt"),
             ([("a.pt", 1)], "fits 2 checkpoints: run/a.pt, other/a.pt; name the folder too"),
             ([("b.pt", 1), ("run/b.pt", 2)], "run/b.pt has two weights"),
-            ([("", 1)], "fits none"),
+            ([("", 1)], "matches none"),
             ([("b.pt", 0)], "sum to zero"),
             ([("b.pt", math.nan)], "finite"),
         ],
@@ -392,11 +392,11 @@ class TestParse:
             ("ema", "unknown weights 'ema'; they are"),
             ("ema:", "unknown weights 'ema:'; they are"),
             ("ema:fast", "ema:DECAY have a number, not 'fast'"),
-            ("ema:1.5", "the decay of ema is from 0 to 1, not 1.5"),
+            ("ema:1.5", "the decay of ema must be from 0 to 1, not 1.5"),
             ("ema:nan", "from 0 to 1"),
             ("power:0.3", "above 0 and below 0.2887, not 0.3; uniform"),
             ("power:0", "above 0 and below 0.2887, not 0"),
-            ("decay:exp", "decay is one of linear, cosine, 1-sqrt, not 'exp'"),
+            ("decay:exp", "decay must be one of linear, cosine, 1-sqrt, not 'exp'"),
             ("0.5,ema:0.9", "mix schemes, numbers and paths"),
             ("0.5,a.pt=1", "mix schemes, numbers and paths"),
             ("uniform,a.pt=1", "mix schemes, numbers and paths"),
@@ -491,6 +491,10 @@ def test_the_numbers_in_the_documentation_are_true():
     assert [width for _, width in pairs[:4]] == ["0.05", "0.1", "0.2", "0.25"]
     for exponent, width in pairs[:4]:
         assert published_exponent(float(width)) == pytest.approx(float(exponent), abs=5.1e-3)
-    for percent, words, count in ((83, "five at", 5), (33, "twenty", 20), (8, "a hundred", 100)):
-        assert f"{percent} % of {words}" in page
+    for percent, words, count in (
+        (83, "five checkpoints", 5),
+        (33, "twenty", 20),
+        (8, "a hundred", 100),
+    ):
+        assert f"{percent} % for {words}" in page
         assert round(100 * shares(power(range(1, count + 1), 0.1))[-1]) == percent

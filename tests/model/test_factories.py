@@ -135,7 +135,7 @@ class TestFiles:
         open("saved", "w").close()
         """
         write(tmp_path / "factory_trains.py", text)
-        with pytest.raises(UserCodeError, match=r"begins a training.*under `if __name__"):
+        with pytest.raises(UserCodeError, match=r"starts a training.*under `if __name__"):
             load_object(spec)
         assert not (tmp_path / "saved").exists()
         weight = torch.nn.Parameter(torch.ones(1))

@@ -349,7 +349,7 @@ class TestAdapters:
                 model(batch)
         for name in STATISTICS:
             torch.testing.assert_close(refreshed[f"norm.{name}"], getattr(seen, name))
-        assert "holds an adapter alone: 12 other tensors" in notices.text
+        assert "holds only an adapter: 12 other tensors" in notices.text
         assert "left 2 norm layers alone (not in the checkpoint): " in notices.text
         assert "'base.1', 'norm.original_module'" in notices.text
 
@@ -443,4 +443,4 @@ class Yolo(nn.Module):
 def test_the_network_of_what_trains_it_is_the_model(kind, train_mode, notices):
     state = Net().state_dict()
     assert_refreshed(refresh(state, kind(Net()), train_mode=train_mode), state, "norm")
-    assert re.search(r"is a (Learner|Yolo): took its attribute '(model|module_)'", notices.text)
+    assert re.search(r"is a (Learner|Yolo): using its attribute '(model|module_)'", notices.text)

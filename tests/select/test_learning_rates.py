@@ -363,7 +363,7 @@ def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
         0.2,
     ]
     assert caplog.messages == [
-        "the recorded learning rates count as the ones used: see `lr_recorded`"
+        "the recorded learning rates count as those of the last update: see `lr_recorded`"
     ]
 
 

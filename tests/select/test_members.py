@@ -555,4 +555,4 @@ class TestInspect:
             content = {"epoch": epoch, "model": {"w": w(epoch)}, "loss": 1.0 - epoch / 10}
             put(tmp_path / "run" / f"{epoch}.pt", content)
         result = run("inspect", tmp_path / "run", "--best", "5", "--metric", "loss")
-        assert "only 4 of the best 5 by loss are there" in result.stderr
+        assert "there are only 4 of the best 5 by loss" in result.stderr

@@ -269,11 +269,11 @@ def test_json_may_have_nan(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no CSV"),
-        ("a.pt\nb.pt", "no CSV"),
+        ("", "not a CSV"),
+        ("a.pt\nb.pt", "not a CSV"),
         ("name,loss\na,x", r"of a, 'x' is no number"),
         ("a,0.1\na,0.2", "has a twice"),
-        (b"\xff\xfe\x00", "no text"),
+        (b"\xff\xfe\x00", "not text"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ('{"a": 1, "a": 2}', "twice"),
@@ -281,7 +281,7 @@ def test_json_may_have_nan(tmp_path):
         ('{"a": "x\\u001b[2J"}', "no number"),
         ('{"a": [1]}', "no number"),
         ('{"a": 1' + "0" * 400 + "}", "no number"),
-        ('{"a": 1, "b": {"loss": 2}}', "beside objects"),
+        ('{"a": 1, "b": {"loss": 2}}', "mixes values"),
         ('[{"loss": 1}]', 'without "checkpoint"'),
         ("[1]", 'without "checkpoint"'),
         ('[{"checkpoint": 3, "loss": 1}]', 'without "checkpoint"'),

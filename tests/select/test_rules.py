@@ -194,8 +194,8 @@ def test_endless_and_odd_numbers_are_one_line(run, text):
         ({"steps": "1-5"}, "100,200 or a range such as 100:1000:100"),
         ({"steps": "1:5:0"}, "stride"),
         ({"start": "soon"}, "a share such as 75%"),
-        ({"start": "110%"}, "110% is more than all"),
-        ({"start": "5000"}, "the rules leave out all 10 checkpoints"),
+        ({"start": "110%"}, "must be at most 100%, not 110%"),
+        ({"start": "5000"}, "the selection leaves out all 10 checkpoints"),
         ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
         ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),
         (
@@ -219,8 +219,8 @@ def test_what_cannot_be_chosen_is_said(run, rules, message):
         ({"steps": "1", "cycle": 3}, "`steps` and `cycle`"),
         ({"cycle": 3, "lr_minima": True}, "`cycle` and `lr_minima`"),
         ({"mode": "max"}, "need a metric"),
-        ({"last": 0}, "`last` is at least 1"),
-        ({"every": -1}, "`every` is at least 1"),
+        ({"last": 0}, "`last` must be at least 1"),
+        ({"every": -1}, "`every` must be at least 1"),
     ],
     ids=str,
 )

@@ -313,7 +313,7 @@ class TestAgainstUpdateBn:
         report = refresh(model, batches)
         assert_same_statistics(model, other, 1e-5)
         assert (report.batches, report.skipped) == (2, 1)
-        assert "left out 1 batches with less than two values per channel" in notices.text
+        assert "left out 1 batches with fewer than two values per channel" in notices.text
 
 
 DROPPING: dict[str, tuple[Callable[..., Any], dict[str, float], tuple[int, ...]]] = {
@@ -474,7 +474,7 @@ class TestSplitBatchNorm:
             copy.deepcopy(other).train()(one)
         report = refresh(model, [first, one, last], estimator=estimator)
         assert (report.batches, report.skipped) == (2, 1)
-        assert "less than two values per channel" in notices.text
+        assert "fewer than two values per channel" in notices.text
         refresh(other, [first, last], estimator=estimator)
         assert_same_statistics(model, other, 1e-12)
 

@@ -149,7 +149,7 @@ def test_a_legacy_file_keeps_its_length_and_a_notice_says_what_it_lacks(tmp_path
     train(tmp_path / "run", legacy=True)
     out = tmp_path / "out.pt"
     result = run("average", tmp_path / "run", "-o", out, "--container", "last")
-    assert "no place for what the average is made of" in result.stderr
+    assert "no place for the provenance" in result.stderr
     assert out.stat().st_size == (tmp_path / "run" / "epoch_2.ckpt").stat().st_size
 
 
@@ -418,7 +418,7 @@ def test_a_safetensors_file_at_the_end_is_no_container(tmp_path):
 @pytest.mark.parametrize("name", ["out.safetensors", "out", "out/"])
 def test_the_output_is_called_as_a_torch_file(tmp_path, name):
     save_run(tmp_path / "run", random_state_dicts(2), "pt")
-    with pytest.raises(OutputError, match="no name for a torch file"):
+    with pytest.raises(OutputError, match="not the name of a torch file"):
         ckptavg.average(tmp_path / "run", f"{tmp_path}/{name}", container="last")
 
 

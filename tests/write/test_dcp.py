@@ -121,7 +121,8 @@ class TestWhatTorchWrites:
         code, _, said = outcome("convert", tmp_path / "in", "-o", tmp_path / "o", "--format", "dcp")
         assert code == 0
         assert (
-            "entries that are not tensors are those of in: a._extra_state, b._extra_state" in said
+            "entries that are not tensors are copied from in: a._extra_state, b._extra_state"
+            in said
         )
         assert "left out entries that are not tensors: c._extra_state" in said
         ours, its = metadata_of(tmp_path / "o"), metadata_of(tmp_path / "in")
@@ -421,7 +422,7 @@ class TestPublication:
     def test_says_what_is_not_written(self, tmp_path, notices):
         save_states(tmp_path / "run", random_state_dicts(2))
         ckptavg.average(tmp_path / "run", tmp_path / "out", format="dcp")
-        assert "only the weights are written, not what else 1 holds" in notices.text
+        assert "only the weights are written, not the rest of 1" in notices.text
 
     def test_a_dry_run_writes_nothing(self, tmp_path):
         save_run(tmp_path / "run", random_state_dicts(2))

@@ -122,7 +122,7 @@ def test_the_last_one_s_is_kept_in_a_torch_file_and_said(tmp_path, state, bare, 
     saved = train(tmp_path / "run", state, bare=bare)
     ckptavg.average(tmp_path / "run", tmp_path / "out.pt")
     [said] = [line for line in notices.messages if "entries that are not tensors" in line]
-    assert re.fullmatch(r"entries that are not tensors are those of \S+: 1\._extra_state", said)
+    assert re.fullmatch(r"entries that are not tensors are copied from \S+: 1\._extra_state", said)
     result = torch.load(tmp_path / "out.pt", weights_only=not needs_trust(tmp_path / "run"))
     assert result.keys() == saved[0].keys()
     assert same(result["1._extra_state"], saved[-1]["1._extra_state"])
@@ -250,7 +250,7 @@ def test_one_that_cannot_be_kept_does_not_take_the_others_with_it(tmp_path):
         }
         torch.save(root, tmp_path / "run" / f"step_{step}.pt")
     result = run("average", tmp_path / "run", "-o", tmp_path / "out.pt")
-    kept = "entries that are not tensors are those of step_1.pt: a._extra_state, c._extra_state"
+    kept = "entries that are not tensors are copied from step_1.pt: a._extra_state, c._extra_state"
     assert result.stderr == f"ckptavg: {LEFT_OUT}b._extra_state\nckptavg: {kept}\n"
     loaded = torch.load(tmp_path / "out.pt")
     assert loaded.keys() == {"weight", "a._extra_state", "c._extra_state"}

@@ -240,7 +240,7 @@ class TestSmallDisk:
             for output in ("o.safetensors", "o/"):
                 done = average(run, "-o", f"{disk}/{output}")
                 assert done.code == 1
-                assert "disk is not to be written to" in done.err.splitlines()[-1]
+                assert "disk is not writable" in done.err.splitlines()[-1]
 
 
 def folders_of(run: Path) -> None:
@@ -306,7 +306,7 @@ class TestPermission:
         done = without_privileges(tmp_path, "average", "run", "-o", "out/", "--force")
         (tmp_path / "out").chmod(0o755)
         assert done.code == 1
-        assert done.err == ("ckptavg: error: out: is not to be written to; choose another output\n")
+        assert done.err == ("ckptavg: error: out: is not writable; choose another output\n")
 
     def test_taken_away_during_the_run(self, locked):
         """Held before its first change, when all has been checked."""

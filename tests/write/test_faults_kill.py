@@ -134,7 +134,7 @@ def test_the_next_run_says_what_it_took_away_and_spares_what_is_not_its_own(tmp_
     done = command(tmp_path, "average", "a.safetensors", "-o", "o.safetensors")
     _, errors = done.communicate()
     assert done.returncode == 0
-    assert "took away what a run that was killed has left: .ckptavg-0123abcd.tmp" in errors
+    assert "removed what a killed run left: .ckptavg-0123abcd.tmp" in errors
     assert sorted(os.listdir(tmp_path)) == [
         ".ckptavg-01234567.tmp", ".ckptavg-0123abcd.tmp.bak", ".ckptavg-mine.tmp",
         "a.safetensors", "o.safetensors",

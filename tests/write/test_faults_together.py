@@ -19,7 +19,7 @@ NAMES = [
 ]  # fmt: skip
 OTHER = ("--weights", "linear")
 """What makes the second run's output another one."""
-LOST = ("somebody else wrote it meanwhile", "exists already")
+LOST = ("another process wrote it meanwhile", "exists already")
 HELD = signal.SIGSTOP
 
 

@@ -108,7 +108,7 @@ def test_a_directory_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
 def test_of_two_writers_at_once_one_wins_and_the_other_says_so(tmp_path):
     with Output(a_file(tmp_path / "out"), force=False, fsync=False) as first:
         write(tmp_path / "out")
-        with pytest.raises(OutputError, match="somebody else wrote it meanwhile"):
+        with pytest.raises(OutputError, match="another process wrote it meanwhile"):
             first.publish()
     assert (tmp_path / "out").read_bytes() == b"head0123456789abcdef"
     assert os.listdir(tmp_path) == ["out"]
@@ -237,7 +237,7 @@ class TestDestination:
 
     def test_a_fifo_is_no_file(self, tmp_path):
         os.mkfifo(tmp_path / "out")
-        with pytest.raises(OutputError, match="is no regular file"):
+        with pytest.raises(OutputError, match="is not a regular file"):
             check_outputs([a_file(tmp_path / "out")], force=True)
 
     def test_a_dangling_symlink_exists(self, tmp_path):
@@ -248,7 +248,7 @@ class TestDestination:
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_a_directory_without_permission(self, tmp_path):
         (tmp_path / "locked").mkdir(mode=0o555)
-        with pytest.raises(OutputError, match="not to be written to"):
+        with pytest.raises(OutputError, match="is not writable"):
             check_outputs([a_file(tmp_path / "locked" / "out")], force=False)
 
 

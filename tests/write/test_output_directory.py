@@ -148,7 +148,7 @@ class TestForce:
         (out / name).write_text("precious")
         before = tree(tmp_path)
         message = refusal(ckpts, out)
-        assert "holds what the output would not bring (" in message
+        assert "has files that the output does not have (" in message
         assert name in message
         assert tree(tmp_path) == before
 

@@ -232,7 +232,7 @@ class TestSeveral:
         Path("run/step_1").mkdir(parents=True)
         torch.save(gan(1), "run/step_1/pytorch_model.bin")
         Path("run/step_1/config.json").write_text("{}")
-        with pytest.raises(SelectionError, match="take one with `key`"):
+        with pytest.raises(SelectionError, match="choose one with `key`"):
             average()
         with pytest.raises(SelectionError, match="only a torch file holds several"):
             ckptavg.convert("run/step_1", "gan.pt", key="*")
@@ -355,7 +355,7 @@ class TestWhatComesAfter:
         model = ("--model", "train.py:model", "--loader", "train.py:loader")
         code, _, message = outcome("average", "run", "-o", "gan.pt", "--key", "*", *model)
         assert code == 1
-        assert "a refresh is of one state dict" in message
+        assert "a refresh needs one state dict" in message
         assert not Path("gan.pt").exists()
         result = average()
         code, _, message = outcome("bn-refresh", "gan.pt", *model)

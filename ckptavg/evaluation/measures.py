@@ -79,11 +79,10 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
 
 
 def _name(metric: Function, name: object) -> str:
-    if not isinstance(name, str) or not name or name in _OTHER_KEYS:
-        raise CkptAvgError(
-            f"{name_of(metric)} returned a metric with the name {printable(repr(name))}"
-        )
-    return name
+    # Names are written into files and tables.
+    if isinstance(name, str) and name and name.isprintable() and name not in _OTHER_KEYS:
+        return name
+    raise CkptAvgError(f"{name_of(metric)} returned a metric with the name {printable(repr(name))}")
 
 
 def _number(metric: Function, value: Any) -> float:  # noqa: ANN401 - what the user's function returns

@@ -307,6 +307,8 @@ class TestRefusals:
             ("return {'a': [1]}", "returned a list, not"),
             ("return {'path': 1.0}", "with the name 'path'"),
             ("return {3: 1.0}", "with the name 3"),
+            (r"return {'\x1b[31m': 1.0}", r"with the name '\\x1b\[31m'"),
+            (r"return {'\ud800': 1.0}", r"with the name '\\ud800'"),
             ("return {}", "returned a dict without metrics"),
         ],
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import sys
 from dataclasses import dataclass
@@ -181,6 +182,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
+        content = io.BytesIO()  # on a full disk torch's own error would not say so
         torch.save(
             {
                 "state_dict": self.model.state_dict(),
@@ -188,8 +190,9 @@ class Run:
                 "epoch": self.epoch,
                 "global_step": self.step,
             },
-            path,
+            content,
         )
+        path.write_bytes(content.getvalue())
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint."""

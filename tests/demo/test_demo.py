@@ -1,8 +1,10 @@
 """The demo: what it trains, what it leaves, and what it says."""
 
 import dataclasses
+import errno
 import importlib
 import json
+import os
 import shlex
 import sys
 from functools import partial
@@ -284,3 +286,8 @@ def test_refreshed_average_beats_the_models_it_is_made_of(tmp_path):
     assert refreshed.nll < min(last.nll, members.nll, averaged.nll)
     # The baseline is the better of the others, whether or not it is beaten.
     assert decayed.accuracy > members.accuracy
+
+
+def test_a_full_disk_is_the_system_s_error():
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        train.Run(0).save(Path("/dev/full"))

@@ -99,8 +99,11 @@ def verify(
     average, record = _open(as_path(output), key)
     paths = as_paths(inputs)
     if not paths:
+        names = [member["name"] for member in record.members]
         raise VerificationError(
-            "can only be verified with its members", path=average.path, remedy="name them as well"
+            f"is compared with the checkpoints that it was made of: {listed(names)}",
+            path=average.path,
+            remedy="name them, or their directory, as well: it does not record where they are",
         )
     members = _find_members(paths, record)
     hashed = _check_hashes(members, record, threads, hash_progress)

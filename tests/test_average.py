@@ -25,6 +25,7 @@ from ckptavg.errors import (
     SelectionError,
     ValueRangeError,
 )
+from tests.helpers import run
 from tests.oracle import naive_mean, random_state_dicts, same_bits, save_run
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -897,3 +898,14 @@ def test_optimizer_state_is_never_read(tmp_path, bytes_read):
     ckptavg.average(tmp_path / "run", tmp_path / "out.safetensors")
     model = sum(value.nbytes for state in states for value in state.values())
     assert model <= sum(bytes_read) <= 1.05 * model
+
+
+@pytest.mark.parametrize(
+    ("short", "name"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")]
+)
+def test_a_dtype_has_a_short_name_too(short, name, tmp_path):
+    save_run(tmp_path / "run", [{"w": torch.randn(3)} for _ in range(2)])
+    run("average", tmp_path / "run", "-o", tmp_path / "short.pt", "--dtype", short)
+    ckptavg.average(tmp_path / "run", tmp_path / "long.pt", dtype=name)
+    assert torch.load(tmp_path / "short.pt")["w"].dtype == getattr(torch, name)
+    assert (tmp_path / "short.pt").read_bytes() == (tmp_path / "long.pt").read_bytes()

@@ -65,6 +65,20 @@ class Command(click.Command):
         super().__init__(name, params=[*params, *options], **settings)
         self._groups, self._no_effect = groups, no_effect
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; the error about an option without its value says what that is."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadOptionUsage as error:
+            texts = [
+                f"{error} {option.make_metavar(ctx)}: {option.help}"
+                for option in self.params
+                if error.option_name in option.opts
+                and isinstance(option, click.Option)
+                and not option.is_flag
+            ]
+            raise click.UsageError("".join(texts) or str(error), ctx) from error
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options into the help, a section for each group."""
         for title, options in self._groups.items():

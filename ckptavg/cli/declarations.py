@@ -6,6 +6,7 @@ import ast
 import copy
 import datetime as dt
 import math
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptavg.errors import SelectionError
+from ckptavg.errors import CkptAvgError, SelectionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,26 @@ def path_text(text: str) -> str:
     if not text:
         raise click.BadParameter("the path is empty")  # a variable that was not set
     return text
+
+
+def input_text(text: str) -> str:
+    """A path or a URL as it was typed; of a path there is something, or was before a run ended.
+
+    It is looked for before the libraries are imported. A run that was killed may have moved a
+    directory aside, which `bn-refresh` puts back.
+    """
+    from ckptavg.formats.paths import check_exists
+
+    path = Path(path_text(text))
+    if "://" in text or os.path.lexists(path) or any(path.parent.glob(".ckptavg-*.old")):
+        return text
+    check_exists(path)
+    return text
+
+
+def input_path(text: str) -> Path:
+    """The same as a path, or a URL that behaves like one."""
+    return path_or_url(input_text(text))
 
 
 def path_or_url(text: str) -> Path:
@@ -98,6 +119,9 @@ def _spec(text: str) -> str:
     """The name of an object in the user's code."""
     if ":" not in text.strip(":"):
         raise click.BadParameter(f"{text!r} is not of the form package.module:attr or file.py:attr")
+    file = Path(text.rpartition(":")[0])
+    if file.suffix == ".py" and not file.is_file():  # before the libraries are imported
+        raise CkptAvgError("there is no such file", path=file)
     return text
 
 

@@ -14,7 +14,7 @@ import click
 
 from ckptavg.cli.command import NoEffect, fields_of, names_of, without
 from ckptavg.cli.configuration import load_defaults
-from ckptavg.cli.declarations import parse, path_or_url, variant
+from ckptavg.cli.declarations import input_path, parse, variant
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 CHECKPOINTS = click.argument(
-    "checkpoints", nargs=-1, required=True, type=path_or_url, metavar="CHECKPOINT..."
+    "checkpoints", nargs=-1, required=True, type=input_path, metavar="CHECKPOINT..."
 )
 
 # Which checkpoints: the fields of `Selection`, in the order in which they apply.
@@ -78,7 +78,8 @@ FORCE, CONTAINER, FORMAT, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 --no-fsync                Do not wait until the output is on the disk.
 """)
 
-DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_LONG = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = (*_LONG, "fp32", "fp16", "bf16")
 SKIP, TAKE_LAST, DTYPE, DROP_ALIASES = parse(f"""
 --skip REGEX    Leave out the tensors whose names match; repeatable.
 --take-last REGEX
@@ -197,8 +198,9 @@ EVALUATION = (
     *(MODEL_ARG, LOADER_ARG, IGNORE, FORWARD, MAX_SAMPLES, DEVICE, SEED),
 )
 _REFRESH_LOADER, *_ABOUT_REFRESH = parse("""
---refresh-loader SPEC           Training batches, to refresh the statistics before each
-                                evaluation.
+--refresh-loader SPEC           Training batches, to refresh the BatchNorm statistics before each
+                                evaluation. Averages of a model with BatchNorm need them;
+                                checkpoints that the training saved do not.
 --refresh-loader-arg KEY=VALUE  Keyword argument for the loader of the refresh; repeatable.
 --refresh-max-samples N         Stop the refresh after the batch that reaches N examples.
 """)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ckptavg.errors import FormatError, SelectionError
 from ckptavg.formats import dcp, deepspeed, huggingface, shards
 from ckptavg.formats.files import SUFFIXES, is_suffix, open_file
-from ckptavg.formats.paths import remote_errors
+from ckptavg.formats.paths import check_exists, is_remote, remote_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,8 @@ def open_checkpoint(path: Path, *, key: Key = None) -> Checkpoint:
     """
     with remote_errors(path):
         if not path.is_dir():
+            if not is_remote(path):
+                check_exists(path)
             return open_file(path, key)
         if isinstance(key, tuple):
             raise SelectionError(

@@ -7,10 +7,11 @@ import itertools
 import os
 import re
 import warnings
+from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
 
-from ckptavg.errors import CkptAvgError, printable
+from ckptavg.errors import CkptAvgError, SelectionError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -89,8 +90,34 @@ def remote_errors(path: Path) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             is_path = str(path).endswith(reason.lstrip("/"))
             what = "does not exist" if is_path else f"does not exist: {reason}"
-            raise CkptAvgError(what, path=path) from error
+            raise CkptAvgError(what, path=path, remedy=_hint(path)) from error
         raise CkptAvgError(f"cannot read it: {reason}", path=path) from error
+
+
+def check_exists(path: Path) -> None:
+    """Raise a SelectionError if nothing is at a path of this machine.
+
+    Its remedy counts what the path matches if it is a pattern, as in `ckpts/*.pt`.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SelectionError("does not exist", path=path, remedy=_hint(path)) from error
+    except OSError:
+        return  # it cannot be read, as whoever reads it says
+
+
+def _hint(path: Path) -> str | None:
+    """A remedy for a path that does not exist and looks like a pattern."""
+    if not has_magic(str(path)):
+        return None
+    if is_remote(path):
+        return "patterns in URLs are not expanded: name the directory, or each checkpoint"
+    count = len(glob(str(path), recursive=True))  # noqa: PTH207 - as shells do, without hidden ones
+    if not count:
+        return "as a pattern it matches nothing"
+    remedy = f"as a pattern it matches {count}: leave out the quotes, and the shell expands it"
+    return remedy if has_magic(str(path.parent)) else f"{remedy}; or name {printable(path.parent)}/"
 
 
 def shown(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError, listed
-from ckptavg.formats.tensors import BY_NAME
+from ckptavg.formats.tensors import BY_NAME, SHORT_NAMES
 from ckptavg.options import Options
 from ckptavg.select.names import relative_names
 from ckptavg.select.rules import Selection, chosen, select
@@ -71,10 +71,11 @@ class ConvertOptions(Options):
             SelectionError: a value is unknown.
         """
         super().__post_init__()
-        if self.dtype is not None and (
-            self.dtype not in BY_NAME or BY_NAME[self.dtype].kind != "float"
-        ):
-            raise SelectionError(f"unknown floating dtype {self.dtype!r}")
+        if self.dtype is not None:
+            name = SHORT_NAMES.get(self.dtype, self.dtype)
+            if name not in BY_NAME or BY_NAME[name].kind != "float":
+                raise SelectionError(f"unknown floating dtype {self.dtype!r}")
+            object.__setattr__(self, "dtype", name)
         self._check_choice("format", "huggingface", "dcp")
         for name in ("threads", "max_shard_size"):
             if (value := getattr(self, name)) is not None and value < 1:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from glob import glob, has_magic
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import SelectionError, listed, printable, without_notices
 from ckptavg.formats import SUFFIXES, huggingface, is_checkpoint_directory, is_suffix, shards
 from ckptavg.formats.modelfolders import NUMBERED, has_trainer_state
-from ckptavg.formats.paths import is_remote, remote_errors
+from ckptavg.formats.paths import check_exists, is_remote, remote_errors
 from ckptavg.formats.words import is_no_checkpoint, parse_shard_name
 from ckptavg.select.names import natural_key, parse_name
 
@@ -47,10 +46,10 @@ def find_candidates(inputs: Iterable[Path]) -> dict[Path, Path | None]:
                 if not entries and not is_checkpoint_directory(path):
                     what = f"no checkpoint found in {printable(path)}"
                     raise SelectionError(what, remedy=_hint(path))
-            elif not path.exists():
-                if is_remote(path):
-                    path.stat()  # raises, and says more
-                raise SelectionError("does not exist", path=path, remedy=_hint_of_pattern(path))
+            elif is_remote(path):
+                path.stat()
+            else:
+                check_exists(path)
             for entry in entries:
                 candidates.setdefault(entry, path)
             if not entries:
@@ -165,17 +164,6 @@ def _hint(folder: Path) -> str:
         f"checkpoints are files ending with {endings}, and directories with weights; torch files "
         "with other endings can be named one by one"
     )
-
-
-def _hint_of_pattern(path: Path) -> str | None:
-    """A remedy for a path that does not exist and looks like a pattern: `ckpts/*.pt`."""
-    if not has_magic(str(path)):
-        return None
-    count = len(glob(str(path), recursive=True))  # noqa: PTH207 - as shells do, without hidden ones
-    if not count:
-        return "as a pattern it matches nothing"
-    remedy = f"as a pattern it matches {count}: leave out the quotes, and the shell expands it"
-    return remedy if has_magic(str(path.parent)) else f"{remedy}; or name {printable(path.parent)}/"
 
 
 def _folders_with_candidates(

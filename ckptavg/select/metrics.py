@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import shlex
 from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, SelectionError, listed, printable
@@ -110,6 +111,28 @@ def recorded_metrics(checkpoints: Iterable[Checkpoint]) -> list[str]:
             if not is_step and metric_in_name(each.name, name) is not None:
                 names.add(name)
     return sorted(names)
+
+
+def no_metric(
+    checkpoints: Iterable[Checkpoint], file: Path | None, mode: Mode | None
+) -> SelectionError:
+    """The error about `best` without a metric: it names those that there are."""
+    if file is None:
+        names, where = recorded_metrics(checkpoints), "the checkpoints record"
+    else:
+        names, where = metric_names(file), f"{printable(file)} has"
+    if not names:
+        remedy = (
+            "name a file that has one with `metrics`, such as `ckptavg evaluate --json` prints, "
+            "and the metric with `metric`"
+        )
+        return SelectionError(f"`best` needs a metric, and {where} none", remedy=remedy)
+    metric = next((name for name in names if mode_of(name)), names[0])
+    which = "" if mode or mode_of(metric) else ", and `mode` min or `mode` max"
+    return SelectionError(
+        f"`best` needs a metric, and {where} {listed(names, 20)}",
+        remedy=f"add `metric` {shlex.quote(printable(metric))}{which}",
+    )
 
 
 def indices_of_best(values: Sequence[float | None], count: int, mode: str) -> list[int]:

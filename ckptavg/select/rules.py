@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,8 +22,7 @@ from ckptavg.select.metrics import (
     certain_mode,
     indices_of_best,
     metric_in_name,
-    metric_names,
-    mode_of,
+    no_metric,
     read_metrics,
     recorded_metrics,
 )
@@ -187,7 +185,7 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
     if rules.metric is not None:
         _apply_metric(verdicts, rules.metric, rules)
     elif rules.best is not None:
-        raise _no_metric(run.checkpoints, rules)
+        raise no_metric(run.checkpoints, rules.metrics, rules.mode)
     if rules.last:
         require_order(run, "last")
         _apply_last(verdicts, rules.counts)
@@ -248,6 +246,13 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
         return next((done for done in times.done if done >= threshold), 0)
     if not _NUMBER.fullmatch(start):
         raise SelectionError(f"`start` must be a step or a share such as 75%, not {start!r}")
+    last = max(times.steps)
+    if last < int(start):
+        share = f"; for {int(start)} % of the training write `start` {int(start)}%"
+        raise SelectionError(
+            f"no checkpoint is from {times.unit} {int(start)} on: the last is {last}"
+            + share * (0 < int(start) <= 100)  # noqa: PLR2004
+        )
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step < int(start):
             verdict.reject(f"before {times.unit} {int(start)}")
@@ -336,30 +341,13 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     winners = indices_of_best(values, rules.best, certain_mode(metric, rules.mode))
     if len(winners) < rules.best:
         log.info("there are only %d of the best %d by %s", len(winners), rules.best, metric)
+    if rules.best < len(left):
+        best = [f"{left[place].checkpoint.name} ({values[place]:g})" for place in winners]
+        log.info("the best by %s: %s", printable(metric), listed(best, 20))
     for place, verdict in enumerate(left):
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"
             verdict.reject(f"not among the best {rules.best} ({printable(metric)} {value})")
-
-
-def _no_metric(checkpoints: Sequence[Checkpoint], rules: Selection) -> SelectionError:
-    """The error about `best` without a metric: it names those that there are."""
-    if rules.metrics is None:
-        names, where = recorded_metrics(checkpoints), "the checkpoints record"
-    else:
-        names, where = metric_names(rules.metrics), f"{printable(rules.metrics)} has"
-    if not names:
-        remedy = (
-            "name a file that has one with `metrics`, such as `ckptavg evaluate --json` prints, "
-            "and the metric with `metric`"
-        )
-        return SelectionError(f"`best` needs a metric, and {where} none", remedy=remedy)
-    metric = next((name for name in names if mode_of(name)), names[0])
-    mode = "" if rules.mode or mode_of(metric) else ", and `mode` min or `mode` max"
-    return SelectionError(
-        f"`best` needs a metric, and {where} {listed(names, 20)}",
-        remedy=f"add `metric` {shlex.quote(printable(metric))}{mode}",
-    )
 
 
 def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:

@@ -290,7 +290,9 @@ def refuse_own_input(output: Path, files: Iterable[Path]) -> None:
         places = (path.parent.resolve() / path.name, path.resolve())
         if within and any(place.is_relative_to(within) for place in places):
             raise OutputError(
-                "is the directory of the checkpoints", path=output, remedy="choose another output"
+                "is the directory of the checkpoints, and a directory is replaced as a whole",
+                path=output,
+                remedy="choose another one, or a file in it",
             )
         if output.exists() and path.exists() and output.samefile(path):
             raise OutputError(

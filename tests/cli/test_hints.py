@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,20 @@ class TestPatterns:
         )
         assert outcome(command, "ckpts/", *output)[0] == 0
 
+    @pytest.mark.usefixtures("swa")
+    def test_of_one_checkpoint_are_said_to_be_such(self):
+        specs = ("--model", "mine.py:make_model", "--loader", "mine.py:decorated")
+        for command in (("bn-refresh", *specs), ("convert", "-o", "out.pt")):
+            said = line(outcome(*command, "ckpts/*.safetensors")[2])
+            assert said.startswith("ckpts/*.safetensors: does not exist; as a pattern it matches 2")
+
+    def test_in_urls_are_said_not_to_be_expanded(self):
+        said = line(outcome("average", "memory://ckpts/*.pt", "-o", "out.pt")[2])
+        assert said == (
+            "memory://ckpts/*.pt: does not exist; patterns in URLs are not expanded: name the "
+            "directory, or each checkpoint"
+        )
+
     def test_that_match_nothing_say_so(self):
         said = line(outcome("average", "ckpts/*.pt", "-o", "out.pt")[2])
         assert said == "ckpts/*.pt: does not exist; as a pattern it matches nothing"
@@ -313,3 +329,39 @@ def test_an_average_without_hyper_parameters_is_said_to_be_so(swa):
     code, _, said = outcome("bn-refresh", "swa.ckpt", *model, "--loader", "mine.py:decorated")
     assert code == 1
     assert "--container last keeps the hyper-parameters" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("evaluate", "absent.pt"),
+        ("soup", "absent.pt"),
+        ("sweep", "absent.pt"),
+        ("bn-refresh", "absent.pt"),
+        ("landscape", "absent.pt"),
+        ("evaluate", "absent.py"),
+        ("bn-refresh", "absent.py"),
+    ],
+)
+def test_what_does_not_exist_is_said_before_torch_is_imported(command, missing, swa):
+    model = "absent.py:make" if missing == "absent.py" else "mine.py:make_model"
+    checkpoint = swa if missing == "absent.py" else missing
+    arguments = [checkpoint, "--model", model, "--loader", "mine.py:decorated"]
+    if command == "landscape":
+        arguments = ["rays", *arguments, "-o", "out.json"]
+    if command == "soup":
+        arguments += ["--metric", "loss", "-o", "out.pt"]
+    code = "import sys; sys.modules['torch'] = None; from ckptavg.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, *arguments], capture_output=True, check=False
+    )
+    what = "there is no such file" if missing == "absent.py" else "does not exist"
+    assert done.stderr.decode() == f"ckptavg: error: {missing}: {what}\n"
+    assert done.returncode == 1
+
+
+def test_an_option_without_its_value_says_what_that_is(swa):
+    code, _, said = outcome("inspect", swa, "--plot")
+    assert code == 2
+    assert "'--plot' requires an argument. PICTURE: PNG, SVG or PDF file for a plot" in said
+    assert "'--json' does not take a value." in outcome("inspect", swa, "--json=1")[2]

@@ -87,6 +87,12 @@ def test_the_rules(run, rules, expected):
     assert taken(run, **rules) == expected
 
 
+def test_the_best_are_named_with_their_values(run, caplog):
+    caplog.set_level("INFO", "ckptavg")
+    taken(run, best=2, metric="val_loss")
+    assert caplog.messages == ["the best by val_loss: step_700.pt (0), step_800.pt (0.1)"]
+
+
 def test_each_that_is_left_out_says_why(run):
     rules = {"start": "50%", "cycle": 200, "unit": "global_step"}
     said = reasons(run, **rules, best=2, metric="val_loss", last=1)
@@ -195,7 +201,12 @@ def test_endless_and_odd_numbers_are_one_line(run, text):
         ({"steps": "1:5:0"}, "stride"),
         ({"start": "soon"}, "a share such as 75%"),
         ({"start": "110%"}, "must be at most 100%, not 110%"),
-        ({"start": "5000"}, "the selection leaves out all 10 checkpoints"),
+        ({"start": "5000"}, "no checkpoint is from global_step 5000 on: the last is 1000$"),
+        (
+            {"start": "50", "unit": "epoch"},
+            "from epoch 50 on: the last is 10; for 50 % of the training write `start` 50%",
+        ),
+        ({"steps": "1:5"}, "the selection leaves out all 10 checkpoints"),
         ({"best": 1, "metric": "speed"}, "none of the checkpoints has the metric speed"),
         ({"best": 1, "metric": "speed"}, "recorded are: val_loss"),
         (

@@ -334,7 +334,9 @@ class TestInputs:
 def test_one_of_the_inputs_is_no_output(ckpts, tmp_path, act):
     folder = ckpts / "checkpoint-1"
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match="is the directory of the checkpoints"):
+    with pytest.raises(
+        OutputError, match="is the directory of the checkpoints, and a directory is"
+    ):
         act(ckpts, folder)
     with pytest.raises(OutputError, match="is itself one of the checkpoints"):
         act(ckpts, folder / "model.safetensors")

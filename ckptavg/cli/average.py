@@ -18,7 +18,7 @@ from ckptavg.cli.command import (
     without_blas_threads,
 )
 from ckptavg.cli.console import Console, plural, size, with_options
-from ckptavg.cli.declarations import input_text, parse, path_or_url
+from ckptavg.cli.declarations import parse, path_or_url, path_text
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
@@ -111,7 +111,7 @@ _NO_EFFECT = (
     },
     no_effect=_NO_EFFECT,
 )
-@click.argument("inputs", nargs=-1, required=True, type=input_text, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, required=True, type=path_text, metavar="INPUT...")
 def average(
     console: Console,
     inputs: tuple[str, ...],

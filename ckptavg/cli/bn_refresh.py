@@ -9,7 +9,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, fields_of, names_of, without
 from ckptavg.cli.console import Console, cell
-from ckptavg.cli.declarations import input_path, parse, variant
+from ckptavg.cli.declarations import parse, path_or_url, variant
 from ckptavg.cli.report import say_report
 from ckptavg.errors import printable
 
@@ -52,7 +52,7 @@ _OUTPUT, _IN_PLACE = parse("""
         without("keep_better", "mode"),
     ],
 )
-@click.argument("checkpoint", type=input_path)
+@click.argument("checkpoint", type=path_or_url)
 def bn_refresh(
     console: Console,
     checkpoint: Path,

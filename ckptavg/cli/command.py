@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from ckptavg.cli.console import Console
+from ckptavg.cli.declarations import check_exists
 from ckptavg.errors import UserCodeError, described
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ class Command(click.Command):
                     [spelled] = [param.opts[-1] for param in self.params if param.name == name]
                     raise click.UsageError(f"{spelled} has no effect {where}", ctx)
                 ctx.params.pop(name, None)
+        for param in self.params:
+            if param.name != "directory":  # of the demo, which makes it
+                check_exists(param, ctx.params.get(str(param.name)))
         as_json, quiet = ctx.params.pop("json"), ctx.params.pop("quiet")
         ctx.params["console"] = Console(as_json=as_json, quiet=quiet)
         try:

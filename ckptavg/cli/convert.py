@@ -9,7 +9,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, without_blas_threads
 from ckptavg.cli.console import Console, plural, size
-from ckptavg.cli.declarations import input_text, parse
+from ckptavg.cli.declarations import parse, path_text
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     },
     no_effect=options.OUTPUT_NO_EFFECT,
 )
-@click.argument("checkpoint", type=input_text, metavar="INPUT")
+@click.argument("checkpoint", type=path_text, metavar="INPUT")
 def convert(
     console: Console,
     checkpoint: str,

@@ -32,31 +32,35 @@ def path_text(text: str) -> str:
     return text
 
 
-def input_text(text: str) -> str:
-    """A path or a URL as it was typed; of a path there is something, or was before a run ended.
-
-    It is looked for before the libraries are imported. A run that was killed may have moved a
-    directory aside, which `bn-refresh` puts back.
-    """
-    from ckptavg.formats.paths import check_exists
-
-    path = Path(path_text(text))
-    if "://" in text or os.path.lexists(path) or any(path.parent.glob(".ckptavg-*.old")):
-        return text
-    check_exists(path)
-    return text
-
-
-def input_path(text: str) -> Path:
-    """The same as a path, or a URL that behaves like one."""
-    return path_or_url(input_text(text))
-
-
 def path_or_url(text: str) -> Path:
     """A path, or a URL that behaves like one."""
     from ckptavg.formats.paths import as_path
 
     return as_path(path_text(text))
+
+
+def check_exists(param: click.Parameter, value: object) -> None:
+    """Check that the inputs, and the files of code, of a parameter exist.
+
+    It takes no time, and importing the libraries takes seconds.
+
+    Raises:
+        CkptAvgError: one does not exist.
+    """
+    from ckptavg.formats import paths
+
+    if isinstance(param, click.Option):
+        file = Path(value.rpartition(":")[0]) if isinstance(value, str) else Path()
+        if str(param.metavar).endswith("SPEC") and file.suffix == ".py" and not file.is_file():
+            raise CkptAvgError("there is no such file", path=file)
+        return
+    for each in value if isinstance(value, tuple) else (value,):
+        path = Path(str(each))
+        if "://" in str(each) or os.path.lexists(path):
+            continue
+        # A run that was killed may have moved a directory aside, which `bn-refresh` puts back.
+        if not any(path.parent.glob(".ckptavg-*.old")):
+            paths.check_exists(path)
 
 
 def _size(text: str) -> int:
@@ -119,9 +123,6 @@ def _spec(text: str) -> str:
     """The name of an object in the user's code."""
     if ":" not in text.strip(":"):
         raise click.BadParameter(f"{text!r} is not of the form package.module:attr or file.py:attr")
-    file = Path(text.rpartition(":")[0])
-    if file.suffix == ".py" and not file.is_file():  # before the libraries are imported
-        raise CkptAvgError("there is no such file", path=file)
     return text
 
 

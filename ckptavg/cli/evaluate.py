@@ -62,13 +62,17 @@ def _say(
 ) -> None:
     """Print a table of the metrics, with a star at the best of each."""
     names = list(dict.fromkeys(name for each in evaluations for name in each.metrics))
-    rows = [("checkpoint", "step", *map(printable, names))]
+    unit = next((each.unit for each in evaluations if each.unit), "")
+    heading = "epoch" if unit == "epoch" else "step"
+    rows = [("checkpoint", heading, *map(printable, names))]
     for each in evaluations:
         values = [
             cell(each.metrics.get(name), ".5g") + (" *" if best.get(name) is each else "")
             for name in names
         ]
-        rows.append((printable(each.checkpoint), cell(each.step), *values))
+        step = cell(each.step) if each.averaged is None else "{:,} to {:,}".format(*each.averaged)
+        step = step if each.unit in ("", unit) else "-"
+        rows.append((printable(each.checkpoint), step, *values))
     console.say_table(rows)
     if best:
         console.say("* the best")

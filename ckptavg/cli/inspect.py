@@ -11,7 +11,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command, fields_of
 from ckptavg.cli.console import Console, cell, plural, say_on_stderr, size, with_options
-from ckptavg.cli.declarations import input_text, parse
+from ckptavg.cli.declarations import parse, path_text
 from ckptavg.errors import CkptAvgError, SelectionError, listed, printable, without_notices
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     },
     no_effect=options.SELECTION_NO_EFFECT,
 )
-@click.argument("paths", nargs=-1, required=True, type=input_text, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=path_text, metavar="PATH...")
 def inspect(
     console: Console,
     paths: tuple[str, ...],

@@ -14,7 +14,7 @@ import click
 
 from ckptavg.cli.command import NoEffect, fields_of, names_of, without
 from ckptavg.cli.configuration import load_defaults
-from ckptavg.cli.declarations import input_path, parse, variant
+from ckptavg.cli.declarations import parse, path_or_url, variant
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 CHECKPOINTS = click.argument(
-    "checkpoints", nargs=-1, required=True, type=input_path, metavar="CHECKPOINT..."
+    "checkpoints", nargs=-1, required=True, type=path_or_url, metavar="CHECKPOINT..."
 )
 
 # Which checkpoints: the fields of `Selection`, in the order in which they apply.

@@ -9,7 +9,7 @@ import click
 from ckptavg.cli import options
 from ckptavg.cli.command import RUNNING, Command
 from ckptavg.cli.console import Console, plural
-from ckptavg.cli.declarations import input_text, parse
+from ckptavg.cli.declarations import parse, path_text
 from ckptavg.errors import printable
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, groups={RUNNING: (_KEY, options.THREADS, *options.COMMON)})
-@click.argument("output", type=input_text)
-@click.argument("inputs", nargs=-1, type=input_text, metavar="INPUT...")
+@click.argument("output", type=path_text)
+@click.argument("inputs", nargs=-1, type=path_text, metavar="INPUT...")
 def verify(
     console: Console, output: str, inputs: tuple[str, ...], key: str | None, threads: int | None
 ) -> None:

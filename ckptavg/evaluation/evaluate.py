@@ -12,13 +12,14 @@ from torch.nn.parameter import is_lazy
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError, said_once
-from ckptavg.evaluation.measures import BUILT_IN, measure_of, metric_name, units_of
+from ckptavg.evaluation.measures import BUILT_IN, Batches, measure_of, metric_name, units_of
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import have_equal_headers
 from ckptavg.formats.paths import as_paths
+from ckptavg.formats.provenances import averaged_steps
 from ckptavg.merge.roles import frozen_layers
-from ckptavg.model.batches import default_forward, moved
+from ckptavg.model.batches import default_forward
 from ckptavg.model.factories import load_function, name_of, user_code
-from ckptavg.model.feeding import limited
 from ckptavg.model.loading import check_ignore, load_weights
 from ckptavg.model.making import (
     RandomState,
@@ -108,14 +109,18 @@ class Evaluation:
     Attributes:
         checkpoint: its path below the folder that all of them have in common.
         path: its path.
-        step: its place in the training, where that is known.
+        step: its place in the training, where that is known; None for an average.
         metrics: name to value; NaN and infinities as they are.
+        unit: unit of the step, or of those that an average is made of; empty if unknown.
+        averaged: the first and the last step that an average of ckptavg is made of.
     """
 
     checkpoint: str
     path: str
     step: int | None
     metrics: Mapping[str, float]
+    unit: str = ""
+    averaged: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As `--metrics FILE` reads it, the metrics beside the name."""
@@ -128,7 +133,8 @@ class Evaluation:
 def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) -> list[Evaluation]:
     """Evaluate checkpoints on all of the loader's batches.
 
-    They come in the order of training, or as they were named if their steps do not tell it.
+    They come in the order of training, or as they were named if their steps do not tell it. A
+    checkpoint that does not fit the model is an error before the first evaluation.
 
     Args:
         inputs: directories of checkpoints, and checkpoints.
@@ -143,16 +149,18 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
         run = find_run(as_paths(inputs), key=key, exclusion_reason=rules.exclusion_reason)
         log_left_out(run.candidates)
         verdicts = chosen(select(run, rules))
-        steps = [verdict.step for verdict in verdicts]
-        if None in steps or not run.order_is_known:
-            verdicts, steps = _as_named(run, verdicts)
+        has_averages = any(verdict.checkpoint.is_average for verdict in verdicts)
+        if has_averages or not run.order_is_known or verdicts[0].step is None:
+            _sort_as_named(run, verdicts)
         checkpoints = [verdict.checkpoint for verdict in verdicts]
         evaluator = Evaluator(options, checkpoints)
         evaluator.compare(checkpoints)
+        for checkpoint in _of_each_kind(checkpoints)[1:]:  # the first is loaded next
+            evaluator.become(open_checkpoint(checkpoint.path, key=key), as_it_is=True)
         evaluations = []
-        for checkpoint, step in zip(checkpoints, steps, strict=True):
-            metrics = evaluator(open_checkpoint(checkpoint.path, key=key))
-            evaluations.append(Evaluation(checkpoint.name, str(checkpoint.path), step, metrics))
+        for verdict in verdicts:
+            metrics = evaluator(open_checkpoint(verdict.checkpoint.path, key=key))
+            evaluations.append(_evaluation(verdict, metrics))
             if options.progress is not None:
                 options.progress(1, len(verdicts))
         if options.refresh is None:
@@ -160,22 +168,37 @@ def evaluate(inputs: PathLike | Iterable[PathLike], options: EvaluateOptions) ->
     return evaluations
 
 
-def _as_named(run: Run, verdicts: Sequence[Verdict]) -> tuple[list[Verdict], list[int | None]]:
-    """Verdicts in the order of the inputs, and the steps of those that are no averages of ours.
+def _sort_as_named(run: Run, verdicts: list[Verdict]) -> None:
+    """Sort verdicts in the order of the inputs, and give steps to those that are no averages.
 
     What is in one directory is in the order of training.
     """
     inputs = {each.path: each.folder or each.path for each in run.candidates}
     places = {path: number for number, path in enumerate(dict.fromkeys(inputs.values()))}
-    trained = [each.checkpoint for each in verdicts if not each.checkpoint.is_average]
-    steps = dict(zip(trained, timeline(trained).steps, strict=False))
+    trained = [verdict for verdict in verdicts if not verdict.checkpoint.is_average]
+    times = timeline([verdict.checkpoint for verdict in trained])
+    for verdict in verdicts:
+        verdict.step = None
+    for verdict, step in zip(trained, times.steps, strict=False):
+        verdict.step, verdict.unit = step, times.unit
+    verdicts.sort(key=lambda each: (places[inputs[each.checkpoint.path]], each.step or 0))
 
-    def place(verdict: Verdict) -> tuple[int, int]:
-        checkpoint = verdict.checkpoint
-        return places[inputs[checkpoint.path]], steps.get(checkpoint, 0)
 
-    ordered = sorted(verdicts, key=place)
-    return ordered, [steps.get(verdict.checkpoint) for verdict in ordered]
+def _of_each_kind(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The first of the checkpoints that have the same names, shapes and dtypes."""
+    kinds: list[Checkpoint] = []
+    for checkpoint in checkpoints:
+        if not any(have_equal_headers(kind, checkpoint) for kind in kinds):
+            kinds.append(checkpoint)
+    return kinds
+
+
+def _evaluation(verdict: Verdict, metrics: Mapping[str, float]) -> Evaluation:
+    checkpoint = verdict.checkpoint
+    unit, averaged = verdict.unit, None
+    if checkpoint.is_average:
+        unit, averaged = averaged_steps(checkpoint.provenance or {}) or ("", None)
+    return Evaluation(checkpoint.name, str(checkpoint.path), verdict.step, metrics, unit, averaged)
 
 
 def winners(evaluations: Sequence[Evaluation]) -> dict[str, Evaluation]:
@@ -303,10 +326,10 @@ class Evaluator:
         loader: Loader,
         arguments: Mapping[str, Any],
         is_training: bool,  # noqa: FBT001
-    ) -> _Batches:
+    ) -> Batches:
         batches = self._batches(loader, arguments, is_training=is_training)
         most = self._options.max_samples
-        return _Batches(batches, device_of(self._model), max_samples=most)
+        return Batches(batches, device_of(self._model), max_samples=most)
 
     def one(self, checkpoint: Checkpoint) -> float:
         """The metric of a checkpoint, of which there is but one.
@@ -361,33 +384,3 @@ def _passing_buffers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str,
         and buffer is not None
         and not is_lazy(buffer)
     ]
-
-
-class _Batches:
-    """A loader's batches on the model's device, up to a limit."""
-
-    def __init__(
-        self,
-        batches: Iterable[Any],
-        device: torch.device,
-        *,
-        max_samples: int | None,
-    ) -> None:
-        self._batches, self._device = batches, device
-        self._max_samples = max_samples
-
-    def __len__(self) -> int:
-        """The number of batches; TypeError where the loader has no length, or there is a limit."""
-        if self._max_samples is not None:
-            raise TypeError("with a limit on the examples the number of batches is not known")
-        return len(self._batches)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the loader's own
-        """What the loader has beside its batches: its `dataset`, say."""
-        return getattr(self._batches, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in limited(self._batches, self._max_samples):
-            with user_code("moving a batch"):
-                here = moved(batch, self._device)
-            yield here

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from ckptavg.batchnorm.moments import in_float64
 from ckptavg.errors import CkptAvgError, printable
 from ckptavg.model.arguments import called
-from ckptavg.model.batches import attribute_of
-from ckptavg.model.factories import load_function, name_of
+from ckptavg.model.batches import attribute_of, moved
+from ckptavg.model.factories import load_function, name_of, user_code
+from ckptavg.model.feeding import limited
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,6 +100,36 @@ def _number(metric: Function, value: Any) -> float:  # noqa: ANN401 - what the u
             return float(value)
     what = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
     raise CkptAvgError(f"{name_of(metric)} returned {what}, not a number or a dict of numbers")
+
+
+class Batches:
+    """A loader's batches on the model's device, up to a limit."""
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        device: torch.device,
+        *,
+        max_samples: int | None,
+    ) -> None:
+        self._batches, self._device = batches, device
+        self._max_samples = max_samples
+
+    def __len__(self) -> int:
+        """The number of batches; TypeError where the loader has no length, or there is a limit."""
+        if self._max_samples is not None:
+            raise TypeError("with a limit on the examples the number of batches is not known")
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the loader's own
+        """What the loader has beside its batches: its `dataset`, say."""
+        return getattr(self._batches, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in limited(self._batches, self._max_samples):
+            with user_code("moving a batch"):
+                here = moved(batch, self._device)
+            yield here
 
 
 @dataclass(frozen=True)

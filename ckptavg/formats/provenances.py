@@ -30,6 +30,25 @@ def read_provenance(text: str) -> dict[str, Any] | None:
     return entry
 
 
+def averaged_steps(provenance: dict[str, Any]) -> tuple[str, tuple[int, int]] | None:
+    """The unit of the steps of an average's members, and the first and the last of them.
+
+    None if a member records no step, or they record different units.
+    """
+    sources = provenance.get("sources")
+    steps: dict[str, list[int]] = {}
+    for source in sources if isinstance(sources, list) else ():
+        match source:
+            case {"step": [str(unit), int(number)]}:
+                steps.setdefault(unit, []).append(number)
+            case _:
+                return None
+    if len(steps) != 1:
+        return None
+    [(unit, numbers)] = steps.items()
+    return unit, (min(numbers), max(numbers))
+
+
 def is_key(value: object) -> bool:
     """Whether it is the name of a state dict, a list of several, or None."""
     return value is None or isinstance(value, str) or (bool(value) and is_names(value))

@@ -78,7 +78,7 @@ def complete_arguments(
         _log_arguments(name_of(function), source.name, plain, objects)
     if missing := _missing(parameters, [*given, *plain]):
         raise _missing_arguments(function, missing, objects, source)
-    return {**plain, **given}
+    return {**plain, **{name: _without((), name, value) for name, value in given.items()}}
 
 
 def wrong_arguments(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptavg")
 
+_MOST_LINES = 16  # of tensors that differ from the model's; more are grouped
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -110,13 +112,18 @@ def _mismatch(
         names: the checkpoint's names by the model's, as `match_names` returns them.
         missing: the model's names of tensors that the checkpoint does not have.
         unexpected: names by which the model was given tensors that it does not have.
-        unlike: a line for each tensor of another shape, by its name in the model.
+        unlike: how tensors of another shape differ, by their names in the model.
     """
     where = printable(checkpoint.path)
-    lines = [f"{printable(name)}: in the model, missing in {where}" for name in missing]
     unused = [names.get(inner, inner) for inner in unexpected]
-    lines += [f"{printable(name)}: in {where}, missing in the model" for name in unused]
-    lines += unlike.values()
+    alike = {f"in the model, missing in {where}": missing}
+    alike[f"in {where}, missing in the model"] = unused
+    for difference in dict.fromkeys(unlike.values()):
+        alike[difference] = [name for name, other in unlike.items() if other == difference]
+    lines = [f"{printable(name)}: {how}" for how, those in alike.items() for name in those]
+    count = len(lines)
+    if count > _MOST_LINES:
+        lines = [f"{listed(those, 3)}: {how}" for how, those in alike.items() if those]
     fitting = {inner: name for inner, name in names.items() if inner not in unexpected}
     is_bare = not checkpoint.training.hyper_parameters and checkpoint.path.suffix == ".ckpt"
     more = ""
@@ -127,7 +134,7 @@ def _mismatch(
         others = [*fitting, *fitting.values()]
         pattern = pattern_of([*missing, *unused], others) or "REGEX"
         hint = f" (`ignore` {pattern} leaves these tensors alone)"
-    return MismatchError(f"{where} does not fit the model: {len(lines)} differences{hint}:", lines)
+    return MismatchError(f"{where} does not fit the model: {count} differences{hint}:", lines)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -300,7 +307,7 @@ def _may_adapt(model: torch.nn.Module) -> bool:
 def _unlike_shapes(
     tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], checkpoint: Checkpoint
 ) -> dict[str, str]:
-    """A line for each tensor of another shape, by its name in the model."""
+    """How tensors of another shape differ, by their names in the model."""
     unlike = {}
     for inner, value in tensors.items():
         if inner not in names or is_lazy(value):
@@ -308,8 +315,7 @@ def _unlike_shapes(
         shape = checkpoint.tensors[names[inner]].shape
         if tuple(value.shape) != shape:
             unlike[inner] = (
-                f"{printable(inner)}: shape {tuple(value.shape)} in the model, "
-                f"{shape} in {printable(checkpoint.path)}"
+                f"shape {tuple(value.shape)} in the model, {shape} in {printable(checkpoint.path)}"
             )
     return unlike
 

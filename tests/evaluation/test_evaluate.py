@@ -331,13 +331,22 @@ class TestRefusals:
         with pytest.raises(MismatchError, match=r"bn\.running_var: in the model, missing in"):
             metrics("run/step_0.pt")
 
+    def test_of_one_that_does_not_fit_come_before_the_first_evaluation(self, states):
+        del states[3]["bn.running_var"]
+        torch.save(states[3], "run/step_3.pt")
+        Path("own.py").write_text("def fn(model, batches):\n    raise ValueError\n")
+        with pytest.raises(
+            MismatchError, match=r"running_var: in the model, missing in run/step_3"
+        ):
+            metrics(metric="own.py:fn")
+
     def test_of_a_model_that_gives_no_scores(self):
         Path("own.py").write_text("def forward(model, batch):\n    return [model(batch[0])]\n")
         with pytest.raises(CkptAvgError, match="the model gave list, not one tensor"):
             metrics(forward="own.py:forward")
 
     def test_of_a_choice_without_any(self):
-        with pytest.raises(SelectionError, match="the selection leaves out all 5 checkpoints"):
+        with pytest.raises(SelectionError, match="no checkpoint is from number 99 on"):
             evaluate([Path("run")], **options(), select=Selection(start=99))
 
     @pytest.mark.parametrize("where", ["metric", "forward", "loader"])
@@ -366,6 +375,17 @@ COMMON = ("--model", "train.py:Net", "--loader", "train.py:batches", "--device",
 
 
 class TestCommand:
+    def test_shows_the_steps_that_an_average_is_made_of(self):
+        for epoch in range(5):
+            state = torch.load(f"run/step_{epoch}.pt")
+            torch.save({"model": state, "epoch": epoch}, f"run/step_{epoch}.pt")
+        ckptavg.average("run", "swa.safetensors", select=Selection(last=3))
+        result = run("evaluate", "swa.safetensors", "run/step_4.pt", *COMMON)
+        heading, average, last, _ = result.stdout.splitlines()
+        assert heading.split()[:2] == ["checkpoint", "epoch"]
+        assert average.split()[:4] == ["swa.safetensors", "2", "to", "4"]
+        assert last.split()[:2] == ["run/step_4.pt", "4"]
+
     def test_prints_an_aligned_table_that_marks_the_best(self):
         result = run("evaluate", "run", *COMMON)
         found = metrics()

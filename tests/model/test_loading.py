@@ -297,6 +297,22 @@ class TestIgnore:
         assert first.metrics == second.metrics
 
 
+def test_tensors_that_differ_alike_are_one_line(tmp_path):
+    def blocks(width: int) -> nn.Module:
+        pairs = ((nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)) for _ in range(20))
+        return nn.Sequential(*(layer for pair in pairs for layer in pair))
+
+    path, of_convs = tmp_path / "a.pt", "0.weight, 2.weight, 4.weight and 17 more"
+    torch.save(blocks(4).state_dict(), path)
+    with pytest.raises(MismatchError) as caught:
+        load_weights(blocks(6), open_checkpoint(path))
+    assert str(caught.value).splitlines() == [
+        f"{path} does not fit the model: 120 differences (`model_arg` can give it other sizes):",
+        f"  {of_convs}: shape (6, 6, 1, 1) in the model, (4, 4, 1, 1) in {path}",
+        f"  0.bias, 1.weight, 1.bias and 97 more: shape (6,) in the model, (4,) in {path}",
+    ]
+
+
 class WithAdapter(nn.Module):
     """As PEFT has it: the base is in the model's state dict, and not in the adapter's file."""
 

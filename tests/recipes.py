@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,8 +65,9 @@ def _tables(printed: str) -> Metrics:
     metrics: Metrics = {}
     names: list[str] | None = None
     for line in printed.splitlines():
-        words = line.replace("*", "").split()
-        if words[:2] == ["checkpoint", "step"]:
+        # An average has the first and the last step of its members.
+        words = re.sub(r"\d+ to (?=\d)", "", line.replace("*", "")).split()
+        if words[:2] in (["checkpoint", "step"], ["checkpoint", "epoch"]):
             names = words[2:]
         elif names and len(words) == len(names) + 2:
             values = map(float, words[2:])

@@ -342,7 +342,7 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
     if len(winners) < rules.best:
         log.info("there are only %d of the best %d by %s", len(winners), rules.best, metric)
     if rules.best < len(left):
-        best = [f"{left[place].checkpoint.name} ({values[place]:g})" for place in winners]
+        best = [f"{left[place].checkpoint.name} ({values[place]:.4g})" for place in winners]
         log.info("the best by %s: %s", printable(metric), listed(best, 20))
     for place, verdict in enumerate(left):
         if place not in winners:

@@ -39,7 +39,9 @@ def test_the_tutorial(here):
             exec(block, {})  # noqa: S102 - the page's own code
             continue
         for printed in play(block):
-            metrics += re.findall(r"^swa\S+ +- +([\d.]+)[ *]+([\d.]+)", printed, re.MULTILINE)
+            metrics += re.findall(
+                r"^swa\S+ +15 to 30 +([\d.]+)[ *]+([\d.]+)", printed, re.MULTILINE
+            )
     stale, refreshed = ([float(value) for value in row] for row in metrics)
     assert refreshed[0] < stale[0]
     assert refreshed[1] > stale[1]

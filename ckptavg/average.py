@@ -62,12 +62,12 @@ def average(
         inputs: a directory of checkpoints, a checkpoint, or several of either; URLs such as
             `s3://bucket/run` as well.
         output: ends with `.safetensors`, or with `.pt`, `.pth`, `.bin`, `.ckpt` or `.tar` for a
-            torch file, or with a slash for a directory, whose `format` says who can load it.
+            torch file, or with a slash for a directory in the layout of `format`.
         options: the fields of `AverageOptions`, as keywords.
 
     Raises:
-        CkptAvgError: the checkpoints do not fit together, hold what cannot be averaged, or the
-            output cannot be written. Nothing is left behind then.
+        CkptAvgError: the checkpoints differ in names or shapes, have tensors that cannot be
+            averaged, or the output cannot be written. Then nothing is left behind.
     """
     run, recipe = find_recipe(inputs, options)
     [summary] = write_averages(run, [recipe], [output], options)

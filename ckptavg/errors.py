@@ -34,7 +34,7 @@ def printable(name: object) -> str:
 
 
 def escaped(text: str) -> str:
-    """A line with escapes for the characters that a terminal would obey and not show."""
+    """A line with escapes for control characters, which a terminal would obey and not show."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -46,7 +46,7 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 
 
 def described(error: BaseException) -> str:
-    """The class of an exception of any code, and what it says."""
+    """The class of an exception and its message."""
     message = message_of(error).replace("`", "'")  # backquotes would make an option of a name
     return f"{type(error).__name__}: {message}"
 
@@ -108,7 +108,7 @@ def said_once() -> Iterator[None]:
 
 
 class CkptAvgError(Exception):
-    """The base of all errors that are no bug: the data, the model or the system is at fault.
+    """The base of all errors that are not bugs: the data, the model or the system is at fault.
 
     Attributes:
         message: what is wrong.
@@ -139,7 +139,7 @@ class FormatError(CkptAvgError):
 
 
 class SelectionError(CkptAvgError):
-    """The arguments choose no checkpoint or state dict, too many, or contradict each other.
+    """The arguments select no checkpoint or state dict, too many, or contradict each other.
 
     Attributes:
         choices: the names to choose from, where one has to be chosen.

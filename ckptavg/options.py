@@ -1,4 +1,4 @@
-"""Options are one dataclass a subject; public functions take its fields as keywords."""
+"""Options: a dataclass for each subject, whose fields public functions take as keywords."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Options:
-    """The base of options: where several texts are expected, a single one may be given."""
+    """The base of options: where several strings are expected, a single one may be given."""
 
     def __post_init__(self) -> None:
-        """Make tuples of texts.
+        """Make tuples of strings.
 
         Raises:
             SelectionError: there is something else.

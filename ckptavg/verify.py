@@ -77,7 +77,7 @@ def verify(
     progress: Progress | None = None,
     hash_progress: Progress | None = None,
 ) -> Verification:
-    """Verify that an average is what its members give, bit for bit.
+    """Make an average again from its members, and compare every bit.
 
     The members must have the sizes and digests that the provenance records. They are averaged again
     into a temporary file as large as the output. Refreshed norm statistics are not compared.
@@ -91,7 +91,7 @@ def verify(
         hash_progress: called with the bytes hashed since the last call, and with the bytes in all.
 
     Raises:
-        VerificationError: the output is no average of ckptavg, or a tensor differs; it names the
+        VerificationError: ckptavg did not make the output, or a tensor differs; it names the
             first one.
         MismatchError: the inputs are not its members; it lists all differences.
         CkptAvgError: a file cannot be read.
@@ -178,7 +178,7 @@ def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, .
     """The members of an average, in its order.
 
     The ends of their paths must be the recorded names. Of several such files, the one with the
-    recorded size and digest is taken. No checkpoint is two members.
+    recorded size and digest is used. No checkpoint counts as two members.
 
     Raises:
         MismatchError: members are missing or have changed; it lists all of them.

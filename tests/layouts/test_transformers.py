@@ -353,7 +353,7 @@ def exchanged(folder: Path) -> tuple[Path, str]:
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    return one, "is not in it"
+    return one, "is missing from it"
 
 
 def hard_link(folder: Path) -> tuple[Path, str]:
@@ -391,7 +391,7 @@ def in_two_shards(folder: Path) -> tuple[Path, str]:
 
 def not_in_its_shard(folder: Path) -> tuple[Path, str]:
     edit_index(folder, lambda weight_map: weight_map.update(extra=shard(folder, 0).name))
-    return shard(folder, 0), "is not in it"
+    return shard(folder, 0), "is missing from it"
 
 
 def outside(name: str) -> Callable[[Path], tuple[Path, str]]:
@@ -425,7 +425,7 @@ def deep_json(folder: Path) -> tuple[Path, str]:
 
 def no_weight_map(folder: Path) -> tuple[Path, str]:
     (folder / INDEX).write_text('{"weight_map": {}}')
-    return folder / INDEX, "without a weight_map"
+    return folder / INDEX, "it has no weight_map"
 
 
 DAMAGE = {

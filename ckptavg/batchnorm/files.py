@@ -193,6 +193,8 @@ def _explain_nothing(report: RefreshReport, checkpoint: Checkpoint, *, is_option
     is_hidden = not report.kept and any(map(is_norm_statistic, checkpoint.tensors))
     if is_hidden:
         error.message += ", though the checkpoint has such statistics"
+    elif not report.kept:
+        error.remedy = "use the checkpoint as it is: it needs no refresh"
     if is_hidden or not is_optional:
         raise error
     log.info(error.message)

@@ -65,13 +65,15 @@ def test_without_torch_what_needs_it_says_so(tmp_path, torch, error):
         "try: ckptavg.refresh_norm",
         "except AttributeError as error: print(ascii(str(error)))",
         "from ckptavg.cli import main",
-        "sys.argv[1:] = ['bn-refresh', 'x.pt', '-o', 'y.pt', '--model', 'a:b', '--loader', 'a:b']",
+        f"sys.argv[1:] = ['bn-refresh', {str(tmp_path / 'x.pt')!r}, '-o', 'y.pt']",
+        "sys.argv += ['--model', 'a:b', '--loader', 'a:b']",
         "main()",
     ]
     if torch is None:
         lines.insert(1, "sys.modules['torch'] = None")
     else:
         (tmp_path / "torch.py").write_text(torch)
+    (tmp_path / "x.pt").touch()
     code = "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr == f"ckptavg: error: this runs a model, and {problem}\n"

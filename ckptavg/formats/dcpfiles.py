@@ -45,6 +45,7 @@ _LARGEST_NUMBER = 1 << 60  # a number's hash is its remainder after division by 
 _ENDS = 1 << 10  # bytes: an item's zip has its pickle in the first, its directory in the last
 _BATCH = 1_000  # items whose ends are in memory at once
 _LARGEST_OBJECT = 1 << 20
+_LARGEST_PICKLE, _MOST_VALUES = 4 << 10, 1_000  # of items that are tensors
 
 
 class Item(NamedTuple):
@@ -213,6 +214,7 @@ class Shards:
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         self.files: dict[str, Part] = {}
         self._directory, self._metadata = directory, metadata
+        self._values: dict[bytes, object] = {}
 
     def boxes(self, tensors: Mapping[str, PickledTensor]) -> dict[str, list[Box]]:
         """Find the pieces of tensors, each given by what the metadata say of it."""
@@ -285,7 +287,7 @@ class Shards:
         file = self.files[item.file]
         try:
             archive = Archive(section)
-            value = archive.load()
+            value = self._value(archive)
             tensor = locate(archive, {name: value})[name]
         except CkptAvgError as error:
             raise FormatError(
@@ -298,6 +300,18 @@ class Shards:
             )
             raise FormatError(message, path=file.path, tensor=name)
         return Box(file, corner, replace(tensor, offset=item.offset + tensor.offset))
+
+    def _value(self, archive: Archive) -> object:
+        """What an item's pickle describes. Tensors of one shape and dtype have the same pickle."""
+        pickled = archive.content("data.pkl")
+        if len(pickled) > _LARGEST_PICKLE:
+            message = f"has a pickle of {len(pickled)} bytes where a tensor's has a few hundred"
+            raise FormatError(message, path=archive.file.path)
+        if pickled not in self._values:
+            if len(self._values) >= _MOST_VALUES:
+                self._values.clear()
+            self._values[pickled] = unpickler.load(pickled, archive.file.path)
+        return self._values[pickled]
 
 
 class Objects(Mapping[str, object]):

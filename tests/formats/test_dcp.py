@@ -10,6 +10,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 import ckptavg
 from ckptavg import cli
 from ckptavg.errors import FormatError, SelectionError
-from ckptavg.formats import dcp, dcpfiles, open_checkpoint
+from ckptavg.formats import dcp, dcpfiles, open_checkpoint, unpickler
 from ckptavg.formats.checkpoint import Checkpoint
 from ckptavg.formats.parts import check_unchanged
 from ckptavg.formats.paths import as_path
@@ -93,6 +94,19 @@ class TestPieces:
         assert set(averaged) == set(states[0])
         for name, value in averaged.items():
             assert same_bits(value, naive_mean([state[name] for state in states]).to(value.dtype))
+
+    def test_of_one_shape_are_unpickled_once(self, tmp_path, monkeypatch):
+        state = {f"{n}.{part}": torch.rand(n % 2 + 1) for n in range(20) for part in "ab"}
+        save_dcp(state, tmp_path / "c")
+        loaded = []
+
+        def counted(pickled: bytes, *args: Any, **options: Any) -> object:
+            loaded.append(pickled)
+            return unpickler.load(pickled, *args, **options)
+
+        monkeypatch.setattr(dcpfiles, "unpickler", SimpleNamespace(load=counted))
+        assert_holds(open_checkpoint(tmp_path / "c"), state)
+        assert len(loaded) == 1 + 2  # the metadata, and an item of each shape
 
     def test_that_are_not_contiguous_average_with_others(self, sharded, tmp_path):
         names = [name for name, value in whole_state(9).items() if value.dim() == 2]
@@ -520,6 +534,12 @@ def item(**changes: object) -> Callable[[Path], None]:
     return in_metadata(change)
 
 
+def long_pickle(folder: Path) -> None:
+    """Each item is a zip as torch writes it, of a list of numbers."""
+    torch.save([*range(3_000)], folder / "__0_0.distcp")
+    item(offset=0, length=(folder / "__0_0.distcp").stat().st_size)(folder)
+
+
 def one_place(metadata: Metadata) -> None:
     metadata.planner_data["optimizer.w"] = ("model", "w")
 
@@ -596,6 +616,7 @@ def complaint(
         (item(offset=-1), ".metadata", "no valid place in its file"),
         (item(length=10**9), "__0_0.distcp", "truncated"),
         (item(offset=10), "__0_0.distcp", "model.w"),
+        (long_pickle, "__0_0.distcp", "bytes where a tensor's has a few hundred"),
         (item(transform_descriptors=["zstd"]), ".metadata", "model.w: is stored by way of zstd"),
     ],
 )

@@ -201,10 +201,11 @@ def _find_members(inputs: Sequence[Path], record: Record) -> tuple[Checkpoint, .
             faults[number] = f"{printable(name)}: is not among the inputs"
         for path in paths:
             try:
-                members[number] = _open_member(path, entry, record)
+                member = _open_member(path, entry, record)
             except CkptAvgError as error:
                 faults.setdefault(number, f"{printable(path)}: {error.message}")
             else:
+                members[number] = member.sharing(next(iter(members.values()), member))
                 assigned.add(path)
                 faults.pop(number, None)
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ from ckptavg.errors import (
     VerificationError,
 )
 from ckptavg.formats import open_checkpoint
+from ckptavg.formats.checkpoint import Checkpoint
+from ckptavg.select.run import Run
 from tests.helpers import run
 from tests.oracle import random_state_dicts, save_run
 
@@ -238,6 +241,21 @@ class TestVerify:
         run[3].write_bytes(b"damaged")
         shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
         assert ckptavg.verify(out, [tmp_path / "elsewhere" / "run"]).sources_hashed == 3
+
+    def test_of_members_alike_one_list_of_tensors_is_in_memory(self, tmp_path, run, monkeypatch):
+        ckptavg.average(run, tmp_path / "o.safetensors")
+        verifying: Any = importlib.import_module("ckptavg.verify")
+        write_averages = verifying.write_averages
+        given: list[Checkpoint] = []
+
+        def spied(run: Run, *args: Any, **options: Any) -> Any:
+            given.extend(run.members)
+            return write_averages(run, *args, **options)
+
+        monkeypatch.setattr(verifying, "write_averages", spied)
+        assert ckptavg.verify(tmp_path / "o.safetensors", run).sources == 4
+        assert len(given) == 4
+        assert len({id(member.tensors) for member in given}) == 1
 
     @pytest.mark.usefixtures("run")
     def test_the_same_name_in_two_runs_is_told_apart_by_what_is_known_of_it(self, tmp_path):

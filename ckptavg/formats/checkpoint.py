@@ -184,6 +184,11 @@ class Checkpoint:
             other_entries={new_name(name): value for name, value in self.other_entries.items()},
         )
 
+    def sharing(self, first: Checkpoint) -> Checkpoint:
+        """The same checkpoint, with another one's mappings where they are equal."""
+        names = [n for n in ("tensors", "places") if getattr(self, n) == getattr(first, n)]
+        return replace(self, **{name: getattr(first, name) for name in names})
+
     def read(self, name: str) -> AnyArray:
         """A tensor as an array in C order."""
         tensor = self.tensors[name]

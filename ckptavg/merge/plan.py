@@ -294,9 +294,10 @@ def tied_names(checkpoints: Sequence[Checkpoint]) -> list[list[str]]:
     Empty tensors are never tied, though several may have the same offset.
     """
     names_by_place: dict[object, list[str]] = {}
+    mappings = {id(each.tensors): each.tensors for each in checkpoints}.values()
     for name, tensor in checkpoints[-1].tensors.items():
         # Everything but the bytes: dtype, shape, file, offset and strides.
-        twins = (each.tensors.get(name) for each in checkpoints)
+        twins = (tensors.get(name) for tensors in mappings)
         place = tuple(twins) if tensor.count else name
         names_by_place.setdefault(place, []).append(name)
     return list(names_by_place.values())

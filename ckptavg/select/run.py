@@ -177,11 +177,8 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
             each.kind = "average"
         checkpoint, prefix = without_wrappers(each.checkpoint, keep_prefix=keep_prefix)
         prefixes[prefix] += 1
-        # Most checkpoints of a run have the same tensors at the same places: they share a mapping.
-        if first is not None and checkpoint.tensors == first.tensors:
-            checkpoint = replace(checkpoint, tensors=first.tensors)
-        if first is not None and checkpoint.places == first.places:
-            checkpoint = replace(checkpoint, places=first.places)
+        # Most checkpoints of a run have the same tensors at the same places.
+        checkpoint = checkpoint.sharing(first or checkpoint)
         first = first or checkpoint
         each.checkpoint = checkpoint
     for prefix, count in prefixes.items():

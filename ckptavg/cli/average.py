@@ -198,13 +198,14 @@ def _say(console: Console, summary: Summary, output: str, keys: Sequence[str] | 
         return
     console.say(f"  wrote {printable(output)} ({size(summary.bytes_written)})")
     if summary.norm_stats == "stale":
-        folders = Path(output), path_or_url(members[-1].path)
-        model = options.model_of_transformers(*folders) or "--model FILE.py:MODEL"
+        last = path_or_url(members[-1].path)
+        model = options.model_of_transformers(Path(output), directory=last)
         key = " --key KEY" if isinstance(as_key(keys), tuple) else ""
         console.say(
             "The BatchNorm statistics are stale: no data have passed through these weights. "
             "Refresh them:\n"
-            f"  ckptavg bn-refresh {shlex.quote(output)}{key} {model} --loader FILE.py:LOADER"
+            f"  ckptavg bn-refresh {shlex.quote(output)}{key} "
+            f"{model or '--model FILE.py:MODEL'} --loader FILE.py:LOADER"
         )
 
 

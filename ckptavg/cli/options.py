@@ -229,19 +229,23 @@ def evaluation_fields(kind: type, params: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields_of(kind, params), "select": select, "refresh": refresh}
 
 
-def model_of_transformers(*folders: Path) -> str:
+def model_of_transformers(*checkpoints: Path, directory: Path | None = None) -> str:
     """The options that make the model of the first directory that transformers wrote.
 
     Empty if it wrote none of them. URLs are not opened.
+
+    Args:
+        checkpoints: those that the model is for.
+        directory: the last to be looked at; it is named, as it is none of the checkpoints.
     """
     from ckptavg.formats.huggingface import architecture
     from ckptavg.formats.paths import is_remote
 
-    for folder in folders:
-        if not is_remote(folder) and (name := architecture(folder)):
+    for folder in (*checkpoints, directory):
+        if folder is not None and not is_remote(folder) and (name := architecture(folder)):
+            model = f"--model transformers:{name}.from_pretrained"
+            if folder is not directory:
+                return model
             place = shlex.quote(printable(folder))
-            return (
-                f"--model transformers:{name}.from_pretrained "
-                f"--model-arg pretrained_model_name_or_path={place}"
-            )
+            return f"{model} --model-arg pretrained_model_name_or_path={place}"
     return ""

@@ -14,12 +14,14 @@ from ckptavg.model.factories import name_of, user_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
 
 log = logging.getLogger("ckptavg")
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_DIRECTORY = "pretrained_model_name_or_path"  # of Hugging Face's `from_pretrained`
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -41,13 +43,22 @@ def complete_arguments(
     Args:
         function: returns the model. It is given the hyper-parameters that are parameters of it; a
             class with `**kwargs` is given all of them. Of one argument that has them all, such as
-            `args`, it is given what is in it if that is no parameter.
+            `args`, it is given what is in it if that is no parameter. A `from_pretrained` is given
+            the first checkpoint's directory, whose configuration it reads.
         given: the user's arguments, which take precedence.
         checkpoints: the first one that records hyper-parameters is used.
 
     Raises:
         RefreshError: an argument without a default is missing.
     """
+    checkpoints = tuple(checkpoints)
+    folder = _directory(checkpoints)
+    if inspect.ismethod(function) and function.__name__ == "from_pretrained":
+        if folder is None or _DIRECTORY in given:
+            return dict(given)
+        owner = getattr(function.__self__, "__name__", "")
+        log.info("%s.from_pretrained is given %s", printable(owner), printable(folder.name))
+        return {_DIRECTORY: str(folder), **given}
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -77,8 +88,14 @@ def complete_arguments(
     if source is not None and recorded:
         _log_arguments(name_of(function), source.name, plain, objects)
     if missing := _missing(parameters, [*given, *plain]):
-        raise _missing_arguments(function, missing, objects, source)
+        raise _missing_arguments(function, missing, objects, source, folder)
     return {**plain, **{name: _without((), name, value) for name, value in given.items()}}
+
+
+def _directory(checkpoints: Iterable[Checkpoint]) -> Path | None:
+    """The directory of the first checkpoint that is one with a model's configuration."""
+    paths = (checkpoint.path for checkpoint in checkpoints if not checkpoint.is_remote)
+    return next((path for path in paths if (path / "config.json").is_file()), None)
 
 
 def wrong_arguments(
@@ -224,6 +241,7 @@ def _missing_arguments(
     missing: list[str],
     objects: Mapping[str, str],
     source: Checkpoint | None,
+    folder: Path | None,
 ) -> RefreshError:
     """The error about arguments that neither the user nor a checkpoint gives."""
     unread = [f"{name} (a {objects[name]})" for name in missing if name in objects]
@@ -235,8 +253,7 @@ def _missing_arguments(
         why = "the checkpoint records no hyper-parameters"
     remedy = f"give {_as_options('model_arg', missing)}, or name a function that needs no arguments"
     if callable(getattr(function, "from_pretrained", None)):
-        remedy = (
-            f"name {name_of(function)}.from_pretrained, with "
-            "`model_arg` pretrained_model_name_or_path=DIRECTORY"
-        )
+        remedy = f"name {name_of(function)}.from_pretrained"
+        if folder is None:
+            remedy += f", with `model_arg` {_DIRECTORY}=DIRECTORY"
     return RefreshError(f"{name_of(function)} needs {listed(missing)}, and {why}", remedy=remedy)

@@ -10,10 +10,10 @@ COMMANDS = """
 ckptavg average run -o swa/ --start 50%
 ckptavg bn-refresh swa/ -o refreshed/ \
     --model transformers:AutoModelForImageClassification.from_pretrained \
-    --model-arg pretrained_model_name_or_path=swa --loader hf_trainer.py:train_loader
+    --loader hf_trainer.py:train_loader
 ckptavg evaluate run/checkpoint-320 swa/ refreshed/ \
     --model transformers:AutoModelForImageClassification.from_pretrained \
-    --model-arg pretrained_model_name_or_path=swa --loader hf_trainer.py:held_out
+    --loader hf_trainer.py:held_out
 """
 
 

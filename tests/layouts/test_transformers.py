@@ -496,16 +496,17 @@ def test_the_command_that_average_proposes_makes_the_model(user_folder):
     batch = "{'pixel_values': torch.randn(8, 3, 16, 16), 'labels': torch.arange(8) % 2}"
     (user_folder / "data.py").write_text(f"import torch\nloader = [{batch}]")
     expected = ["--model", "transformers:ResNetForImageClassification.from_pretrained"]
-    for output, folder in (("my swa/", "my swa"), ("swa.safetensors", "run/checkpoint-2")):
+    argument = "pretrained_model_name_or_path=run/checkpoint-2"
+    for output, more in (("my swa/", []), ("swa.safetensors", ["--model-arg", argument])):
         *_, line = outcome("average", "run", "-o", output)[1].splitlines()
         command = shlex.split(line)[1:]
-        argument = f"pretrained_model_name_or_path={folder}"
-        assert command[2:6] == [*expected, "--model-arg", argument]
+        assert command[2:-2] == [*expected, *more]
         assert outcome(*command[:-1], "data.py:loader")[0] == 0
     for name, inputs in (("bn-refresh", "my swa"), ("evaluate", "run"), ("evaluate", "my swa")):
         code, _, said = outcome(name, inputs)
         assert code == 2
         proposed = said.splitlines()[-1].removeprefix("To make the model with transformers: ")
-        options = shlex.split(proposed)
-        assert options[:2] == expected
-    assert outcome("evaluate", "my swa", *options, "--loader", "data.py:loader")[0] == 0
+        assert shlex.split(proposed) == expected
+    code, _, said = outcome("evaluate", "my swa", *expected, "--loader", "data.py:loader")
+    assert code == 0
+    assert "ResNetForImageClassification.from_pretrained is given my swa" in said

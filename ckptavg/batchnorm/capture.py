@@ -52,6 +52,7 @@ def capture(layers: Mapping[str, NormLayer], model: torch.nn.Module) -> Iterator
     """
     with ExitStack() as undo:
         captured = Capture(layers)
+        undo.callback(captured.leave)
         for module in model.modules():
             if isinstance(module, NormLayer) or is_aggregating(module):
                 undo.callback(
@@ -60,7 +61,7 @@ def capture(layers: Mapping[str, NormLayer], model: torch.nn.Module) -> Iterator
         for layer in layers.values():
             undo.callback(_restore_momentum, layer, layer.momentum)
             undo.callback(layer.register_forward_pre_hook(captured.before).remove)
-            # It is called after an exception too, so that each call leaves the mode.
+            # It is called after an `Exception` too, so that each call leaves the mode.
             after = layer.register_forward_hook(captured.after, with_kwargs=True, always_call=True)
             undo.callback(after.remove)
         yield captured
@@ -123,6 +124,13 @@ class Capture(TorchFunctionMode):
             self._layers[layer] = _Layer(name, mean.nan_to_num(0, 0, 0), usable, is_instance, mean)
         self._by_address: dict[int, _Layer] = {}
         self._thread = threading.local()  # `active`: the layers whose calls have begun in it
+
+    def leave(self) -> None:
+        """Leave the mode, if an interruption has ended the call of a layer: no hook ran then."""
+        active = vars(self._thread).get("active")
+        if active:
+            active.clear()
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def take(self) -> list[list[CallStatistics]]:
         """What each layer saw in each of its calls since the last time."""

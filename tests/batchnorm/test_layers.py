@@ -605,10 +605,19 @@ class Raising(nn.BatchNorm2d):
         explode()
 
 
-def test_torch_functions_are_heard_no_more_after_an_error_within_a_layer():
-    model = nn.Sequential(nn.BatchNorm2d(3), Raising(3))
+class Interrupted(nn.BatchNorm2d):
+    def forward(self, values):
+        super().forward(values)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("layer", "error"), [(Raising, UserCodeError), (Interrupted, KeyboardInterrupt)]
+)
+def test_torch_functions_are_heard_no_more_after_an_error_within_a_layer(layer, error):
+    model = nn.Sequential(nn.BatchNorm2d(3), layer(3))
     before = Snapshot(model)
-    with pytest.raises(UserCodeError):
+    with pytest.raises(error):
         refresh_norm(model, draw((8, 8), 3, 5, 4))
     assert torch.overrides._get_current_function_mode_stack() == []
     before.check()

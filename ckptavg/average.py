@@ -72,7 +72,10 @@ def average(
     run, recipe = find_recipe(inputs, options)
     [summary] = write_averages(run, [recipe], [output], options)
     if options.dry_run:
-        summary = replace(summary, advice=tuple(advice(run.checkpoints, recipe.members)))
+        summary = replace(
+            summary,
+            advice=tuple(advice(run.checkpoints, recipe.members, options.select.lr_recorded)),
+        )
     return summary
 
 

@@ -102,7 +102,7 @@ def _show_run(
     if error and not any(each.kind == "damaged" for each in run.candidates):
         console.say("none is selected: " + error.partition(":\n")[0])
     selected = [verdict.checkpoint for verdict in verdicts if verdict.is_chosen]
-    sentences = advice(run.checkpoints, selected) if run.error is None else []
+    sentences = advice(run.checkpoints, selected, rules.lr_recorded) if run.error is None else []
     for sentence in ("", *sentences) if sentences else ():
         console.say(with_options(sentence))
     if plot is not None:

@@ -156,7 +156,7 @@ def sweep(inputs: PathLike | Iterable[PathLike], options: SweepOptions) -> Sweep
                 stops = _stops(result, chosen, plan, held, options)
                 test = _tested(result, stops, evaluator, options)
             result = replace(result, test=ranks.gather(test)[0])
-        sentences = advice(run.checkpoints, recipes[chosen].members)
+        sentences = advice(run.checkpoints, recipes[chosen].members, options.select.lr_recorded)
         return replace(result, advice=tuple(sentences))
 
 

@@ -43,6 +43,7 @@ class TrainingRecord:
         learning_rate: rate of the optimizer's first parameter group. It may already be that of the
             next update: see `select.learning_rates`.
         other_rates: rates of the other parameter groups.
+        initial_rate: `initial_lr` of the first group, which torch's schedulers set.
         scheduler: plain values of the first scheduler's state dict (`last_epoch`, `base_lrs`,
             `_last_lr`, `T_0`, ...).
         logged_rate: rate that the trainer logged at the checkpoint's step (Hugging Face).
@@ -58,6 +59,7 @@ class TrainingRecord:
     epochs_from_zero: bool = False
     learning_rate: float | None = None
     other_rates: tuple[float, ...] = ()
+    initial_rate: float | None = None
     scheduler: Mapping[str, Any] | None = None
     logged_rate: float | None = None
     logged_before: float | None = None

@@ -57,7 +57,7 @@ def training_record(
     values = dict(islice(_metrics(root, name, whole=whole), _MOST_METRICS))
     tensors = ((key, value) for key, value in values.items() if isinstance(value, PickledTensor))
     scalars = read_scalars(dict(islice(tensors, _MOST_SCALARS)))
-    rates = _rates(root)
+    rates, groups = _rates(root), _groups(root)
     return TrainingRecord(
         steps=_steps(root),
         # Lightning and timm record the epoch that is done, not how many are.
@@ -65,6 +65,7 @@ def training_record(
         or {"arch", "version", "epoch"} <= root.keys(),
         learning_rate=rates[0] if rates else None,
         other_rates=rates[1:],
+        initial_rate=_finite(groups[0].get("initial_lr")) if groups else None,
         scheduler=_scheduler(root),
         metrics=_numbers({**values, **scalars}),
         has_optimizer_state=_has_optimizer_state(root),
@@ -190,14 +191,18 @@ def _number(value: object) -> float | None:
 
 def _rates(root: Mapping[Any, object]) -> tuple[float, ...]:
     """Learning rates of an optimizer's parameter groups, or else the scheduler's last one."""
+    groups = _groups(root)
+    rates = [group.get("lr") for group in groups] or [_last_rate(_scheduler(root))]
+    return tuple(rate for rate in map(_finite, rates) if rate is not None)
+
+
+def _groups(root: Mapping[Any, object]) -> list[dict[Any, object]]:
+    """Parameter groups of the first optimizer that records a learning rate."""
     for optimizer in _first_states(root, "optim"):
         match optimizer:
             case {"param_groups": [{"lr": rate}, *_] as groups} if _finite(rate) is not None:
-                dicts = (group for group in groups[:_MOST_GROUPS] if isinstance(group, dict))
-                rates = (_finite(group.get("lr")) for group in dicts)
-                return tuple(rate for rate in rates if rate is not None)
-    rate = _finite(_last_rate(_scheduler(root)))
-    return () if rate is None else (rate,)
+                return [group for group in groups[:_MOST_GROUPS] if isinstance(group, dict)]
+    return []
 
 
 def _scheduler(root: Mapping[Any, object]) -> dict[str, Any] | None:

@@ -8,41 +8,54 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptavg.errors import printable
+from ckptavg.errors import SelectionError, printable, without_notices
 from ckptavg.formats.checkpoint import spread
 from ckptavg.formats.tensors import is_norm_state
-from ckptavg.select.learning_rates import local_minima, nearly_equal
+from ckptavg.select.learning_rates import assumed_reading, rates_and_minima
+from ckptavg.select.schedules import nearly_equal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.select.learning_rates import Reading
 
 _DECAYED = 0.5  # of the highest rate: what is below has decayed
 _RISE = 1.1  # of a rate that had fallen: what rises so much again is cyclical
 _TENSORS, _ELEMENTS = 32, 1024  # of the sample
 _CLOSE = 1e-3  # relative distance of members that hardly differ
 _STANDS_IN = "There averages stand in for the decay (arXiv 2505.12082, 2507.17634)."
+_GAINS_LITTLE = (
+    "There averages gain little (arXiv 2604.12374): compare windows, and the last checkpoint, on "
+    "held-out data with `ckptavg sweep`."
+)
 _DRIFT = 2.0  # times the distance from their mean that points around a centre would have
 
 
-def advice(checkpoints: Sequence[Checkpoint], members: Sequence[Checkpoint]) -> list[str]:
+def advice(
+    checkpoints: Sequence[Checkpoint],
+    members: Sequence[Checkpoint],
+    recorded: Reading | None = None,
+) -> list[str]:
     """What the learning rates and the distances of the members say, each with its evidence.
 
     Args:
         checkpoints: all of the run, in the order of training.
         members: those that are averaged.
+        recorded: the learning rate that checkpoints record, as in `rates_and_minima`.
     """
     if len(members) < 2:  # noqa: PLR2004
         return []
-    return [*filter(None, (_on_rates(checkpoints, members), _on_distances(members)))]
+    return [*filter(None, (_on_rates(checkpoints, members, recorded), _on_distances(members)))]
 
 
-def _on_rates(checkpoints: Sequence[Checkpoint], members: Sequence[Checkpoint]) -> str:
+def _on_rates(
+    checkpoints: Sequence[Checkpoint], members: Sequence[Checkpoint], recorded: Reading | None
+) -> str:
     """What the recorded learning rates say of the window; nothing where one is not recorded."""
-    recorded = [each.training.learning_rate for each in checkpoints]
-    rates = [rate for rate in recorded if rate is not None]
-    if len(rates) < len(recorded) or max(rates) <= 0:
+    known = [each.training.learning_rate for each in checkpoints]
+    rates = [rate for rate in known if rate is not None]
+    if len(rates) < len(known) or max(rates) <= 0:
         return ""
     names = [printable(each.name) for each in checkpoints]
     chosen = {each.path for each in members}
@@ -54,24 +67,20 @@ def _on_rates(checkpoints: Sequence[Checkpoint], members: Sequence[Checkpoint]) 
         return (
             f"The learning rate is constant: {most:g} in all {len(rates)} checkpoints. {_STANDS_IN}"
         )
-    rises = [
-        place
+    if any(
+        _RISE * rates[place - 1] < min(rates[place], max(rates[:place]))
         for place in range(first + 1, last + 1)
-        if _RISE * rates[place - 1] < min(rates[place], max(rates[:place]))
-    ]
-    if rises:
-        return _on_cycles(rates, places, len(rises))
+    ):
+        return _on_cycles(checkpoints, places, recorded)
     if highest <= first and start <= _DECAYED * most:
         return (
             f"The learning rate had decayed before the window: from {most:g} ({names[highest]}) to "
-            f"{start:g} ({names[first]}). There averages gain little (arXiv 2604.12374): begin "
-            "earlier, or keep the last checkpoint."
+            f"{start:g} ({names[first]}). {_GAINS_LITTLE}"
         )
     if end <= _DECAYED * start:
         return (
             f"The learning rate decays within the window: from {start:g} ({names[first]}) to "
-            f"{end:g} ({names[last]}). There averages gain less and less (arXiv 2604.12374): try "
-            "shorter windows."
+            f"{end:g} ({names[last]}). {_GAINS_LITTLE}"
         )
     return (
         f"The learning rate had not decayed: {start:g} at the beginning of the window, {end:g} at "
@@ -79,17 +88,32 @@ def _on_rates(checkpoints: Sequence[Checkpoint], members: Sequence[Checkpoint]) 
     )
 
 
-def _on_cycles(rates: Sequence[float], places: Sequence[int], rises: int) -> str:
+def _on_cycles(
+    checkpoints: Sequence[Checkpoint], places: Sequence[int], recorded: Reading | None
+) -> str:
     """What a rate that rises again within the window says."""
-    minima, within = local_minima(rates), rates[places[0] : places[-1] + 1]
+    try:
+        with without_notices():
+            rates, minima = rates_and_minima(checkpoints, recorded)
+    except SelectionError as error:
+        return f"The learning rate is cyclical, but {error}."
+    within = rates[places[0] : places[-1] + 1]
     low = sum(minima[place] for place in places)
     text = (
         f"The learning rate is cyclical: between {min(within):g} and {max(within):g} within the "
-        f"window, where it rises {rises} times. {low} of {len(places)} members are at its minima"
+        f"window. {low} of {len(places)} members are at its minima"
     )
+    # SWA begins after half of the training, or three quarters.
+    start = " `start` 50%" if places[0] < len(rates) / 4 else ""
     if low == len(places):
-        return f"{text}, as in SWA (arXiv 1803.05407)."
-    return f"{text}; `lr_minima` takes these alone, as in SWA (arXiv 1803.05407)."
+        late = f"; SWA also leaves out the first part of the training: add{start}" if start else ""
+        return f"{text}, as in SWA (arXiv 1803.05407){late}."
+    assumed = "" if recorded else assumed_reading(checkpoints)
+    which = "those of the second half" if start else "these"
+    return (
+        f"{text}; `lr_minima`{start} takes {which} alone, as in SWA (arXiv 1803.05407)."
+        + f" {assumed[:1].upper()}{assumed[1:]}." * bool(assumed)
+    )
 
 
 def _on_distances(members: Sequence[Checkpoint]) -> str:

@@ -5,137 +5,29 @@
 3. The scheduler's count tells which: after its step it equals the updates (or epochs) done.
 4. If the next rate is recorded, the used one is looked up: in the log, in the checkpoint one step
    earlier, or by torch's formula.
-5. If it is unknown which one is recorded, it counts as used: an error if the choice depends on it.
+5. Without a scheduler's state, the rates tell it if they begin at, or restart from, `initial_lr`.
+6. If it is unknown which one is recorded, it counts as used. If the choice depends on it, that is
+   an error, or without a scheduler's state a notice.
 """
 
 from __future__ import annotations
 
-import bisect
+import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from ckptavg.errors import SelectionError, listed, printable
 from ckptavg.formats.checkpoint import STEP_NAMES
 from ckptavg.select.names import steps_in_names
+from ckptavg.select.schedules import follows_formula, is_minimum, nearly_equal, rate_at, steps_taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ckptavg.formats.checkpoint import Checkpoint, TrainingRecord
-
-State = Mapping[str, Any]
-
-# The keys of a scheduler's state dict tell its class. The formulas are those of
-# https://docs.pytorch.org/docs/stable/optim.html.
-
-
-def nearly_equal(rate: float, other: float, highest: float) -> bool:
-    """Whether two rates differ by rounding only, in a schedule with this highest rate."""
-    # Where a cosine should be 0, it is about 1e-17 of the highest rate.
-    return math.isclose(rate, other, rel_tol=1e-6, abs_tol=1e-9 * abs(highest))
-
-
-def steps_taken(scheduler: State | None) -> int | None:
-    """The number of steps that a scheduler has taken; None if its state does not tell."""
-    steps = (scheduler or {}).get("last_epoch")
-    return steps if type(steps) is int and steps >= 0 else None
-
-
-def follows_formula(scheduler: State | None, position: int, rate: float) -> bool:
-    """Whether the scheduler's formula gives this rate at a position, and has one before it."""
-    here, before = rate_at(scheduler, position), rate_at(scheduler, position - 1)
-    return here is not None and before is not None and nearly_equal(here, rate, max(here, before))
-
-
-def is_minimum(scheduler: State | None, position: int) -> bool:
-    """Whether the scheduler's formula gives higher rates one step before and one step after."""
-    around = [rate_at(scheduler, position + offset) for offset in (-1, 0, 1)]
-    before, here, after = (math.nan if rate is None else rate for rate in around)
-    lower = position > 0 and before > here and here < after
-    return lower and not nearly_equal(min(before, after), here, max(before, after))
-
-
-def rate_at(scheduler: State | None, position: int) -> float | None:
-    """The rate of the first parameter group after so many steps; None if unknown."""
-    try:
-        rate = float(_rate_at(scheduler, position))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return None
-    return rate if math.isfinite(rate) else None
-
-
-def _rate_at(state: object, position: int, levels: int = 10) -> float:
-    if not isinstance(state, Mapping) or not levels:
-        raise LookupError
-    if "_milestones" in state:  # SequentialLR: each scheduler starts at its milestone, from 0
-        milestones = state["_milestones"]
-        index = bisect.bisect_right(milestones, position)
-        start = milestones[index - 1] if index else 0
-        return _rate_at(state["_schedulers"][index], position - start, levels - 1)
-    keys = {key for key in state if not key.startswith("_")} - {"base_lrs", "last_epoch", "verbose"}
-    base = float(state["base_lrs"][0])
-    if keys >= {"max_lrs", "total_size", "step_ratio", "mode", "gamma"}:
-        return base + (float(state["max_lrs"][0]) - base) * _cyclic(state, position)
-    low = float(state.get("eta_min", 0.0))
-    return low + (base - low) * _FACTORS[" ".join(sorted(keys))](state, position)
-
-
-def _cyclic(state: State, n: int) -> float:
-    if state.get("_scale_fn_custom") is not None:
-        raise ValueError("a scale function of the user's own")
-    size, ratio = float(state["total_size"]), float(state["step_ratio"])
-    cycle = math.floor(1 + n / size)
-    x = 1.0 + n / size - cycle
-    height = x / ratio if x <= ratio else (x - 1) / (ratio - 1)
-    gamma = float(state["gamma"])
-    powers = {"triangular": (1.0, 1), "triangular2": (2.0, 1 - cycle), "exp_range": (gamma, n)}
-    scale, exponent = powers[state["mode"]]
-    return float(height * scale ** float(exponent))
-
-
-def _warm_restarts(state: State, position: int) -> float:
-    length, factor = int(state["T_0"]), int(state["T_mult"])
-    if length < 1 or factor < 1:
-        raise ValueError(length, factor)
-    if factor == 1:
-        position %= length
-    while position >= length:
-        position, length = position - length, length * factor
-    return _cosine(position / length)
-
-
-def _cosine(share: float) -> float:
-    return (1 + math.cos(math.pi * share)) / 2
-
-
-def _milestones(state: State, position: int) -> float:
-    return float(sum(times for place, times in state["milestones"].items() if place <= position))
-
-
-def _share(state: State, position: int) -> float:
-    return float(min(position, state["total_iters"]) / state["total_iters"])
-
-
-def _linear(state: State, position: int) -> float:
-    start, end = float(state["start_factor"]), float(state["end_factor"])
-    return start + (end - start) * _share(state, position)
-
-
-# Factors of the base rate by the keys of the state dict. Powers are taken of floats, which
-# overflow; powers of huge integers would hang.
-_FACTORS: dict[str, Callable[[State, int], float]] = {
-    "T_0 T_cur T_i T_mult eta_min": _warm_restarts,
-    "T_max eta_min": lambda state, n: _cosine(n / state["T_max"]),
-    "gamma step_size": lambda state, n: float(state["gamma"]) ** float(n // state["step_size"]),
-    "gamma milestones": lambda state, n: float(state["gamma"]) ** _milestones(state, n),
-    "gamma": lambda state, n: float(state["gamma"]) ** float(n),
-    "end_factor start_factor total_iters": _linear,
-    "factor total_iters": lambda state, n: state["factor"] if n < state["total_iters"] else 1.0,
-    "power total_iters": lambda state, n: (1.0 - _share(state, n)) ** float(state["power"]),
-}
+    from ckptavg.select.schedules import State
 
 log = logging.getLogger("ckptavg")
 
@@ -176,6 +68,7 @@ def rates_and_minima(
             or which rate was recorded is unknown, and the choice depends on it.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
+    is_given, recorded = recorded is not None, recorded or _reading_by_rates(checkpoints)
     rates = _last_rates(checkpoints, recorded)
     unsure = [name for name, rate in zip(names, rates, strict=True) if rate.doubt == _UNSURE]
     if unsure:
@@ -197,14 +90,75 @@ def rates_and_minima(
         )
     chosen = _chosen(rates)
     _check_first(names, rates)
-    is_known = any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
-    if recorded is None and not is_known and len(set(values)) > 1:
-        log.info("the recorded learning rates count as those of the last update: see `lr_recorded`")
+    if assumption := "" if is_given else assumed_reading(checkpoints):
+        log.info(assumption)
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
     lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:
         log.info("the rate was still falling at the last checkpoint, which counts as a minimum")
     return values, chosen
+
+
+def assumed_reading(checkpoints: Sequence[Checkpoint]) -> str:
+    """What is assumed of the recorded rates, and what else they may be; empty if it is all one.
+
+    Without the state of a scheduler, only the rates themselves tell which ones are recorded.
+    """
+    if _is_known(checkpoints) or (reading := _reading_by_rates(checkpoints)) == "used":
+        return ""
+    if reading:
+        return (
+            "the learning rates show that checkpoints were saved after scheduler.step(): the rate "
+            f"of {printable(checkpoints[0].name)} is below the initial one. "
+            "If that is wrong, add `lr_recorded` used"
+        )
+    used, following = _last_rates(checkpoints, "used"), list[_Rate]()
+    with contextlib.suppress(SelectionError):
+        following = _last_rates(checkpoints, "next")
+    if _chosen(used) == (_chosen(following) if following else [True] * len(used)):
+        return ""
+    pairs = zip(checkpoints, _chosen(following), strict=bool(following))
+    lowest = listed((each.name for each, is_lowest in pairs if is_lowest), 4)
+    return (
+        "the recorded learning rates count as those that were used before saving. If your training "
+        "loop calls scheduler.step() once an epoch and then saves, "
+        + (
+            f"add `lr_recorded` next: the minima are then {lowest or 'none'}"
+            if following
+            else "they are the next ones, and the minima cannot be known: " + _ALTERNATIVES
+        )
+    )
+
+
+def _is_known(checkpoints: Sequence[Checkpoint]) -> bool:
+    return any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
+
+
+def _reading_by_rates(checkpoints: Sequence[Checkpoint]) -> Reading | None:
+    """The rate that is recorded without a scheduler's state, if the rates themselves tell it.
+
+    A schedule of torch begins with `initial_lr`. If the first epoch's checkpoint has that rate, and
+    the second another, they were saved before `scheduler.step()`. If the rate falls from a lower
+    one until it restarts from `initial_lr`, they were saved after it.
+    """
+    known = [each.training.learning_rate for each in checkpoints]
+    rates = [rate for rate in known if rate is not None]
+    if _is_known(checkpoints) or len(rates) < len(known) or len(rates) < 3:  # noqa: PLR2004
+        return None
+    first, second, *_ = checkpoints
+    initial = first.training.initial_rate
+    [epoch, *_] = steps_in_names((first.name, second.name)) or (None,)
+    if initial is None or first.training.steps.get("epoch", epoch) not in (0, 1):
+        return None
+    if not first.training.has_optimizer_state or not _is_one_later(first, second):
+        return None
+    initials = [place for place, rate in enumerate(rates) if nearly_equal(rate, initial, initial)]
+    restart = next(iter(initials), 0)
+    if restart == 0:
+        return "used" if 0 in initials and 1 not in initials else None
+    falls = all(a > b for a, b in itertools.pairwise([initial, *rates[:restart]]))
+    pairs = itertools.pairwise(checkpoints[: restart + 1])
+    return "next" if restart > 1 and falls and all(_is_one_later(*pair) for pair in pairs) else None
 
 
 def local_minima(rates: Sequence[float]) -> list[bool]:

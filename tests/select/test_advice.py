@@ -55,8 +55,11 @@ class TestLearningRates:
                 [0.4, 0.1] * 4,
                 6,
                 (
-                    "cyclical: between 0.1 and 0.4 within the window, where it rises 2 times. 3 of "
-                    "6 members are at its minima; `lr_minima` takes these alone"
+                    "cyclical: between 0.1 and 0.4 within the window. 3 of 6 members are at its "
+                    "minima; `lr_minima` takes these alone, as in SWA (arXiv 1803.05407). The "
+                    "recorded learning rates count as those that were used before saving. If your "
+                    "training loop calls scheduler.step() once an epoch and then saves, add "
+                    "`lr_recorded` next: the minima are then epoch_3.pt, epoch_5.pt, epoch_7.pt."
                 ),
             ),
         ],
@@ -70,6 +73,23 @@ class TestLearningRates:
         checkpoints = find_run([tmp_path / "run"]).checkpoints
         text = advice(checkpoints, checkpoints[1::2])[0]
         assert "4 of 4 members are at its minima, as in SWA" in text
+        assert text.endswith("SWA also leaves out the first part of the training: add `start` 50%.")
+        assert advice(checkpoints, checkpoints[3::2])[0].endswith("as in SWA (arXiv 1803.05407).")
+
+    def test_count_as_the_ones_that_the_user_says_are_recorded(self, tmp_path):
+        saved(tmp_path / "run", [0.4, 0.1] * 4, SWING)
+        checkpoints = find_run([tmp_path / "run"]).checkpoints
+        assert (
+            "3 of 3 members are at its minima" in advice(checkpoints, checkpoints[2::2], "next")[0]
+        )
+
+    def test_say_the_same_of_a_shorter_window_in_a_decay(self, tmp_path):
+        saved(tmp_path / "run", [0.4, 0.4, 0.4, 0.4, 0.3, 0.2, 0.1, 0.05], SWING)
+        ends = {
+            advised(tmp_path / "run", last)[0].partition("There averages")[2] for last in (5, 2)
+        }
+        [end] = ends
+        assert "compare windows, and the last checkpoint" in end
 
     @pytest.mark.parametrize("rates", [[None] * 8, [0.1] * 7 + [None]])
     def test_that_are_not_recorded_say_nothing(self, tmp_path, rates):
@@ -135,7 +155,7 @@ class TestCommands:
         saved(Path("run"), [0.4, 0.1] * 4, SWING)
 
     def test_inspect_and_a_dry_run_end_with_it(self):
-        sentence = "4 of 8 members are at its minima; --lr-minima takes these alone"
+        sentence = "are at its minima; --lr-minima --start 50% takes those of the second half alone"
         inspected = run("inspect", "run").stdout.splitlines()
         assert sentence in inspected[-2]
         dry = run("average", "run", "-o", "x.safetensors", "--dry-run").stdout.splitlines()

@@ -357,14 +357,70 @@ def rates_of(records: Sequence[Checkpoint]) -> list[float]:
 
 def test_without_a_scheduler_the_recorded_rate_is_the_one_used(caplog):
     caplog.set_level(logging.INFO)
-    assert rates_of([saved(0.3, epoch=1), saved(0.1, epoch=2), saved(0.2, epoch=3)]) == [
-        0.3,
-        0.1,
-        0.2,
-    ]
-    assert caplog.messages == [
-        "the recorded learning rates count as those of the last update: see `lr_recorded`"
-    ]
+    records = [saved(0.3, epoch=1), saved(0.1, epoch=2), saved(0.2, epoch=3)]
+    records = [replace(each, name_in_run=f"c{n}") for n, each in enumerate(records, 1)]
+    assert rates_of(records) == [0.3, 0.1, 0.2]
+    [message] = caplog.messages
+    assert message.startswith("the recorded learning rates count as those that were used before")
+    assert message.endswith("add `lr_recorded` next: the minima are then c3")
+
+
+@pytest.mark.parametrize(
+    ("rates", "epochs"),
+    [([3, 2, 1], range(3)), ([2, 2, 2], range(3)), ([2, 2, 2], (0, 5, 10))],
+    ids=["falling", "constant", "constant with gaps"],
+)
+def test_nothing_is_assumed_where_the_choice_is_the_same(caplog, rates, epochs):
+    caplog.set_level(logging.INFO)
+    rates_of([saved(rate, epoch=epoch) for rate, epoch in zip(rates, epochs, strict=True)])
+    assert not doubts(caplog)
+
+
+def test_where_the_next_rate_could_not_be_known_the_notice_gives_other_options(caplog):
+    caplog.set_level(logging.INFO)
+    rates_of([saved(rate, epoch=5 * n) for n, rate in enumerate((3, 1, 2))])
+    [message] = caplog.messages
+    assert "the minima cannot be known: choose by `cycle`" in message
+
+
+def without_scheduler(run: Run, momentum: float = 0.9) -> list[Checkpoint]:
+    """The checkpoints of a loop that saves model and optimizer only."""
+    checkpoints = []
+    for each in run.checkpoints:
+        root = torch.load(each.path)
+        del root["scheduler"]
+        root["optimizer"]["state"] = {0: {"momentum_buffer": torch.ones(2)}} if momentum else {}
+        torch.save(root, each.path)
+        checkpoints.append(open_checkpoint(each.path))
+    return checkpoints
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["restarts", "growing restarts"])
+def test_restarts_from_the_initial_rate_tell_which_one_is_recorded(
+    tmp_path, caplog, name, *, after, first
+):
+    run = train(tmp_path, SCHEDULES[name], after=after, first=first)
+    caplog.set_level(logging.INFO)
+    rates, minima = rates_and_minima(without_scheduler(run))
+    assert rates[1:] == pytest.approx(run.used[1:])
+    assert minima == expected(run)
+    messages = doubts(caplog)
+    assert len(messages) == after
+    assert all(f"rate of epoch_{first}.pt is below the initial one" in each for each in messages)
+
+
+@pytest.mark.parametrize("every_update", [False, True], ids=["epochs", "updates"])
+@pytest.mark.parametrize("name", ["triangular", "lopsided", "after a warm-up"])
+def test_other_cycles_without_a_scheduler_do_not_tell_that_the_next_one_is(
+    tmp_path, caplog, name, every_update
+):
+    run = train(tmp_path, SCHEDULES[name], every_update=every_update, after=False)
+    caplog.set_level(logging.INFO)
+    rates, _ = rates_and_minima(without_scheduler(run))
+    assert rates == pytest.approx(run.used)
+    assert not any("is below the initial one" in message for message in caplog.messages)
 
 
 class TestTheNextRateWithoutAScheduler:

@@ -127,9 +127,16 @@ def _say(console: Console, result: Sweep) -> None:
         f"data that chose it: {best.metrics[result.metric]:.5g}"
     )
     if result.test:
+        from ckptavg.evaluation.intervals import FEWEST
+
         units = result.test[0].difference.units
-        unit = plural(units, result.test[0].unit)
-        console.say(f"on the test loader ({unit}), with 95 % intervals:")
+        unit = result.test[0].unit
+        intervals = "with 95 % intervals"
+        if 0 < units < FEWEST:
+            intervals = f"no interval: fewer than {plural(FEWEST, unit)}"
+        elif not any(each.difference.has_interval for each in result.test):
+            intervals = "no interval"
+        console.say(f"on the test loader ({plural(units, unit)}), {intervals}:")
         console.say_table([_comparison(each) for each in result.test])
     elif len(result.averages) > 1:
         console.say(
@@ -154,9 +161,10 @@ def _metrics(row: Row, names: list[str]) -> list[str]:
 
 def _comparison(each: Comparison) -> tuple[str, ...]:
     difference = each.difference
+    interval = f" ({difference.low:+.3g} to {difference.high:+.3g})" * difference.has_interval
     return (
         f"  {printable(each.metric)} {each.average:.5g}",
         f"{each.against} {each.other:.5g}",
-        f"{difference.value:+.3g} ({difference.low:+.3g} to {difference.high:+.3g})",
-        each.verdict,
+        f"{difference.value:+.3g}{interval}",
+        each.verdict if difference.has_interval else "",
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 _RESAMPLES = 2_000
-_FEWEST = 10  # with fewer units there is no interval
+FEWEST = 10  # with fewer units there is no interval
 _MOST = 10_000  # more units are put together into so many groups, which have the same variance
 _AT_ONCE = 1 << 22  # numbers
 
@@ -34,6 +34,11 @@ class Difference:
     low: float
     high: float
     units: int
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there are enough units, with finite values, for an interval."""
+        return not math.isnan(self.low)
 
     @property
     def is_told_apart(self) -> bool:
@@ -56,7 +61,7 @@ def paired_difference(first: Units, other: Units, *, seed: int = 0) -> Differenc
     count = len(first.totals)
     value = first.mean - other.mean
     alike = len(other.totals) == count and np.array_equal(first.counts, other.counts)
-    if count < _FEWEST or not alike or not math.isfinite(value):
+    if count < FEWEST or not alike or not math.isfinite(value):
         return Difference(value, math.nan, math.nan, count)
     pairs = np.stack([first.totals - other.totals, first.counts])  # [2, units]
     if count > _MOST:

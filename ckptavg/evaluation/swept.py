@@ -50,7 +50,7 @@ class Row:
         return {**{k: value for k, value in fields.items() if k != "metrics"}, **self.metrics}
 
 
-Verdict = Literal["better", "worse", "higher", "lower", "not told apart"]
+Verdict = Literal["better", "worse", "higher", "lower", "not told apart", "no interval"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         """What the interval says, which is nothing as long as it has 0."""
+        if not self.difference.has_interval:
+            return "no interval"
         if not self.difference.is_told_apart:
             return "not told apart"
         is_higher = self.difference.value > 0

@@ -87,7 +87,9 @@ def complete_arguments(
     }
     if source is not None and recorded:
         _log_arguments(name_of(function), source.name, plain, objects)
-    if missing := _missing(parameters, [*given, *plain]):
+    # A misspelt name is what is wrong, and not that the right one is missing: the call says so.
+    is_misspelt = inspect.Parameter.VAR_KEYWORD not in kinds and given.keys() - parameters.keys()
+    if not is_misspelt and (missing := _missing(parameters, [*given, *plain])):
         raise _missing_arguments(function, missing, objects, source, folder)
     return {**plain, **{name: _without((), name, value) for name, value in given.items()}}
 
@@ -113,19 +115,19 @@ def wrong_arguments(
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return None
+    accepted = [each.name for each in parameters.values() if each.kind in _BY_NAME]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    unknown = [each for each in arguments if each not in accepted]
+    if unknown and not takes_all:
+        remedy = f"it takes {listed(accepted)}" if accepted else "it takes no arguments"
+        return RefreshError(f"{name} does not take {listed(unknown)} (`{option}`)", remedy=remedy)
     if missing := _missing(parameters, arguments):
         return RefreshError(
             f"{name} needs {listed(missing)}",
             remedy=f"give {_as_options(option, missing)}, or name a function that needs no "
             "arguments",
         )
-    accepted = [each.name for each in parameters.values() if each.kind in _BY_NAME]
-    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    unknown = [each for each in arguments if each not in accepted]
-    if takes_all or not unknown:
-        return None
-    remedy = f"it takes {listed(accepted)}" if accepted else "it takes no arguments"
-    return RefreshError(f"{name} does not take {listed(unknown)} (`{option}`)", remedy=remedy)
+    return None
 
 
 def called(function: Callable[..., Any], what: str, **given: object) -> Any:  # noqa: ANN401

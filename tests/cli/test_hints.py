@@ -135,6 +135,11 @@ class TestArguments:
                 "mine.py:make_loader does not take splt (--loader-arg); it takes split, batch",
             ),
             (
+                "make_loader",
+                ("--loader-arg", "splt=a"),
+                "mine.py:make_loader does not take splt (--loader-arg); it takes split, batch",
+            ),
+            (
                 "make_dataset",
                 ("--loader-arg", "split=a"),
                 "mine.py:make_dataset does not take split (--loader-arg); it takes no arguments",

@@ -352,7 +352,19 @@ class TestTest:
         )
         found = swept(metric="own.py:loss", test_loader="train.py:batches")
         assert "no interval: the metric cannot be computed for one batch: too few" in notices.text
-        assert {each.verdict for each in found.test} == {"not told apart"}
+        assert {each.verdict for each in found.test} == {"no interval"}
+
+    def test_with_few_batches_there_is_no_interval_and_it_says_so(self):
+        Path("own.py").write_text(
+            "def loss(model, batches):\n"
+            "    found = [float((model(x).argmax(1) != y).float().mean()) for x, y in batches]\n"
+            "    return sum(found) / len(found)\n"
+        )
+        test = ("--test-loader", "train.py:batches", "--test-loader-arg", "size=28")
+        said = run("sweep", "run", *WORDS, "--metric", "own.py:loss", *test).stdout
+        assert "on the test loader (3 batches), no interval: fewer than 10 batches:" in said
+        assert "nan" not in said
+        assert "told apart" not in said
 
 
 class TestResuming:

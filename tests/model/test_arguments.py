@@ -166,6 +166,8 @@ class TestHyperParameters:
         error = str(run("bn-refresh", *arguments, code=1).exception)
         assert "Net needs width, and the checkpoint records no hyper-parameters" in error
         assert "`model_arg` width=VALUE" in error
+        misspelt = str(run("bn-refresh", *arguments, "--model-arg", "widht=7", code=1).exception)
+        assert "Net does not take widht (`model_arg`); it takes width" in misspelt
         run("bn-refresh", *arguments, "--model-arg", "width=7", "--model-arg", "depth=2")
 
     @pytest.mark.usefixtures("checkpoints")

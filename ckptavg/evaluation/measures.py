@@ -61,7 +61,7 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
             if misfit is not None and metric == "accuracy":
                 raise misfit
             if misfit is not None and metric is None:
-                log.info("accuracy is not computed: %s", misfit.message)
+                log.info("accuracy is not computed, as of language models: %s", misfit.message)
             return {name: each.mean for name, each in metrics.items() if metric in (None, name)}
 
         return measure

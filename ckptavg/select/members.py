@@ -224,7 +224,7 @@ def warn_of_stale(checkpoints: Iterable[Checkpoint]) -> None:
                 stale.append(checkpoint.name)
     if stale:
         log.warning(
-            "BatchNorm statistics are stale in %s, which looks worse than it is: refresh them with "
-            "`ckptavg bn-refresh`",
+            "the BatchNorm statistics of %s are stale, so its metrics are worse than they need be: "
+            "refresh them with `ckptavg bn-refresh`",
             listed(stale),
         )

@@ -113,9 +113,9 @@ class Selection(Options):
     def exclusion_reason(self, name: str) -> str | None:
         """Why a checkpoint of this name is left out; None if it is not."""
         if self.include and not any(matches(name, pattern) for pattern in self.include):
-            return "its name does not match include"
+            return "not matched by include"
         pattern = next((each for each in self.exclude if matches(name, each)), None)
-        return pattern and f"its name matches exclude {pattern}"
+        return pattern and f"matched by exclude {pattern}"
 
     def as_dict(self) -> dict[str, Any]:
         """The rules that were given, for the provenance: no paths."""

@@ -188,8 +188,11 @@ def _unwrap(candidates: Sequence[Candidate], *, keep_prefix: bool) -> None:
 
 def _no_checkpoint(inputs: Sequence[Path], candidates: Sequence[Candidate]) -> SelectionError:
     where = listed(inputs) or "no input"
-    reasons = [f"; {printable(each.name)}: {each.reason}" for each in candidates]
-    return SelectionError(f"no checkpoint found in {where}{''.join(reasons[-1:])}")
+    names_by_reason: dict[str, list[str]] = {}
+    for each in candidates:
+        names_by_reason.setdefault(each.reason, []).append(each.name)
+    reasons = [f"; {listed(names)}: {reason}" for reason, names in names_by_reason.items()]
+    return SelectionError(f"no checkpoint found in {where}{''.join(reasons[-3:])}")
 
 
 def log_averages(run: Run) -> None:

@@ -305,7 +305,7 @@ def test_that_an_input_is_an_average_is_said_where_it_is_averaged_again(swa):
     specs = ("--model", "mine.py:make_model", "--loader", "mine.py:decorated")
     code, _, said = outcome("evaluate", "ckpts", swa, *specs)
     assert code == 0
-    assert said.startswith("ckptavg: warning: BatchNorm statistics are stale in swa.safetensors")
+    assert "the BatchNorm statistics of swa.safetensors are stale" in said
     assert said.count("\n") == 1
     assert notice in outcome("average", "ckpts", swa, "-o", "again.safetensors")[2]
     assert notice in outcome("inspect", "ckpts", swa)[2]

@@ -145,7 +145,8 @@ MODEL, LOADER, MODEL_ARG, LOADER_ARG, FORWARD, METRIC, DEVICE, SEED = parse("""
 --metric loss|accuracy|SPEC
                         loss is the mean cross-entropy, or the loss that the model returns; accuracy
                         is the share of correct predictions. SPEC is a function of the model and the
-                        batches that returns a number, or a dict of them.
+                        batches that returns a number, or a dict of them. FILE.py:FUNCTION:NAME
+                        chooses by the entry NAME of the dict.
                         [default: loss and accuracy]
 --device NAME           Device of the model.  [default: a GPU if there is one]
 --seed SEED             Seed of Python's, numpy's and torch's random numbers.  [default: 0]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _METRIC, _METRICS, _OUTPUT = parse("""
 --metric loss|accuracy|SPEC
                   Mean cross-entropy, share of correct predictions, or a function of the model and
-                  the batches that returns a number. [required]
+                  the batches that returns a number; FILE.py:FUNCTION:NAME of one that
+                  returns a dict. [required]
 --metrics FILE    CSV or JSON file with the metric of each checkpoint, such as the output of
                   `evaluate --json`. Then only the first checkpoint and the averages are evaluated.
 -o --output PATH  Where the soup goes, as in `average`. [required]

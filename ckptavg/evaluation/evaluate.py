@@ -12,7 +12,15 @@ from torch.nn.parameter import is_lazy
 from ckptavg.batchnorm.files import layers_to_keep
 from ckptavg.batchnorm.refresh import device_of, refresh_norm
 from ckptavg.errors import CkptAvgError, said_once
-from ckptavg.evaluation.measures import BUILT_IN, Batches, measure_of, metric_name, units_of
+from ckptavg.evaluation.measures import (
+    BUILT_IN,
+    Batches,
+    chosen_value,
+    function_and_entry,
+    measure_of,
+    metric_name,
+    units_of,
+)
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import have_equal_headers
 from ckptavg.formats.paths import as_paths
@@ -58,7 +66,8 @@ class EvaluationOptions(Options):
         model: the model, a callable that returns it, or the spec of either.
         loader: an iterable of held-out batches, a callable that returns it, or the spec of either.
         metric: `loss`, `accuracy`, or a function (or its spec) that is called with the model and
-            the batches and returns a number, or several by name; None for loss and accuracy.
+            the batches and returns a number, or a dict of them; None for loss and accuracy. The
+            spec `train.py:evaluate:mIoU` names an entry of the dict.
         model_args: keywords for the model.
         loader_args: keywords for the loader.
         forward: a function that is called with model and batch, or its spec.
@@ -83,8 +92,8 @@ class EvaluationOptions(Options):
 
     @property
     def metric_name(self) -> str:
-        """What the metric is called: a function's own name, and `loss` where none is given."""
-        return metric_name(self.metric or "loss")
+        """What the metric is called: an entry's or a function's own name, and `loss` for None."""
+        return metric_name(self.metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +240,7 @@ class Evaluator:
         loader_option: str = "loader",
     ) -> None:
         self._options, self._loader_option = options, loader_option
-        metric = None if options.metric in BUILT_IN else options.metric
+        metric = None if options.metric in BUILT_IN else function_and_entry(options.metric)[0]
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
         self._model = make_model(options.model, options.model_args, options.device, checkpoints)
@@ -332,19 +341,12 @@ class Evaluator:
         return Batches(batches, device_of(self._model), max_samples=most)
 
     def one(self, checkpoint: Checkpoint) -> float:
-        """The metric of a checkpoint, of which there is but one.
+        """The metric of a checkpoint.
 
         Raises:
-            CkptAvgError: there are several, or what else a call raises.
+            SelectionError: it is none of those that were returned; or what else a call raises.
         """
-        metrics = self(checkpoint)
-        if len(metrics) != 1:
-            what = name_of(self._options.metric or "the evaluation")
-            raise CkptAvgError(
-                f"{what} returned {len(metrics)} metrics, but one is needed",
-                remedy="let it return a number",
-            )
-        return next(iter(metrics.values()))
+        return chosen_value(self(checkpoint), self._options.metric)
 
     def _batches(
         self, spec: Loader, arguments: Mapping[str, Any], *, is_training: bool

@@ -6,9 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from ckptavg.batchnorm.report import Verdict
-from ckptavg.errors import SelectionError, printable
 from ckptavg.evaluation.evaluate import EvaluationOptions, Evaluator
-from ckptavg.select.metrics import certain_mode
+from ckptavg.evaluation.measures import chosen_value, metric_mode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +32,7 @@ class Judge:
         self, options: EvaluationOptions, *, keep_better: bool = False, mode: Mode | None = None
     ) -> None:
         self._metric, self._keep_better = options.metric_name, keep_better
-        self._mode = certain_mode(self._metric, mode) if keep_better else None
+        self._mode = metric_mode(options.metric, mode) if keep_better else None
         self._options = options
         self._evaluator: Evaluator | None = None
 
@@ -51,13 +50,7 @@ class Judge:
         """
         if not self._keep_better:
             return Verdict(before, after, self._metric, "new")
-        if self._metric not in before or self._metric not in after:
-            raise SelectionError(
-                f"{printable(self._metric)} is none of the metrics that were returned: "
-                f"{printable(', '.join(before))}",
-                remedy="let the function return a number",
-            )
-        old, new = before[self._metric], after[self._metric]
+        old, new = (chosen_value(each, self._options.metric) for each in (before, after))
         better = old < new if self._mode == "min" else old > new
         keeps_old = math.isfinite(old) and (better or not math.isfinite(new))
         return Verdict(before, after, self._metric, "old" if keeps_old else "new")

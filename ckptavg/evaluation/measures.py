@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ckptavg.batchnorm.moments import in_float64
-from ckptavg.errors import CkptAvgError, printable
+from ckptavg.errors import CkptAvgError, SelectionError, listed, printable
 from ckptavg.model.arguments import called
 from ckptavg.model.batches import attribute_of, moved
 from ckptavg.model.factories import load_function, name_of, user_code
 from ckptavg.model.feeding import limited
+from ckptavg.select.metrics import certain_mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from ckptavg.batchnorm.refresh import Forward
     from ckptavg.model.factories import Function
+    from ckptavg.select.metrics import Mode
 
     Floats = npt.NDArray[np.float64]
 
@@ -40,12 +43,57 @@ MeasureUnits = Callable[[torch.nn.Module, Iterable[Any]], dict[str, "Units"]]
 BUILT_IN = (None, "loss", "accuracy")
 _IGNORED = -100  # torch's own mark of targets that do not count
 _OTHER_METRIC = "compute another metric with --metric FILE.py:FUNCTION"
+_ENTRY = re.compile(r"(.+:[\w.]+):([^:]+)")  # of the dict that a function returns
 _OTHER_KEYS = ("checkpoint", "path", "step")
 
 
-def metric_name(metric: Function) -> str:
-    """What a metric is called: a function's own name."""
-    return name_of(metric).rpartition(":")[2].rpartition(".")[2]
+def function_and_entry(metric: Function | None) -> tuple[Function | None, str]:
+    """The function of a metric, and the entry of its dict: `train.py:evaluate:mIoU` names both."""
+    if isinstance(metric, str) and (names := _ENTRY.fullmatch(metric)):
+        return names[1], names[2]
+    return metric, ""
+
+
+def metric_name(metric: Function | None) -> str:
+    """What a metric is called: an entry's or a function's own name, and `loss` for None."""
+    function, entry = function_and_entry(metric)
+    return entry or name_of(function or "loss").rpartition(":")[2].rpartition(".")[2]
+
+
+def metric_mode(metric: Function | None, mode: Mode | None) -> Mode:
+    """Whether a metric is good when low or when high: as given, else by its name.
+
+    Raises:
+        SelectionError: neither is certain.
+    """
+    try:
+        return certain_mode(metric_name(metric), mode)
+    except SelectionError as error:
+        if not isinstance(metric, str) or function_and_entry(metric)[1]:
+            raise
+        raise SelectionError(
+            error.message,
+            remedy="set `mode` to min or to max; if the function returns a dict, name the entry "
+            f"that chooses: `metric` {metric}:NAME",
+        ) from None
+
+
+def chosen_value(metrics: Mapping[str, float], metric: Function | None) -> float:
+    """The value of a metric among those that were computed.
+
+    Raises:
+        SelectionError: it is none of them.
+    """
+    name, (function, _) = metric_name(metric), function_and_entry(metric)
+    if name in metrics:
+        return metrics[name]
+    remedy = "let the function return a number"
+    if isinstance(function, str):
+        remedy = f"name one of them: `metric` {function}:{next(iter(metrics))}"
+    raise SelectionError(
+        f"{printable(name)} is none of the metrics that were returned: {listed(metrics, 20)}",
+        remedy=printable(remedy),
+    )
 
 
 def measure_of(metric: Function | None, forward: Forward) -> Measure:
@@ -65,7 +113,7 @@ def measure_of(metric: Function | None, forward: Forward) -> Measure:
             return {name: each.mean for name, each in metrics.items() if metric in (None, name)}
 
         return measure
-    function = load_function(metric)
+    function = load_function(function_and_entry(metric)[0])
     own_name = metric_name(metric)
 
     def call(model: torch.nn.Module, batches: Iterable[Any]) -> dict[str, float]:

@@ -16,13 +16,13 @@ from ckptavg.average import open_run, write_averages
 from ckptavg.batchnorm.together import write_refreshed
 from ckptavg.errors import SelectionError, printable, said_once
 from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator
+from ckptavg.evaluation.measures import metric_mode
 from ckptavg.formats import SUFFIXES, open_checkpoint
 from ckptavg.merge.patterns import any_matches
 from ckptavg.merge.recipe import AverageOptions, Recipe
 from ckptavg.merge.weights import uniform
 from ckptavg.model.making import random_state_kept
 from ckptavg.options import takes_fields_of
-from ckptavg.select.metrics import certain_mode
 from ckptavg.select.rules import Selection, chosen, select
 from ckptavg.write.temporary import temporary_beside
 from ckptavg.write.writing import check_vacant, refuse_own_input
@@ -129,7 +129,7 @@ def soup(inputs: PathLike | Iterable[PathLike], output: PathLike, options: SoupO
         UserCodeError: the model, the loader or a function of the user's raised.
     """
     target = Path(output)
-    mode = certain_mode(options.metric_name, options.mode)
+    mode = metric_mode(options.metric, options.mode)
     check_vacant(target, force=options.force)
     averaging = AverageOptions(
         select=options.select, key=options.key, skip=options.skip, take_last=options.take_last,

@@ -18,7 +18,6 @@ from ckptavg.average import all_members, open_run, write_averages
 from ckptavg.batchnorm.together import write_refreshed
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import (
-    CkptAvgError,
     RefreshError,
     SelectionError,
     UserCodeError,
@@ -28,7 +27,7 @@ from ckptavg.errors import (
 )
 from ckptavg.evaluation.evaluate import EvaluateOptions, Evaluator
 from ckptavg.evaluation.journal import journal, task_of
-from ckptavg.evaluation.measures import BUILT_IN
+from ckptavg.evaluation.measures import BUILT_IN, chosen_value, metric_mode
 from ckptavg.evaluation.swept import BEST, Row, Sweep, best_of, comparisons
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.checkpoint import fingerprint
@@ -43,7 +42,6 @@ from ckptavg.merge.walk import Stop, walk
 from ckptavg.model.making import import_all, random_state_kept
 from ckptavg.options import takes_fields_of
 from ckptavg.select.advice import advice
-from ckptavg.select.metrics import certain_mode
 from ckptavg.select.order import timeline
 from ckptavg.select.rules import require_order
 from ckptavg.write.writing import check_vacant, refuse_own_input
@@ -121,7 +119,7 @@ def sweep(inputs: PathLike | Iterable[PathLike], options: SweepOptions) -> Sweep
             would be stale, or what `average`, `evaluate` and the refresh raise.
         UserCodeError: the model, the loader or a function of the user's raised.
     """
-    mode, ranks = certain_mode(options.metric_name, options.mode), options.ranks
+    mode, ranks = metric_mode(options.metric, options.mode), options.ranks
     averaging = AverageOptions(
         select=options.select, key=options.key, threads=options.threads, force=options.force,
         fsync=options.fsync, ranks=ranks, container=options.container,
@@ -312,21 +310,15 @@ def _metrics(evaluator: Evaluator, stop: Stop, options: SweepOptions) -> Values:
     Raises:
         CkptAvgError: the metric that chooses the best does not come out.
     """
-    name = options.metric_name
     try:
         evaluator.become(stop.checkpoint, as_it_is=not stop.is_average)
     except RefreshError as error:
         if not stop.is_average or options.refresh is None:
             raise
         log.warning("the norm statistics of an average cannot be refreshed: %s", error.message)
-        return {name: math.nan}
+        return {options.metric_name: math.nan}
     metrics = evaluator.measured(options.loader, options.loader_args)
-    if name not in metrics:
-        raise CkptAvgError(
-            f"{printable(name)} is none of the metrics that were returned: "
-            f"{printable(', '.join(metrics))}",
-            remedy="let the function return a number",
-        )
+    chosen_value(metrics, options.metric)
     return metrics
 
 

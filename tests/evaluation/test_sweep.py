@@ -333,6 +333,21 @@ class TestTest:
 
         assert len(calls) == 1 + len(found.baselines)
 
+    def test_the_best_is_chosen_by_an_entry_of_what_a_function_returns(self):
+        Path("own.py").write_text(
+            "def measure(model, batches):\n"
+            "    rows = [(int((model(x).argmax(1) == y).sum()), len(y)) for x, y in batches]\n"
+            "    hits, all_of_them = map(sum, zip(*rows))\n"
+            "    return {'constant': 1.0, 'top.accuracy': hits / all_of_them}\n"
+        )
+        found = swept(metric="own.py:measure:top.accuracy")
+        expected = swept(metric="accuracy")
+        assert (found.metric, found.mode) == ("top.accuracy", "max")
+        values = [row.metrics["accuracy"] for row in expected.averages]
+        assert [row.metrics["top.accuracy"] for row in found.averages] == pytest.approx(values)
+        assert found.best.newest == expected.best.newest
+        assert found.best.count == expected.best.count
+
     def test_a_function_is_drawn_again_by_batch(self):
         Path("own.py").write_text(
             "def loss(model, batches):\n"
@@ -492,8 +507,14 @@ class TestCommand:
 
     def test_several_metrics_of_which_none_is_named(self):
         Path("own.py").write_text("def loss(*_):\n    return {'a': 1.0, 'b': 2.0}\n")
-        with pytest.raises(CkptAvgError, match="loss is none of the metrics that were returned: a"):
+        message = r"loss is none of the metrics that were returned: a, b; .*`metric` own.py:loss:a"
+        with pytest.raises(CkptAvgError, match=message):
             swept(metric="own.py:loss")
+
+    def test_a_function_that_may_return_several_is_told_how_to_name_one(self, train):
+        with pytest.raises(SelectionError, match=r"dict, name the entry .*train\.py:right:NAME"):
+            swept(metric="train.py:right")
+        assert train.MADE == []
 
 
 def test_processes_share_the_evaluations(tmp_path):

@@ -13,15 +13,10 @@ from ckptavg.model.factories import load_object, user_code
 
 
 @pytest.fixture(autouse=True)
-def imports(monkeypatch, tmp_path):
-    """Work in an empty directory, and forget what was imported from it."""
-    known = set(sys.modules)
+def _empty_folder(monkeypatch, tmp_path):
+    """Work in an empty directory."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    yield
-    for name in set(sys.modules) - known:
-        if not name.startswith("torch"):  # whose modules cannot be imported twice
-            del sys.modules[name]
 
 
 def write(path, text):

@@ -208,7 +208,9 @@ def write_averages(
         CkptAvgError: as `average` does.
     """
     members = all_members(run, recipes)
-    given, options = options, with_container(options, outputs[0], recipes[0].members)
+    given, is_copy = options, recipes[0].is_copy
+    if not is_copy:
+        options = with_container(options, outputs[0], recipes[0].members)
     if options is not given:
         log.info(
             "%s is a checkpoint of Lightning's: all but its weights is from %s; "
@@ -219,7 +221,6 @@ def write_averages(
     read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
     if as_key(options.key) is None:
         log_other_state_dicts(members)
-    is_copy = recipes[0].is_copy
     if len(members) == 1 and not is_copy:
         name = printable(members[0].name)
         log.warning("only one checkpoint: the output is a copy of %s", name)

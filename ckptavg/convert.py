@@ -44,7 +44,7 @@ def convert(checkpoint: PathLike, output: PathLike, options: ConvertOptions) -> 
     """
     opened = _open(as_path(checkpoint), as_key(options.key))
     # Written as an average of one member. Prefixes stay, and so do NaN and Inf.
-    averaging = AverageOptions(**vars(options), container="weights")
+    averaging = AverageOptions(**vars(options))
     recipe = Recipe(COPY, (opened,), uniform(1))
     [summary] = write_averages(Run((opened,)), [recipe], [output], averaging)
     return summary

@@ -139,9 +139,12 @@ class TestTrainer:
         with pytest.raises(KeyError, match="pytorch-lightning_version"):
             Net.load_from_checkpoint(tmp_path / "out.ckpt")
 
+    def test_so_is_a_conversion(self, trained, tmp_path):
+        result = run("convert", epochs(trained)[0], "-o", tmp_path / "out.ckpt")
+        assert "out.ckpt has the weights alone, which Lightning's load_from_" in result.stderr
+        assert load(tmp_path / "out.ckpt").keys() == Net(8).state_dict().keys()
+
     def test_a_file_that_is_none_of_lightning_s_leaves_the_weights_alone(self, trained, tmp_path):
-        ckptavg.convert(epochs(trained)[0], tmp_path / "converted.ckpt")
-        assert load(tmp_path / "converted.ckpt").keys() == Net(8).state_dict().keys()
         plain = {"state_dict": Net(8).state_dict(), "epoch": 99, "global_step": 99}
         torch.save(plain, tmp_path / "plain.ckpt")
         ckptavg.average([*epochs(trained), tmp_path / "plain.ckpt"], tmp_path / "out.ckpt")

@@ -21,7 +21,7 @@ from ckptavg.batchnorm.layers import (
 from ckptavg.batchnorm.options import RefreshCheckpointOptions
 from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.batchnorm.rewriting import Rewriting, provenance
-from ckptavg.errors import RefreshError, printable
+from ckptavg.errors import RefreshError, printable, said_once
 from ckptavg.formats import open_checkpoint
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.formats.statedict import place_of
@@ -69,7 +69,7 @@ def refresh_checkpoint(
         UserCodeError: the model, the loader or a function of the user's raised.
     """
     path, ranks = as_path(path), options.ranks
-    with ranks.together():
+    with ranks.together(), said_once():
         if not is_remote(path) and ranks.rank == 0:
             put_back(followed(path))
         checkpoint = open_checkpoint(path, key=options.key)
@@ -120,7 +120,7 @@ def _refreshed(
     if layers:
         with random_state_kept():
             import_all(options.seed, options.model, options.loader, options.forward)
-        batches = make_batches(options.loader, options.loader_args, is_training=True)
+        batches = make_batches(options.loader, options.loader_args, "fit", model, sources)
         if options.dry_run:
             ends_early = options.tol is not None  # the loader is checked whole, not its first batch
             Feed(batches, options.ranks, max_samples=options.max_samples, ends_early=ends_early)

@@ -6,7 +6,6 @@ put back whatever happens; the new statistics are written when the whole pass ha
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from ckptavg.batchnorm.totals import PassTotals, until_converged
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import RefreshError
 from ckptavg.model.arguments import called
-from ckptavg.model.batches import count_examples, default_forward, on_device
+from ckptavg.model.batches import count_examples, default_forward, device_of, on_device
 from ckptavg.model.factories import user_code
 from ckptavg.model.feeding import Feed, known_length
 from ckptavg.model.loading import unwrapped
@@ -219,10 +218,3 @@ def _precision(amp: Precision | None, device: torch.device) -> AbstractContextMa
     if amp is None:
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
-
-
-def device_of(model: torch.nn.Module) -> torch.device:
-    """The device of the model, by its first tensor."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ckptavg.batchnorm.files import layers_to_keep
-from ckptavg.batchnorm.refresh import device_of, refresh_norm
+from ckptavg.batchnorm.refresh import refresh_norm
 from ckptavg.errors import CkptAvgError, said_once
 from ckptavg.evaluation.measures import (
     BUILT_IN,
@@ -26,7 +26,8 @@ from ckptavg.formats.checkpoint import have_equal_headers
 from ckptavg.formats.paths import as_paths
 from ckptavg.formats.provenances import averaged_steps
 from ckptavg.merge.roles import frozen_layers
-from ckptavg.model.batches import default_forward
+from ckptavg.model.batches import default_forward, device_of
+from ckptavg.model.datamodules import Transferred
 from ckptavg.model.factories import load_function, name_of, user_code
 from ckptavg.model.loading import check_ignore, load_weights
 from ckptavg.model.making import (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from ckptavg.evaluation.measures import Units
     from ckptavg.formats.checkpoint import Checkpoint
     from ckptavg.formats.paths import PathLike
+    from ckptavg.model.datamodules import Stage
     from ckptavg.model.factories import Function, Loader, Model
     from ckptavg.options import Progress
     from ckptavg.select.rules import Verdict
@@ -240,6 +242,7 @@ class Evaluator:
         loader_option: str = "loader",
     ) -> None:
         self._options, self._loader_option = options, loader_option
+        self._checkpoints = checkpoints
         metric = None if options.metric in BUILT_IN else function_and_entry(options.metric)[0]
         refresh = None if options.refresh is None else options.refresh.loader
         import_all(options.seed, options.model, options.loader, metric, options.forward, refresh)
@@ -296,20 +299,20 @@ class Evaluator:
         loaded = load_weights(self._model, checkpoint, self._options.ignore)
         if refresh is not None:
             kept = layers_to_keep(self._model, loaded, checkpoint, self._frozen)
-            batches = self._batches(refresh.loader, refresh.loader_args, is_training=True)
+            batches = self._batches(refresh.loader, refresh.loader_args, "fit")
             refresh_norm(self._model, batches, forward=self._forward, kept=kept, **refresh.keywords)
         with user_code("the model's eval()"):
             self._model.eval()
 
     def measured(
-        self, loader: Loader, arguments: Mapping[str, Any], *, is_training: bool = False
+        self, loader: Loader, arguments: Mapping[str, Any], stage: Stage = "validate"
     ) -> dict[str, float]:
         """The metrics of what the model is, on the batches of a loader.
 
         Args:
             loader: the loader.
             arguments: keywords for it.
-            is_training: whether a data module's training data are meant, not the held-out ones.
+            stage: which batches of a data module are meant.
 
         Raises:
             CkptAvgError: there is nothing to evaluate, or no metric comes out.
@@ -317,26 +320,22 @@ class Evaluator:
         """
         # Not inference mode: what a model makes in it cannot be loaded into again.
         with torch.no_grad():
-            return self._measure(self._model, self._held_out(loader, arguments, is_training))
+            return self._measure(self._model, self._held_out(loader, arguments, stage))
 
-    def measured_units(self, loader: Loader, arguments: Mapping[str, Any]) -> dict[str, Units]:
-        """The metrics of what the model is on held-out batches, in each example or batch.
+    def measured_units(
+        self, loader: Loader, arguments: Mapping[str, Any], stage: Stage
+    ) -> dict[str, Units]:
+        """The metrics of what the model is, as by `measured`, in each example or batch.
 
         Raises:
             CkptAvgError: there is nothing to evaluate.
             UserCodeError: the user's code raised.
         """
         with torch.no_grad():
-            held_out = self._held_out(loader, arguments, is_training=False)
-            return self._measure_units(self._model, held_out)
+            return self._measure_units(self._model, self._held_out(loader, arguments, stage))
 
-    def _held_out(
-        self,
-        loader: Loader,
-        arguments: Mapping[str, Any],
-        is_training: bool,  # noqa: FBT001
-    ) -> Batches:
-        batches = self._batches(loader, arguments, is_training=is_training)
+    def _held_out(self, loader: Loader, arguments: Mapping[str, Any], stage: Stage) -> Batches:
+        batches = self._batches(loader, arguments, stage)
         most = self._options.max_samples
         return Batches(batches, device_of(self._model), max_samples=most)
 
@@ -348,9 +347,7 @@ class Evaluator:
         """
         return chosen_value(self(checkpoint), self._options.metric)
 
-    def _batches(
-        self, spec: Loader, arguments: Mapping[str, Any], *, is_training: bool
-    ) -> Iterable[Any]:
+    def _batches(self, spec: Loader, arguments: Mapping[str, Any], stage: Stage) -> Iterable[Any]:
         """The loader, made anew with the same random numbers.
 
         Raises:
@@ -358,13 +355,16 @@ class Evaluator:
         """
         self._random.restore()
         option = self._option_of(spec)
-        batches = make_batches(spec, arguments, is_training=is_training, option=option)
-        if isinstance(batches, Iterator) and any(batches is used for used in self._used):
+        batches = make_batches(
+            spec, arguments, stage, self._model, self._checkpoints, option=option
+        )
+        loader = batches.batches if isinstance(batches, Transferred) else batches
+        if isinstance(loader, Iterator) and any(loader is used for used in self._used):
             raise CkptAvgError(
                 f"{name_of(spec)} can be iterated only once, but each checkpoint needs it",
                 remedy="name a callable that returns a new one",
             )
-        self._used.append(batches)
+        self._used.append(loader)
         return batches
 
     def _option_of(self, loader: Loader) -> str:

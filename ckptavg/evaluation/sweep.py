@@ -39,7 +39,7 @@ from ckptavg.merge.plan import make_plan
 from ckptavg.merge.recipe import AverageOptions, recipes_of
 from ckptavg.merge.schemes import schemes_of
 from ckptavg.merge.walk import Stop, walk
-from ckptavg.model.making import import_all, random_state_kept
+from ckptavg.model.making import check_test_loader, import_all, random_state_kept
 from ckptavg.options import takes_fields_of
 from ckptavg.select.advice import advice
 from ckptavg.select.order import timeline
@@ -133,6 +133,12 @@ def sweep(inputs: PathLike | Iterable[PathLike], options: SweepOptions) -> Sweep
         _check(run, recipes, plan, options, averaging)
         import_all(options.seed, options.model, options.test_loader)  # what is wrong shows now
         evaluator = Evaluator(options, plan.members)
+        if options.test_loader is not None:
+            check_test_loader(
+                (options.test_loader, options.test_loader_args),
+                (options.loader, options.loader_args),
+                "validate", plan.members,
+            )  # fmt: skip
         rows, held = _evaluated(recipes, plan, evaluator, options, mode)
         averages, checkpoints = rows[: len(recipes)], rows[len(recipes) :]
         best = best_of(averages, options.metric_name, mode)
@@ -376,10 +382,10 @@ def _test_metrics(
     """The metrics on the test loader, and their values by example or by batch, if there are."""
     where = cast("Loader", options.test_loader), options.test_loader_args
     try:
-        units = evaluator.measured_units(*where)
+        units = evaluator.measured_units(*where, "test")
     except UserCodeError as error:
         log.warning("no interval: the metric cannot be computed for one batch: %s", error.__cause__)
         units = {}
     if options.metric in BUILT_IN:
         return {name: each.mean for name, each in units.items()}, units
-    return evaluator.measured(*where), units
+    return evaluator.measured(*where, "test"), units

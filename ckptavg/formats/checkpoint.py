@@ -53,6 +53,7 @@ class TrainingRecord:
         averaged: the number of models in the average of Lightning's `StochasticWeightAveraging`,
             and the epoch of its last update.
         hyper_parameters: those of Lightning's model by name, as the pickle describes them.
+        data_hyper_parameters: those of its data module.
     """
 
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class TrainingRecord:
     has_optimizer_state: bool | None = None
     averaged: tuple[int, int | None] | None = None
     hyper_parameters: Mapping[Any, object] = field(default_factory=dict)
+    data_hyper_parameters: Mapping[Any, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

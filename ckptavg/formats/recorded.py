@@ -71,6 +71,7 @@ def training_record(
         has_optimizer_state=_has_optimizer_state(root),
         averaged=_averaged(root, read_scalars),
         hyper_parameters=_hyper_parameters(root),
+        data_hyper_parameters=_hyper_parameters(root, "datamodule_"),
     )
 
 
@@ -91,14 +92,12 @@ def _updates(root: Mapping[Any, object]) -> object:
     return root.get("num_updates")
 
 
-def _hyper_parameters(root: Mapping[Any, object]) -> Mapping[Any, object]:
+def _hyper_parameters(root: Mapping[Any, object], prefix: str = "") -> Mapping[Any, object]:
     """What Lightning's `save_hyperparameters` has saved: keywords, or one argument that has all."""
-    match root:
-        case {"hparams_name": str(name), "hyper_parameters": values} if name != "kwargs":
-            return {name: values}
-        case {"hyper_parameters": dict(values)}:
-            return values
-    return {}
+    values, name = root.get(f"{prefix}hyper_parameters"), root.get(f"{prefix}hparams_name")
+    if values is not None and isinstance(name, str) and name != "kwargs":
+        return {name: values}
+    return values if isinstance(values, dict) else {}
 
 
 def _averaged(

@@ -20,6 +20,7 @@ from ckptavg.landscape.places import Place, Space
 from ckptavg.landscape.result import Landscape
 from ckptavg.model.factories import user_code
 from ckptavg.model.loading import load_weights, unwrapped
+from ckptavg.model.making import check_test_loader
 from ckptavg.select.names import relative_names
 
 if TYPE_CHECKING:
@@ -77,6 +78,12 @@ class Explorer:
         self._options, self._folder = options, folder
         opened = [open_checkpoint(path, key=options.key) for path in paths]
         self._evaluator = Evaluator(options.evaluation, opened)
+        if options.test_loader is not None:
+            check_test_loader(
+                (options.test_loader, options.test_loader_args),
+                (options.evaluation.loader, options.evaluation.loader_args),
+                "fit", opened,
+            )  # fmt: skip
         self._model = unwrapped(self._evaluator.model)
         names = relative_names(paths)
         self.names = tuple(printable(names[path]) for path in paths)
@@ -207,7 +214,7 @@ class Explorer:
         found: Values = {}
         for data, (loader, arguments) in loaders.items():
             for name, value in self._evaluator.measured(
-                loader, arguments, is_training=data == "train"
+                loader, arguments, "fit" if data == "train" else "test"
             ).items():
                 if name == "accuracy" and is_error:
                     found[f"{data} error"] = 1 - value

@@ -1,4 +1,4 @@
-"""The arguments of a model: the user's, and the hyper-parameters that checkpoints record."""
+"""Arguments of a model or a data module: the user's, and hyper-parameters of checkpoints."""
 
 from __future__ import annotations
 
@@ -34,19 +34,27 @@ class HyperParameters(dict[str, Any]):
 
 
 def complete_arguments(
-    function: Callable[..., object], given: Mapping[str, Any], checkpoints: Iterable[Checkpoint]
+    function: Callable[..., object],
+    given: Mapping[str, Any],
+    checkpoints: Iterable[Checkpoint],
+    option: str = "model_arg",
+    *,
+    of_data: bool = False,
 ) -> dict[str, Any]:
     """Add the hyper-parameters that a checkpoint records to the user's arguments.
 
     They are read as data: nothing that the checkpoint names is imported or called.
 
     Args:
-        function: returns the model. It is given the hyper-parameters that are parameters of it; a
-            class with `**kwargs` is given all of them. Of one argument that has them all, such as
-            `args`, it is given what is in it if that is no parameter. A `from_pretrained` is given
-            the first checkpoint's directory, whose configuration it reads.
+        function: returns the model or the data module. It is given the hyper-parameters that are
+            parameters of it; a class with `**kwargs` is given all of them. Of one argument that has
+            them all, such as `args`, it is given what is in it if that is no parameter. A
+            `from_pretrained` is given the first checkpoint's directory, whose configuration it
+            reads.
         given: the user's arguments, which take precedence.
         checkpoints: the first one that records hyper-parameters is used.
+        option: the option that gives the user's arguments.
+        of_data: whether the hyper-parameters of a data module are meant, not those of a model.
 
     Raises:
         RefreshError: an argument without a default is missing.
@@ -65,8 +73,9 @@ def complete_arguments(
         return dict(given)
     kinds = {each.kind for each in parameters.values()}
     takes_all = isinstance(function, type) and inspect.Parameter.VAR_KEYWORD in kinds
-    source = next((each for each in checkpoints if each.training.hyper_parameters), None)
-    values = source.training.hyper_parameters if source else {}
+    field = "data_hyper_parameters" if of_data else "hyper_parameters"
+    source = next((each for each in checkpoints if getattr(each.training, field)), None)
+    values = getattr(source.training, field) if source else {}
     if len(values) == 1:
         [(name, inner)] = ((name, _contents(value)) for name, value in values.items())
         if isinstance(inner, dict):
@@ -90,7 +99,7 @@ def complete_arguments(
     # A misspelt name is what is wrong, and not that the right one is missing: the call says so.
     is_misspelt = inspect.Parameter.VAR_KEYWORD not in kinds and given.keys() - parameters.keys()
     if not is_misspelt and (missing := _missing(parameters, [*given, *plain])):
-        raise _missing_arguments(function, missing, objects, source, folder)
+        raise _missing_arguments(function, missing, objects, source, folder, option=option)
     return {**plain, **{name: _without((), name, value) for name, value in given.items()}}
 
 
@@ -244,6 +253,8 @@ def _missing_arguments(
     objects: Mapping[str, str],
     source: Checkpoint | None,
     folder: Path | None,
+    *,
+    option: str,
 ) -> RefreshError:
     """The error about arguments that neither the user nor a checkpoint gives."""
     unread = [f"{name} (a {objects[name]})" for name in missing if name in objects]
@@ -253,7 +264,7 @@ def _missing_arguments(
         why = f"{printable(source.name)} does not record {'it' if len(missing) == 1 else 'them'}"
     else:
         why = "the checkpoint records no hyper-parameters"
-    remedy = f"give {_as_options('model_arg', missing)}, or name a function that needs no arguments"
+    remedy = f"give {_as_options(option, missing)}, or name a function that needs no arguments"
     if callable(getattr(function, "from_pretrained", None)):
         remedy = f"name {name_of(function)}.from_pretrained"
         if folder is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ Numbered = Iterator[tuple[int, Any]]
 """Batches with their numbers in the whole pass."""
 Formats = Mapping[int, torch.memory_format]
 """Memory formats of images by their number of dimensions; images of another number keep theirs."""
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device of the model, by its first tensor."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def moved(batch: Any, device: torch.device) -> Any:  # noqa: ANN401 - what the user's loader yields

@@ -91,8 +91,8 @@ _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
     ),
     (
         Exception,
-        r"not attached to a `Trainer`|'NoneType' .*'(world_size|global_rank|max_epochs)'",
-        "there is no Trainer here: name a function that makes the model or the loader without one",
+        r"not attached to a `Trainer`|'NoneType' .*'(world_size|global_rank|max_epochs|\w+ing)'",
+        "there is no Trainer here: name functions that return model and loader without one",
     ),
 )
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 
 from ckptavg.errors import RefreshError
 from ckptavg.model.batches import Numbered, attribute_of, count_examples, leaves
+from ckptavg.model.datamodules import Transferred
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ class Feed:
         max_samples: int | None = None,
         ends_early: bool = False,
     ) -> None:
+        self._hooks = batches if isinstance(batches, Transferred) else None
+        batches = batches.batches if isinstance(batches, Transferred) else batches
         self._batches, self._rank, self._size = batches, ranks.rank, ranks.size
         self._samples, self._checksums = max_samples, [0]
         parts = list(_parts(batches))
@@ -186,6 +189,11 @@ class Feed:
 
     def __iter__(self) -> Numbered:
         """The batches."""
+        for number, batch in self._own():
+            yield number, batch if self._hooks is None else self._hooks.transfer(batch)
+
+    def _own(self) -> Numbered:
+        """This process's batches as the loader yields them."""
         if self._is_dealt:
             yield from self._dealt_out()
         elif self._shares:

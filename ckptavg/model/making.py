@@ -17,13 +17,16 @@ from ckptavg.distributed import local_device
 from ckptavg.errors import RefreshError, UserCodeError
 from ckptavg.model.arguments import complete_arguments, wrong_arguments
 from ckptavg.model.batches import attribute_of
+from ckptavg.model.datamodules import METHODS, data_module_of, defines, is_data_module, with_hooks
 from ckptavg.model.factories import load_object, name_of, user_code
+from ckptavg.model.loading import unwrapped
 from ckptavg.model.modes import is_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from ckptavg.formats.checkpoint import Checkpoint
+    from ckptavg.model.datamodules import Stage
     from ckptavg.model.factories import Loader, Model
 
 
@@ -175,35 +178,109 @@ def _network_of(value: object, name: str) -> torch.nn.Module:
 
 
 def make_batches(
-    spec: Loader, arguments: Mapping[str, Any], *, is_training: bool, option: str = "loader"
+    spec: Loader,
+    arguments: Mapping[str, Any],
+    stage: Stage,
+    model: torch.nn.Module,
+    checkpoints: Iterable[Checkpoint] = (),
+    *,
+    option: str = "loader",
 ) -> Iterable[Any]:
     """The iterable of batches that a spec names, or that the callable returns which it names.
 
     Args:
-        spec: an iterable, a callable that returns it, or the spec of either.
+        spec: an iterable, a callable that returns it, or the spec of either; a Lightning data
+            module, or one of its methods that return loaders.
         arguments: keywords for the callable.
-        is_training: whether training data are wanted, of a Lightning data module, or held-out ones.
+        stage: which batches of a data module are wanted, unless the spec names a method.
+        model: what the batches are for: Lightning's hooks that change them are called.
+        checkpoints: may record a data module's hyper-parameters, which are keywords too.
         option: the option that names it.
 
     Raises:
-        RefreshError: it is no iterable.
+        RefreshError: it is no iterable, or a data module without such batches.
         UserCodeError: the callable raised.
     """
-    value: Any = load_object(spec)
-    if hasattr(value, "__iter__") and not isinstance(value, type):
-        _refuse_arguments(spec, arguments)
-    elif callable(value):
-        value = _called(value, name_of(spec), arguments, f"{option}_arg")
-    stage, method = ("fit", "train_dataloader") if is_training else ("validate", "val_dataloader")
-    if callable(getattr(value, method, None)):
-        with user_code(f"{name_of(spec)}.{method}()"):
-            value.prepare_data()
-            value.setup(stage)
-            value = _only_loader(getattr(value, method)(), f"{name_of(spec)}.{method}()")
+    spec, stage = data_module_of(spec, stage)
+    value = _made(spec, arguments, checkpoints, option)
+    data_module = value if is_data_module(value) else None
+    if data_module is not None:
+        what = _method_of(data_module, name_of(spec), stage)
+        with user_code(what):
+            data_module.prepare_data()
+            data_module.setup(stage)
+            value = _only_loader(getattr(data_module, METHODS[stage])(), what)
     if not hasattr(value, "__iter__") or isinstance(value, type | torch.nn.Module):
-        raise _no_batches(value, name_of(spec), is_training=is_training)
-    batches: Iterable[Any] = value
-    return batches
+        raise _no_batches(value, name_of(spec), is_training=stage == "fit")
+    return with_hooks(value, data_module, unwrapped(model))
+
+
+def _made(
+    spec: Loader, arguments: Mapping[str, Any], checkpoints: Iterable[Checkpoint], option: str
+) -> Any:  # noqa: ANN401 - the user's own
+    """The loader or the data module that a spec names, or that the callable returns."""
+    value: Any = load_object(spec)
+    is_class = isinstance(value, type)
+    if not is_class and (hasattr(value, "__iter__") or is_data_module(value)):
+        _refuse_arguments(spec, arguments)
+        return value
+    if not callable(value):
+        return value
+    if is_class and is_data_module(value):
+        arguments = complete_arguments(
+            value, arguments, checkpoints, f"{option}_arg",
+            of_data=not issubclass(value, torch.nn.Module),
+        )  # fmt: skip
+    return _called(value, name_of(spec), arguments, f"{option}_arg")
+
+
+def _method_of(data_module: object, name: str, stage: Stage) -> str:
+    """What messages call the method that returns a data module's loader.
+
+    Raises:
+        RefreshError: the data module does not define it.
+    """
+    method = METHODS[stage]
+    if not defines(data_module, method):
+        raise RefreshError(
+            f"{name} has no {method}()",
+            remedy="define it, or name a function that returns the batches",
+        )
+    return f"{name}.{method}()"
+
+
+def check_test_loader(
+    test: tuple[Loader, Mapping[str, Any]],
+    other: tuple[Loader, Mapping[str, Any]],
+    stage: Stage,
+    checkpoints: Iterable[Checkpoint],
+) -> None:
+    """Refuse a test loader that is the other loader, or a data module without test batches.
+
+    Args:
+        test: the test loader and its keywords.
+        other: the other loader and its keywords.
+        stage: which batches of a data module the other loader is.
+        checkpoints: as in `make_batches`.
+
+    Raises:
+        RefreshError: it is one of these.
+    """
+    spec, test_stage = data_module_of(test[0], "test")
+    other_spec, stage = data_module_of(other[0], stage)
+    is_same = spec is other_spec or (isinstance(spec, str) and spec == other_spec)
+    is_same = is_same and test[1] == other[1]
+    value = load_object(spec)
+    if is_same or is_data_module(value):
+        value = _made(spec, test[1], checkpoints, "test_loader")
+    if is_data_module(value):
+        _method_of(value, name_of(spec), test_stage)
+        is_same = is_same and test_stage == stage
+    if is_same:
+        raise RefreshError(
+            "`loader` and `test_loader` are the same batches",
+            remedy="let `test_loader` name other data",
+        )
 
 
 def _no_batches(value: object, name: str, *, is_training: bool) -> RefreshError:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import ckptavg
 from ckptavg import Selection
 from ckptavg.batchnorm.options import RefreshOptions
-from ckptavg.errors import CkptAvgError, OutputError, SelectionError, UserCodeError
+from ckptavg.errors import CkptAvgError, OutputError, RefreshError, SelectionError, UserCodeError
 from ckptavg.evaluation.swept import Sweep
 from ckptavg.formats import open_checkpoint
 from ckptavg.merge.weights import decay, ema, linear, uniform
@@ -30,6 +30,8 @@ from tests.ranks import Job, command
 OUT = Path("best.safetensors")
 REFRESH = RefreshOptions(model="train.py:Net", loader="train.py:training", device="cpu")
 LAST = (2, 4, None)
+TEST: dict[str, Any] = {"test_loader": "train.py:batches", "test_loader_args": {"seed": 9}}
+TEST_WORDS = ("--test-loader", "train.py:batches", "--test-loader-arg", "seed=9")
 
 
 @pytest.fixture(autouse=True)
@@ -180,8 +182,8 @@ class TestReading:
         [
             {},
             {"output": OUT},
-            {"test_loader": "train.py:batches"},
-            {"output": OUT, "test_loader": "train.py:batches"},
+            TEST,
+            {"output": OUT, **TEST},
         ],
     )
     @pytest.mark.parametrize("last", [(2, 3, None), (8,)])
@@ -276,14 +278,14 @@ class TestWriting:
 
     def test_nothing_is_written_without_an_output(self):
         before = sorted(os.listdir())
-        swept(test_loader="train.py:batches")
+        swept(**TEST)
         assert sorted(os.listdir()) == before
         assert sorted(os.listdir("run")) == [f"step_{step}.pt" for step in range(6)]
 
 
 class TestTest:
     def test_compares_with_the_last_and_the_best_checkpoint(self, train, states):
-        found = swept(metric=None, test_loader="train.py:batches", test_loader_args={"seed": 9})
+        found = swept(metric=None, **TEST)
         batches = train.batches(9)
         average = weighted(states[-found.best.count :], uniform(found.best.count))
         assert found.best_checkpoint is not None
@@ -312,11 +314,9 @@ class TestTest:
         for epoch, state in enumerate(states):
             both = {"state_dict": states[0], "ema": state, "epoch": epoch}
             torch.save(both, f"whole/epoch_{epoch}.pt")
-        found = swept(
-            "whole", key="ema", output="best.pt", container="last", test_loader="train.py:batches"
-        )
+        found = swept("whole", key="ema", output="best.pt", container="last", **TEST)
         written = torch.load("best.pt", weights_only=True)["ema"]
-        value = naive_metrics(train.Net(), written, train.batches())["loss"]
+        value = naive_metrics(train.Net(), written, train.batches(9))["loss"]
         assert found.test[0].average == pytest.approx(value, rel=1e-5)
 
     @pytest.mark.parametrize("output", [None, OUT])
@@ -365,7 +365,7 @@ class TestTest:
             "    assert len(batches) > 1, 'too few'\n"
             "    return float(sum((model(x).argmax(1) != y).float().mean() for x, y in batches))\n"
         )
-        found = swept(metric="own.py:loss", test_loader="train.py:batches")
+        found = swept(metric="own.py:loss", **TEST)
         assert "no interval: the metric cannot be computed for one batch: too few" in notices.text
         assert {each.verdict for each in found.test} == {"no interval"}
 
@@ -432,7 +432,7 @@ WORDS = ("--model", "train.py:Net", "--loader", "train.py:batches", "--device", 
 class TestCommand:
     def test_prints_the_table_with_the_best_marked(self):
         result = run("sweep", "run", *WORDS, "--weights", "uniform,ema:0.9",
-                     "--test-loader", "train.py:batches", "-o", OUT)  # fmt: skip
+                     *TEST_WORDS, "-o", OUT)  # fmt: skip
         lines = result.stdout.splitlines()
         found = swept(weights="uniform,ema:0.9")
         assert lines[0].split() == ["average", "last", "checkpoints", "loss"]
@@ -500,6 +500,10 @@ class TestCommand:
             swept(test_loader="train.py:valid")
         assert train.MADE == []
 
+    def test_of_the_same_batches_as_test_data(self):
+        with pytest.raises(RefreshError, match="`loader` and `test_loader` are the same batches"):
+            swept(test_loader="train.py:batches")
+
     def test_without_a_refresh_it_says_what_is_needed(self, train):
         with pytest.raises(SelectionError, match=r"stale.*`refresh_loader`"):
             swept(refresh=None)
@@ -528,7 +532,7 @@ def test_processes_share_the_evaluations(tmp_path):
         "    return float(sum((model(x).argmax(1) != y).float().mean() for x, y in batches))\n"
     )
     words = ("sweep", "run", *WORDS, "--metric", "own.py:loss", "--weights", "uniform,linear")
-    more = ("-o", OUT, "--json", "--test-loader", "train.py:batches", "--journal", "kept")
+    more = ("-o", OUT, "--json", *TEST_WORDS, "--journal", "kept")
     job = Job([command(*words, *more)] * 2, tmp_path)
     [(text, _), (other, _)] = job.finish(0, 0)
     assert other == ""

@@ -44,14 +44,12 @@ class TrainingRecord:
             next update: see `select.learning_rates`.
         other_rates: rates of the other parameter groups.
         initial_rate: `initial_lr` of the first group, which torch's schedulers set.
-        scheduler: plain values of the first scheduler's state dict (`last_epoch`, `base_lrs`,
-            `_last_lr`, `T_0`, ...).
+        scheduler: plain values of the first scheduler's state dict (`last_epoch`, `T_0`, ...).
         logged_rate: rate that the trainer logged at the checkpoint's step (Hugging Face).
         logged_before: rate that it logged one step earlier.
         metrics: name to value, NaN and Inf included.
         has_optimizer_state: whether the optimizer has momenta or the like; None if not recorded.
-        averaged: the number of models in the average of Lightning's `StochasticWeightAveraging`,
-            and the epoch of its last update.
+        averaged: models in Lightning's `StochasticWeightAveraging`, and the epoch of the last.
         hyper_parameters: those of Lightning's model by name, as the pickle describes them.
         data_hyper_parameters: those of its data module.
     """

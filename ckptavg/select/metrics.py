@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from ckptavg.formats.checkpoint import Checkpoint
 
 Mode = Literal["min", "max"]
+Name = str | tuple[int | None, int | None]
+"""A checkpoint's name in a file of metrics, or in a log its epoch and its step."""
+_Row = tuple[Name, object, str]
+"""A name, a value or a dict of metrics, and where that is in the file."""
+_LOG_COLUMNS = ("epoch", "step")
 
 _LOW_IS_GOOD = {
     "loss", "error", "err", "perplexity", "ppl", "wer", "cer", "mae", "mse", "rmse", "nll", "fid",
@@ -154,10 +159,12 @@ def indices_of_best(values: Sequence[float | None], count: int, mode: str) -> li
     return sorted(-index for _, index in ranked[: max(count, 0)])
 
 
-def read_metrics(path: Path, metric: str) -> dict[str, float]:
+def read_metrics(path: Path, metric: str) -> dict[Name, float]:
     """A metric of checkpoints from a CSV or JSON file: values by the checkpoints' names.
 
     - CSV with a header: the checkpoints' names in the first column, a metric in each further one.
+    - CSV of a logger, such as Lightning's `CSVLogger`: it has columns `epoch` or `step` instead of
+      names. The values are by epoch and step, and also by epoch if each has only one.
     - CSV without a header: two columns, names and values.
     - JSON: `{name: value}`, `{name: {metric: value}}`, or a list of objects with the key
       `checkpoint` and metrics, which may be under the key `evaluations`.
@@ -165,17 +172,41 @@ def read_metrics(path: Path, metric: str) -> dict[str, float]:
     Empty cells and null are missing values.
 
     Raises:
-        FormatError: the file is neither, has a checkpoint twice, or a value is no number.
+        FormatError: the file is neither, has several values of a checkpoint, or a value is no
+            number.
         SelectionError: the file does not have that metric.
     """
-    values: dict[str, float | None] = {}
-    for name, value in _column(path, _read_rows(path), metric):
-        if name in values:
-            raise FormatError(f"has {printable(name)} twice", path=path)
-        values[name] = number = _number(value)
-        if number is None and value not in (None, ""):
-            raise FormatError(f"of {printable(name)}, {printable(value)!r} is no number", path=path)
-    return {name: number for name, number in values.items() if number is not None}
+    table: dict[Name, float] = {}
+    places: dict[Name, str] = {}
+    several = set[Name]()
+    for name, value, place in _column(path, _read_rows(path), metric):
+        if value in (None, "") or name == (None, None):
+            continue
+        number = _number(value)
+        if number is None:
+            raise FormatError(f"of {_shown(name)}, {printable(value)!r} is no number", path=path)
+        keys = {name}
+        if isinstance(name, tuple) and name[0] is not None:
+            keys.add((name[0], None))
+        for key in keys:
+            if repr(table.setdefault(key, number)) != repr(number):  # NaN is not equal to itself
+                several.add(key)
+            if key in several and key == name:
+                raise FormatError(
+                    f"has two values of {printable(metric)} for {_shown(name)}: "
+                    f"{table[key]:g} in {places[key]}, and {number:g} in {place}",
+                    path=path,
+                )
+            places.setdefault(key, place)
+    return {key: number for key, number in table.items() if key not in several}
+
+
+def _shown(name: Name) -> str:
+    """What messages call a checkpoint, or an epoch and a step."""
+    if isinstance(name, str):
+        return printable(name)
+    numbers = zip(_LOG_COLUMNS, name, strict=True)
+    return ", ".join(f"{unit} {number}" for unit, number in numbers if number is not None)
 
 
 def metric_names(path: Path) -> list[str]:
@@ -184,10 +215,10 @@ def metric_names(path: Path) -> list[str]:
     Raises:
         FormatError: it is neither.
     """
-    return sorted({key for _, row in _read_rows(path) if isinstance(row, dict) for key in row})
+    return sorted({key for _, row, _ in _read_rows(path) if isinstance(row, dict) for key in row})
 
 
-def _read_rows(path: Path) -> list[tuple[str, object]]:
+def _read_rows(path: Path) -> list[_Row]:
     """The name of each checkpoint in a file, and its value or a dict of its metrics."""
     file = open_source(path)
     if file.size > _LARGEST_FILE:
@@ -203,19 +234,19 @@ def _read_rows(path: Path) -> list[tuple[str, object]]:
     return _read_json(path, text) if text[:1] in ("{", "[") else _read_csv(path, text)
 
 
-def _column(path: Path, rows: list[tuple[str, object]], metric: str) -> list[tuple[str, object]]:
+def _column(path: Path, rows: list[_Row], metric: str) -> list[_Row]:
     """The name and the metric's value in each row. Rows without metrics' names stay as they are."""
-    tables = [(name, row) for name, row in rows if isinstance(row, dict)]
+    tables = [(name, row, place) for name, row, place in rows if isinstance(row, dict)]
     if not tables:
         return rows
     if len(tables) < len(rows):
         raise FormatError("mixes values with objects of metrics", path=path)
-    known = sorted({key for _, table in tables for key in table})
+    known = sorted({key for _, table, _ in tables for key in table})
     if metric not in known:
         raise SelectionError(
             f"has no metric {printable(metric)}; there are: {listed(known, 20)}", path=path
         )
-    return [(name, table.get(metric)) for name, table in tables]
+    return [(name, table.get(metric), place) for name, table, place in tables]
 
 
 def _number(value: object) -> float | None:
@@ -227,25 +258,46 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _read_csv(path: Path, text: str) -> list[tuple[str, object]]:
+def _read_csv(path: Path, text: str) -> list[_Row]:
     """The first cell of each row, and its value or a dict of its metrics."""
     if sum(map(text.count, ",\n\r")) > _MOST_CELLS:
         raise FormatError(f"has more than {_MOST_CELLS:,} cells", path=path, remedy=_SHORTEN)
     try:
-        lines = [line for line in csv.reader(io.StringIO(text, newline="")) if any(line)]
+        reader = csv.reader(io.StringIO(text, newline=""))
+        lines = [(line, f"line {reader.line_num}") for line in reader if any(line)]
     except csv.Error as error:
         raise FormatError(f"is not valid CSV: {printable(error)}", path=path) from error
-    rows = [[cell.strip() for cell in line] for line in lines]
-    if not rows or not rows[0][1:]:
+    rows = [([cell.strip() for cell in line], place) for line, place in lines]
+    if not rows or not rows[0][0][1:]:
         raise FormatError("is not a CSV with names and values", path=path)
-    _, first, *others = rows[0]
+    (header, _), *below = rows
+    tables = [(dict(zip(header, row, strict=False)), place) for row, place in below]
+    if _is_log(header, tables):
+        return [
+            ((_integer(table.pop("epoch", "")), _integer(table.pop("step", ""))), table, place)
+            for table, place in tables
+        ]
+    _, first, *others = header
     if others or (first and _number(first) is None):
-        header = rows[0][1:]
-        return [(name, dict(zip(header, row, strict=False))) for name, *row in rows[1:]]
-    return [(name, row[0] if row else None) for name, *row in rows]
+        return [(table.pop(header[0]), table, place) for table, place in tables]
+    return [(row[0], row[1] if row[1:] else None, place) for row, place in rows]
 
 
-def _read_json(path: Path, text: str) -> list[tuple[str, object]]:
+def _is_log(header: list[str], tables: list[tuple[dict[str, str], str]]) -> bool:
+    """Whether a CSV has epochs and steps in place of names; loggers may sort their columns."""
+    first, *_ = header
+    if first in _LOG_COLUMNS:
+        return all(_integer(table[first]) is not None for table, _ in tables)
+    cells = (table[first] for table, _ in tables)
+    return set(_LOG_COLUMNS) <= set(header) and all(not c or _number(c) is not None for c in cells)
+
+
+def _integer(cell: str) -> int | None:
+    number = _number(cell)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _read_json(path: Path, text: str) -> list[_Row]:
     """The name of each checkpoint, and its value or a dict of its metrics."""
     try:
         root = from_text(text)
@@ -254,15 +306,16 @@ def _read_json(path: Path, text: str) -> list[tuple[str, object]]:
     if isinstance(root, dict) and isinstance(root.get("evaluations"), list):
         root = root["evaluations"]
     if isinstance(root, dict):
-        return list(root.items())
-    rows: list[tuple[str, object]] = []
-    for entry in root:
+        return [(name, value, "this file") for name, value in root.items()]
+    rows: list[_Row] = []
+    for number, entry in enumerate(root, 1):
+        where = f"entry {number}"
         match entry:
             case {"checkpoint": str() as name, **metrics}:
                 place = metrics.pop("path", None)
-                rows.append((name, metrics))
+                rows.append((name, metrics, where))
                 if isinstance(place, str) and os.path.abspath(place) != name:  # noqa: PTH100
-                    rows.append((os.path.abspath(place), metrics))  # noqa: PTH100
+                    rows.append((os.path.abspath(place), metrics, where))  # noqa: PTH100
             case _:
                 raise FormatError('has an entry without "checkpoint", its name', path=path)
     return rows

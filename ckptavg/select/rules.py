@@ -19,6 +19,7 @@ from ckptavg.options import Options
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import (
     Mode,
+    Name,
     certain_mode,
     indices_of_best,
     metric_in_name,
@@ -350,8 +351,8 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
             verdict.reject(f"not among the best {rules.best} ({printable(metric)} {value})")
 
 
-def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> None:
-    """Look up each checkpoint's metric by its path, its name, or a unique file name."""
+def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[Name, float]) -> None:
+    """Look up each checkpoint's metric by its path, its name, a unique file name, or its step."""
     paths = [verdict.checkpoint.path for verdict in verdicts]
     names = Counter(path.name for path in paths)
     stems = Counter(path.stem for path in paths)
@@ -360,6 +361,20 @@ def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[str, float]) -> Non
         keys += [path.name] if names[path.name] == 1 else []
         keys += [path.stem] if stems[path.stem] == 1 else []
         verdict.metric = next((table[key] for key in keys if key in table), None)
+    if any(verdict.metric is not None for verdict in verdicts):
+        return
+    by_step, by_epoch = list[float | None](), list[float | None]()
+    for verdict in verdicts:
+        training = verdict.checkpoint.training
+        epoch = training.steps.get("epoch")
+        step = training.steps.get("global_step", training.steps.get("step"))
+        # After n updates, Lightning logs the step n - 1.
+        step = None if step is None else step - training.epochs_from_zero
+        by_step.append(table.get((epoch, step), table.get((None, step))))
+        by_epoch.append(table.get((epoch, None)))
+    is_known = any(value is not None for value in by_step)
+    for verdict, value in zip(verdicts, by_step if is_known else by_epoch, strict=True):
+        verdict.metric = value
 
 
 def _apply_last(verdicts: Sequence[Verdict], counts: Iterable[int | None]) -> None:

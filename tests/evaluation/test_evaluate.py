@@ -415,7 +415,7 @@ class TestCommand:
         assert document["best"]["accuracy"] == f"step_{best}.pt"
         Path("values.json").write_text(result.stdout)
         # By name, and by path, so that another run's file of that name is not taken for it.
-        table = read_metrics(Path("values.json"), "loss")
+        table = {str(name): v for name, v in read_metrics(Path("values.json"), "loss").items()}
         assert {Path(name).is_absolute() for name in table} == {True, False}
         assert {name: v for name, v in table.items() if not Path(name).is_absolute()} == {
             f"step_{i}.pt": found[i]["loss"] for i in (0, 1, 3, 4)

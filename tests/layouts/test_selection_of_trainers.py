@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from ckptavg import Selection
 from ckptavg.errors import SelectionError
@@ -66,6 +68,42 @@ class TestLightning:
     def test_the_best_by_what_was_monitored(self, lightning_run):
         assert self.epochs(lightning_run, best=2, metric="val_loss") == [1, 2]
         assert self.epochs(lightning_run, best=1, metric="val_loss", mode="max") == [3]
+
+
+class Logged(Net):
+    """Logs a loss of each step, which is the step's number, and the epoch's number after each."""
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        self.log("step_loss", float(self.global_step), on_step=True, on_epoch=False)
+        return super().training_step(batch, index)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("accuracy", float(self.current_epoch))
+
+
+@pytest.mark.parametrize(("every", "kept"), [(3, [3, 6, 9, 12]), (2, [2, 4, 6, 8, 10, 12])])
+def test_the_log_of_lightning_s_csv_logger_is_a_file_of_metrics(tmp_path, every, kept):
+    keeping = ModelCheckpoint(
+        dirpath=tmp_path / "kept", every_n_train_steps=every, save_top_k=-1, filename="{step}"
+    )
+    logger = CSVLogger(tmp_path, "log")
+    with warnings.catch_warnings(action="ignore"):
+        training = lightning.Trainer(
+            max_epochs=4, accelerator="cpu", logger=logger, callbacks=[keeping],
+            log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        training.fit(Logged(), batches())
+    log = Path(logger.log_dir) / "metrics.csv"
+    assert log.read_text().startswith("accuracy,epoch,step,step_loss\n")
+    run = find_run([tmp_path / "kept"])
+
+    def metrics(name: str) -> list[float | None]:
+        rules = Selection(metric=name, mode="min", metrics=log)
+        return [verdict.metric for verdict in select(run, rules)]
+
+    assert metrics("step_loss") == [step - 1 for step in kept]
+    ends = [step // 3 - 1 if step % 3 == 0 else None for step in kept]
+    assert metrics("accuracy") == ends
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def test_json_may_have_nan(tmp_path):
         ("", "not a CSV"),
         ("a.pt\nb.pt", "not a CSV"),
         ("name,loss\na,x", r"of a, 'x' is no number"),
-        ("a,0.1\na,0.2", "has a twice"),
+        ("a,0.1\na,0.2", "has two values of loss for a: 0.1 in line 1, and 0.2 in line 2"),
         (b"\xff\xfe\x00", "not text"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
@@ -285,7 +285,10 @@ def test_json_may_have_nan(tmp_path):
         ('[{"loss": 1}]', 'without "checkpoint"'),
         ("[1]", 'without "checkpoint"'),
         ('[{"checkpoint": 3, "loss": 1}]', 'without "checkpoint"'),
-        ('[{"checkpoint": "a", "loss": 1}, {"checkpoint": "a", "loss": 2}]', "has a twice"),
+        (
+            '[{"checkpoint": "a", "loss": 1}, {"checkpoint": "a", "loss": 2}]',
+            "1 in entry 1, and 2 in entry 2",
+        ),
         ('{"evaluations": [3]}', 'without "checkpoint"'),
     ],
 )
@@ -314,3 +317,33 @@ def test_a_metric_that_is_not_there_is_told_with_those_that_are(tmp_path, text):
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(CkptAvgError, match="No such file"):
         read_metrics(tmp_path / "none.csv", "loss")
+
+
+# Logs
+
+
+def test_a_log_has_values_by_epoch_and_step_and_by_epoch_where_that_has_one(tmp_path):
+    path = write(
+        tmp_path,
+        "acc,epoch,loss,step\n,0,0.5,1\n0.9,0,,3\n,0,0.4,3\n0.8,1,,7\n0.8,1,,7\n,,,7\n",
+    )
+    assert read_metrics(path, "acc") == {
+        (0, 3): 0.9, (0, None): 0.9, (1, 7): 0.8, (1, None): 0.8,
+    }  # fmt: skip
+    assert read_metrics(path, "loss") == {(0, 1): 0.5, (0, 3): 0.4}
+    assert read_metrics(write(tmp_path, "step,loss\n10,1\n20,2"), "loss") == {
+        (None, 10): 1.0,
+        (None, 20): 2.0,
+    }
+
+
+def test_what_a_log_contradicts_is_an_error_with_both_lines(tmp_path):
+    path = write(tmp_path, "epoch,step,loss\n0,3,0.5\n0,3,\n1,7,0.4\n0,3,0.6\n")
+    message = r"two values of loss for epoch 0, step 3: 0\.5 in line 2, and 0\.6 in line 5"
+    with pytest.raises(FormatError, match=message):
+        read_metrics(path, "loss")
+
+
+def test_names_before_columns_of_epoch_and_step_are_names(tmp_path):
+    path = write(tmp_path, "checkpoint,epoch,step,loss\na.pt,0,3,0.5\nb.pt,1,7,0.4\n")
+    assert read_metrics(path, "loss") == {"a.pt": 0.5, "b.pt": 0.4}

@@ -8,14 +8,16 @@ import math
 import os
 import re
 import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 from ckptavg.errors import FormatError, SelectionError, listed, printable
 from ckptavg.formats.jsontext import from_text
 from ckptavg.formats.parts import open_source
+from ckptavg.formats.paths import absolute
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ckptavg.formats.checkpoint import Checkpoint
@@ -207,6 +209,31 @@ def _shown(name: Name) -> str:
         return printable(name)
     numbers = zip(_LOG_COLUMNS, name, strict=True)
     return ", ".join(f"{unit} {number}" for unit, number in numbers if number is not None)
+
+
+def values_of(checkpoints: Sequence[Checkpoint], table: Mapping[Name, float]) -> list[float | None]:
+    """Each checkpoint's value by its path, its name, a unique file name, or its epoch and step.
+
+    Args:
+        checkpoints: the checkpoints of a run.
+        table: what `read_metrics` returns.
+    """
+    stems = Counter(each.path.stem for each in checkpoints)
+    names = Counter(each.path.name for each in checkpoints)
+    by_name, by_step, by_epoch = list[float | None](), list[float | None](), list[float | None]()
+    for each in checkpoints:
+        keys = [str(each.path), str(absolute(each.path)), each.name]
+        keys += [each.path.name] if names[each.path.name] == 1 else []
+        keys += [each.path.stem] if stems[each.path.stem] == 1 else []
+        by_name.append(next((table[key] for key in keys if key in table), None))
+        steps = each.training.steps
+        epoch, step = steps.get("epoch"), steps.get("global_step", steps.get("step"))
+        # After n updates, Lightning logs the step n - 1.
+        step = None if step is None else step - each.training.epochs_from_zero
+        by_step.append(table.get((epoch, step), table.get((None, step))))
+        by_epoch.append(table.get((epoch, None)))
+    columns = (by_name, by_step, by_epoch)
+    return next((column for column in columns if set(column) != {None}), by_name)
 
 
 def metric_names(path: Path) -> list[str]:

@@ -37,7 +37,7 @@ class Timeline:
             begin anew in each epoch; empty if some of them have neither.
         from_zero: whether steps are counted from 0, so that `step + 1` units were done. Lightning,
             timm, and loops whose first epoch is 0 count epochs so.
-        other_units: the other units that all checkpoints record.
+        other_units: the other units that all checkpoints record, if none was asked for.
     """
 
     unit: str
@@ -69,6 +69,7 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
     restarts = "step" in units and "epoch" in units and _steps_restart(checkpoints)
     if restarts:
         units.remove("step")
+    is_given = unit is not None
     unit = unit or next(iter(units), "number")
     if unit in units:
         steps = tuple(each.training.steps[unit] for each in checkpoints)
@@ -94,7 +95,7 @@ def timeline(checkpoints: Sequence[Checkpoint], unit: str | None = None) -> Time
         (step, each.training.steps["step"]) if restarts and unit == "epoch" else (step,)
         for each, step in zip(checkpoints, steps, strict=False)
     )
-    return Timeline(unit, steps, places, from_zero, tuple(units))
+    return Timeline(unit, steps, places, from_zero, () if is_given else tuple(units))
 
 
 def sort_checkpoints(checkpoints: Iterable[Checkpoint]) -> tuple[list[Checkpoint], bool]:

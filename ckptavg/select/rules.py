@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from ckptavg.errors import SelectionError, listed, printable
-from ckptavg.formats.paths import absolute
 from ckptavg.options import Options
 from ckptavg.select.learning_rates import Reading, rates_and_minima
 from ckptavg.select.metrics import (
     Mode,
-    Name,
     certain_mode,
     indices_of_best,
     metric_in_name,
     no_metric,
     read_metrics,
     recorded_metrics,
+    values_of,
 )
 from ckptavg.select.order import remedy_without_order, saved_before_training, timeline
 from ckptavg.select.series import matches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from ckptavg.errors import CkptAvgError
@@ -180,7 +178,7 @@ def select(run: Run, rules: Selection) -> list[Verdict]:
     if rules.steps is not None:
         _apply_steps(verdicts, times, rules.steps.replace(" ", ""))
     if rules.cycle is not None:
-        _apply_cycle(verdicts, times, rules.cycle, start, is_unit_given=rules.unit is not None)
+        _apply_cycle(verdicts, times, rules.cycle, start)
     if rules.lr_minima:
         _apply_lr_minima(verdicts, run, rules.lr_recorded)
     if rules.metric is not None:
@@ -254,10 +252,31 @@ def _apply_start(verdicts: Sequence[Verdict], times: Timeline, start: str) -> in
             f"no checkpoint is from {times.unit} {int(start)} on: the last is {last}"
             + share * (0 < int(start) <= 100)  # noqa: PLR2004
         )
+    _say_unit(verdicts, times, "start", lambda step: step >= int(start))
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step < int(start):
             verdict.reject(f"before {times.unit} {int(start)}")
     return int(start) + times.from_zero
+
+
+def _say_unit(
+    verdicts: Sequence[Verdict], times: Timeline, rule: str, is_wanted: Callable[[int], bool]
+) -> None:
+    """Log the unit that numbers have, if as numbers of epochs they would select others."""
+    hint = _epochs_hint(verdicts, times, is_wanted)
+    if hint:
+        log.info("`%s` counts in %s%s", rule, times.unit, hint)
+
+
+def _epochs_hint(
+    verdicts: Sequence[Verdict], times: Timeline, is_wanted: Callable[[int], bool]
+) -> str:
+    """How to count in epochs, if that would select some checkpoints, and not the same ones."""
+    if "epoch" not in times.other_units:
+        return ""
+    by_epoch = [is_wanted(verdict.checkpoint.training.steps["epoch"]) for verdict in verdicts]
+    differs = by_epoch != [*map(is_wanted, times.steps)]
+    return "; for epochs add `unit` epoch" if any(by_epoch) and differs else ""
 
 
 def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> None:
@@ -275,23 +294,23 @@ def _apply_steps(verdicts: Sequence[Verdict], times: Timeline, steps: str) -> No
             absent = ", ".join(map(str, missing))
             raise SelectionError(
                 f"there is no checkpoint of {times.unit} {absent}",
-                remedy=f"there are those of {times.unit} {listed(sorted(set(times.steps)), 20)}",
+                remedy=f"there are those of {times.unit} {listed(sorted(set(times.steps)), 20)}"
+                + _epochs_hint(verdicts, times, wanted.__contains__),
             )
     else:
         raise SelectionError(
             f"`steps` must be a list such as 100,200 or a range such as 100:1000:100, not {steps!r}"
         )
+    _say_unit(verdicts, times, "steps", wanted.__contains__)
     for verdict, step in zip(verdicts, times.steps, strict=True):
         if step not in wanted:
             verdict.reject("not among steps")
 
 
-def _apply_cycle(
-    verdicts: Sequence[Verdict], times: Timeline, cycle: int, start: int, *, is_unit_given: bool
-) -> None:
+def _apply_cycle(verdicts: Sequence[Verdict], times: Timeline, cycle: int, start: int) -> None:
     """Reject all but the ends of cycles: `mod(i - start, c) = 0` (Izmailov et al. 2018, Alg. 1)."""
     _require_steps(verdicts, times, "cycle")
-    if not is_unit_given and "epoch" in times.other_units:
+    if "epoch" in times.other_units:
         raise SelectionError(
             f"`cycle` may count {times.unit} or epochs: the checkpoints record both",
             remedy=f"set `unit` to {times.unit} or to epoch",
@@ -321,7 +340,11 @@ def _apply_lr_minima(verdicts: Sequence[Verdict], run: Run, recorded: Reading | 
 def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) -> None:
     """Set each checkpoint's metric; with `best`, reject all but the best."""
     if rules.metrics is not None:
-        _set_metrics(verdicts, read_metrics(rules.metrics, metric))
+        table = read_metrics(rules.metrics, metric)
+        for verdict, found in zip(
+            verdicts, values_of([each.checkpoint for each in verdicts], table), strict=True
+        ):
+            verdict.metric = found
     else:
         for verdict in verdicts:
             checkpoint = verdict.checkpoint
@@ -349,32 +372,6 @@ def _apply_metric(verdicts: Sequence[Verdict], metric: str, rules: Selection) ->
         if place not in winners:
             value = "none" if verdict.metric is None else f"{verdict.metric:g}"
             verdict.reject(f"not among the best {rules.best} ({printable(metric)} {value})")
-
-
-def _set_metrics(verdicts: Sequence[Verdict], table: Mapping[Name, float]) -> None:
-    """Look up each checkpoint's metric by its path, its name, a unique file name, or its step."""
-    paths = [verdict.checkpoint.path for verdict in verdicts]
-    names = Counter(path.name for path in paths)
-    stems = Counter(path.stem for path in paths)
-    for verdict, path in zip(verdicts, paths, strict=True):
-        keys = [str(path), str(absolute(path)), verdict.checkpoint.name]
-        keys += [path.name] if names[path.name] == 1 else []
-        keys += [path.stem] if stems[path.stem] == 1 else []
-        verdict.metric = next((table[key] for key in keys if key in table), None)
-    if any(verdict.metric is not None for verdict in verdicts):
-        return
-    by_step, by_epoch = list[float | None](), list[float | None]()
-    for verdict in verdicts:
-        training = verdict.checkpoint.training
-        epoch = training.steps.get("epoch")
-        step = training.steps.get("global_step", training.steps.get("step"))
-        # After n updates, Lightning logs the step n - 1.
-        step = None if step is None else step - training.epochs_from_zero
-        by_step.append(table.get((epoch, step), table.get((None, step))))
-        by_epoch.append(table.get((epoch, None)))
-    is_known = any(value is not None for value in by_step)
-    for verdict, value in zip(verdicts, by_step if is_known else by_epoch, strict=True):
-        verdict.metric = value
 
 
 def _apply_last(verdicts: Sequence[Verdict], counts: Iterable[int | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -106,6 +107,33 @@ def test_each_that_is_left_out_says_why(run):
 def test_cycles_of_what_is_said_where_steps_and_epochs_are_recorded(run):
     with pytest.raises(SelectionError, match="set `unit` to global_step or to epoch"):
         taken(run, cycle=300)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"start": "5"}, "`start` counts in global_step; for epochs add `unit` epoch"),
+        ({"steps": "2:9"}, "`steps` counts in global_step; for epochs add `unit` epoch"),
+        ({"start": "0"}, None),
+        ({"start": "500"}, None),
+        ({"start": "50%"}, None),
+        ({"start": "5", "unit": "epoch"}, None),
+        ({"start": "5", "unit": "global_step"}, None),
+        ({"steps": "200:900:100"}, None),
+        ({"steps": "100,300"}, None),
+    ],
+)
+def test_the_unit_is_said_where_a_number_may_be_one_of_epochs(run, caplog, rules, message):
+    caplog.set_level(logging.INFO)
+    select(find_run([run]), Selection(**rules))
+    assert caplog.messages == ([message] if message else [])
+
+
+def test_a_list_of_epochs_where_steps_are_meant_is_an_error_that_says_so(run):
+    with pytest.raises(SelectionError, match=r"global_step 100, .*; for epochs add `unit` epoch$"):
+        taken(run, steps="2,5")
+    with pytest.raises(SelectionError, match=r"1000$"):
+        taken(run, steps="150")
 
 
 def test_shares_are_exact(tmp_path):

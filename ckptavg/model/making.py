@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ckptavg.distributed import local_device
-from ckptavg.errors import RefreshError, UserCodeError
+from ckptavg.errors import RefreshError, UserCodeError, without_notices
 from ckptavg.model.arguments import complete_arguments, wrong_arguments
 from ckptavg.model.batches import attribute_of
 from ckptavg.model.datamodules import METHODS, data_module_of, defines, is_data_module, with_hooks
@@ -272,7 +272,8 @@ def check_test_loader(
     is_same = is_same and test[1] == other[1]
     value = load_object(spec)
     if is_same or is_data_module(value):
-        value = _made(spec, test[1], checkpoints, "test_loader")
+        with without_notices():
+            value = _made(spec, test[1], checkpoints, "test_loader")
     if is_data_module(value):
         _method_of(value, name_of(spec), test_stage)
         is_same = is_same and test_stage == stage

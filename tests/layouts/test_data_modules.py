@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ckptavg
 from ckptavg import Selection
 from ckptavg.batchnorm.options import RefreshOptions
-from ckptavg.errors import RefreshError, UserCodeError
+from ckptavg.errors import CkptAvgError, RefreshError, UserCodeError
 from tests.helpers import run
 
 pytestmark = [
@@ -135,6 +135,16 @@ def metrics_of_lightning(kind: type[Net], path: Path, data: Any, what: str) -> d
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     [metrics] = getattr(trainer(), what)(model, data, verbose=False)
     return dict(metrics)
+
+
+def test_a_loader_without_a_data_module_goes_through_the_model_s_hooks():
+    paths = trained(Doubling(), Data())
+    loader = Data().loader(1)
+    [*_, found] = ckptavg.evaluate(paths, model=Doubling, loader=loader, device="cpu")
+    expected = metrics_of_lightning(Doubling, paths[-1], loader, "validate")
+    assert found.metrics == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(CkptAvgError, match="can be iterated only once"):
+        ckptavg.evaluate(paths, model=Doubling, loader=iter(loader), device="cpu")
 
 
 MODELS = [(Net, Data), (Net, Normalising), (Net, Moving), (Doubling, Data), (Doubling, Normalising)]

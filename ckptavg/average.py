@@ -312,7 +312,7 @@ def _check_order(
         return
     what = None
     if "last" in plan.counts or any(recipe.needs_order for recipe in recipes):
-        what = "the result depends on their order"
+        what = "the result depends on it"
     elif any(
         target.kind == "container"
         or (target.kind in ("torch", "dcp") and recipe.last.other_entries)
@@ -322,7 +322,7 @@ def _check_order(
     if what is not None:
         names = listed(member.name for member in plan.members)
         raise SelectionError(
-            f"only some of the checkpoints have a step, and {what}: {names}",
+            f"the order of the checkpoints is not known, and {what}: {names}",
             remedy=remedy_without_order(plan.members),
         )
 

@@ -132,7 +132,8 @@ def remedy_without_order(checkpoints: Sequence[Checkpoint]) -> str:
         return (
             "their steps begin anew in each epoch, or are equal: count in epochs with `unit` epoch"
         )
-    return f"the names are not of one series, such as {listed(names, 2)}: choose with `include`"
+    example = listed(names, 2)
+    return f"the names are not of one series, such as {example}: name one run, or use `include`"
 
 
 def saved_before_training(

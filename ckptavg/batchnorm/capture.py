@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ckptavg.batchnorm.layers import (
     MIXING,
@@ -127,9 +127,8 @@ class Capture(TorchFunctionMode):
 
     def leave(self) -> None:
         """Leave the mode, if an interruption has ended the call of a layer: no hook ran then."""
-        active = vars(self._thread).get("active")
-        if active:
-            active.clear()
+        vars(self._thread).pop("active", None)
+        while self in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def take(self) -> list[list[CallStatistics]]:

@@ -57,7 +57,9 @@ class Plane:
     def is_flat(self) -> bool:
         """Whether the three are on a line, two of them the same, or one of them not finite."""
         first, second = float(self.gram[0, 0]), float(self.gram[1, 1])
-        return not first or not min(first, second, self._height**2) > _FLAT * max(first, second)
+        if not first or not np.isfinite(self.gram).all():
+            return True
+        return min(first, second, self._height**2) <= _FLAT * max(first, second)
 
     def coefficients(self, x: float, y: float) -> tuple[float, float, float]:
         """The combination of the three weights that is at a point of the plane."""

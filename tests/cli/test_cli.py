@@ -527,7 +527,8 @@ def test_an_interruption_that_an_import_made_another_error_of_is_one(monkeypatch
 def test_a_signal_before_the_command_line_is_there_is_one_line(number, word):
     code = (
         "import builtins, os, signal, sys; plain = builtins.__import__\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored,\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so may this, under nohup\n"
         "def slow(name, *rest):\n"
         f"    if name == 'ckptavg.cli': os.kill(os.getpid(), {int(number)})\n"
         "    return plain(name, *rest)\n"

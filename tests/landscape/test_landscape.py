@@ -322,12 +322,14 @@ class TestPlane:
         with pytest.raises(SelectionError, match="on one line"):
             plane([PATHS[0]] * 3, Path("o"), options())
 
-    def test_three_of_which_one_is_not_finite_make_none(self):
+    @pytest.mark.parametrize("value", ["nan", "inf"])
+    def test_three_of_which_one_is_not_finite_make_none(self, value):
         third = combined(0, 0, 1)
-        third["1.weight"].fill_(float("inf"))
+        third["1.weight"].fill_(float(value))
         save_file(third, "w2.safetensors")
-        with pytest.raises(SelectionError, match="or have NaN or Inf"):
-            plane(PATHS, Path("o"), options())
+        for paths in (PATHS, [PATHS[0], PATHS[2], PATHS[1]], [PATHS[2], *PATHS[:2]]):
+            with pytest.raises(SelectionError, match="or have NaN or Inf"):
+                plane(paths, Path("o"), options())
 
     @pytest.mark.parametrize("count", [2, 4])
     def test_is_through_three(self, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import reprlib
@@ -26,11 +27,17 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class HyperParameters(dict[str, Any]):
-    """A dict whose values are attributes as well, as those of an `argparse.Namespace` are."""
+    """A dict whose values are attributes as well, as those of an `argparse.Namespace` are.
+
+    One may be called `items` or `values`, and hides that method: `dict.items(it)` is certain.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
         self.__dict__ = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HyperParameters:
+        return HyperParameters({key: copy.deepcopy(self[key], memo) for key in self})
 
 
 def complete_arguments(
@@ -61,17 +68,21 @@ def complete_arguments(
     """
     checkpoints = tuple(checkpoints)
     folder = _directory(checkpoints)
-    if inspect.ismethod(function) and function.__name__ == "from_pretrained":
-        if folder is None or _DIRECTORY in given:
-            return dict(given)
-        owner = getattr(function.__self__, "__name__", "")
-        log.info("%s.from_pretrained is given %s", printable(owner), printable(folder.name))
-        return {_DIRECTORY: str(folder), **given}
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return dict(given)
     kinds = {each.kind for each in parameters.values()}
+    if (
+        inspect.ismethod(function)
+        and function.__name__ == "from_pretrained"
+        and (_DIRECTORY in parameters or inspect.Parameter.VAR_POSITIONAL in kinds)
+    ):
+        if folder is None or _DIRECTORY in given:
+            return dict(given)
+        owner = getattr(function.__self__, "__name__", "")
+        log.info("%s.from_pretrained is given %s", printable(owner), printable(folder.name))
+        return {_DIRECTORY: str(folder), **given}
     takes_all = isinstance(function, type) and inspect.Parameter.VAR_KEYWORD in kinds
     field = "data_hyper_parameters" if of_data else "hyper_parameters"
     source = next((each for each in checkpoints if getattr(each.training, field)), None)
@@ -208,7 +219,7 @@ def _objects_of(name: str, value: object) -> Iterator[tuple[str, str]]:
     A namespace is given without those of its attributes. Any other value is given as it is, or not.
     """
     if isinstance(value, HyperParameters):
-        for key, each in value.items():
+        for key, each in dict.items(value):
             yield from ((f"{name}.{key}", kind) for kind in islice(_objects(each), 1))
     else:
         yield from ((name, kind) for kind in islice(_objects(value), 1))
@@ -218,7 +229,7 @@ def _without(objects: Collection[str], name: str, value: object) -> object:
     """A recorded value as a model expects it: dicts have attributes, none of which is an object."""
     if not isinstance(value, dict):
         return value
-    plain = {key: each for key, each in value.items() if f"{name}.{key}" not in objects}
+    plain = {key: each for key, each in dict.items(value) if f"{name}.{key}" not in objects}
     return HyperParameters(plain)
 
 
@@ -230,7 +241,7 @@ def _objects(value: object) -> Iterator[str]:
         if isinstance(each, dict | list | tuple | set | frozenset):
             if id(each) not in visited:
                 visited.add(id(each))
-                waiting += [*each, *each.values()] if isinstance(each, dict) else each
+                waiting += [*each, *dict.values(each)] if isinstance(each, dict) else each
         elif not isinstance(each, _PLAIN):
             yield each.origin if isinstance(each, Placeholder) else "torch.Tensor"
 

@@ -510,3 +510,8 @@ def test_the_command_that_average_proposes_makes_the_model(user_folder):
     code, _, said = outcome("evaluate", "my swa", *expected, "--loader", "data.py:loader")
     assert code == 0
     assert "ResNetForImageClassification.from_pretrained is given my swa" in said
+    own = "import transformers\nclass Own:\n    @classmethod\n    def from_pretrained(cls, path):\n"
+    own += "        return transformers.ResNetForImageClassification.from_pretrained(path)\n"
+    (user_folder / "own.py").write_text(own)
+    options = ("--model", "own.py:Own.from_pretrained", "--loader", "data.py:loader")
+    assert outcome("evaluate", "my swa", *options, "--model-arg", "path=my swa")[0] == 0

@@ -20,6 +20,7 @@ from tests.helpers import run
 pytestmark = pytest.mark.usefixtures("no_fsync", "user_folder")
 
 CODE = """
+import copy
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -39,6 +40,7 @@ class Keywords(Net):
 class OfNamespace(Net):
     def __init__(self, args):
         assert args["lr"] == vars(args)["lr"] == 0.1
+        assert copy.deepcopy(args).items == 5
         super().__init__(args.width, args.depth)
 
 class OfObject(Net):
@@ -134,7 +136,7 @@ class TestHyperParameters:
     @pytest.mark.parametrize("name", ["args", "kwargs"])
     def test_may_be_a_namespace(self, name, lit):
         """Saved by itself, or as one of the constructor's arguments."""
-        values: Any = {"width": 7, "depth": 2, "lr": 0.1}
+        values: Any = {"width": 7, "depth": 2, "lr": 0.1, "items": 5}
         if name == "kwargs":
             values = {"args": argparse.Namespace(**values)}
         folder = save_run(lit, hyper_parameters=values, hparams_name=name)

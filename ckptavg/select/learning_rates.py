@@ -5,7 +5,8 @@
 3. The scheduler's count tells which: after its step it equals the updates (or epochs) done.
 4. If the next rate is recorded, the used one is looked up: in the log, in the checkpoint one step
    earlier, or by torch's formula.
-5. Without a scheduler's state, the rates tell it if they begin at, or restart from, `initial_lr`.
+5. Without a scheduler's state, it is the next one if epoch 0 recorded less than `initial_lr`, and
+   the rate falls until it restarts from there. A notice says so.
 6. If it is unknown which one is recorded, it counts as used. If the choice depends on it, that is
    an error, or without a scheduler's state a notice.
 """
@@ -68,7 +69,10 @@ def rates_and_minima(
             or which rate was recorded is unknown, and the choice depends on it.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    is_given, recorded = recorded is not None, recorded or _reading_by_rates(checkpoints)
+    if recorded is None:
+        if assumption := assumed_reading(checkpoints):
+            log.info(assumption)
+        recorded = "next" if _restarts_show_next(checkpoints) else None
     rates = _last_rates(checkpoints, recorded)
     unsure = [name for name, rate in zip(names, rates, strict=True) if rate.doubt == _UNSURE]
     if unsure:
@@ -90,8 +94,6 @@ def rates_and_minima(
         )
     chosen = _chosen(rates)
     _check_first(names, rates)
-    if assumption := "" if is_given else assumed_reading(checkpoints):
-        log.info(assumption)
     # If an earlier rate was as low, the run ends at a minimum, not on the way to one.
     lowest = not any(nearly_equal(values[-1], value, max(values)) for value in values[:-1])
     if len(values) > 1 and chosen[-1] and lowest and not rates[-1].is_minimum:
@@ -104,61 +106,56 @@ def assumed_reading(checkpoints: Sequence[Checkpoint]) -> str:
 
     Without the state of a scheduler, only the rates themselves tell which ones are recorded.
     """
-    if _is_known(checkpoints) or (reading := _reading_by_rates(checkpoints)) == "used":
+    if _is_known(checkpoints):
         return ""
-    if reading:
-        return (
-            "the learning rates show that checkpoints were saved after scheduler.step(): the rate "
-            f"of {printable(checkpoints[0].name)} is below the initial one. "
-            "If that is wrong, add `lr_recorded` used"
-        )
     used, following = _last_rates(checkpoints, "used"), list[_Rate]()
     with contextlib.suppress(SelectionError):
         following = _last_rates(checkpoints, "next")
+    if _restarts_show_next(checkpoints):
+        return (
+            "the learning rates show that checkpoints were saved after scheduler.step(): the rate "
+            f"of {printable(checkpoints[0].name)} is below the initial one. If that is wrong, add "
+            f"`lr_recorded` used: the minima are then {_lowest(checkpoints, used)}"
+        )
     if _chosen(used) == (_chosen(following) if following else [True] * len(used)):
         return ""
-    pairs = zip(checkpoints, _chosen(following), strict=bool(following))
-    lowest = listed((each.name for each, is_lowest in pairs if is_lowest), 4)
     return (
         "the recorded learning rates count as those that were used before saving. If your training "
         "loop calls scheduler.step() once an epoch and then saves, "
         + (
-            f"add `lr_recorded` next: the minima are then {lowest or 'none'}"
+            f"add `lr_recorded` next: the minima are then {_lowest(checkpoints, following)}"
             if following
             else "they are the next ones, and the minima cannot be known: " + _ALTERNATIVES
         )
     )
 
 
+def _lowest(checkpoints: Sequence[Checkpoint], rates: Sequence[_Rate]) -> str:
+    pairs = zip(checkpoints, _chosen(rates), strict=True)
+    return listed((each.name for each, is_lowest in pairs if is_lowest), 4) or "none"
+
+
 def _is_known(checkpoints: Sequence[Checkpoint]) -> bool:
     return any(each.training.scheduler or each.training.logged_rate for each in checkpoints)
 
 
-def _reading_by_rates(checkpoints: Sequence[Checkpoint]) -> Reading | None:
-    """The rate that is recorded without a scheduler's state, if the rates themselves tell it.
+def _restarts_show_next(checkpoints: Sequence[Checkpoint]) -> bool:
+    """Whether the rates alone show that each is the next one.
 
-    A schedule of torch begins with `initial_lr`. If the first epoch's checkpoint has that rate, and
-    the second another, they were saved before `scheduler.step()`. If the rate falls from a lower
-    one until it restarts from `initial_lr`, they were saved after it.
+    A schedule of torch begins with `initial_lr`, the rate of epoch 0. If epoch 0 recorded less, and
+    the rate falls until it restarts from there, that was after `scheduler.step()`. A first epoch 1
+    shows nothing: it may be the first, or the second of which epoch 0 was not saved.
     """
-    known = [each.training.learning_rate for each in checkpoints]
-    rates = [rate for rate in known if rate is not None]
-    if _is_known(checkpoints) or len(rates) < len(known) or len(rates) < 3:  # noqa: PLR2004
-        return None
-    first, second, *_ = checkpoints
-    initial = first.training.initial_rate
-    [epoch, *_] = steps_in_names((first.name, second.name)) or (None,)
-    if initial is None or first.training.steps.get("epoch", epoch) not in (0, 1):
-        return None
-    if not first.training.has_optimizer_state or not _is_one_later(first, second):
-        return None
-    initials = [place for place, rate in enumerate(rates) if nearly_equal(rate, initial, initial)]
-    restart = next(iter(initials), 0)
-    if restart == 0:
-        return "used" if 0 in initials and 1 not in initials else None
+    training = checkpoints[0].training
+    initial = training.initial_rate
+    if _is_known(checkpoints) or initial is None or training.steps.get("epoch") != 0:
+        return False
+    rates = [each.training.learning_rate or 0.0 for each in checkpoints]
+    initials = (place for place, rate in enumerate(rates) if nearly_equal(rate, initial, initial))
+    restart = next(initials, 0)
     falls = all(a > b for a, b in itertools.pairwise([initial, *rates[:restart]]))
     pairs = itertools.pairwise(checkpoints[: restart + 1])
-    return "next" if restart > 1 and falls and all(_is_one_later(*pair) for pair in pairs) else None
+    return restart > 1 and falls and all(_is_one_later(*pair) for pair in pairs)
 
 
 def local_minima(rates: Sequence[float]) -> list[bool]:

@@ -395,20 +395,64 @@ def without_scheduler(run: Run, momentum: float = 0.9) -> list[Checkpoint]:
     return checkpoints
 
 
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def epochs_of(run: Run, minima: Sequence[bool]) -> str:
+    pairs = zip(run.checkpoints, minima, strict=True)
+    return ", ".join(each.path.name for each, lowest in pairs if lowest)
+
+
 @pytest.mark.parametrize("name", ["restarts", "growing restarts"])
-def test_restarts_from_the_initial_rate_tell_which_one_is_recorded(
-    tmp_path, caplog, name, *, after, first
+def test_restarts_from_the_initial_rate_tell_that_epoch_0_recorded_the_next_one(
+    tmp_path, caplog, name
 ):
-    run = train(tmp_path, SCHEDULES[name], after=after, first=first)
+    run = train(tmp_path, SCHEDULES[name], epochs=12)
     caplog.set_level(logging.INFO)
-    rates, minima = rates_and_minima(without_scheduler(run))
+    checkpoints = without_scheduler(run)
+    rates, minima = rates_and_minima(checkpoints)
     assert rates[1:] == pytest.approx(run.used[1:])
     assert minima == expected(run)
-    messages = doubts(caplog)
-    assert len(messages) == after
-    assert all(f"rate of epoch_{first}.pt is below the initial one" in each for each in messages)
+    [message] = doubts(caplog)
+    assert "rate of epoch_0.pt is below the initial one" in message
+    other = rates_and_minima(checkpoints, "used")[1]
+    assert message.endswith(f"`lr_recorded` used: the minima are then {epochs_of(run, other)}")
+
+
+def test_what_the_rates_tell_is_said_before_an_error(tmp_path, caplog):
+    checkpoints = without_scheduler(train(tmp_path, warm_restarts))
+    caplog.set_level(logging.INFO)
+    with pytest.raises(SelectionError, match="the step or epoch before was not saved"):
+        rates_and_minima(checkpoints[:6] + checkpoints[7:])
+    [message] = caplog.messages
+    assert "add `lr_recorded` used" in message
+
+
+def held(optimizer: torch.optim.Optimizer, unit: int) -> Any:
+    del unit
+    return lr_scheduler.LambdaLR(optimizer, lambda epoch: (1, 1, 0.1)[epoch % 3])
+
+
+@pytest.mark.parametrize(
+    ("make", "after", "first", "skipped"),
+    [
+        (warm_restarts, False, 0, 0),
+        (warm_restarts, False, 0, 1),  # the first epoch that is saved is 1, the second
+        (warm_restarts, False, 1, 0),
+        (warm_restarts, True, 1, 0),
+        (held, True, 1, 0),  # as the rates are before the scheduler's step, but for epoch 1
+        (held, True, 0, 0),
+    ],
+)
+def test_where_the_rates_do_not_tell_it_the_notice_has_the_minima_of_the_next_ones(
+    tmp_path, caplog, make, *, after, first, skipped
+):
+    run = train(tmp_path, make, after=after, first=first, epochs=12).only(range(skipped, 12))
+    checkpoints = without_scheduler(run)
+    caplog.set_level(logging.INFO)
+    rates, used = rates_and_minima(checkpoints)
+    assert rates == [each.training.learning_rate for each in checkpoints]
+    [message] = doubts(caplog)
+    following = rates_and_minima(checkpoints, "next")[1]
+    assert (following if after else used) == expected(run)
+    assert message.endswith(f"`lr_recorded` next: the minima are then {epochs_of(run, following)}")
 
 
 @pytest.mark.parametrize("every_update", [False, True], ids=["epochs", "updates"])

@@ -149,7 +149,7 @@ class Plan:
             and not (self._has_negative_weights and one.is_variance != other.is_variance)
             and all(
                 _is_followed(member.tensors[one.names[0]], member.tensors[other.names[0]])
-                for members in self._inputs(one.role)
+                for members in self._inputs[one.role]
                 for member in members
             )
             and all(
@@ -164,18 +164,21 @@ class Plan:
     def _has_negative_weights(self) -> bool:
         return any(min(weights.values) < 0 for weights in self.weights)
 
-    def _inputs(self, role: Role) -> dict[tuple[Checkpoint, ...], list[int]]:
-        """The outputs, by the checkpoints from which they have the tensors of a role."""
-        outputs: dict[tuple[Checkpoint, ...], list[int]] = {}
-        for output in range(len(self.weights)):
-            if role == "averaged":
-                members = self.members
-            elif role == "kept":
-                members = self.members[-1:]
-            else:
-                members = (self._last(output),)
-            outputs.setdefault(members, []).append(output)
-        return outputs
+    @cached_property
+    def _inputs(self) -> dict[Role, dict[tuple[Checkpoint, ...], list[int]]]:
+        """By role: the outputs, by the checkpoints from which they have such tensors."""
+        inputs: dict[Role, dict[tuple[Checkpoint, ...], list[int]]] = {}
+        for role in {planned.role for planned in self.tensors}:
+            outputs = inputs[role] = {}
+            for output in range(len(self.weights)):
+                if role == "averaged":
+                    members = self.members
+                elif role == "kept":
+                    members = self.members[-1:]
+                else:
+                    members = (self._last(output),)
+                outputs.setdefault(members, []).append(output)
+        return inputs
 
     def _jobs_of(self, first: int, count: int, layouts: Sequence[Layout]) -> Iterator[Job]:
         """One job for a mean in all outputs; else one for each checkpoint that outputs copy.
@@ -186,7 +189,7 @@ class Plan:
             layouts: where each output has the tensors.
         """
         planned = self.tensors[first]
-        for members, outputs in self._inputs(planned.role).items():
+        for members, outputs in self._inputs[planned.role].items():
             inputs = []
             for member in members:
                 tensor = member.tensors[planned.names[0]]

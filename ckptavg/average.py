@@ -208,16 +208,7 @@ def write_averages(
         CkptAvgError: as `average` does.
     """
     members = all_members(run, recipes)
-    given, is_copy = options, recipes[0].is_copy
-    if not is_copy:
-        options = with_container(options, outputs[0], recipes[0].members)
-    if options is not given:
-        log.info(
-            "%s is a checkpoint of Lightning's: all but its weights is from %s; "
-            "`container=weights` writes the weights alone",
-            printable(Path(outputs[0]).name),
-            printable(recipes[0].last.name),
-        )
+    is_copy = recipes[0].is_copy
     read, skipped = choose_tensors(members, [recipe.last for recipe in recipes], options)
     if as_key(options.key) is None:
         log_other_state_dicts(members)
@@ -233,6 +224,15 @@ def write_averages(
     weights = [recipe.weights_over(members) for recipe in recipes]
     kept: dict[str, Role] = dict.fromkeys(read[-1].tensors, "kept")
     plan = make_plan(read, weights, options, roles=kept if is_copy else None, skipped=skipped)
+    targets = [
+        with_container(
+            target, plan.tensors, [contributing[each] for each in recipe.members], options,
+            mirrored=len(recipe.members) > 1, is_copy=is_copy,
+        )
+        for recipe, target in zip(recipes, targets, strict=True)
+    ]  # fmt: skip
+    if any(target.kind == "container" for target in targets):
+        options = replace(options, container="last")
     _check_order(run, plan, recipes, targets)
     threads = options.threads or default_threads(members)
     hashes = _hashes(members, targets, options, threads)

@@ -69,19 +69,24 @@ class Rewriting:
         if self.replaces and checkpoint.container == "dcp":
             format_ = "dcp"
         where = output or checkpoint.path
-        given = AverageOptions(
+        self._options = AverageOptions(
             key=options.key, container=container, format=format_,
             max_shard_size=options.max_shard_size, force=options.force or self.replaces,
             fsync=options.fsync,
         )  # fmt: skip
-        self._options = with_container(given, where, [checkpoint])
-        self._target = destination(where, checkpoint, self._options)
+        self._mirrored = checkpoint.is_average
+        target = destination(where, checkpoint, self._options)
+        with without_notices():
+            plan = self._plan(checkpoint)
+        self._target = with_container(
+            target, plan.tensors, [checkpoint], self._options, mirrored=self._mirrored
+        )
         self.is_container = self._target.kind == "container"
         if self.replaces:
             _check_same_kind(checkpoint, self._target)
         try:
             with without_notices():
-                _, layout = self._lay_out(checkpoint, checkpoint.provenance or {})
+                layout = self._lay_out(plan, checkpoint.provenance or {})
         except OutputError as error:
             if self.replaces:
                 error.remedy = "write another file with -o"
@@ -93,20 +98,21 @@ class Rewriting:
 
     def write(self, refreshed: Checkpoint, entry: dict[str, Any]) -> None:
         """Write the checkpoint as it is now, with that provenance."""
-        plan, layout = self._lay_out(refreshed, entry)
+        plan = self._plan(refreshed)
+        layout = self._lay_out(plan, entry)
         check_outputs([layout], force=self._options.force)
         write(plan, [layout], self._options, default_threads(plan.members))
 
-    def _lay_out(self, refreshed: Checkpoint, entry: dict[str, Any]) -> tuple[Plan, Layout]:
-        """The output with that provenance."""
-        original = self._checkpoint
+    def _plan(self, refreshed: Checkpoint) -> Plan:
         roles: dict[str, Role] = dict.fromkeys(refreshed.tensors, "kept")
-        plan = make_plan([refreshed], [uniform(1)], self._options, roles=roles)
-        mirrored = original.is_average
-        layout = lay_out(
-            self._target, plan.tensors, entry, original, self._options, mirrored=mirrored
-        )
-        return plan, layout
+        return make_plan([refreshed], [uniform(1)], self._options, roles=roles)
+
+    def _lay_out(self, plan: Plan, entry: dict[str, Any]) -> Layout:
+        """The output with that provenance."""
+        return lay_out(
+            self._target, plan.tensors, entry, self._checkpoint, self._options,
+            mirrored=self._mirrored,
+        )  # fmt: skip
 
 
 def provenance(

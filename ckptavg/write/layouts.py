@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptavg.errors import OutputError, listed, printable
-from ckptavg.formats import SUFFIXES
+from ckptavg.errors import OutputError, listed, printable, without_notices
+from ckptavg.formats import SUFFIXES, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.write.companions import mention_weights_left_behind
@@ -35,6 +35,8 @@ Kind = Literal["safetensors", "torch", "container", "directory", "dcp"]
 _SAFETENSORS = ".safetensors"
 # What LoRA trainers record of the last checkpoint alone: hashes of its weights, and its counters.
 _UNTRUE = re.compile(r"sshs_\w+|modelspec\.hash_\w+|ss_(epoch|steps)")
+# The state dicts that it trains: the second where WeightAveraging keeps its average in the first.
+_OF_LIGHTNING = ("state_dict", "current_model_state")
 _TORCH = tuple(suffix for suffix in SUFFIXES if suffix != _SAFETENSORS)
 
 
@@ -51,30 +53,6 @@ class Destination:
 
     path: Path
     kind: Kind
-
-
-def with_container(
-    options: AverageOptions, output: str | os.PathLike[str], members: Sequence[Checkpoint]
-) -> AverageOptions:
-    """The options, with `container="last"` where a `.ckpt` is made of Lightning's checkpoints.
-
-    Lightning loads no weights alone. An average that a container cannot hold stays as it was asked
-    for: one in another dtype, of fewer tensors, or of another state dict.
-    """
-    path = _local(output)
-    if (
-        not (options.container or options.dtype or options.skip or options.key)
-        and all(map(_is_of_lightning, members))
-        and path.suffix == ".ckpt"
-        and _kind(output, path, members[-1], options) == "torch"
-    ):
-        return replace(options, container="last")
-    return options
-
-
-def _is_of_lightning(checkpoint: Checkpoint) -> bool:
-    is_file = checkpoint.container == "torch" and checkpoint.path.suffix == ".ckpt"
-    return is_file and checkpoint.training.epochs_from_zero
 
 
 def destination(
@@ -115,13 +93,87 @@ def destination(
             if is_file
             else "end its name with a slash for such a directory, or name the files of one model",
         )
-    is_checkpoint = path.suffix == ".ckpt" and options.container is None
-    if is_checkpoint and kind == "torch" and _is_of_lightning(last):
-        log.info(
-            "%s has the weights alone, which Lightning's load_from_checkpoint does not take",
-            printable(path.name),
-        )
     return Destination(path, kind)
+
+
+def with_container(
+    target: Destination,
+    tensors: Sequence[OutputTensor],
+    members: Sequence[Checkpoint],
+    options: AverageOptions,
+    *,
+    mirrored: bool,
+    is_copy: bool = False,
+) -> Destination:
+    """The destination, which is a container by default for a `.ckpt` of Lightning's checkpoints.
+
+    Lightning loads no weights alone. A notice says which of the two the output is, and why.
+
+    Args:
+        target: as the name and the options ask for it.
+        tensors: what is to be written.
+        members: the checkpoints, the last of which would be the container.
+        options: those given; `container` leaves no choice.
+        mirrored: as in `lay_out`.
+        is_copy: the output is a conversion, which writes the weights alone.
+    """
+    last, name = members[-1], printable(target.path.name)
+    if (
+        (target.kind, target.path.suffix, options.container) != ("torch", ".ckpt", None)
+        or not _is_of_lightning(last)
+    ):  # fmt: skip
+        return target
+    reason = "a conversion has the state dict only"
+    if not is_copy:
+        reason = _hindrance(target, tensors, members, options, mirrored=mirrored)
+    if reason:
+        log.info(
+            "%s has the weights alone, which Lightning's load_from_checkpoint does not take: %s",
+            name,
+            reason,
+        )
+        return target
+    if not last.is_average:  # the notice came when it was made
+        log.info(
+            "%s has everything else (optimizer, epoch, hyper-parameters) from %s; "
+            "`container=weights` writes the weights alone",
+            name,
+            printable(last.name),
+        )
+    return replace(target, kind="container")
+
+
+def _hindrance(
+    target: Destination,
+    tensors: Sequence[OutputTensor],
+    members: Sequence[Checkpoint],
+    options: AverageOptions,
+    *,
+    mirrored: bool,
+) -> str:
+    """Why the last of Lightning's checkpoints is no container for the tensors; empty if it is."""
+    last = members[-1]
+    for option in ("dtype", "skip"):
+        if getattr(options, option):
+            return f"`{option}` is given"
+    if options.key and (last.key not in _OF_LIGHTNING or last.is_trainers_average):
+        return "`key` takes another state dict than Lightning's"
+    if other := next((each for each in members if not _is_of_lightning(each)), None):
+        return f"{printable(other.name)} is no checkpoint of Lightning's"
+    file = last.parts[0]
+    if not torchzip.matches(file.path, file.read(0, 4)):
+        return f"{printable(last.name)} is in torch's format from before 1.6"
+    try:
+        with without_notices():
+            lay_out_container(target.path, tensors, {}, last, mirrored=mirrored)
+    except OutputError as error:
+        return f"{printable(error.tensor)} {error.message}"
+    return ""
+
+
+def _is_of_lightning(checkpoint: Checkpoint) -> bool:
+    is_file = checkpoint.container == "torch" and checkpoint.path.suffix == ".ckpt"
+    return is_file and checkpoint.training.epochs_from_zero
 
 
 def _kind(

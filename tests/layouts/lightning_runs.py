@@ -52,6 +52,22 @@ class Net(Layers):
         self.make_layers(width)
 
 
+class HasView(Layers):
+    """It has a buffer whose first half is another buffer too."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.make_layers(width)
+        self.register_buffer("whole", torch.arange(8.0))
+        self.register_buffer("first", self.whole[:4])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The buffers differ between the epochs."""
+        self.whole += 1
+        super().on_save_checkpoint(checkpoint)
+
+
 class SavesNamespace(Layers):
     """Its only argument is a namespace, which it saves by itself."""
 

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckptavg
+from ckptavg.errors import OutputError
 from ckptavg.formats import open_checkpoint
 from tests.helpers import run
 from tests.layouts.libraries import differ
 from tests.layouts.lightning_runs import (
+    HasView,
     Net,
     SavesArguments,
     SavesNamespace,
@@ -39,6 +41,9 @@ pytestmark = [
         "The dirpath has changed from",
     )
 ]
+
+
+ALONE = "has the weights alone, which Lightning's load_from_checkpoint does not take"
 
 
 def forward(model: Net, batch: torch.Tensor) -> torch.Tensor:
@@ -121,27 +126,27 @@ class TestTrainer:
         Net(8).load_state_dict(result, strict=True)
 
     @pytest.mark.parametrize(
-        "arguments",
+        ("arguments", "reason"),
         [
-            ("--dtype", "float16"),
-            ("--skip", "num_batches_tracked"),
-            ("--key", "state_dict"),
-            ("--container", "weights"),
+            (("--dtype", "float16"), "--dtype is given"),
+            (("--skip", "num_batches_tracked"), "--skip is given"),
+            (("--container", "weights"), None),
         ],
     )
     def test_weights_alone_are_said_to_be_no_lightning_checkpoint(
-        self, arguments, trained, tmp_path
+        self, arguments, reason, trained, tmp_path
     ):
         result = run("average", trained, "-o", tmp_path / "out.ckpt", *arguments)
-        is_asked_for = arguments[0] == "--container"
-        notice = "out.ckpt has the weights alone, which Lightning's load_from_checkpoint does not"
-        assert (notice in result.stderr) is not is_asked_for
+        if reason is None:
+            assert "has the weights alone" not in result.stderr
+        else:
+            assert f"out.ckpt {ALONE}: {reason}\n" in result.stderr
         with pytest.raises(KeyError, match="pytorch-lightning_version"):
             Net.load_from_checkpoint(tmp_path / "out.ckpt")
 
     def test_so_is_a_conversion(self, trained, tmp_path):
         result = run("convert", epochs(trained)[0], "-o", tmp_path / "out.ckpt")
-        assert "out.ckpt has the weights alone, which Lightning's load_from_" in result.stderr
+        assert f"out.ckpt {ALONE}: a conversion has the state dict only\n" in result.stderr
         assert load(tmp_path / "out.ckpt").keys() == Net(8).state_dict().keys()
 
     def test_a_file_that_is_none_of_lightning_s_leaves_the_weights_alone(self, trained, tmp_path):
@@ -190,15 +195,22 @@ class TestContainer:
     def out(self, trained, tmp_path):
         out = tmp_path / "swa.ckpt"
         result = run("average", trained, "-o", out)
-        assert "all but its weights is from epoch=2-step=9.ckpt; --container weights" in (
-            result.stderr
-        )
+        rest = "everything else (optimizer, epoch, hyper-parameters)"
+        notice = f"swa.ckpt has {rest} from epoch=2-step=9.ckpt; --container weights writes the"
+        assert notice in result.stderr
         return out
 
     def test_is_what_container_last_writes(self, trained, out, tmp_path):
         ckptavg.average(trained, tmp_path / "last.ckpt", container="last")
         assert out.read_bytes() == (tmp_path / "last.ckpt").read_bytes()
         assert ckptavg.verify(out, [trained]).sources == 3
+
+    def test_is_written_where_the_key_is_that_of_the_weights(self, trained, out, tmp_path):
+        ckptavg.average(trained, tmp_path / "key.ckpt", key="state_dict")
+        assert load(tmp_path / "key.ckpt").keys() == load(out).keys()
+        options: dict[str, Any] = {"model": Net, "loader": batches, "forward": forward}
+        ckptavg.refresh_checkpoint(out, tmp_path / "new.ckpt", key="state_dict", **options)
+        Net.load_from_checkpoint(tmp_path / "new.ckpt", weights_only=False)
 
     def test_is_refreshed_to_another_and_has_the_mean_of_a_soup(self, trained, out, tmp_path):
         options: dict[str, Any] = {"model": Net, "loader": batches, "forward": forward}
@@ -242,6 +254,42 @@ class TestContainer:
         assert_mean(model.state_dict(), [load(path)["state_dict"] for path in epochs(trained)])
 
 
+class TestFilesThatAreNoContainer:
+    def test_from_before_torch_1_6_give_weights_that_are_refreshed_and_verified(
+        self, trained, tmp_path
+    ):
+        """Such a file has no place for the provenance."""
+        for path in epochs(trained):
+            old = tmp_path / path.name
+            torch.save(load(path), old, _use_new_zipfile_serialization=False)
+        options: dict[str, Any] = {"model": Net, "loader": batches, "forward": forward}
+        out = tmp_path / "out" / "swa.ckpt"
+        out.parent.mkdir()
+        result = run("average", tmp_path, "-o", out)
+        reason = "epoch=2-step=9.ckpt is in torch's format from before 1.6"
+        assert f"swa.ckpt {ALONE}: {reason}\n" in result.stderr
+        assert ckptavg.verify(out, epochs(tmp_path)).sources == 3
+        ckptavg.refresh_checkpoint(out, None, **options)
+        assert load(out).keys() == Net(8).state_dict().keys()
+
+    def test_with_a_view_of_another_tensor_give_the_weights(self, tmp_path):
+        torch.manual_seed(0)
+        trainer(tmp_path / "run").fit(HasView(8), batches())
+        states = [load(path)["state_dict"] for path in epochs(tmp_path / "run")]
+        result = run("average", tmp_path / "run", "-o", tmp_path / "swa.ckpt")
+        assert f"swa.ckpt {ALONE}: " in result.stderr
+        assert "shares bytes with" in result.stderr
+        assert differ(states)
+        assert_mean(load(tmp_path / "swa.ckpt"), states)
+        assert ckptavg.verify(tmp_path / "swa.ckpt", [tmp_path / "run"]).sources == 3
+        options: dict[str, Any] = {"model": HasView, "loader": batches, "forward": forward}
+        for source in (epochs(tmp_path / "run")[-1], tmp_path / "swa.ckpt"):
+            ckptavg.refresh_checkpoint(source, tmp_path / "new.ckpt", force=True, **options)
+            assert load(tmp_path / "new.ckpt").keys() == states[0].keys()
+        with pytest.raises(OutputError, match="shares bytes with"):
+            ckptavg.average(tmp_path / "run", tmp_path / "last.ckpt", container="last")
+
+
 class TestWeightAveraging:
     def test_its_files_give_the_weights_and_not_its_average(self, averaging, tmp_path):
         saved = [load(path) for path in epochs(averaging)]
@@ -252,9 +300,10 @@ class TestWeightAveraging:
         assert_mean(load_file(tmp_path / "out.safetensors"), states)
 
     def test_its_average_is_taken_by_its_key(self, averaging, tmp_path):
-        ckptavg.average(averaging, tmp_path / "out.pt", key="state_dict")
+        result = run("average", averaging, "-o", tmp_path / "out.ckpt", "--key", "state_dict")
+        assert f"{ALONE}: --key takes another state dict than Lightning's\n" in result.stderr
         states = [load(path)["state_dict"] for path in epochs(averaging)]
-        assert_mean(torch.load(tmp_path / "out.pt"), states)
+        assert_mean(torch.load(tmp_path / "out.ckpt"), states)
 
     def test_the_container_has_the_mean_in_both_so_that_it_is_loaded(self, averaging, tmp_path):
         out = tmp_path / "swa.ckpt"

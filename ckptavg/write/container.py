@@ -33,7 +33,7 @@ log = logging.getLogger("ckptavg")
 
 _CENTRAL_SIZE, _LENGTHS = 46, 28  # of an entry in the zip's directory
 # The weights in files whose `state_dict` is an average: see `statedict.weights_beside_average`.
-_BESIDE_AVERAGE = ("current_model_state", "ema_state_dict")
+BESIDE_AVERAGE = ("current_model_state", "ema_state_dict")
 _WEIGHTS_ALONE = "write the weights alone, with `container=weights`"
 _DESCRIPTOR = b"PK\7\x08"
 _HAS_DESCRIPTOR = 1 << 3
@@ -66,7 +66,7 @@ def lay_out_container(
     mention_kept(last, last.other_entries)
     targets = [[last.tensors[tensor.names[0]]] for tensor in tensors]
     for key in last.other_keys:
-        if mirrored and (last.key in _BESIDE_AVERAGE and key == "state_dict"):
+        if mirrored and (last.key in BESIDE_AVERAGE and key == "state_dict"):
             _add_twins(path, tensors, targets, open_checkpoint(last.path, key=key))
         else:
             _mention_other(last, key)

@@ -15,7 +15,7 @@ from ckptavg.formats import SUFFIXES, torchzip
 from ckptavg.formats.checkpoint import PROVENANCE
 from ckptavg.formats.paths import as_path, is_remote
 from ckptavg.write.companions import mention_weights_left_behind
-from ckptavg.write.container import lay_out_container
+from ckptavg.write.container import BESIDE_AVERAGE, lay_out_container
 from ckptavg.write.dcp import lay_out_dcp
 from ckptavg.write.directory import lay_out_directory
 from ckptavg.write.provenance import encode_provenance
@@ -143,7 +143,7 @@ def with_container(
     return replace(target, kind="container")
 
 
-def _hindrance(
+def _hindrance(  # noqa: PLR0911 - one for each reason
     target: Destination,
     tensors: Sequence[OutputTensor],
     members: Sequence[Checkpoint],
@@ -158,6 +158,8 @@ def _hindrance(
             return f"`{option}` is given"
     if options.key and (last.key not in _OF_LIGHTNING or last.is_trainers_average):
         return "`key` takes another state dict than Lightning's"
+    if last.key in BESIDE_AVERAGE and not mirrored:
+        return "its state_dict would still be the average that Lightning made"
     if other := next((each for each in members if not _is_of_lightning(each)), None):
         return f"{printable(other.name)} is no checkpoint of Lightning's"
     file = last.parts[0]

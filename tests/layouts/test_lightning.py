@@ -305,6 +305,15 @@ class TestWeightAveraging:
         states = [load(path)["state_dict"] for path in epochs(averaging)]
         assert_mean(torch.load(tmp_path / "out.ckpt"), states)
 
+    def test_one_file_alone_is_no_container_in_which_its_average_would_stay(
+        self, averaging, tmp_path
+    ):
+        *_, last = epochs(averaging)
+        result = run("average", last, "-o", tmp_path / "out.ckpt")
+        assert f"{ALONE}: its state_dict would still be the average" in result.stderr
+        weights = load(last)["current_model_state"]
+        assert_mean(torch.load(tmp_path / "out.ckpt"), [weights])
+
     def test_the_container_has_the_mean_in_both_so_that_it_is_loaded(self, averaging, tmp_path):
         out = tmp_path / "swa.ckpt"
         result = run("average", averaging, "-o", out, "--container", "last")

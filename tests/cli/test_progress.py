@@ -17,12 +17,15 @@ from tests.oracle import save_run
 
 pty = pytest.importorskip("pty")
 
-# A run of the command line whose bars are drawn after so many seconds. It ends by saying, on the
+# A run of the command line whose bars are drawn after so many seconds. It reports each chunk, so
+# that the first report is not the last, whichever thread is faster. It ends by saying, on the
 # terminal, whether tqdm was imported.
 SCRIPT = """
 import sys
 from ckptavg import cli
 from ckptavg.cli import console
+from ckptavg.merge import engine
+engine._REPORT_EVERY = 1
 console._DELAY = float(sys.argv.pop(1))
 try:
     cli.main()

@@ -1419,7 +1419,7 @@ class TestAverageAndRefresh:
             dtype="bfloat16", norm_stats="last", expect=2,
         )  # fmt: skip
         assert told[-report.batches :] == [-1] * 3
-        assert told[0] > 0
+        assert max(told) > 0  # a thread that found no work left may report first
         assert load(tmp_path / "o.safetensors")["bn.running_mean"].dtype == torch.bfloat16
         assert len(summary.sources) == 2
 

@@ -14,6 +14,9 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes, batches or points since the last call, and with how many there are in all,
 None if that is not known."""
 
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Names of dtypes that an option accepts beside those of torch."""
+
 _Fields = ParamSpec("_Fields")
 _Options_co = TypeVar("_Options_co", covariant=True)
 _First = TypeVar("_First")

@@ -16,6 +16,7 @@ from ckptavg.cli.command import NoEffect, fields_of, names_of, without
 from ckptavg.cli.configuration import load_defaults
 from ckptavg.cli.declarations import parse, path_or_url, variant
 from ckptavg.errors import printable
+from ckptavg.options import SHORT_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +80,7 @@ FORCE, CONTAINER, FORMAT, MAX_SHARD_SIZE, NO_FSYNC = parse("""
 """)
 
 _LONG = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-DTYPES = (*_LONG, "fp32", "fp16", "bf16")
+DTYPES = (*_LONG, *SHORT_DTYPES)
 SKIP, TAKE_LAST, DTYPE, DROP_ALIASES = parse(f"""
 --skip REGEX    Leave out the tensors whose names match; repeatable.
 --take-last REGEX

@@ -27,7 +27,7 @@ from ckptavg.formats.paths import as_paths
 from ckptavg.formats.provenances import averaged_steps
 from ckptavg.merge.roles import frozen_layers
 from ckptavg.model.batches import default_forward, device_of
-from ckptavg.model.datamodules import Transferred
+from ckptavg.model.datamodules import loader_of
 from ckptavg.model.factories import load_function, name_of, user_code
 from ckptavg.model.loading import check_ignore, load_weights
 from ckptavg.model.making import (
@@ -358,7 +358,7 @@ class Evaluator:
         batches = make_batches(
             spec, arguments, stage, self._model, self._checkpoints, option=option
         )
-        loader = batches.batches if isinstance(batches, Transferred) else batches
+        loader = loader_of(batches)
         if isinstance(loader, Iterator) and any(loader is used for used in self._used):
             raise CkptAvgError(
                 f"{name_of(spec)} can be iterated only once, but each checkpoint needs it",

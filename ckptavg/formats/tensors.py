@@ -80,7 +80,6 @@ DTYPES = (
     DType("bool", "BOOL", 8, "bool"),
 )
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
-SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BY_CODE = {dtype.code: dtype for dtype in DTYPES if dtype.code}
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptavg.distributed import ALONE, Ranks
 from ckptavg.errors import SelectionError, listed
-from ckptavg.formats.tensors import BY_NAME, SHORT_NAMES
-from ckptavg.options import Options
+from ckptavg.formats.tensors import BY_NAME
+from ckptavg.options import SHORT_DTYPES, Options
 from ckptavg.select.names import relative_names
 from ckptavg.select.rules import Selection, chosen, select
 
@@ -72,7 +72,7 @@ class ConvertOptions(Options):
         """
         super().__post_init__()
         if self.dtype is not None:
-            name = SHORT_NAMES.get(self.dtype, self.dtype)
+            name = SHORT_DTYPES.get(self.dtype, self.dtype)
             if name not in BY_NAME or BY_NAME[name].kind != "float":
                 raise SelectionError(f"unknown floating dtype {self.dtype!r}")
             object.__setattr__(self, "dtype", name)

@@ -89,6 +89,11 @@ def with_hooks(
     return Transferred(batches, hooks, model)
 
 
+def loader_of(batches: Iterable[Any]) -> Iterable[Any]:
+    """The loader itself, whose batches go through no hooks."""
+    return batches.batches if isinstance(batches, Transferred) else batches
+
+
 class Transferred:
     """A loader whose batches go through hooks on their way to the model's device.
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 
 from ckptavg.errors import RefreshError
 from ckptavg.model.batches import Numbered, attribute_of, count_examples, leaves
-from ckptavg.model.datamodules import Transferred
+from ckptavg.model.datamodules import Transferred, loader_of
 from ckptavg.model.factories import user_code
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Feed:
         ends_early: bool = False,
     ) -> None:
         self._hooks = batches if isinstance(batches, Transferred) else None
-        batches = batches.batches if isinstance(batches, Transferred) else batches
+        batches = loader_of(batches)
         self._batches, self._rank, self._size = batches, ranks.rank, ranks.size
         self._samples, self._checksums = max_samples, [0]
         parts = list(_parts(batches))

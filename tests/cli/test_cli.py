@@ -93,9 +93,10 @@ class TestAverage:
         assert load_file(out)["scalar"].dtype == torch.bfloat16
 
     def test_the_dtypes_offered_are_those_known(self):
-        from ckptavg.formats.tensors import BY_NAME, SHORT_NAMES
+        from ckptavg.formats.tensors import BY_NAME
+        from ckptavg.options import SHORT_DTYPES
 
-        assert all(BY_NAME[SHORT_NAMES.get(name, name)].kind == "float" for name in DTYPES)
+        assert all(BY_NAME[SHORT_DTYPES.get(name, name)].kind == "float" for name in DTYPES)
 
 
 def test_messages_of_the_library_speak_of_options_here(tmp_path):
